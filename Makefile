@@ -1,0 +1,31 @@
+PYTHON ?= python3.11
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+
+.PHONY: install demo test check bench clean
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@
+
+demo: install ## see a proxy being overoptimized, end to end, on the embedded toy world
+	$(BIN)/pyrite recipe overoptimization --scale toy --out runs/overoptimization
+
+test: install ## everything that fits in 15 minutes on 2 cores
+	$(BIN)/python -m pytest -m "not slow"
+
+check: install ## lint, types, fast tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/python -m pytest -m "not slow"
+
+bench: install ## against the peers, interleaved; JSON on the last line of each
+	@for b in benchmarks/[a-z]*.py; do $(BIN)/python $$b --quick || exit 1; done
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache

@@ -1,0 +1,178 @@
+"""The command line: `pyrite <job> [options]`, `pyrite recipe NAME`, `pyrite list KIND`, `pyrite report DIR`."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import json
+import os
+import pkgutil
+import sys
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import tyro
+import yaml
+from rich.console import Console
+
+from pyrite import jobs, parts, recipes, runs
+from pyrite.train import TrainingError
+
+KINDS = ("ensembles", "golds", "jobs", "losses", "recipes", "reward_losses")
+USAGE = """\
+pyrite {jobs}   run one job; --help lists its options
+pyrite recipe {recipes}   run a whole experiment and write its report
+pyrite list {kinds}   what can be named in an option
+pyrite report DIR   write DIR/report.html for a run or a recipe
+Every job takes --config FILE.yaml (the command line wins) and --dry-run."""
+
+
+def main() -> None:
+    """Run a command; expected errors are one line on standard error and exit status 2."""
+    arguments = sys.argv[1:]
+    try:
+        _quiet()
+        _command(arguments)
+    except (ValueError, TrainingError, FileNotFoundError) as error:
+        Console(stderr=True, highlight=False, soft_wrap=True).print(f"pyrite: {error}", markup=False)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        Console(stderr=True).print("pyrite: stopped; run the same command again to go on", markup=False)
+        sys.exit(130)
+
+
+def _command(arguments: list[str]) -> None:
+    name, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
+    if name in ("-h", "--help", "help"):
+        _print(USAGE.format(jobs="|".join(_names(jobs)), recipes="|".join(_names(recipes)), kinds="|".join(KINDS)))
+    elif name in _names(jobs):
+        _job(name, rest)
+    elif name == "recipe":
+        _recipe(rest)
+    elif name == "list":
+        _list(rest)
+    elif name == "report":
+        _report(rest)
+    else:
+        raise ValueError(f"unknown command {name!r}{_nearest(name, [*_names(jobs), 'recipe', 'list', 'report'])}")
+
+
+def _job(name: str, arguments: list[str]) -> None:
+    module = importlib.import_module(f"pyrite.jobs.{name}")
+    dry = "--dry-run" in arguments
+    config = parse(module.Config, [a for a in arguments if a != "--dry-run"], prog=f"pyrite {name}")
+    if dry:
+        plan = {"config": runs.plain_config(config), "reads": module.inputs(config), "writes": module.OUTPUTS}
+        _print(json.dumps(plan, indent=1, default=str))
+        return
+    run = module.run(config)
+    _print(json.dumps(run.results, indent=1))
+    _print(f"{name}: done, in {run.folder}")
+
+
+def parse(schema: type, arguments: list[str], *, prog: str) -> Any:
+    """A config from options, over those of `--config FILE.yaml`, over the defaults."""
+    options = list(arguments)
+    if "--config" in options:
+        at = options.index("--config")
+        if at + 1 >= len(options):
+            raise ValueError("--config needs a YAML file")
+        options = _from_yaml(schema, Path(options[at + 1])) + options[:at] + options[at + 2 :]
+    return tyro.cli(schema, args=options, prog=prog, config=(tyro.conf.OmitArgPrefixes,))
+
+
+def _from_yaml(schema: type, path: Path) -> list[str]:
+    """The options of a YAML file as they would stand on the command line."""
+    try:
+        given = yaml.safe_load(path.read_text()) or {}
+    except (OSError, yaml.YAMLError) as error:
+        raise ValueError(f"{path}: cannot be read as YAML: {str(error).splitlines()[0]}") from error
+    known = _options(schema)
+    arguments: list[str] = []
+    for key, value in _flat(given):
+        option = key.replace("_", "-")
+        if option not in known:
+            raise ValueError(f"{path}: unknown option {key!r}{_nearest(option, known)}")
+        if isinstance(value, bool):
+            arguments.append(f"--{option}" if value else f"--no-{option}")
+        else:
+            values = value if isinstance(value, list) else [value]
+            arguments += [f"--{option}", *(str(item) for item in values)]
+    return arguments
+
+
+def _flat(given: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Nested groups ("training: {lr: ...}") read as if written flat."""
+    for key, value in given.items():
+        if isinstance(value, dict):
+            yield from _flat(value)
+        else:
+            yield key, value
+
+
+def _options(schema: Any) -> set[str]:
+    names: set[str] = set()
+    for field in fields(schema):
+        if is_dataclass(field.default) and not isinstance(field.default, type):
+            names |= _options(field.default)
+        else:
+            names.add(field.name.replace("_", "-"))
+    return names
+
+
+def _recipe(arguments: list[str]) -> None:
+    if not arguments or arguments[0] not in _names(recipes):
+        asked = arguments[0] if arguments else ""
+        raise ValueError(f"unknown recipe {asked!r}; there is {', '.join(_names(recipes))}")
+    module = importlib.import_module(f"pyrite.recipes.{arguments[0]}")
+    config = parse(module.Config, arguments[1:], prog=f"pyrite recipe {arguments[0]}")
+    page = module.run(config)
+    _print(f"report: {page}")
+
+
+def _list(arguments: list[str]) -> None:
+    kind = arguments[0] if arguments else ""
+    if kind not in KINDS:
+        raise ValueError(f"list {kind!r}: choose one of {', '.join(KINDS)}{_nearest(kind, KINDS)}")
+    if kind in ("jobs", "recipes"):
+        package = jobs if kind == "jobs" else recipes
+        for name in _names(package):
+            doc = importlib.import_module(f"{package.__name__}.{name}").__doc__ or ""
+            _print(f"{name:18} {doc.splitlines()[0]}")
+        return
+    for member in parts.members(importlib.import_module(f"pyrite.{kind}")):
+        options = ", ".join(f"{name}={value!r}" for name, value in member.options.items())
+        _print(f"{member.name}({options})\n    {member.summary}")
+
+
+def _report(arguments: list[str]) -> None:
+    from pyrite import report
+
+    if len(arguments) != 1:
+        raise ValueError("report: give one folder, of a run or a recipe")
+    _print(f"report: {report.write(Path(arguments[0]))}")
+
+
+def _names(package: ModuleType) -> list[str]:
+    return sorted(module.name for module in pkgutil.iter_modules(package.__path__))
+
+
+def _nearest(name: str, known: Any) -> str:
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _print(text: str) -> None:
+    Console(highlight=False, soft_wrap=True).print(text, markup=False)
+
+
+def _quiet() -> None:
+    """Libraries keep their bars and hints to themselves."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()

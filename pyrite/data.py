@@ -1,0 +1,327 @@
+"""Rows on disk: load and import, validate, split by prompt, write, and add exact label noise.
+
+Kinds and their columns (`prompt` is a text or a list of messages, `response` a text):
+prompts {prompt_id, prompt}; demos {.., response}; pairs {.., chosen, rejected, [strength], [flipped]};
+candidates {.., sample, response, finished, length, logp}, one row a response.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import gzip
+import hashlib
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from pyrite.layouts import LAYOUTS, Layout, Skip, messages
+from pyrite.sources import DataError, Row, Source, read
+from pyrite.text import plain
+
+Kind = Literal["prompts", "demos", "pairs", "candidates"]
+
+PROBABILITY_FLOOR = 1e-4  # a judge's certainty becomes at most ln(9999) = 9.21 nats
+_TEXTS = {"prompts": (), "demos": ("response",), "pairs": ("chosen", "rejected"), "candidates": ("response",)}
+_NONEMPTY = {"demos": "response", "pairs": "chosen"}
+_TYPES = {
+    "sample": ((int,), "a whole number"),
+    "length": ((int,), "a whole number"),
+    "logp": ((int, float), "a number"),
+    "strength": ((int, float), "a number"),
+    "probability": ((int, float), "a number"),
+    "finished": ((bool,), "true or false"),
+    "flipped": ((bool,), "true or false"),
+}
+_TYPED = {
+    "candidates": ("sample", "length", "logp", "finished"),
+    "pairs": ("strength", "probability", "flipped"),
+}
+
+
+def load(
+    path: str | Path,
+    kind: Kind,
+    *,
+    columns: str | Mapping[str, str] | None = None,
+    on_equal: Literal["error", "drop"] = "error",
+    note: Callable[[str], object] | None = None,
+) -> list[Row]:
+    """Checked rows of a kind from a file, a `datasets` folder (folder[:split]) or the Hub (org/name[:split]).
+
+    Files: JSON, JSONL (either gzipped too), Parquet. Layouts recognized: ours, TRL's standard and
+    conversational ones, Anthropic HH transcripts, AlpacaFarm, Alpaca, question/response_j/response_k;
+    `columns` renames others ("prompt=question,chosen=good", ours first). A missing prompt_id is derived from
+    the prompt. A judge's `probability` p becomes `strength` = ln(p / (1 − p)) nats, p clipped to
+    [1e-4, 1 − 1e-4]. Left out, and told to `note` in one line a reason: pairs with chosen equal to rejected
+    (an error unless on_equal="drop"), conversations that part before the last answer or prefer an empty one,
+    rows without a verdict, and prompts seen before (kind "prompts").
+
+    Raises DataError, naming the file and the row.
+    """
+    if kind not in LAYOUTS:
+        raise DataError(f"unknown kind of data {kind!r}; it is one of {', '.join(LAYOUTS)}")
+    if on_equal not in ("error", "drop"):
+        raise DataError(f"on_equal is {on_equal!r}; it must be 'error' or 'drop'")
+    source = _renamed(read(str(path)), columns)
+    layout = _layout(source, kind)
+    rows, dropped = _converted(source, kind, layout, on_equal)
+    for reason, count in dropped.items():
+        if note is not None:
+            note(f"{source.name}: {count} of {len(source.rows)} rows left out: {reason}")
+    if not rows:
+        raise DataError(f"{source.name}: no row is left of {len(source.rows)}; {'; '.join(dropped)}")
+    return rows
+
+
+def prompt_id(prompt: Any) -> str:
+    """Id of a prompt, from its text alone: the same prompt has the same id in every file."""
+    return hashlib.sha256(plain(prompt).encode()).hexdigest()[:16]
+
+
+def split(rows: Sequence[Row], *, fraction: float, seed: int, by: str = "prompt_id") -> tuple[list[Row], list[Row]]:
+    """(train, held), round(fraction · groups) groups of equal `by`, at least one, held; no prompt in both.
+
+    Which groups depends on the seed and their ids only, never on the order of rows. Rows with the same
+    prompt under two ids stay together. Raises DataError where there is nothing to divide.
+    """
+    if not 0 <= fraction < 1:
+        raise DataError(f"the held-out fraction is {fraction}; it must be at least 0 and below 1")
+    if fraction == 0:
+        return list(rows), []
+    groups = _groups(rows, by)
+    distinct = sorted(set(groups), key=lambda group: hashlib.sha256(f"{seed}\0{group}".encode()).digest())
+    if len(distinct) < 2:
+        raise DataError(f"cannot hold out rows by {by}: there are {len(distinct)} distinct ones, two are needed")
+    held = set(distinct[: min(max(1, round(fraction * len(distinct))), len(distinct) - 1)])
+    sides: tuple[list[Row], list[Row]] = ([], [])
+    for row, group in zip(rows, groups, strict=True):
+        sides[group in held].append(row)
+    return sides
+
+
+def write(rows: Sequence[Row], path: str | Path) -> None:
+    """Rows to .parquet, .jsonl or .jsonl.gz, whole or not at all. Raises DataError where it cannot."""
+    target = Path(path)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    if not target.name.endswith((".parquet", ".jsonl", ".jsonl.gz")):
+        raise DataError(f"cannot write {target}: the name must end in .parquet, .jsonl or .jsonl.gz")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.suffix == ".parquet":
+            _write_parquet(rows, temporary)
+        else:
+            text = "".join(f"{_json(row, sort=False)}\n" for row in rows).encode()
+            temporary.write_bytes(gzip.compress(text, mtime=0) if target.suffix == ".gz" else text)
+        os.replace(temporary, target)
+    except OSError as error:
+        raise DataError(f"cannot write {target}: {error.strerror or error}") from error
+    except (TypeError, ValueError) as error:
+        raise DataError(f"cannot write {target}: {str(error).splitlines()[0]}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def fingerprint(rows: Sequence[Row]) -> str:
+    """sha256 of the rows in their order; the order of columns and the file format do not matter."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(_json(row, sort=True).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def flip_labels(rows: Sequence[Row], *, p: float, seed: int) -> tuple[list[Row], np.ndarray]:
+    """Exact label noise: chosen and rejected swapped in exactly round(p · N) pairs, and the mask (N,).
+
+    Give it training pairs only. One seed gives one mask, to be shared by all members of an ensemble. A
+    strength stays: it is part of the (now false) claim. Raises DataError unless 0 ≤ p ≤ 1.
+    """
+    if not 0 <= p <= 1:
+        raise DataError(f"the share of flipped labels is {p}; it must be between 0 and 1")
+    mask = np.zeros(len(rows), dtype=bool)
+    stream = np.random.default_rng(np.random.SeedSequence([seed, *b"label noise"]))
+    mask[stream.permutation(len(rows))[: round(p * len(rows))]] = True
+    return apply_flips(rows, mask), mask
+
+
+def apply_flips(rows: Sequence[Row], mask: np.ndarray) -> list[Row]:
+    """Pairs swapped where `mask` (N,) is true, `flipped` kept in step; done twice, the identity."""
+    if len(mask) != len(rows):
+        raise DataError(f"the flip mask has {len(mask)} entries for {len(rows)} pairs")
+    result = []
+    for row, flip in zip(rows, mask, strict=True):
+        swapped = {"chosen": row["rejected"], "rejected": row["chosen"]} if flip else {}
+        result.append({**row, **swapped, "flipped": bool(row.get("flipped", False)) ^ bool(flip)})
+    return result
+
+
+def _renamed(source: Source, columns: str | Mapping[str, str] | None) -> Source:
+    if not columns:
+        return source
+    if isinstance(columns, str):
+        pairs = [entry.partition("=") for entry in columns.split(",")]
+        if not all(ours.strip() and theirs.strip() for ours, _, theirs in pairs):
+            raise DataError(f"columns is {columns!r}; write ours=theirs, as in prompt=question,chosen=good")
+        columns = {ours.strip(): theirs.strip() for ours, _, theirs in pairs}
+    for theirs in columns.values():
+        if theirs not in source.rows[0]:
+            raise DataError(f"{source.name} has no column {theirs!r}{_nearest(theirs, source.rows[0])}")
+    taken = set(columns.values())
+    rows = [
+        {k: v for k, v in row.items() if k not in taken}
+        | {ours: row[theirs] for ours, theirs in columns.items() if theirs in row}
+        for row in source.rows
+    ]
+    return Source(source.name, rows, source.unit, source.numbers)
+
+
+def _layout(source: Source, kind: str) -> Layout:
+    present = source.rows[0]
+    for layout in LAYOUTS[kind]:
+        if all(name in present for name in layout.needs):
+            return layout
+    needs = LAYOUTS[kind][0].needs
+    missing = [name for name in needs if name not in present]
+    raise DataError(
+        f"{source.at(0)}: {kind} need {', '.join(needs)}; missing {', '.join(missing)}"
+        f"{_nearest(missing[0], present)}; rename with columns {missing[0]}=NAME"
+    )
+
+
+def _nearest(name: str, present: Row) -> str:
+    near = difflib.get_close_matches(name, [str(column) for column in present], n=1)
+    return f" (present: {', '.join(map(str, present))}{f'; nearest: {near[0]}' if near else ''})"
+
+
+def _converted(source: Source, kind: Kind, layout: Layout, on_equal: str) -> tuple[list[Row], Counter[str]]:
+    rows: list[Row] = []
+    dropped: Counter[str] = Counter()
+    prompts: dict[Any, str] = {}
+    for i, raw in enumerate(source.rows):
+        try:
+            row = _checked(raw, kind, layout)
+            _check_pair(row, kind, on_equal)
+            _check_id(row, kind, prompts)
+        except Skip as reason:
+            dropped[str(reason)] += 1
+        except ValueError as error:
+            raise DataError(f"{source.at(i)}: {error}") from error
+        else:
+            rows.append(row)
+    return rows, dropped
+
+
+def _check_pair(row: Row, kind: Kind, on_equal: str) -> None:
+    if kind == "pairs" and row["chosen"] == row["rejected"]:
+        if on_equal == "error":
+            raise ValueError("chosen equals rejected; remove such pairs, or leave them out with on_equal=drop")
+        raise Skip("chosen equals rejected")
+
+
+def _check_id(row: Row, kind: Kind, prompts: dict[Any, str]) -> None:
+    """One id, one prompt: splits, counts and random streams go by it."""
+    text, seen = plain(row["prompt"]), row["prompt_id"] in prompts
+    if prompts.setdefault(row["prompt_id"], text) != text:
+        raise ValueError(f"prompt_id {row['prompt_id']!r} already belongs to another prompt")
+    if seen and kind == "prompts":
+        raise Skip("the prompt is there already")
+
+
+def _checked(raw: Row, kind: Kind, layout: Layout) -> Row:
+    """Our columns, then the file's others; raises ValueError without the place, which the caller knows."""
+    missing = [name for name in layout.needs if name not in raw]
+    if missing:
+        raise ValueError(f"missing {', '.join(missing)}")
+    ours = layout.convert(raw)
+    prompt = ours["prompt"] = _checked_prompt(ours["prompt"])
+    for name in _TEXTS[kind]:
+        if not isinstance(ours[name], str):
+            raise ValueError(f"{name} must be text, not {ours[name]!r:.60}")
+    if kind in _NONEMPTY and not ours[_NONEMPTY[kind]].strip():
+        raise ValueError(f"{_NONEMPTY[kind]} is empty")
+    named = raw.get("prompt_id")
+    named = prompt_id(prompt) if named is None else named
+    if isinstance(named, bool) or not isinstance(named, (str, int)):
+        raise ValueError(f"prompt_id must be text or a whole number, not {named!r:.60}")
+    if kind == "prompts":
+        return {"prompt_id": named, "prompt": prompt}
+    used = {"prompt_id", *ours, *layout.needs, *layout.reads}
+    others = {name: value for name, value in raw.items() if name not in used and value is not None}
+    row = {"prompt_id": named, **ours, **others}
+    _check_numbers(row, kind)
+    if kind == "pairs" and "probability" in row and "strength" not in row:
+        row["strength"] = _log_odds(row["probability"])
+    return row
+
+
+def _checked_prompt(prompt: Any) -> Any:
+    if isinstance(prompt, str):
+        if not prompt.strip():
+            raise ValueError("prompt is empty")
+        return prompt
+    turns = messages(prompt, "prompt") if isinstance(prompt, list) else None
+    if turns is None:
+        raise ValueError(f"prompt must be text or a list of messages, not {prompt!r:.60}")
+    if turns[-1]["role"] == "assistant":
+        raise ValueError("prompt ends with an assistant turn; it must end with what is to be answered")
+    return turns
+
+
+def _check_numbers(row: Row, kind: str) -> None:
+    for name in _TYPED.get(kind, ()):
+        types, words = _TYPES[name]
+        value = row.get(name)
+        wrong_bool = isinstance(value, bool) and bool not in types
+        if name in row and (wrong_bool or not isinstance(value, types)):
+            raise ValueError(f"{name} must be {words}, not {value!r:.60}")
+    for name, value in row.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{name} is {value}; numbers must be finite")
+
+
+def _log_odds(p: float) -> float:
+    if not 0 <= p <= 1:
+        raise ValueError(f"probability is {p}; it must be between 0 and 1")
+    p = min(max(p, PROBABILITY_FLOOR), 1 - PROBABILITY_FLOOR)
+    return math.log(p / (1 - p))
+
+
+def _groups(rows: Sequence[Row], by: str) -> list[str]:
+    """Group of each row: rows joined by equal `by` or prompt, named by the smallest `by` in it."""
+    parent: dict[str, str] = {}
+
+    def root(key: str) -> str:
+        while parent.setdefault(key, key) != key:
+            parent[key] = parent[parent[key]]
+            key = parent[key]
+        return key
+
+    owner: dict[str, str] = {}
+    for i, row in enumerate(rows):
+        if by not in row:
+            raise DataError(f"row {i + 1} has no column {by!r} to split by")
+        key = str(row[by])
+        other = owner.setdefault(plain(row["prompt"]), key) if "prompt" in row else key
+        low, high = sorted((root(key), root(other)))
+        parent[high] = low
+    return [root(str(row[by])) for row in rows]
+
+
+def _write_parquet(rows: Sequence[Row], path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    table = pyarrow.table({name: [row.get(name) for row in rows] for name in names})
+    pyarrow.parquet.write_table(table, path)
+
+
+def _json(row: Row, *, sort: bool) -> str:
+    return json.dumps(row, sort_keys=sort, ensure_ascii=False, allow_nan=False, separators=(",", ":"))

@@ -1,0 +1,253 @@
+"""Rows that decode together: prompts prefilled once, then one token a step from a preallocated cache.
+
+`Decoder.step` maps the last token of every row to the logits of the next, `Decoder.keep` drops rows: all that a
+sampling loop needs, so two models can be mixed by an object with the same two methods.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+
+from pyrite.caches import Columns
+from pyrite.lean import Lean, is_lean
+
+NAME = "pyrite_decode"
+TESTED = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "gpt_neox"})
+PREFILL = 16384  # tokens, padding included, of one prefill forward
+
+Path = Literal["lean", "cached", "generate"]
+Mask = Tensor | dict[str, Tensor | None] | None
+Forward = Callable[[Tensor, Tensor, Columns, Mask], Tensor]  # tokens, positions (N, T) -> logits (N, V)
+
+
+class Engine(NamedTuple):
+    """How a model is run: its path, the forward, and the sliding window of its layer kinds (None: full)."""
+
+    path: Path
+    forward: Forward
+    windows: dict[str, int | None]
+
+
+def open_engine(model: nn.Module, columns: int) -> Engine | None:
+    """The fastest way to run a causal LM over up to `columns` tokens from our cache; None where there is none.
+
+    Families outside `TESTED`, and wrapped models, are compared with the stock forward on a few tokens first.
+    """
+    windows = _windows(model, columns)
+    if windows is None:
+        return None
+    trusted = isinstance(model, PreTrainedModel) and model.config.model_type in TESTED
+    if trusted and set(windows.values()) == {None} and is_lean(model):
+        return Engine("lean", Lean(model, columns, attend), windows)
+    engine = Engine("cached", _stock(model), windows)
+    return engine if trusted or _agrees(model, engine) else None
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Within this block the model is in evaluation mode; each module's own mode is restored."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def attending(model: nn.Module) -> Iterator[None]:
+    """Within this block the model attends through `attend`."""
+    AttentionInterface.register(NAME, _attention)
+    parts = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    before = {id(part.config): (part.config, part.config._attn_implementation) for part in parts}
+    try:
+        for config, _ in before.values():
+            config._attn_implementation = NAME  # has no mask function, so ours are taken as they are
+        yield
+    finally:
+        for config, implementation in before.values():
+            config._attn_implementation = implementation
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Distinct prompts (token ids), longest first, and how many rows each gets."""
+
+    tokens: Sequence[Sequence[int]]
+    repeats: Sequence[int]
+
+
+class Decoder:
+    """The rows of some prompts under one model, prompt by prompt, with room for `steps` new tokens."""
+
+    def __init__(self, engine: Engine, prompts: Prompts, *, steps: int, device: torch.device) -> None:
+        self.engine, self.cache = engine, Columns()
+        lengths = torch.tensor([len(prompt) - 1 for prompt in prompts.tokens], device=device)
+        self.column = len(prompts.tokens[0]) - 1  # the last token of a prompt is the first step's input
+        self.shift = (self.column - lengths).repeat_interleave(torch.tensor(prompts.repeats, device=device))
+        self.bias = None  # hides the columns left of a short prompt, (N, 1, 1, S)
+        if len(prompts.tokens[-1]) - 1 < self.column:
+            column = torch.arange(self.column + steps, device=device)
+            self.bias = _additive((column < self.shift[:, None])[:, None, None])
+        self._prefill(prompts, lengths, device)
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """Logits (N, V) after one more token (N,) in each row."""
+        positions = self.column - self.shift
+        self.column += 1
+        return self.engine.forward(tokens[:, None], positions[:, None], self.cache, self._mask(self.column))
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows only."""
+        self.cache.select(rows)
+        self.shift = self.shift[rows]
+        self.bias = None if self.bias is None else self.bias[rows]
+
+    def _prefill(self, prompts: Prompts, lengths: Tensor, device: torch.device) -> None:
+        start, row, total = 0, 0, sum(prompts.repeats)
+        while start < len(prompts.tokens) and (width := len(prompts.tokens[start]) - 1) > 0:
+            stop = min(len(prompts.tokens), start + max(1, PREFILL // width))
+            block = [[*prompt[:-1], *[0] * (width + 1 - len(prompt))] for prompt in prompts.tokens[start:stop]]
+            tokens, cache = torch.tensor(block, device=device), Columns()
+            positions = torch.arange(width, device=device).expand_as(tokens)
+            self.engine.forward(tokens, positions, cache, self._causal(width, device))
+            repeats = torch.tensor(prompts.repeats[start:stop], device=device)
+            source = torch.arange(stop - start, device=device).repeat_interleave(repeats)
+            self.cache.fill(cache, source, lengths[start:stop], row, total, self.column)
+            start, row = stop, row + len(source)
+
+    def _mask(self, columns: int) -> Mask:
+        """What one new token of each row sees: None for all, or additive (N, 1, 1, columns)."""
+        bias = None if self.bias is None else self.bias[..., :columns]
+
+        def near(window: int) -> Tensor:
+            full = torch.zeros(1, 1, 1, columns, device=self.shift.device) if bias is None else bias.clone()
+            full[..., : columns - window] = float("-inf")
+            return full
+
+        return self._by_kind(columns, bias, near)
+
+    def _causal(self, width: int, device: torch.device) -> Mask:
+        """What the tokens of a right-padded prompt see: None for all before, or additive (1, 1, width, width)."""
+        column = torch.arange(width, device=device)
+        back = column[:, None] - column
+        return self._by_kind(width, None, lambda w: _additive(((back < 0) | (back >= w))[None, None]))
+
+    def _by_kind(self, columns: int, full: Tensor | None, near: Callable[[int], Tensor]) -> Mask:
+        """One mask for all layers, or one a kind where the kinds differ, as transformers wants it."""
+        windows = self.engine.windows
+        if all(window is None or window >= columns for window in windows.values()):
+            return full
+        masks = {kind: full if window is None else near(window) for kind, window in windows.items()}
+        return masks if len(masks) > 1 else next(iter(masks.values()))
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, scale: float) -> Tensor:
+    """Attention of query (N, H, T, D) on key and value (N, G, S, D), mask additive, to (N, T, H, D).
+
+    One query on a processor is two batched products, which the fused kernel does in almost twice the time.
+    """
+    rows, heads, length, size = query.shape
+    mask = None if mask is None else mask.to(query.dtype)
+    if length == 1:  # the heads of a group become its queries, so nothing is repeated
+        query = query.reshape(rows, key.shape[1], -1, size)
+        if query.device.type == "cpu" and query.dtype == torch.float32:
+            scores = (query * scale) @ key.mT
+            mixed = (scores if mask is None else scores + mask).softmax(-1) @ value
+        else:
+            mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+        return mixed.reshape(rows, 1, heads, size)
+    causal, grouped = mask is None, key.shape[1] != heads
+    mixed = F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped
+    )
+    return mixed.transpose(1, 2)
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    **_: object,  # transformers hands every attention function its own extras
+) -> tuple[Tensor, None]:
+    """The form transformers calls."""
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    if softcap is None:
+        return attend(query, key, value, attention_mask, scale=scale), None
+    rows, heads, length, size = query.shape
+    grouped = query.reshape(rows, key.shape[1], -1, length, size)
+    scores = torch.tanh((grouped @ key.mT[:, :, None]) * (scale / softcap)) * softcap
+    if attention_mask is None and length > 1:
+        attention_mask = _additive(torch.ones_like(scores[0, 0, 0], dtype=torch.bool).triu(1))
+    if attention_mask is not None:
+        scores = scores + attention_mask[:, :, None]
+    weights = scores.softmax(-1, dtype=torch.float32).to(value.dtype)
+    return (weights @ value[:, :, None]).reshape(rows, heads, length, size).transpose(1, 2), None
+
+
+def _stock(model: nn.Module) -> Forward:
+    """The model's own forward over our cache."""
+    last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(_base(model).forward).parameters else {}
+
+    def forward(tokens: Tensor, positions: Tensor, cache: Columns, mask: Mask) -> Tensor:
+        output = model(
+            input_ids=tokens,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            **last,
+        )
+        return output.logits[:, -1]
+
+    return forward
+
+
+def _agrees(model: nn.Module, engine: Engine) -> bool:
+    """Whether a ragged batch of two prompts decodes to the stock forward's logits, taken one row at a time."""
+    device = next(model.parameters()).device
+    rows = torch.tensor([[1, 2, 3, 4, 5], [0, 0, 4, 3, 2]], device=device)
+    stock = [model(row[None]).logits[0, -1].float() for row in (rows[0], rows[1, 2:])]
+    try:
+        with attending(model):
+            decoder = Decoder(engine, Prompts([[1, 2, 3], [4]], [1, 1]), steps=3, device=device)
+            ours = [decoder.step(rows[:, column]) for column in (2, 3, 4)][-1]
+    except Exception:  # whatever a foreign model raises, it cannot take our cache
+        return False
+    gap, scale = (ours.float() - torch.stack(stock)).abs().max(), torch.stack(stock).abs().max()
+    return bool(gap <= (1e-4 if ours.dtype == torch.float32 else 5e-2) * scale)
+
+
+def _base(model: nn.Module) -> PreTrainedModel:
+    return next(module for module in model.modules() if isinstance(module, PreTrainedModel))
+
+
+def _windows(model: nn.Module, columns: int) -> dict[str, int | None] | None:
+    """Layer kinds and their windows, None for one that never binds; None where a kind is not known here."""
+    text = _base(model).config.get_text_config()
+    window = getattr(text, "sliding_window", None)
+    kinds = getattr(text, "layer_types", None) or ["sliding_attention" if window else "full_attention"]
+    if not set(kinds) <= {"full_attention", "sliding_attention"}:
+        return None
+    binds = window is not None and window < columns
+    return {kind: window if kind == "sliding_attention" and binds else None for kind in sorted(set(kinds))}
+
+
+def _additive(hidden: Tensor) -> Tensor:
+    """0 where visible, -inf where hidden."""
+    return torch.zeros(hidden.shape, device=hidden.device).masked_fill_(hidden, float("-inf"))

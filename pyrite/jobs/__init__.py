@@ -1,0 +1,1 @@
+"""One file, one job: a config and `run(config) -> Run`, read top to bottom like the paper's algorithm."""

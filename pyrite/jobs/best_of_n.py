@@ -1,0 +1,179 @@
+"""Best-of-n: what the answer a reward model likes best among n is worth, for every n at once.
+
+Each prompt's N candidates are scored by every member, standardized on all of them (they are samples of the initial
+policy), aggregated, and the exact unbiased estimator gives gold and proxy as functions of KL = ln n - (n-1)/n.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pyrite import data, ensembles, estimators, golds, parts, runs, text
+from pyrite.models import RewardModel, member_paths
+from pyrite.progress import progress, say
+from pyrite.runs import Run
+
+OUTPUTS = {
+    "curves.json": "gold, proxy and KL by objective and n, with intervals over prompts",
+    "scores.safetensors": "proxy (E, Q, N), gold (Q, N), row (Q, N) of the candidates",
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Best-of-n against single reward models and ensembles."""
+
+    candidates: str
+    """Candidates with a column `gold`, as `pyrite label` writes them."""
+    rewards: str
+    """Folder of a reward run."""
+    out: Path
+    objectives: tuple[str, ...] = ("mean()", "wco()", "uwo(weight=0.5)")
+    """How members become one score; every single member is reported as well."""
+    n: tuple[int, ...] = ()
+    """Values of n; powers of two up to the number of answers by default."""
+    truncated: Literal["exclude", "keep"] = "exclude"
+    """What to do with answers cut before their end token."""
+    standardize: Literal["pool", "saved", "none"] = "pool"
+    """Constants of the members' scores: of these candidates, of the reward run, or none."""
+
+
+def inputs(config: Config) -> dict[str, str | Path]:
+    """What the job reads."""
+    return {"candidates": config.candidates, "rewards": Path(config.rewards) / "done.json"}
+
+
+def run(config: Config) -> Run:
+    """Score, standardize, aggregate, estimate."""
+    run = runs.start("best_of_n", config, inputs=inputs(config))
+    if run.done:
+        return run
+    objectives = {spec: parts.part(spec, ensembles) for spec in config.objectives}
+    rows = data.load(config.candidates, "candidates")
+    pool, cut = answer_grid(rows, truncated=config.truncated)
+    n = _counts(config.n, pool.shape[1], config.candidates)
+    gold = _gold(rows, pool, config)
+    members = member_paths(config.rewards)
+    run.open()
+    say(f"best_of_n: {pool.shape[0]} prompts x {pool.shape[1]} answers, {len(members)} members, {cut} cut answers")
+    raw = torch.stack([_scores(run, path, rows, pool) for path in members])
+    proxy = _standardized(raw, members, config)
+    if run.writes:
+        tensors = {"proxy": proxy.float(), "raw": raw.float(), "gold": gold.float(), "row": pool}
+        save_file(tensors, run.folder / "scores.safetensors")
+        runs.write_json(run.folder / "curves.json", curves(proxy, gold, n, objectives))
+    found = {"prompts": pool.shape[0], "answers": pool.shape[1], "truncated": cut, "n": n}
+    return run.finish(**found, gold_mean=gold.mean().item(), gold_std=gold.std(correction=0).item())
+
+
+def answer_grid(rows: list[dict[str, Any]], *, truncated: str) -> tuple[Tensor, int]:
+    """Row numbers (Q, N) of each prompt's first N answers, N the same for all; and how many cut answers there are."""
+    by_prompt: dict[Any, list[int]] = {}
+    cut = 0
+    for index, row in enumerate(rows):
+        cut += not row["finished"]
+        if row["finished"] or truncated == "keep":
+            by_prompt.setdefault(row["prompt_id"], []).append(index)
+    if not by_prompt:
+        raise ValueError("every answer was cut before its end token; raise max_new_tokens of `pyrite generate`")
+    most = min(len(indices) for indices in by_prompt.values())
+    return torch.tensor([indices[:most] for indices in by_prompt.values()]), cut
+
+
+def single(proxy: Tensor, gold: Tensor, n: list[int]) -> tuple[Tensor, Tensor]:
+    """Gold and proxy (M, Q) of the average single member: each picks for itself, then the mean is taken."""
+    picks = [(estimators.best_of_n(p, gold, n), estimators.best_of_n(p, p, n)) for p in proxy]
+    return torch.stack([g for g, _ in picks]).mean(0), torch.stack([p for _, p in picks]).mean(0)
+
+
+def curves(
+    proxy: Tensor, gold: Tensor, n: list[int], objectives: dict[str, Callable[[Tensor], Tensor]]
+) -> list[dict[str, Any]]:
+    """One row per objective and n; proxy (E, Q, N) and gold (Q, N) standardized on these candidates."""
+    gold = (gold - gold.mean()) / gold.std(correction=0)
+    rows = _curve("single", *single(proxy, gold, n), n, proxy.shape[2])
+    for member, scores in enumerate(proxy):
+        both = estimators.best_of_n(scores, gold, n), estimators.best_of_n(scores, scores, n)
+        rows += _curve(f"member {member}", *both, n, proxy.shape[2])
+    for name, objective in objectives.items():
+        scores = objective(proxy.flatten(1)).view_as(gold)
+        both = estimators.best_of_n(scores, gold, n), estimators.best_of_n(scores, scores, n)
+        rows += _curve(name, *both, n, proxy.shape[2])
+    return rows
+
+
+def _curve(name: str, gold: Tensor, proxy: Tensor, n: list[int], answers: int) -> list[dict[str, Any]]:
+    kl = estimators.best_of_n_kl(n)
+    effective = estimators.effective_samples(answers, n)
+    bands = [estimators.bootstrap(values) for values in (gold, proxy)]
+    columns = [*(part for band in bands for part in band), kl, kl.sqrt(), effective]
+    keys = (
+        "gold",
+        "gold_lo",
+        "gold_hi",
+        "proxy",
+        "proxy_lo",
+        "proxy_hi",
+        "kl",
+        "sqrt_kl",
+        "effective_samples",
+    )
+    table = torch.stack([column.double() for column in columns], 1).tolist()
+    return [{"objective": name, "n": m, **dict(zip(keys, row, strict=True))} for m, row in zip(n, table, strict=True)]
+
+
+def _counts(asked: tuple[int, ...], answers: int, where: str) -> list[int]:
+    if not asked:
+        return [2**i for i in range(answers.bit_length()) if 2**i <= answers]
+    if max(asked) > answers:
+        raise ValueError(f"{where}: n = {max(asked)} but the fewest finished answers to a prompt are {answers}")
+    return sorted(set(asked))
+
+
+def _gold(rows: list[dict[str, Any]], pool: Tensor, config: Config) -> Tensor:
+    missing = next((i for i in pool.flatten().tolist() if rows[i].get("gold") is None), None)
+    if missing is not None:
+        raise ValueError(f"{config.candidates}: row {missing + 1} has no `gold`; score it with `pyrite label` first")
+    gold = [rows[i]["gold"] for i in pool.flatten().tolist()]
+    return golds.check_scores(torch.tensor(gold, dtype=torch.float64), len(gold), name="gold").view_as(pool)
+
+
+def _scores(run: Run, path: Path, rows: list[dict[str, Any]], pool: Tensor) -> Tensor:
+    """Raw scores (Q, N) of one member, prompt by prompt, resumable."""
+    model = RewardModel.load(path)
+    with progress(f"score by {path.name}", pool.numel(), unit="answers") as advance:
+
+        def score(begin: int, end: int) -> dict[str, list]:
+            some = [rows[i] for i in pool[begin:end].flatten().tolist()]
+            encoded = text.encode_all(
+                model.tokenizer,
+                [row["prompt"] for row in some],
+                [row["response"] for row in some],
+                finished=[row["finished"] for row in some],
+                max_length=model.context,
+            )
+            return {"score": model.raw_scores(encoded, progress=advance).tolist()}
+
+        size = max(1, 16384 // pool.shape[1])
+        table = runs.in_parts(run.folder / "parts" / path.name, len(pool), score, size=size, keep=True)
+    scores = torch.tensor(table["score"].to_pylist(), dtype=torch.float64)
+    return golds.check_scores(scores, pool.numel(), name=str(path)).view_as(pool)
+
+
+def _standardized(raw: Tensor, members: list[Path], config: Config) -> Tensor:
+    flat = raw.flatten(1)
+    if config.standardize == "none":
+        return raw
+    if config.standardize == "saved":
+        saved = [runs.read_json(path / "measured.json") for path in members]
+        mean, std = (torch.tensor([row[key] for row in saved], dtype=raw.dtype) for key in ("mean", "std"))
+    else:
+        mean, std = flat.mean(1), flat.std(1, correction=0)
+    return ensembles.standardize(flat, mean, std).view_as(raw)

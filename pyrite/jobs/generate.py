@@ -1,0 +1,113 @@
+"""Candidates: K answers of a policy to each prompt.
+
+Randomness belongs to (seed, prompt_id, sample), so a candidate does not depend on batch size, number of processes
+or an interruption.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow.parquet as pq
+from torch import Tensor
+
+from pyrite import data, runs, seeds, text
+from pyrite.generate import sample
+from pyrite.models import Policy, backbone
+from pyrite.progress import Advance, progress, say
+from pyrite.runs import Run
+
+OUTPUTS = {"candidates.parquet": "prompt_id, prompt, sample, response, finished, length, logp"}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Sample K candidate answers to every prompt."""
+
+    model: str
+    """Folder or Hub name of a causal language model."""
+    prompts: str
+    """Prompts: prompt, prompt_id."""
+    out: Path
+    columns: str | None = None
+    k: int = 2
+    """Answers a prompt."""
+    limit: int | None = None
+    """Use only the first so many prompts."""
+    max_new_tokens: int = 256
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    rows: int = 512
+    """Answers decoded at once; changes speed, not the result."""
+    seed: int = 0
+
+
+def inputs(config: Config) -> dict[str, str | Path]:
+    """What the job reads."""
+    return {"model": config.model, "prompts": config.prompts}
+
+
+def run(config: Config) -> Run:
+    """Sample, mark what was cut, store."""
+    run = runs.start("generate", config, inputs=inputs(config))
+    if run.done:
+        return run
+    prompts = data.load(config.prompts, "prompts", columns=config.columns)[: config.limit]
+    policy = Policy.load(config.model)
+    room = policy.context - config.max_new_tokens
+    ids = text.encode_prompts(
+        policy.tokenizer,
+        [row["prompt"] for row in prompts],
+        max_length=room,
+        where=lambda i: f"{config.prompts}: prompt {prompts[i]['prompt_id']} with {config.max_new_tokens} new tokens",
+    )
+    run.open()
+    say(f"generate: {config.k} answers to each of {len(prompts)} prompts")
+    some = max(1, config.rows // config.k) * 4
+    with progress("generate", len(prompts) * config.k, unit="answers") as advance:
+        table = runs.in_parts(
+            run.folder / "parts",
+            len(prompts),
+            lambda begin, end: _part(policy, prompts[begin:end], ids[begin:end], config, advance),
+            size=some,
+        )
+    if run.writes:
+        pq.write_table(table, run.folder / ".candidates.parquet")
+        (run.folder / ".candidates.parquet").replace(run.folder / "candidates.parquet")
+    finished = table["finished"].to_numpy()
+    return run.finish(
+        answers=len(table),
+        missing_eos=1 - float(finished.mean()),
+        mean_length=float(table["length"].to_numpy().mean()),
+    )
+
+
+def _part(policy: Policy, prompts: list[dict], ids: list[list[int]], config: Config, advance: Advance) -> dict:
+    drawn = sample(
+        backbone(policy.model),
+        ids,
+        eos=text.end_id(policy.tokenizer),
+        k=config.k,
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        top_k=config.top_k,
+        seed=seeds.derive(config.seed, "generate"),
+        keys=[seeds.derive(0, str(row["prompt_id"])) for row in prompts],
+        max_rows=config.rows,
+        progress=advance,
+    )
+    tokens = [row[:n] for row, n in zip(drawn.tokens.tolist(), drawn.length.tolist(), strict=True)]
+    logp: Tensor = drawn.policy_logps.double().sum(1)
+    owner = [prompts[i] for i in drawn.prompt.tolist()]
+    return {
+        "prompt_id": [row["prompt_id"] for row in owner],
+        "prompt": [row["prompt"] for row in owner],
+        "sample": drawn.sample.tolist(),
+        "response": text.decode(policy.tokenizer, tokens),
+        "finished": drawn.finished.tolist(),
+        "length": drawn.length.tolist(),
+        "logp": logp.tolist(),
+    }

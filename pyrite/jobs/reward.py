@@ -1,0 +1,163 @@
+"""Reward models: E members that differ only in their head's first weights and the order of the data.
+
+loss = mean over pairs of -log sigmoid(r_chosen - r_rejected) + center/2 (r_chosen^2 + r_rejected^2)
+
+Afterwards each member's mean and standard deviation over answers are measured, saved and used by its scorer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from pyrite import data, estimators, parts, reward_losses, runs, seeds, text, train
+from pyrite.models import Lora, Pooling, RewardModel
+from pyrite.packing import Row
+from pyrite.progress import say
+from pyrite.runs import Run
+from pyrite.train import Training
+
+OUTPUTS = {"member_*/": "reward models, Hugging Face layout", "metrics.jsonl": "loss and accuracy by step"}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Train an ensemble of reward models on preference pairs."""
+
+    model: str
+    """Folder or Hub name of the model to start from."""
+    data: str
+    """Preference pairs: prompt, chosen, rejected."""
+    out: Path
+    columns: str | None = None
+    held_out: str | float = 0.1
+    """Pairs for measuring accuracy: a file, or the share of the prompts to keep."""
+    members: int = 1
+    """Reward models in the ensemble."""
+    loss: str = "bradley_terry(center=0.001)"
+    pooling: Pooling = "last"
+    """Where the score is read: the end token, or the mean over the response."""
+    head_std: float = 0.02
+    """Standard deviation of a new head's weights."""
+    max_length: int | None = None
+    """Longest prompt + response in tokens; the model's context by default."""
+    max_prompt: int | None = None
+    """Longest prompt in tokens; longer ones keep their end. Three quarters of max_length by default."""
+    on_equal: Literal["error", "drop"] = "error"
+    """What to do with a pair whose answers are equal."""
+    lora: Lora = Lora()
+    training: Training = Training(epochs=2)
+    seed: int = 0
+
+
+def inputs(config: Config) -> dict[str, str | Path]:
+    """What the job reads."""
+    held = {"held_out": config.held_out} if isinstance(config.held_out, str) else {}
+    return {"model": config.model, "data": config.data, **held}
+
+
+def run(config: Config) -> Run:
+    """Train every member on the same pairs, measure it on held-out pairs, save it."""
+    run = runs.start("reward", config, inputs=inputs(config))
+    if run.done:
+        return run
+    loss = parts.part(config.loss, reward_losses)
+    pairs, held = _read(config)
+    first = _member(config, 0)
+    batches, clean = _rows(first, pairs, config), _rows(first, held, config)
+    run.open()
+    say(f"reward: {len(batches)} pairs, {len(clean)} held out, {config.members} members")
+    for member in range(config.members):
+        folder = run.folder / f"member_{member}"
+        if (folder / "measured.json").exists():
+            continue
+        model = _member(config, member)
+        train.fit(
+            model,
+            batches,
+            partial(_loss, model.pack, loss),
+            weights=[1.0] * len(batches),
+            training=config.training,
+            seed=seeds.derive(config.seed, "member", member),
+            run=run,
+            label=f"member {member}",
+            folder=f"checkpoints/{member}",
+        )
+        measured = _measure(model, clean or batches)
+        if run.writes:
+            model.save(folder)
+            runs.write_json(folder / "measured.json", measured)
+    train.discard_checkpoints(run)
+    return run.finish(members=_results(run, config), pairs=len(batches), **_baseline(clean or batches))
+
+
+def _loss(
+    pack: Callable, loss: Callable[..., Tensor], model: nn.Module, rows: list[Row], _: list[int]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    chosen, rejected = model(pack(rows)).view(-1, 2).unbind(1)
+    return loss(chosen, rejected).sum(), {
+        "accuracy": estimators.wins(chosen.detach(), rejected.detach()).sum().float(),
+        "margin": (chosen - rejected).sum(),
+    }
+
+
+def _read(config: Config) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    read = partial(data.load, kind="pairs", columns=config.columns, on_equal=config.on_equal, note=say)
+    pairs = read(config.data)
+    if isinstance(config.held_out, str):
+        return pairs, read(config.held_out)
+    return data.split(pairs, fraction=config.held_out, seed=seeds.derive(config.seed, "held out"))
+
+
+def _member(config: Config, member: int) -> RewardModel:
+    return RewardModel.load(
+        config.model,
+        lora=config.lora,
+        pooling=config.pooling,
+        head_seed=seeds.derive(config.seed, "head", member),
+        head_std=config.head_std,
+    )
+
+
+def _rows(model: RewardModel, pairs: list[dict[str, Any]], config: Config) -> list[Row]:
+    """One row a pair: the prompt, then chosen and rejected."""
+    most = config.max_length or model.context
+    options = {
+        "max_length": most,
+        "max_prompt": config.max_prompt or most * 3 // 4,
+        "where": lambda i: f"{config.data}: pair {i + 1}",
+    }
+    prompts = [pair["prompt"] for pair in pairs]
+    chosen, rejected = (
+        text.encode_all(model.tokenizer, prompts, [pair[side] for pair in pairs], **options)
+        for side in ("chosen", "rejected")
+    )
+    return [Row(a.prompt, [a.response, b.response]) for a, b in zip(chosen, rejected, strict=True)]
+
+
+@torch.inference_mode()
+def _measure(model: RewardModel, rows: list[Row]) -> dict[str, Any]:
+    """Accuracy with its interval, and the constants that standardize this member's scores."""
+    texts = [text.Encoded(list(row.prompt), list(response), False) for row in rows for response in row.responses]
+    scores = model.raw_scores(texts)
+    model.mean, model.std = scores.mean().item(), scores.std(correction=0).item()
+    wins = estimators.wins(*scores.view(-1, 2).unbind(1))
+    accuracy, lo, hi = (value.item() for value in estimators.bootstrap(wins))
+    return {"accuracy": accuracy, "accuracy_lo": lo, "accuracy_hi": hi, "mean": model.mean, "std": model.std}
+
+
+def _results(run: Run, config: Config) -> list[dict[str, Any]]:
+    return [runs.read_json(run.folder / f"member_{member}" / "measured.json") for member in range(config.members)]
+
+
+def _baseline(rows: list[Row]) -> dict[str, Any]:
+    """How often the longer answer is the chosen one: what a reward model must beat."""
+    lengths = torch.tensor([[len(response) for response in row.responses] for row in rows])
+    accuracy, lo, hi = (v.item() for v in estimators.bootstrap(estimators.wins(*lengths.unbind(1))))
+    return {"held_out_pairs": len(rows), "length_accuracy": accuracy, "length_lo": lo, "length_hi": hi}

@@ -1,0 +1,108 @@
+"""Supervised fine-tuning: a language model learns to write the responses of a data set.
+
+loss = -1/|tokens of the batch| sum over response tokens of log pi(token | prompt, tokens before it)
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from pyrite import data, runs, text, train
+from pyrite.models import Lora, Policy
+from pyrite.packing import Row, micro_batches
+from pyrite.progress import say
+from pyrite.runs import Run
+from pyrite.train import Training
+
+OUTPUTS = {"model/": "the fine-tuned model, Hugging Face layout", "metrics.jsonl": "loss by step"}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Supervised fine-tuning on prompts and responses."""
+
+    model: str
+    """Folder or Hub name of a causal language model."""
+    data: str
+    """Demonstrations: prompt, response."""
+    out: Path
+    columns: str | None = None
+    """Names of the columns where they differ, as ours=theirs: "prompt=question,response=answer"."""
+    held_out: float = 0.02
+    """Share of the prompts kept for measuring perplexity."""
+    max_length: int | None = None
+    """Longest prompt + response in tokens; the model's context by default."""
+    lora: Lora = Lora()
+    training: Training = Training()
+    seed: int = 0
+
+
+def inputs(config: Config) -> dict[str, str | Path]:
+    """What the job reads."""
+    return {"model": config.model, "data": config.data}
+
+
+def run(config: Config) -> Run:
+    """Train, measure held-out perplexity, save."""
+    run = runs.start("sft", config, inputs=inputs(config))
+    if run.done:
+        return run
+    rows = data.load(config.data, "demos", columns=config.columns)
+    training, held = data.split(rows, fraction=config.held_out, seed=config.seed)
+    policy = Policy.load(config.model, lora=config.lora)
+    batches, held_out = (_rows(policy, part, config) for part in (training, held))
+    run.open()
+    say(f"sft: {len(batches)} demonstrations, {len(held_out)} held out, {_size(policy)} parameters")
+
+    def loss(model: nn.Module, part: list[Row], _: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
+        return -model(policy.pack(part)).sum(), {}
+
+    weights = [float(len(row.responses[0])) for row in batches]
+    train.fit(
+        policy,
+        batches,
+        loss,
+        weights=weights,
+        training=config.training,
+        seed=config.seed,
+        run=run,
+        label="sft",
+    )
+    nll = negative_log_likelihood(policy, held_out) if held_out else None
+    if run.writes:
+        policy.save(run.folder / "model")
+    train.discard_checkpoints(run)
+    perplexity = math.exp(nll) if nll is not None else None
+    return run.finish(held_out_nll=nll, perplexity=perplexity, train_rows=len(batches), held_out_rows=len(held_out))
+
+
+@torch.inference_mode()
+def negative_log_likelihood(policy: Policy, rows: list[Row], *, budget: int = 16384) -> float:
+    """Mean over response tokens, nats."""
+    policy.eval()
+    total = sum(
+        policy(policy.pack([rows[i] for i in group])).double().sum().item()
+        for group in micro_batches(rows, budget=budget)
+    )
+    return -total / sum(len(row.responses[0]) for row in rows)
+
+
+def _rows(policy: Policy, rows: list[dict], config: Config) -> list[Row]:
+    encoded = text.encode_all(
+        policy.tokenizer,
+        [row["prompt"] for row in rows],
+        [row["response"] for row in rows],
+        max_length=config.max_length or policy.context,
+        where=lambda i: f"{config.data}: row of prompt {rows[i]['prompt_id']}",
+    )
+    return [Row(e.prompt, [e.response]) for e in encoded]
+
+
+def _size(policy: Policy) -> str:
+    trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
+    return f"{trained / 1e6:.2f} M trained"

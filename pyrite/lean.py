@@ -1,0 +1,146 @@
+"""The Llama family (Llama, Mistral, Qwen2, Qwen3) as one flat function for decoding.
+
+A step of a small model spends most of its time between the kernels of the stock code. Here the projections are
+fused, the rotary tables computed once and nothing is dispatched. The weights are read, never changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pyrite.caches import Columns
+
+FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
+ROTARY = frozenset({"default", "linear", "llama3", "yarn"})  # tables that do not depend on the sequence
+LIMIT = 2**30  # bytes of weights up to which a fused copy is made
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A linear map: weight (out, in), bias (out,) or None."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if _onednn(x):  # on processors MKL does not favor, its float32 product takes twice as long as oneDNN's
+            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        return F.linear(x, self.weight, self.bias)
+
+
+@dataclass(frozen=True)
+class Block:
+    """One transformer layer; qkv and gate_up are fused."""
+
+    norm: Tensor
+    qkv: Dense
+    qk_norm: Tensor | None  # (H + G, D), Qwen3
+    out: Dense
+    mlp_norm: Tensor
+    gate_up: Dense
+    down: Dense
+    act: Callable[[Tensor], Tensor]
+
+
+class Lean:
+    """tokens (N, T), positions (N, T), cache, mask -> logits (N, V) of the last column."""
+
+    def __init__(self, model: nn.Module, positions: int, attend: Callable[..., Tensor]) -> None:
+        base, config = model.model, model.config
+        self.attend, self.eps = attend, config.rms_norm_eps
+        attention = base.layers[0].self_attn
+        self.size, self.scale = attention.head_dim, attention.scaling
+        self.groups = config.num_key_value_heads
+        self.blocks = [_block(layer) for layer in base.layers]
+        self.embedding, self.norm = base.embed_tokens.weight, base.norm.weight
+        self.head = Dense(model.lm_head.weight, model.lm_head.bias)
+        index = torch.arange(positions, device=self.embedding.device)[None]
+        cos, sin = base.rotary_emb(self.embedding[:1], position_ids=index)
+        half = self.size // 2
+        self.cos, self.sin = cos[0], torch.cat([-sin[0, :, :half], sin[0, :, half:]], -1)
+
+    def __call__(self, tokens: Tensor, positions: Tensor, cache: Columns, mask: Tensor | None) -> Tensor:
+        x = F.embedding(tokens, self.embedding)
+        cos, sin = self.cos[positions][:, :, None], self.sin[positions][:, :, None]
+        for index, block in enumerate(self.blocks):
+            q, k, v = self._heads(block, self._rms(x, block.norm), cos, sin)
+            k, v = cache.update(k, v, index)
+            mixed = self.attend(q, k, v, mask, scale=self.scale)
+            x = x + block.out(mixed.flatten(2))
+            gate, up = block.gate_up(self._rms(x, block.mlp_norm)).chunk(2, -1)
+            x = x + block.down(block.act(gate) * up)
+        return self.head(self._rms(x[:, -1], self.norm))
+
+    def _heads(self, block: Block, x: Tensor, cos: Tensor, sin: Tensor) -> list[Tensor]:
+        heads = block.qkv(x).unflatten(-1, (-1, self.size))  # (N, T, H + 2G, D)
+        qk, v = heads[:, :, : -self.groups], heads[:, :, -self.groups :]
+        if block.qk_norm is not None:
+            qk = self._rms(qk, None) * block.qk_norm
+        qk = torch.addcmul(qk * cos, qk.roll(self.size // 2, -1), sin)
+        return [part.transpose(1, 2) for part in (qk[:, :, : -self.groups], qk[:, :, -self.groups :], v)]
+
+    def _rms(self, x: Tensor, weight: Tensor | None) -> Tensor:
+        return F.rms_norm(x, (x.shape[-1],), weight, self.eps)
+
+
+def is_lean(model: nn.Module) -> bool:
+    """Whether `Lean` can stand in for the model: family, plain linear layers, no hooks, small enough to copy."""
+    config = model.config
+    if config.model_type not in FAMILIES or not type(model).__name__.endswith("ForCausalLM"):
+        return False
+    projections = [
+        module
+        for layer in model.model.layers
+        for part in (layer.self_attn, layer.mlp)
+        for name, module in part.named_children()
+        if name.endswith("_proj")
+    ]
+    return (
+        all(type(module) is nn.Linear for module in [model.lm_head, *projections])  # no adapter, not quantized
+        and not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+        and config.rope_parameters["rope_type"] in ROTARY
+        and sum(weight.nbytes for weight in model.parameters()) <= LIMIT
+        and len({(weight.device, weight.dtype) for weight in model.parameters()}) == 1
+    )
+
+
+def _block(layer: nn.Module) -> Block:
+    attention, mlp = layer.self_attn, layer.mlp
+    return Block(
+        norm=layer.input_layernorm.weight,
+        qkv=_fused(attention.q_proj, attention.k_proj, attention.v_proj),
+        qk_norm=_qk_norm(attention),
+        out=_fused(attention.o_proj),
+        mlp_norm=layer.post_attention_layernorm.weight,
+        gate_up=_fused(mlp.gate_proj, mlp.up_proj),
+        down=_fused(mlp.down_proj),
+        act=mlp.act_fn,
+    )
+
+
+def _fused(*layers: nn.Linear) -> Dense:
+    if len(layers) == 1:
+        return Dense(layers[0].weight, layers[0].bias)
+    biases = [layer.bias for layer in layers if layer.bias is not None]
+    return Dense(torch.cat([layer.weight for layer in layers]), torch.cat(biases) if biases else None)
+
+
+def _qk_norm(attention: nn.Module) -> Tensor | None:
+    norms = dict(attention.named_children())
+    if "q_norm" not in norms:
+        return None
+    q, k = norms["q_norm"].weight, norms["k_norm"].weight
+    heads, groups = (
+        attention.q_proj.out_features // attention.head_dim,
+        attention.k_proj.out_features // attention.head_dim,
+    )
+    return torch.cat([q.expand(heads, -1), k.expand(groups, -1)])
+
+
+def _onednn(x: Tensor) -> bool:
+    return x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available()

@@ -1,0 +1,144 @@
+"""The records every loss reads: log-probabilities of responses, and of pairs of them.
+
+Natural logarithms (nats), response tokens only, the end-of-sequence token included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+
+@dataclass(frozen=True, eq=False)
+class Logps:
+    """Log-probabilities of N responses under one model.
+
+    sum    (N,)   log π(y | x), nats, float32 or better
+    length (N,)   tokens
+    tokens (N, T) log π(y_t | x, y_<t), 0 off the mask; None where only the sums are known
+    mask   (N, T) bool, True at the response's tokens; None together with `tokens`
+    """
+
+    sum: Tensor
+    length: Tensor
+    tokens: Tensor | None = None
+    mask: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.sum.ndim != 1 or self.sum.shape != self.length.shape:
+            raise ValueError(
+                f"Logps: sum has shape {tuple(self.sum.shape)} and length {tuple(self.length.shape)}; "
+                "both must be (N,), one value a response"
+            )
+        if self.sum.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"Logps: sums are {self.sum.dtype}; use float32 or float64 (bfloat16 rounds -345.678 to -346)"
+            )
+        if (self.tokens is None) != (self.mask is None):
+            raise ValueError("Logps: tokens and mask come together; build both with Logps.from_tokens")
+        if self.tokens is not None and self.mask is not None:
+            _check_token_shapes(self.tokens, self.mask, len(self.sum))
+
+    @classmethod
+    def from_tokens(cls, rows: Sequence[Tensor]) -> Logps:
+        """N responses from their tokens' log-probabilities, one (T_i,) tensor each.
+
+        Sums are accumulated in float64 and returned in the rows' dtype, at least float32.
+        Raises ValueError for no rows, a row that is not 1-D and floating, an empty row, or mixed dtypes.
+
+        >>> Logps.from_tokens([torch.tensor([-1.0, -0.5]), torch.tensor([-2.0])]).sum
+        tensor([-1.5000, -2.0000])
+        """
+        _check_rows(rows)
+        tokens = pad_sequence(list(rows), batch_first=True)
+        length = torch.tensor([len(row) for row in rows], device=tokens.device)
+        mask = torch.arange(tokens.shape[1], device=tokens.device) < length[:, None]
+        total = tokens.sum(1, dtype=torch.float64)
+        return cls(total.to(torch.promote_types(tokens.dtype, torch.float32)), length, tokens, mask)
+
+    @classmethod
+    def from_sums(cls, sum: Tensor, length: Tensor) -> Logps:
+        """N responses known only by log π(y | x), (N,) nats, and their lengths, (N,) tokens."""
+        return cls(sum, length)
+
+    @property
+    def mean(self) -> Tensor:
+        """log π(y | x) / |y|, (N,), nats a token."""
+        return self.sum / self.length
+
+    def __len__(self) -> int:
+        return len(self.sum)
+
+    def checked(self, name: str = "log-probabilities") -> Logps:
+        """Itself, or ValueError naming the first row that is not a log-probability of a response.
+
+        Reads values, so it waits for the device: call it where data come in, not inside a step.
+        """
+        good = torch.isfinite(self.sum) & (self.sum <= 1e-3) & (self.length > 0)
+        if not good.all():
+            row = int((~good).nonzero()[0])
+            raise ValueError(
+                f"{name}: row {row} has sum {self.sum[row].item():g} over {int(self.length[row])} tokens; "
+                "a sum must be finite and at most 0, over at least one token; recompute or drop the row"
+            )
+        return self
+
+
+@dataclass(frozen=True, eq=False)
+class PairLogps:
+    """B preference pairs under the policy and, where there is one, under the reference.
+
+    strength (B,): how strongly chosen is preferred, a reward difference or log-odds; None where unknown.
+    """
+
+    chosen: Logps
+    rejected: Logps
+    ref_chosen: Logps | None = None
+    ref_rejected: Logps | None = None
+    strength: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if (self.ref_chosen is None) != (self.ref_rejected is None):
+            missing = "ref_chosen" if self.ref_chosen is None else "ref_rejected"
+            raise ValueError(f"PairLogps: {missing} is missing; give both reference sides, or neither")
+        sides = {"rejected": self.rejected, "ref_chosen": self.ref_chosen, "ref_rejected": self.ref_rejected}
+        for name, side in sides.items():
+            if side is not None and len(side) != len(self.chosen):
+                raise ValueError(f"PairLogps: {len(self.chosen)} chosen responses but {len(side)} in {name}")
+        if self.strength is not None and self.strength.shape != self.chosen.sum.shape:
+            raise ValueError(f"PairLogps: strength has shape {tuple(self.strength.shape)}, not ({len(self.chosen)},)")
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+
+def _check_rows(rows: Sequence[Tensor]) -> None:
+    if not len(rows):
+        raise ValueError("Logps.from_tokens: no responses; give one tensor of token log-probabilities each")
+    for index, row in enumerate(rows):
+        if row.ndim != 1 or not row.is_floating_point():
+            raise ValueError(
+                f"Logps.from_tokens: response {index} is {row.dtype} of shape {tuple(row.shape)}; "
+                "give a 1-D float tensor, one log-probability a token"
+            )
+        if not len(row):
+            raise ValueError(
+                f"Logps.from_tokens: response {index} has no tokens, so it would teach nothing; drop its row"
+            )
+        if row.dtype != rows[0].dtype:
+            raise ValueError(
+                f"Logps.from_tokens: response {index} is {row.dtype} and response 0 {rows[0].dtype}; "
+                "give all responses in one dtype"
+            )
+
+
+def _check_token_shapes(tokens: Tensor, mask: Tensor, rows: int) -> None:
+    if tokens.ndim != 2 or tokens.shape != mask.shape or len(tokens) != rows or mask.dtype != torch.bool:
+        raise ValueError(
+            f"Logps: tokens {tuple(tokens.shape)} and mask {tuple(mask.shape)} ({mask.dtype}) "
+            f"must both be ({rows}, T), the mask of bools"
+        )

@@ -1,0 +1,382 @@
+"""Policies and reward models: load, adapt, log-probabilities, scores, save.
+
+Both run packed rows through the stock transformers model. At load a small probe compares that path with the
+model's own padded forward; a model that disagrees (an encoder, an unusual mask or head) runs padded instead.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import peft
+import torch
+from peft import LoraConfig, PeftModel
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from pyrite.attention import packed_forward
+from pyrite.logps import Logps
+from pyrite.packing import Packed, Row, longest, micro_batches, pack
+from pyrite.progress import say
+from pyrite.text import Encoded, encode_all, load_tokenizer
+from pyrite.vocabulary import selective_logp
+
+Pooling = Literal["last", "mean"]
+Dtype = Literal["float32", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters on linear layers; rank 0 trains the whole model."""
+
+    lora_rank: int = 0
+    lora_alpha: float = 16.0
+    lora_dropout: float = 0.0
+    lora_targets: str = "all-linear"
+    """Names of linear layers, comma separated, or all of them."""
+
+
+class Policy(nn.Module):
+    """A causal language model that gives log-probabilities of response tokens."""
+
+    def __init__(self, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        super().__init__()
+        self.model = model
+        self.tokenizer = tokenizer
+        self.packed = _agrees(self._fast, self._plain, backbone(model))
+
+    @classmethod
+    def load(cls, path: str | Path, *, lora: Lora | None = None, dtype: Dtype = "float32") -> Policy:
+        """From a folder or Hub name; a folder with adapters loads its base below them."""
+        tokenizer = _tokenizer(path)
+        model = _load(AutoModelForCausalLM, path, dtype=dtype)
+        return cls(_adapted(model, lora, task="CAUSAL_LM"), tokenizer)
+
+    @property
+    def context(self) -> int:
+        """Longest prompt + response in tokens."""
+        return _context(backbone(self.model))
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def pack(self, rows: Sequence[Row]) -> Packed:
+        """Rows as this model reads them, on its device."""
+        return _pack(self, rows)
+
+    def forward(self, batch: Packed) -> Tensor:
+        """Log-probability of each of the R response tokens, (R,) float32 nats."""
+        return self._plain(batch) if batch.padded else self._fast(batch)
+
+    def logps(self, batch: Packed, *, tokens: bool = False) -> Logps:
+        """Log-probabilities of the N responses; `tokens=True` keeps them token by token."""
+        flat = self(batch)
+        if tokens:
+            return Logps.from_tokens(list(flat.split(batch.lengths.tolist())))
+        total = flat.new_zeros(batch.n, dtype=torch.float64).index_add(0, batch.owner, flat.double())
+        return Logps.from_sums(total.float(), batch.lengths)
+
+    def save(self, folder: str | Path) -> None:
+        """Hugging Face layout, safetensors, tokenizer included."""
+        self.model.save_pretrained(str(folder))
+        self.tokenizer.save_pretrained(folder)
+
+    def _fast(self, batch: Packed) -> Tensor:
+        model = backbone(self.model)
+        hidden = _trunk_states(model, batch).index_select(0, batch.predictor)
+        head: Any = model.get_output_embeddings()
+        return selective_logp(hidden, head.weight, batch.target)
+
+    def _plain(self, batch: Packed) -> Tensor:
+        ids, mask = _padded(batch)
+        logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        rows = _unpad(logits, batch).index_select(0, batch.predictor).float()
+        return torch.log_softmax(rows, -1).gather(1, batch.target[:, None]).squeeze(1)
+
+
+class RewardModel(nn.Module):
+    """A sequence classifier with one output, read at the last token (or the mean) of the response."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        tokenizer: Any,
+        *,
+        pooling: Pooling = "last",
+        mean: float = 0.0,
+        std: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.tokenizer = tokenizer
+        self.pooling: Pooling = pooling
+        self.mean, self.std = mean, std
+        score = getattr(backbone(model), "score", None)  # the head transformers gives every decoder classifier
+        # a mean-pooled head is not the stock one, so only the trunk can be compared, at the last token
+        pooled = isinstance(score, nn.Module)
+        self.packed = pooled and _agrees(lambda b: self._fast(b, "last"), self._plain, backbone(model))
+        if pooling == "mean" and not self.packed:
+            raise ValueError("pooling=mean needs a decoder model that can run packed; use pooling=last")
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        lora: Lora | None = None,
+        dtype: Dtype = "float32",
+        pooling: Pooling | None = None,
+        head_seed: int | None = None,
+        head_std: float = 0.02,
+    ) -> RewardModel:
+        """From a saved reward model, or from any base model with `head_seed`, which draws a new head."""
+        tokenizer = _tokenizer(path)
+        model = _load(AutoModelForSequenceClassification, path, dtype=dtype, num_labels=1)
+        saved: dict[str, Any] = getattr(model.config, "pyrite", None) or {}
+        if model.config.pad_token_id is None:
+            model.config.pad_token_id = tokenizer.pad_token_id
+        if head_seed is not None:
+            _draw_head(model, seed=head_seed, std=head_std)
+        return cls(
+            _adapted(model, lora, task="SEQ_CLS"),
+            tokenizer,
+            pooling=pooling or saved.get("pooling", "last"),
+            mean=saved.get("mean", 0.0),
+            std=saved.get("std", 1.0),
+        )
+
+    @property
+    def context(self) -> int:
+        """Longest prompt + response in tokens."""
+        return _context(backbone(self.model))
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def pack(self, rows: Sequence[Row]) -> Packed:
+        """Rows as this model reads them, on its device."""
+        return _pack(self, rows)
+
+    def forward(self, batch: Packed) -> Tensor:
+        """Raw scores of the N responses, (N,) float32."""
+        return self._plain(batch) if batch.padded else self._fast(batch, self.pooling)
+
+    def standardize(self, raw: Tensor) -> Tensor:
+        """(raw - mean) / std with the constants measured after training."""
+        return (raw - self.mean) / self.std
+
+    @torch.inference_mode()
+    def raw_scores(
+        self, texts: Sequence[Encoded], *, budget: int = 16384, progress: Callable[[int], None] | None = None
+    ) -> Tensor:
+        """Raw scores (N,) of encoded prompt-response texts; a score does not depend on its neighbors."""
+        self.eval()
+        rows, members = _group(texts)
+        out = torch.empty(len(texts), dtype=torch.float32)
+        for group in micro_batches(rows, budget=budget):
+            index = [i for g in group for i in members[g]]
+            out[index] = self(self.pack([rows[g] for g in group])).cpu()
+            if progress:
+                progress(len(index))
+        return out
+
+    def scorer(self, *, budget: int = 16384) -> Callable[[list[str], list[str]], Tensor]:
+        """This model as a scorer of finished texts, standardized."""
+
+        def score(prompts: list[str], responses: list[str]) -> Tensor:
+            texts = encode_all(self.tokenizer, prompts, responses, max_length=self.context)
+            return self.standardize(self.raw_scores(texts, budget=budget))
+
+        return score
+
+    def save(self, folder: str | Path) -> None:
+        """Hugging Face layout; pooling and normalization travel in the model's config."""
+        config = backbone(self.model).config
+        config.pyrite = {"pooling": self.pooling, "mean": self.mean, "std": self.std}
+        self.model.save_pretrained(str(folder))
+        config.save_pretrained(folder)  # adapters alone would leave the constants behind
+        self.tokenizer.save_pretrained(folder)
+
+    def _fast(self, batch: Packed, pooling: Pooling) -> Tensor:
+        model: Any = backbone(self.model)
+        states = _trunk_states(model, batch)
+        if pooling == "mean":
+            total = states.new_zeros(batch.n, states.shape[1]).index_add(0, batch.owner, states[batch.response])
+            pooled = total / batch.lengths.clamp(min=1)[:, None]
+        else:
+            pooled = states.index_select(0, batch.last)
+        return model.score(pooled).squeeze(-1).float()
+
+    def _plain(self, batch: Packed) -> Tensor:
+        ids, mask = _padded(batch, pad=self.tokenizer.pad_token_id)
+        return self.model(input_ids=ids, attention_mask=mask).logits[:, 0].float()
+
+
+class RewardEnsemble:
+    """E reward models over the same texts."""
+
+    def __init__(self, members: Sequence[RewardModel]) -> None:
+        self.members = list(members)
+
+    @classmethod
+    def load(cls, folder: str | Path, *, dtype: Dtype = "float32") -> RewardEnsemble:
+        """All `member_*` of a reward run, or one reward model folder as an ensemble of one."""
+        paths = member_paths(folder)
+        return cls([RewardModel.load(path, dtype=dtype) for path in paths])
+
+    def scores(self, prompts: list[str], responses: list[str]) -> Tensor:
+        """Standardized scores (E, N)."""
+        return torch.stack([member.scorer()(prompts, responses) for member in self.members])
+
+
+def member_paths(folder: str | Path) -> list[Path]:
+    """Folders of the members of a reward run, in order."""
+    folder = Path(folder)
+    members = sorted(folder.glob("member_*"), key=lambda path: int(path.name.split("_")[1]))
+    if members:
+        return members
+    if (folder / "config.json").exists() and (folder / "tokenizer_config.json").exists():
+        return [folder]
+    raise ValueError(f"{folder}: no reward model here; expected member_0/ ... as `pyrite reward` writes them")
+
+
+def backbone(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """The transformers model below any adapters (which stay active inside it)."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model  # type: ignore[return-value]
+
+
+def _tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    tokenizer, note = load_tokenizer(path)
+    if note:
+        say(f"  note: {path}: {note}")
+    return tokenizer
+
+
+def _load(auto: Any, path: str | Path, *, dtype: Dtype, **options: Any) -> PreTrainedModel | PeftModel:
+    adapter = Path(path) / "adapter_config.json"
+    where = json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.exists() else str(path)
+    try:
+        model = auto.from_pretrained(where, dtype=getattr(torch, dtype), **options)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{where}: no model could be loaded (a folder or a Hub name?): {reason}") from error
+    return PeftModel.from_pretrained(model, str(path), is_trainable=True) if adapter.exists() else model
+
+
+def _adapted(model: Any, lora: Lora | None, *, task: str) -> Any:
+    if lora is None or lora.lora_rank == 0:
+        return model
+    config = LoraConfig(
+        r=lora.lora_rank,
+        lora_alpha=lora.lora_alpha,  # type: ignore[arg-type]  # peft takes floats, its annotation says int
+        lora_dropout=lora.lora_dropout,
+        target_modules=lora.lora_targets if lora.lora_targets == "all-linear" else lora.lora_targets.split(","),
+        task_type=task,
+    )
+    return peft.get_peft_model(model, config)
+
+
+def _draw_head(model: Any, *, seed: int, std: float) -> None:
+    """A new head from its own stream: N(0, std), bias 0."""
+    head = getattr(model, "score", None) or getattr(model, "classifier", None)
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in head.named_parameters() if head is not None else ():
+        zero = name.endswith("bias")
+        drawn = torch.empty(parameter.shape).normal_(0, std, generator=generator)
+        parameter.data.copy_(torch.zeros_like(drawn) if zero else drawn)
+
+
+def _context(model: PreTrainedModel) -> int:
+    return int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30)
+
+
+def _pack(model: Policy | RewardModel, rows: Sequence[Row]) -> Packed:
+    """Packed where the model can; rows longer than a sliding window need the model's own masks."""
+    window = getattr(backbone(model.model).config.get_text_config(), "sliding_window", None) or 1 << 30
+    return pack(rows, padded=not model.packed or longest(rows) > window).to(model.device)
+
+
+def _trunk_states(model: PreTrainedModel, batch: Packed) -> Tensor:
+    """Hidden states (T, H) of a packed batch after the final norm."""
+    with packed_forward(model):
+        out = model.base_model(
+            input_ids=batch.ids[None], position_ids=batch.positions[None], use_cache=False, packed=batch
+        )
+    return out.last_hidden_state[0]
+
+
+def _padded(batch: Packed, *, pad: int | None = None) -> tuple[Tensor, Tensor]:
+    """Right-padded ids and mask (N, L) of a batch packed as one bucket."""
+    (bucket,) = batch.buckets
+    mask = torch.arange(bucket.gather.shape[1], device=bucket.gather.device) < bucket.lengths[:, None]
+    ids = batch.ids[bucket.gather]
+    return (ids if pad is None else ids.masked_fill(~mask, pad)), mask.long()
+
+
+def _unpad(values: Tensor, batch: Packed) -> Tensor:
+    """(N, L, ...) back to the packed order (T, ...)."""
+    (bucket,) = batch.buckets
+    return values.flatten(0, 1).index_select(0, bucket.keep).index_select(0, batch.restore)
+
+
+def _group(texts: Sequence[Encoded], *, most: int = 64) -> tuple[list[Row], list[list[int]]]:
+    """Texts with the same prompt share a row, `most` responses at a time."""
+    by_prompt: dict[tuple[int, ...], list[int]] = {}
+    for index, text in enumerate(texts):
+        by_prompt.setdefault(tuple(text.prompt), []).append(index)
+    rows, members = [], []
+    for prompt, indices in by_prompt.items():
+        indices = sorted(indices, key=lambda i: -len(texts[i].response))
+        for begin in range(0, len(indices), most):
+            part = indices[begin : begin + most]
+            rows.append(Row(prompt, [texts[i].response for i in part]))
+            members.append(part)
+    return rows, members
+
+
+@torch.inference_mode()
+def _agrees(
+    fast: Callable[[Packed], Tensor],
+    plain: Callable[[Packed], Tensor],
+    model: PreTrainedModel,
+    *,
+    tol: float = 1e-3,
+) -> bool:
+    """Whether the packed path gives the model's own numbers, on two rows of different shapes."""
+    if getattr(model.config.get_text_config(), "final_logit_softcapping", None):
+        return False  # small logits would hide it from the probe
+    was_training = model.training
+    model.eval()
+    vocab = model.config.get_text_config().vocab_size
+    ids = torch.randint(0, vocab, (40,), generator=torch.Generator().manual_seed(0)).tolist()
+    pad = model.config.get_text_config().pad_token_id
+    ids = [token if token != pad else (token + 1) % vocab for token in ids]
+    rows = [Row(ids[:5], [ids[5:12], ids[12:15]]), Row(ids[15:18], [ids[18:32], ids[32:40]])]
+    try:
+        got = fast(pack(rows).to(model.device))
+        want = plain(pack(rows, padded=True).to(model.device))
+    except (
+        TypeError,
+        RuntimeError,
+        AttributeError,
+        ValueError,
+        KeyError,
+    ):  # NotImplementedError is a RuntimeError
+        return False
+    finally:
+        model.train(was_training)
+    tolerance = tol if model.dtype == torch.float32 else 50 * tol
+    error = (got.float() - want.float()).abs().max().item()
+    return math.isfinite(error) and error <= tolerance * max(1.0, want.abs().max().item())

@@ -1,0 +1,1 @@
+"""Whole experiments: settings, run, report, claims."""

@@ -1,0 +1,31 @@
+"""Charts, and pages that open offline.
+
+>>> from pyrite.report import Text, page
+>>> page("A title", [Text("One **bold** word.", title="Start")]).startswith("<!doctype html>")
+True
+"""
+
+from pyrite.report.charts import lines, mechanism, overoptimization, save, stages
+from pyrite.report.overoptimization import overoptimization_page
+from pyrite.report.page import page
+from pyrite.report.run import run_page
+from pyrite.report.sections import Claims, Figure, Keys, Numbers, Samples, Table, Text, Views
+
+__all__ = [
+    "Claims",
+    "Figure",
+    "Keys",
+    "Numbers",
+    "Samples",
+    "Table",
+    "Text",
+    "Views",
+    "lines",
+    "mechanism",
+    "overoptimization",
+    "overoptimization_page",
+    "page",
+    "run_page",
+    "save",
+    "stages",
+]

@@ -1,0 +1,264 @@
+"""Charts: rows in, one Vega-Lite definition out, for the interactive page and for SVG and PNG files alike."""
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import altair as alt
+import vl_convert
+
+from pyrite.report.marks import (
+    BLUE,
+    BRASS,
+    FAINT,
+    GREEN,
+    INK,
+    ORANGE,
+    PURPLE,
+    SERIES,
+    Axis,
+    Chart,
+    Row,
+    draw,
+    span,
+    split,
+    styled,
+    table,
+)
+
+OBJECTIVES = ("single", "mean", "wco", "uwo")
+NAMES = {"single": "single", "mean": "mean", "wco": "WCO", "uwo": "UWO", "member": "member"}
+COLORS = {"single": ORANGE, "mean": BLUE, "wco": GREEN, "uwo": PURPLE, "member": ORANGE}
+AXES = {
+    "sqrt_kl": Axis("sqrt_kl", "√KL from the reference (√nats)"),
+    "n": Axis("n", "n, answers to choose from", format=",d", log=True),
+}
+REWARD = Axis("value", "reward, SD of the initial policy")
+SOLID, DASHED = [1, 0], [5, 4]
+
+
+def overoptimization(
+    curves: Iterable[Row],
+    *,
+    noise: float | None = None,
+    x: str = "sqrt_kl",
+    objectives: Sequence[str] = OBJECTIVES,
+    quantities: Sequence[str] = ("gold", "proxy"),
+    members: bool = False,
+    domain: tuple[float, float] | None = None,
+    height: int = 300,
+) -> alt.LayerChart:
+    """Gold (solid) and proxy (dashed) against `x`, sqrt_kl (√nats) or n (log scale); a color each objective.
+
+    curves: rows {noise, objective, member, n, kl, sqrt_kl, gold, gold_lo, gold_hi, proxy, ...}.
+    A band is drawn where both of its ends are known, a dot where gold peaks before the last n. `members` adds
+    each single model, thin; `domain` fixes the vertical axis (reward units), so that charts can share it.
+    """
+    if x not in AXES:
+        raise ValueError(f"overoptimization: x is {x!r}; choose sqrt_kl or n")
+    rows = sorted((r for r in curves if noise is None or r["noise"] == noise), key=lambda r: r["n"])
+    points = reward_points(rows, objectives, quantities)
+    if not points:
+        raise ValueError(f"overoptimization: no curve of {', '.join(objectives)} at noise {noise}")
+    tops = [top for line in split(points) if line[0]["quantity"] == "gold" and (top := peak(line))]
+    flags = [{**top, "flag": f"peak, n = {top['n']:,}" if len(objectives) == 1 else ""} for top in tops]
+    return draw(
+        points,
+        AXES[x],
+        REWARD,
+        tooltip={
+            "line": "curve",
+            "n": "n",
+            "KL": "KL, nats",
+            "shown": "reward",
+            "effective": "effective samples",
+        },
+        height=height,
+        domain=domain,
+        gap=_gap(rows, objectives) if set(quantities) >= {"gold", "proxy"} else (),
+        thin=reward_points(rows, ("member",), quantities) if members else (),
+        peaks=flags,
+        notes=_counts(split(points)[0]) if x == "sqrt_kl" else (),
+    )
+
+
+def reward_points(rows: Iterable[Row], objectives: Sequence[str], quantities: Sequence[str]) -> list[Row]:
+    """The points of the lines to draw, objective by objective."""
+    chosen = [(row, q) for o in objectives for q in quantities for row in rows if row["objective"] == o]
+    both = len(quantities) > 1
+    return [_point(row, q, objectives, both=both) for row, q in chosen if row.get(q) is not None]
+
+
+def _point(row: Row, quantity: str, objectives: Sequence[str], *, both: bool) -> Row:
+    name = NAMES[row["objective"]] + (f" {row['member']}" if row.get("member") is not None else "")
+    low, high = row.get(f"{quantity}_lo"), row.get(f"{quantity}_hi")
+    band = "" if low is None or high is None else f"  [{low:.2f}, {high:.2f}]"
+    effective = row.get("effective_samples")
+    return {
+        **{key: row[key] for key in ("n", "sqrt_kl")},
+        **{"value": row[quantity], "lo": low, "hi": high, "quantity": quantity, "line": f"{name} {quantity}"},
+        **{"color": COLORS[row["objective"]], "dash": SOLID if quantity == "gold" else DASHED},
+        "label": quantity if len(objectives) == 1 else f"{name} {quantity}" if both else name,
+        "KL": f"{row['kl']:.2f}",
+        "shown": f"{row[quantity]:.2f}{band}",
+        "effective": "–" if effective is None else f"{effective:,.0f}",
+    }
+
+
+def peak(line: Sequence[Row]) -> Row | None:
+    """The highest point of a curve, or None while the curve is still highest at its end."""
+    top = max(line, key=lambda point: point["value"])
+    return None if top is line[-1] or top is line[0] else top
+
+
+def _gap(rows: Iterable[Row], objectives: Sequence[str]) -> list[Row]:
+    """From gold up to proxy, for the one objective of a chart: reward that is believed and not there."""
+    if len(objectives) != 1:
+        return []
+    known = [r for r in rows if r["objective"] == objectives[0] and r["gold"] is not None and r["proxy"] is not None]
+    return [
+        {
+            "n": r["n"],
+            "sqrt_kl": r["sqrt_kl"],
+            "lo": r["gold"],
+            "hi": max(r["gold"], r["proxy"]),
+            "color": BRASS,
+            "line": "gap",
+        }
+        for r in known
+    ]
+
+
+def _counts(line: Sequence[Row]) -> list[Row]:
+    """Values of n to write along a √KL axis: the first, the last, and those with room around them."""
+    ends = [line[0], line[-1]]
+    room = (ends[1]["sqrt_kl"] - ends[0]["sqrt_kl"]) / 8
+    kept = ends[:1]
+    for point in line[1:-1]:
+        if min(point["sqrt_kl"] - kept[-1]["sqrt_kl"], ends[1]["sqrt_kl"] - point["sqrt_kl"]) >= room:
+            kept.append(point)
+    kept += ends[1:] if len(line) > 1 else []
+    texts = [f"n = {kept[0]['n']:,}", *(f"{point['n']:,}" for point in kept[1:])]
+    return [{**point, "note": text, "color": FAINT} for point, text in zip(kept, texts, strict=True)]
+
+
+def mechanism(
+    shares: Iterable[Row],
+    *,
+    noise: float | None = None,
+    what: str = "share of the winners",
+    height: int = 260,
+) -> alt.LayerChart:
+    """Share of the winners at n that carry the mark, by objective; the share among all answers in grey.
+
+    shares: rows {noise, objective, n, share, base}, shares in [0, 1].
+    """
+    rows = sorted((r for r in shares if noise is None or r["noise"] == noise), key=lambda r: r["n"])
+    points = [_share(row, row["objective"], row["share"]) for o in OBJECTIVES for row in rows if row["objective"] == o]
+    if not points:
+        raise ValueError(f"mechanism: no shares at noise {noise}")
+    first = points[0]["line"]
+    base = [_share(r, "base", r["base"]) for r in rows if NAMES[r["objective"]] == first and r.get("base") is not None]
+    points += base
+    top = max(point["value"] for point in points) or 0.01
+    y = Axis("value", what, format=".0%" if top > 0.05 else ".1%")
+    shown = {"line": "scorer", "n": "n", "shown": "share"}
+    return draw(points, AXES["n"], y, tooltip=shown, height=height, domain=(0.0, 1.08 * top))
+
+
+def _share(row: Row, key: str, share: float) -> Row:
+    name, color = NAMES.get(key, "all answers"), COLORS.get(key, FAINT)
+    dash = DASHED if key == "base" else SOLID
+    return {
+        **{
+            "n": row["n"],
+            "value": share,
+            "lo": None,
+            "hi": None,
+            "line": name,
+            "label": name,
+            "color": color,
+        },
+        **{"dash": dash, "shown": f"{share:.1%}"},
+    }
+
+
+def stages(timing: Iterable[Row]) -> alt.LayerChart:
+    """How long each stage took: rows {stage, seconds}, bars in the order given."""
+    rows = [{"stage": str(t["stage"]), "seconds": t["seconds"], "text": f"{t['seconds']:,.1f} s"} for t in timing]
+    longest = max((row["seconds"] for row in rows), default=1.0) or 1.0
+    across = alt.X("seconds:Q", title=None, axis=None, scale=alt.Scale(domainMax=1.15 * longest))
+    up = alt.Y("stage:N", title=None, sort=None, axis=alt.Axis(grid=False, labelFontSize=13, labelColor=INK))
+    shown = [alt.Tooltip("stage:N"), alt.Tooltip("seconds:Q", format=",.1f")]
+    bars = table("stages", alt.MarkDef("bar", color=BLUE, cornerRadiusEnd=2, height=16)).encode(tooltip=shown)
+    text = alt.MarkDef("text", align="left", dx=6, fontSize=12.5, color=FAINT)
+    times = table("stages", text).encode(alt.Text("text:N"))
+    chart = alt.layer(bars, times).encode(across, up)
+    return styled(
+        chart, {"stages": rows}, " ".join(f"{r['stage']}: {r['text']}." for r in rows), height=max(1, len(rows)) * 26
+    )
+
+
+def lines(
+    rows: Iterable[Row],
+    x: str,
+    y: str | Sequence[str],
+    *,
+    titles: tuple[str, str] = ("", ""),
+    height: int = 200,
+) -> alt.LayerChart:
+    """Columns `y` of any rows against column `x`; rows that lack a finite value are left out of that line.
+
+    `titles` names the horizontal and the vertical axis.
+    """
+    columns = [y] if isinstance(y, str) else list(y)
+    rows = [row for row in rows if _finite(row.get(x))]
+    points = [
+        {
+            **{x: row[x], "value": row[column], "lo": None, "hi": None, "line": column, "dash": SOLID},
+            **{"label": column if len(columns) > 1 else "", "color": SERIES[i % len(SERIES)]},
+            "shown": f"{row[column]:.5g}",
+        }
+        for i, column in enumerate(columns)
+        for row in rows
+        if _finite(row.get(column))
+    ]
+    if not points:
+        raise ValueError(f"lines: no row has finite {x} and {' or '.join(columns)}")
+    across, up = Axis(x, titles[0] or x), Axis("value", titles[1])
+    return draw(points, across, up, tooltip={"line": "metric", x: x, "shown": "value"}, height=height)
+
+
+def _finite(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def reach(curves: Iterable[Row], quantities: Sequence[str] = ("gold", "proxy")) -> tuple[float, float]:
+    """The vertical range that holds all these curves with their bands, for charts that share it."""
+    rows = list(curves)
+    return span(reward_points(rows, list(NAMES), quantities))
+
+
+def specification(chart: Chart) -> dict[str, Any]:
+    """The chart as plain JSON values, without the address of its schema."""
+    spec = json.loads(chart.to_json())
+    spec.pop("$schema", None)
+    return spec
+
+
+def vega_lite() -> str:
+    """The Vega-Lite version that altair writes, as vl-convert names it: "6.4"."""
+    return ".".join(alt.SCHEMA_VERSION.lstrip("v").split(".")[:2])
+
+
+def save(chart: Chart, folder: Path | str, name: str, *, width: int = 560) -> list[Path]:
+    """Write `name.svg` and `name.png` (two pixels a point) into `folder`, offline; returns the two paths."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    spec = specification(chart) | {"width": width}
+    svg, png = folder / f"{name}.svg", folder / f"{name}.png"
+    svg.write_text(vl_convert.vegalite_to_svg(spec, vl_version=vega_lite(), allowed_base_urls=[]), encoding="utf-8")
+    png.write_bytes(vl_convert.vegalite_to_png(spec, vl_version=vega_lite(), scale=2, allowed_base_urls=[]))
+    return [svg, png]

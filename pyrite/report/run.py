@@ -1,0 +1,73 @@
+"""The page of one job's run folder."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pyrite.report.charts import Row, lines
+from pyrite.report.markup import number
+from pyrite.report.page import page
+from pyrite.report.sections import Figure, Keys, Numbers, Part, Text
+from pyrite.runs import read_metrics
+
+
+def run_page(folder: Path | str) -> str:
+    """The page of a run folder: every numeric metric against the step, results, configuration, versions.
+
+    Reads config.json, and manifest.json, metrics.jsonl and done.json where they are there. Raises ValueError
+    where config.json is missing or a file does not parse.
+    """
+    folder = Path(folder)
+    config = _read(folder / "config.json")
+    if config is None:
+        raise ValueError(f"{folder}: no config.json there; give the folder of a run")
+    manifest, done = _read(folder / "manifest.json") or {}, _read(folder / "done.json")
+    rows = read_metrics(folder)
+    parts: list[Part] = [
+        _results(done),
+        *_curves(rows),
+        *_rest(done),
+        Keys(config, "Full configuration", title="The run"),
+    ]
+    if manifest:
+        parts.append(Keys(manifest, "Versions, hardware and inputs"))
+    state = "done" if done is not None else "not finished"
+    lead = f"{state}, {number(done['seconds'])} seconds" if done and "seconds" in done else state
+    job = config.get("job", "run")
+    return page(f"{job}: {folder.resolve().name}", parts, lead=lead, eyebrow=f"pyrite · {job}")
+
+
+def _results(done: Mapping[str, Any] | None) -> Part:
+    """The first few plain numbers of done.json."""
+    found = [(k, number(v)) for k, v in (done or {}).items() if _numeric(v) and k != "seconds"]
+    return Numbers([("Results", found[:6])]) if found else Text("No results yet." if done is None else "")
+
+
+def _rest(done: Mapping[str, Any] | None) -> list[Part]:
+    return [Keys(done, "All results")] if done else []
+
+
+def _curves(rows: Sequence[Row]) -> list[Part]:
+    """One small chart a metric that was logged at least twice."""
+    rows = [{"step": i, **row} for i, row in enumerate(rows)]
+    names = dict.fromkeys(key for row in rows for key, value in row.items() if _numeric(value) and key != "step")
+    names = [name for name in names if sum(_numeric(row.get(name)) for row in rows) > 1]
+    if not names:
+        return []
+    charts = [lines(rows, "step", name, height=150) for name in names]
+    return [Figure(charts, "Every numeric metric, as logged.", names=names, title="Metrics")]
+
+
+def _numeric(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    if not path.exists():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not JSON ({error.msg}, line {error.lineno}); the run must be repeated") from error

@@ -1,0 +1,128 @@
+"""Raw rows from files, `datasets` folders and the Hub, each row knowing its place for error messages."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+Row = dict[str, Any]
+
+
+class DataError(ValueError):
+    """Bad data: one line that says what is wrong, in which file and row, and what to do."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Rows of a file as it has them; `unit` and `numbers` say how its rows are counted."""
+
+    name: str
+    rows: list[Row]
+    unit: str = "row"
+    numbers: Sequence[int] | None = None
+
+    def at(self, i: int) -> str:
+        """Place of row i, from 0: "pairs.jsonl, line 7"."""
+        return f"{self.name}, {self.unit} {self.numbers[i] if self.numbers else i + 1}"
+
+
+def read(path: str) -> Source:
+    """Rows of a JSON, JSONL (.gz) or Parquet file, a `datasets` folder ("folder[:split]") or a Hub name.
+
+    Raises DataError where there are none, or where a line is not a JSON object.
+    """
+    name, _, part = path.rpartition(":")
+    if Path(path).is_file():
+        source = _read_file(path)
+    elif Path(path).is_dir():
+        source = _read_folder(path, "")
+    elif Path(name).is_dir() and name:
+        source = _read_folder(name, part)
+    else:
+        source = _read_hub(path)
+    if not source.rows:
+        raise DataError(f"{source.name} is empty: it holds no rows")
+    return source
+
+
+def _read_file(path: str) -> Source:
+    try:
+        return _read_parquet(path) if path.endswith(".parquet") else _read_json(path)
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read {path}: {str(error).splitlines()[0]}") from error
+
+
+def _read_json(path: str) -> Source:
+    if not re.search(r"\.(json|jsonl|ndjson)(\.gz)?$", path):
+        raise DataError(f"cannot read {path}: the name must end in .json, .jsonl (or either + .gz) or .parquet")
+    opened = gzip.open if path.endswith(".gz") else open
+    with opened(path, "rt", encoding="utf-8-sig") as file:
+        text = cast(str, file.read())
+    if text.lstrip().startswith("["):
+        source = Source(path, _parsed(text, path))
+    else:  # split at newlines alone: splitlines() would also break at separators that JSON texts may hold
+        lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+        rows = [_parsed(line, f"{path}, line {number}") for number, line in lines]
+        source = Source(path, rows, "line", [number for number, _ in lines])
+    for i, row in enumerate(source.rows):
+        if not isinstance(row, dict):
+            raise DataError(f"{source.at(i)} is not a JSON object but {row!r:.40}")
+    return source
+
+
+def _parsed(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)  # NaN and Infinity pass here and are refused by column later
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where} is not JSON: {error}") from error
+
+
+def _read_parquet(path: str) -> Source:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        return Source(path, pyarrow.parquet.read_table(path).to_pylist())
+    except pyarrow.ArrowException as error:
+        raise DataError(f"{path} is not Parquet: {str(error).splitlines()[0]}") from error
+
+
+def _read_folder(path: str, part: str) -> Source:
+    import datasets
+
+    try:
+        found = datasets.load_from_disk(path)
+    except (OSError, ValueError) as error:
+        reason = "a folder must be one that datasets' save_to_disk wrote; name a file in it instead"
+        raise DataError(f"cannot read {path}: {reason}") from error
+    return _part(found, path, part)
+
+
+def _read_hub(path: str) -> Source:
+    name, _, part = path.partition(":")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or re.search(r"\.(jsonl?|ndjson|parquet|gz)$", name):
+        raise DataError(f"no file {path}; give a file, a datasets folder or a Hub name (org/name[:split])")
+    import datasets
+
+    try:
+        found = datasets.load_dataset(name, split=part or None)
+    except Exception as error:  # the Hub client raises many unrelated kinds
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DataError(f"no file {path}, and no data set of that name from the Hub: {reason}") from error
+    return _part(found, path, "")
+
+
+def _part(found: Any, name: str, part: str) -> Source:
+    if not isinstance(found, dict):
+        if part:
+            raise DataError(f"{name} is one data set without splits; leave out :{part}")
+        return Source(name, found.to_list())
+    wanted = part or ("train" if "train" in found or len(found) != 1 else str(next(iter(found))))
+    if wanted not in found:
+        raise DataError(f"{name} has no split {wanted!r} but {', '.join(map(str, found))}; write {name}:SPLIT")
+    return Source(f"{name}:{wanted}", found[wanted].to_list())

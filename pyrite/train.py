@@ -1,0 +1,251 @@
+"""The inner loop every training job shares: batches, micro-batches, optimizer, clipping, checkpoints.
+
+A batch is `batch_size` rows over all processes. It is cut into micro-batches by a token budget, and each loss is
+divided by the weight of the whole batch, so neither the budget nor the number of processes changes the step.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from pyrite import seeds
+from pyrite.packing import Row, micro_batches
+from pyrite.progress import progress, say
+from pyrite.runs import Run
+
+Precision = Literal["float32", "bfloat16"]
+# (model, rows, their indices) -> (sum of the losses, sums of metrics)
+BatchLoss = Callable[[nn.Module, list[Row], list[int]], tuple[Tensor, dict[str, Tensor]]]
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message names the step, the batch and the last good checkpoint."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a model is trained."""
+
+    lr: float = 1e-5
+    """Peak learning rate of AdamW."""
+    epochs: int = 1
+    batch_size: int = 32
+    """Rows in one optimizer step, over all processes."""
+    micro_tokens: int = 8192
+    """Packed tokens in one forward pass; changes memory and speed, not the result."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup: int = 10
+    """Steps over which the learning rate rises from 0."""
+    floor: float = 0.1
+    """Last learning rate as a share of the peak."""
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.98)
+    clip: float = 1.0
+    """Largest gradient norm."""
+    precision: Precision = "float32"
+    log_every: int = 10
+    save_every: int = 200
+    """Steps between checkpoints."""
+
+
+def accelerator(training: Training) -> Accelerator:
+    """The accelerator of this process; `accelerate launch` decides how many there are."""
+    return Accelerator(mixed_precision="bf16" if training.precision == "bfloat16" else "no")
+
+
+def learning_rate(step: int, total: int, training: Training) -> float:
+    """Warm-up from 0, then the schedule down to `floor` of the peak at step `total`."""
+    warm = min(1.0, (step + 1) / max(training.warmup, 1))
+    share = min(step / max(total, 1), 1.0)
+    shape = {"cosine": 0.5 * (1 + math.cos(math.pi * share)), "linear": 1 - share, "constant": 1.0}
+    return training.lr * warm * (training.floor + (1 - training.floor) * shape[training.schedule])
+
+
+def order(n: int, epoch: int, *, seed: int) -> list[int]:
+    """The order in which epoch `epoch` visits n rows."""
+    return torch.randperm(n, generator=seeds.generator(seed, "order", epoch)).tolist()
+
+
+def fit(
+    model: nn.Module,
+    rows: Sequence[Row],
+    loss: BatchLoss,
+    *,
+    weights: Sequence[float],
+    training: Training,
+    seed: int,
+    run: Run,
+    label: str,
+    folder: str = "checkpoints",
+) -> None:
+    """Minimize sum(loss) / sum(weights) over batches of `rows`, resuming from the last checkpoint if there is one.
+
+    weights: what each row counts in its batch (response tokens for sft, 1 for a pair).
+    Raises TrainingError if the loss or a gradient is not finite.
+    """
+    world = accelerator(training)
+    model.to(world.device)
+    optimizer = _optimizer(model, training)
+    per_epoch = math.ceil(len(rows) / training.batch_size)
+    total = per_epoch * training.epochs
+    torch.manual_seed(seeds.derive(seed, "dropout"))
+    checkpoints = run.folder / folder
+    begin = _resume(checkpoints, model, optimizer)
+    if begin:
+        say(f"  {label}: going on from step {begin} of {total}")
+        run.rewind(begin)
+    wrapped = world.prepare(model) if world.num_processes > 1 else model
+    model.train()
+    log = _Log(run, label, training, checkpoints)
+    visits: dict[int, list[int]] = {}
+    with progress(label, total, unit="steps", done=begin) as advance:
+        for step in range(begin, total):
+            epoch, place = divmod(step, per_epoch)
+            if epoch not in visits:
+                visits = {epoch: order(len(rows), epoch, seed=seed)}
+            batch = visits[epoch][place * training.batch_size : (place + 1) * training.batch_size]
+            lr = learning_rate(step, total, training)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            metrics = _backward(wrapped, batch, rows, loss, weights, world, training)
+            norm = nn.utils.clip_grad_norm_(model.parameters(), training.clip)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            log.add(step + 1, metrics, norm, lr=lr, last=step + 1 == total)
+            if (step + 1) % training.save_every == 0 and step + 1 < total:
+                log.check(step + 1)
+                _save(checkpoints, step + 1, model, optimizer)
+                run.pause()
+            advance(1)
+    model.eval()
+
+
+def discard_checkpoints(run: Run, folder: str = "checkpoints") -> None:
+    """Drop what only a resume would need, once the model is saved."""
+    shutil.rmtree(run.folder / folder, ignore_errors=True)
+
+
+def _backward(
+    model: nn.Module,
+    batch: list[int],
+    rows: Sequence[Row],
+    loss: BatchLoss,
+    weights: Sequence[float],
+    world: Accelerator,
+    training: Training,
+) -> dict[str, Tensor]:
+    """Gradients of one optimizer batch; this process takes every num_processes-th row by length."""
+    norm = sum(weights[i] for i in batch)
+    by_length = sorted(batch, key=lambda i: -rows[i].tokens)
+    mine = by_length[world.process_index :: world.num_processes]
+    idle = not mine  # fewer rows than processes: take part in the gradient sum with weight 0
+    mine = mine or by_length[:1]
+    groups = list(micro_batches([rows[i] for i in mine], budget=training.micro_tokens))
+    sums: dict[str, Tensor] = {}
+    for number, group in enumerate(groups):
+        indices = [mine[i] for i in group]
+        last = number == len(groups) - 1
+        with nullcontext() if last else world.no_sync(model), world.autocast():
+            value, metrics = loss(model, [rows[i] for i in indices], indices)
+            share = 0.0 if idle else world.num_processes / norm  # DDP averages over processes
+            world.backward(value * share)
+        for name, amount in {"loss": value.detach(), **metrics}.items():
+            sums[name] = sums.get(name, 0) + amount.detach() * (0.0 if idle else 1.0)
+    return {name: world.reduce(amount) / norm for name, amount in sums.items()}  # type: ignore[operator]
+
+
+def _optimizer(model: nn.Module, training: Training) -> torch.optim.AdamW:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": training.weight_decay},
+        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(groups, lr=training.lr, betas=training.betas, fused=True)
+
+
+class _Log:
+    """Means over the steps since the last line; remembers the first step that was not finite."""
+
+    def __init__(self, run: Run, label: str, training: Training, checkpoints: Path) -> None:
+        self.run, self.label, self.training, self.checkpoints = run, label, training, checkpoints
+        self.sums: dict[str, Tensor] = {}
+        self.count = 0
+        self.bad = torch.zeros(())
+
+    def add(self, step: int, metrics: dict[str, Tensor], norm: Tensor, *, lr: float, last: bool) -> None:
+        for name, value in {**metrics, "grad_norm": norm}.items():
+            self.sums[name] = self.sums.get(name, 0) + value.detach().float().cpu()
+            wrong = ~torch.isfinite(self.sums[name])
+            self.bad = torch.where(wrong & (self.bad == 0), torch.tensor(float(step)), self.bad)
+        self.count += 1
+        if last or step % self.training.log_every == 0:
+            self.check(step)
+            means = {name: (total / self.count).item() for name, total in self.sums.items()}
+            self.run.log(step=step, part=self.label, lr=lr, **means)
+            self.sums, self.count = {}, 0
+
+    def check(self, step: int) -> None:
+        if (bad := int(self.bad.item())) == 0:
+            return
+        saved = _steps(self.checkpoints)
+        good = f"the last good checkpoint is step {saved[-1]}" if saved else "there is no earlier checkpoint"
+        raise TrainingError(
+            f"{self.label}: loss or gradient not finite at step {bad} (noticed at {step}; batch {bad - 1} of the "
+            f"order drawn from the seed); {good} in {self.checkpoints}; lower --lr or look at that batch"
+        )
+
+
+def _steps(checkpoints: Path) -> list[int]:
+    return sorted(int(path.stem.split("-")[1]) for path in checkpoints.glob("step-*.safetensors"))
+
+
+def _save(checkpoints: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Trained weights, optimizer moments and the dropout stream, in one safetensors file; keeps the last two."""
+    if not Accelerator().is_main_process:
+        return
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    params = dict(model.named_parameters())
+    state = {f"model.{name}": params[name].detach().clone() for name in names}
+    for name in names:
+        for key, value in optimizer.state[params[name]].items():
+            state[f"optimizer.{key}.{name}"] = torch.as_tensor(value).clone()
+    state["rng"] = torch.get_rng_state()
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    beside = checkpoints / f".step-{step}"
+    save_file(state, beside)
+    beside.replace(checkpoints / f"step-{step}.safetensors")
+    for old in _steps(checkpoints)[:-2]:
+        (checkpoints / f"step-{old}.safetensors").unlink()
+
+
+@torch.no_grad()
+def _resume(checkpoints: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Restore the newest checkpoint and return its step, or 0."""
+    saved = _steps(checkpoints)
+    if not saved:
+        return 0
+    state = load_file(checkpoints / f"step-{saved[-1]}.safetensors")
+    params = dict(model.named_parameters())
+    for key, value in state.items():
+        kind, _, name = key.partition(".")
+        if kind == "model":
+            params[name].copy_(value)
+        elif kind == "optimizer":
+            moment, _, name = name.partition(".")
+            parameter = params[name]
+            where = "cpu" if moment == "step" and parameter.device.type == "cpu" else parameter.device
+            optimizer.state[parameter][moment] = value.to(where)
+    torch.set_rng_state(state["rng"])
+    return saved[-1]
