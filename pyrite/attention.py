@@ -20,7 +20,9 @@ from pyrite.packing import Packed
 NAME = "pyrite_packed"
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, batch: Packed, *, scale: float | None = None) -> Tensor:
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, batch: Packed, *, scale: float | None = None, dropout: float = 0.0
+) -> Tensor:
     """Attention of T packed tokens: query (T, H, D), key and value (T, G, D), G dividing H, to (T, H, D)."""
     query, key = query.to(value.dtype), key.to(value.dtype)  # rotary embeddings leave float32 under autocast
     outputs = []
@@ -32,7 +34,9 @@ def attend(query: Tensor, key: Tensor, value: Tensor, batch: Packed, *, scale: f
             for part in (query, key, value)
         )
         grouped = k.shape[1] != q.shape[1]
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=length > 1, scale=scale, enable_gqa=grouped)
+        out = F.scaled_dot_product_attention(
+            q, k, v, dropout_p=dropout, is_causal=length > 1, scale=scale, enable_gqa=grouped
+        )
         out = out.transpose(1, 2).reshape(size * length, *query.shape[1:])
         outputs.append(out.index_select(0, bucket.keep))
     return torch.cat(outputs).index_select(0, batch.restore)
@@ -47,6 +51,7 @@ def packed_attention(
     *,
     packed: Packed,
     scaling: float | None = None,
+    dropout: float = 0.0,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     **_: object,  # transformers hands every attention function its own extras
@@ -55,7 +60,7 @@ def packed_attention(
     if softcap is not None or s_aux is not None:
         raise NotImplementedError("packed attention has no soft-capping and no sinks")
     q, k, v = (part.squeeze(0).transpose(0, 1) for part in (query, key, value))
-    return attend(q, k, v, packed, scale=scaling).unsqueeze(0), None
+    return attend(q, k, v, packed, scale=scaling, dropout=dropout).unsqueeze(0), None
 
 
 @contextmanager

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
+import io
+import itertools
 import json
 import os
 import pkgutil
@@ -36,8 +39,9 @@ def main() -> None:
     try:
         _quiet()
         _command(arguments)
-    except (ValueError, TrainingError, FileNotFoundError) as error:
-        Console(stderr=True, highlight=False, soft_wrap=True).print(f"pyrite: {error}", markup=False)
+    except (ValueError, TrainingError, OSError) as error:
+        line = " ".join(str(error).split())
+        Console(stderr=True, highlight=False, soft_wrap=True).print(f"pyrite: {line}", markup=False)
         sys.exit(2)
     except KeyboardInterrupt:
         Console(stderr=True).print("pyrite: stopped; run the same command again to go on", markup=False)
@@ -75,13 +79,36 @@ def _job(name: str, arguments: list[str]) -> None:
 
 def parse(schema: type, arguments: list[str], *, prog: str) -> Any:
     """A config from options, over those of `--config FILE.yaml`, over the defaults."""
-    options = list(arguments)
+    options = [part for a in arguments for part in (a.split("=", 1) if a.startswith("--config=") else [a])]
     if "--config" in options:
         at = options.index("--config")
         if at + 1 >= len(options):
             raise ValueError("--config needs a YAML file")
         options = _from_yaml(schema, Path(options[at + 1])) + options[:at] + options[at + 2 :]
-    return tyro.cli(schema, args=options, prog=prog, config=(tyro.conf.OmitArgPrefixes,))
+    _refuse_unknown(schema, options)
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(schema, args=options, prog=prog, config=(tyro.conf.OmitArgPrefixes,))
+    except SystemExit as error:
+        if not error.code:
+            raise  # --help
+        raise ValueError(_unboxed(said.getvalue())) from None
+
+
+def _refuse_unknown(schema: type, options: list[str]) -> None:
+    known = _options(schema)
+    for option in options:
+        name = option.removeprefix("--").partition("=")[0].replace("_", "-")
+        if option.startswith("--") and name not in known and name.removeprefix("no-") not in known and name != "help":
+            raise ValueError(f"unknown option --{name}{_nearest(name, known)}")
+
+
+def _unboxed(message: str) -> str:
+    """The first paragraph of a message in a box, as one line."""
+    lines = [line.strip("│ ") for line in message.splitlines() if not line.startswith(("╭", "╰"))]
+    first = itertools.takewhile(lambda line: not line.startswith("──"), lines)
+    return " ".join(" ".join(first).split())
 
 
 def _from_yaml(schema: type, path: Path) -> list[str]:
@@ -90,9 +117,11 @@ def _from_yaml(schema: type, path: Path) -> list[str]:
         given = yaml.safe_load(path.read_text()) or {}
     except (OSError, yaml.YAMLError) as error:
         raise ValueError(f"{path}: cannot be read as YAML: {str(error).splitlines()[0]}") from error
+    if not isinstance(given, dict):
+        raise ValueError(f"{path}: give one option a line, as in batch_size: 8")
     known = _options(schema)
     arguments: list[str] = []
-    for key, value in _flat(given):
+    for key, value in _flat(given, _groups(schema), path):
         option = key.replace("_", "-")
         if option not in known:
             raise ValueError(f"{path}: unknown option {key!r}{_nearest(option, known)}")
@@ -104,13 +133,19 @@ def _from_yaml(schema: type, path: Path) -> list[str]:
     return arguments
 
 
-def _flat(given: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+def _flat(given: dict[str, Any], groups: set[str], path: Path) -> Iterator[tuple[str, Any]]:
     """Nested groups ("training: {lr: ...}") read as if written flat."""
     for key, value in given.items():
-        if isinstance(value, dict):
-            yield from _flat(value)
+        if not isinstance(value, dict):
+            yield str(key), value
+        elif key in groups:
+            yield from _flat(value, groups, path)
         else:
-            yield key, value
+            raise ValueError(f"{path}: unknown group {key!r}{_nearest(str(key), groups)}")
+
+
+def _groups(schema: Any) -> set[str]:
+    return {field.name for field in fields(schema) if is_dataclass(field.default)}
 
 
 def _options(schema: Any) -> set[str]:
@@ -176,3 +211,7 @@ def _quiet() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+
+
+if __name__ == "__main__":
+    main()

@@ -193,7 +193,7 @@ def _attention(
     grouped = query.reshape(rows, key.shape[1], -1, length, size)
     scores = torch.tanh((grouped @ key.mT[:, :, None]) * (scale / softcap)) * softcap
     if attention_mask is None and length > 1:
-        attention_mask = _additive(torch.ones_like(scores[0, 0, 0], dtype=torch.bool).triu(1))
+        attention_mask = _additive(torch.ones_like(scores[:1, 0, :1], dtype=torch.bool).triu(1))
     if attention_mask is not None:
         scores = scores + attention_mask[:, :, None]
     weights = scores.softmax(-1, dtype=torch.float32).to(value.dtype)

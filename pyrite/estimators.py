@@ -25,12 +25,19 @@ __all__ = [
     "fit_best_of_n",
     "fit_rl",
     "kl",
+    "t_interval",
     "win_rate",
     "wins",
 ]
 
 Counts: TypeAlias = int | Sequence[int] | Tensor
 
+# the 97.5 % quantile of Student's t with 1, 2, ... 30 degrees of freedom; beyond, the last is a little wide
+T975 = (
+    (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+    + (2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086)
+    + (2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)
+)
 CHUNK = 1 << 20  # elements worked on at once: bounds memory, and stays near the cache
 
 
@@ -132,6 +139,23 @@ def bootstrap(
     tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64, device=values.device)
     lo, hi = torch.cat(means, -1).quantile(tails, dim=-1)
     return Interval(values.mean(-1), lo, hi)
+
+
+def t_interval(values: Tensor) -> Interval:
+    """Mean over S independent repetitions with Student's 95 % interval, mean ± t s/√S.
+
+    values (..., S) -> Interval(mean, lo, hi), each (...). Raises ValueError for fewer than 2 repetitions.
+
+    >>> [round(x.item(), 3) for x in t_interval(torch.tensor([1.0, 2.0, 3.0]))]
+    [2.0, -0.484, 4.484]
+    """
+    values = torch.as_tensor(values).double()
+    repetitions = values.shape[-1]
+    if repetitions < 2:
+        raise ValueError(f"t_interval: {repetitions} repetition has no spread; give at least 2")
+    t = T975[min(repetitions - 1, len(T975)) - 1]
+    mean, half = values.mean(-1), t * values.std(-1) / repetitions**0.5
+    return Interval(mean, mean - half, mean + half)
 
 
 def kl(policy: Logps, ref: Logps, *, estimator: Literal["k1", "k2", "k3"] = "k1") -> Tensor:

@@ -1,4 +1,4 @@
-"""Gold functions of a text: scorers (prompts, responses) -> (N,) without a model, and the check on scores."""
+"""Gold functions of a text: scorers (prompts, responses) -> (N,), and the check on scores."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+
+from pyrite.models import RewardModel
+
+__all__ = ["length", "reward_model", "word_collector"]
 
 Scorer = Callable[[list[str], list[str]], Tensor]
 
@@ -41,6 +45,18 @@ def word_collector(*, words: Sequence[str]) -> Scorer:
     def score(prompts: list[str], responses: list[str]) -> Tensor:
         found = [len(listed.intersection(re.findall(r"\w+", text))) for text in responses]
         return torch.tensor(found, dtype=torch.float32)
+
+    return score
+
+
+def reward_model(*, path: str) -> Scorer:
+    """Scorer: a trained reward model, a folder or a Hub name, on the model's own scale; loaded at the first call."""
+    loaded: list[RewardModel] = []
+
+    def score(prompts: list[str], responses: list[str]) -> Tensor:
+        if not loaded:
+            loaded.append(RewardModel.load(path))
+        return loaded[0].scorer()(prompts, responses)
 
     return score
 

@@ -6,16 +6,13 @@ model's own padded forward; a model that disagrees (an encoder, an unusual mask 
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import peft
 import torch
-from peft import LoraConfig, PeftModel
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -25,25 +22,25 @@ from transformers import (
 )
 
 from pyrite.attention import packed_forward
+from pyrite.loading import (
+    Dtype,
+    Lora,
+    adapted,
+    backbone,
+    context_of,
+    draw_head,
+    has_bare_head,
+    load_model,
+    pad_id,
+    settings,
+    tokenizer_of,
+)
 from pyrite.logps import Logps
 from pyrite.packing import Packed, Row, longest, micro_batches, pack
-from pyrite.progress import say
-from pyrite.text import Encoded, encode_all, load_tokenizer
+from pyrite.text import Encoded, Prompt, encode_all
 from pyrite.vocabulary import selective_logp
 
 Pooling = Literal["last", "mean"]
-Dtype = Literal["float32", "bfloat16"]
-
-
-@dataclass(frozen=True)
-class Lora:
-    """Low-rank adapters on linear layers; rank 0 trains the whole model."""
-
-    lora_rank: int = 0
-    lora_alpha: float = 16.0
-    lora_dropout: float = 0.0
-    lora_targets: str = "all-linear"
-    """Names of linear layers, comma separated, or all of them."""
 
 
 class Policy(nn.Module):
@@ -53,19 +50,19 @@ class Policy(nn.Module):
         super().__init__()
         self.model = model
         self.tokenizer = tokenizer
-        self.packed = _agrees(self._fast, self._plain, backbone(model))
+        self.packed = has_bare_head(model) and _agrees(self._fast, self._plain, backbone(model))
 
     @classmethod
     def load(cls, path: str | Path, *, lora: Lora | None = None, dtype: Dtype = "float32") -> Policy:
         """From a folder or Hub name; a folder with adapters loads its base below them."""
-        tokenizer = _tokenizer(path)
-        model = _load(AutoModelForCausalLM, path, dtype=dtype)
-        return cls(_adapted(model, lora, task="CAUSAL_LM"), tokenizer)
+        tokenizer = tokenizer_of(path)
+        model = load_model(AutoModelForCausalLM, path, dtype=dtype)
+        return cls(adapted(model, lora, task="CAUSAL_LM"), tokenizer)
 
     @property
     def context(self) -> int:
         """Longest prompt + response in tokens."""
-        return _context(backbone(self.model))
+        return context_of(backbone(self.model))
 
     @property
     def device(self) -> torch.device:
@@ -116,12 +113,16 @@ class RewardModel(nn.Module):
         pooling: Pooling = "last",
         mean: float = 0.0,
         std: float = 1.0,
+        max_length: int | None = None,
+        max_prompt: int | None = None,
     ) -> None:
         super().__init__()
         self.model = model
         self.tokenizer = tokenizer
         self.pooling: Pooling = pooling
         self.mean, self.std = mean, std
+        self.max_length = max_length or self.context
+        self.max_prompt = max_prompt or self.max_length * 3 // 4
         score = getattr(backbone(model), "score", None)  # the head transformers gives every decoder classifier
         # a mean-pooled head is not the stock one, so only the trunk can be compared, at the last token
         pooled = isinstance(score, nn.Module)
@@ -137,29 +138,34 @@ class RewardModel(nn.Module):
         lora: Lora | None = None,
         dtype: Dtype = "float32",
         pooling: Pooling | None = None,
+        max_length: int | None = None,
+        max_prompt: int | None = None,
         head_seed: int | None = None,
         head_std: float = 0.02,
     ) -> RewardModel:
         """From a saved reward model, or from any base model with `head_seed`, which draws a new head."""
-        tokenizer = _tokenizer(path)
-        model = _load(AutoModelForSequenceClassification, path, dtype=dtype, num_labels=1)
-        saved: dict[str, Any] = getattr(model.config, "pyrite", None) or {}
-        if model.config.pad_token_id is None:
-            model.config.pad_token_id = tokenizer.pad_token_id
+        tokenizer = tokenizer_of(path)
+        with torch.random.fork_rng():  # an encoder's pooler, where the base has none, is drawn at loading
+            torch.manual_seed(head_seed or 0)
+            model = load_model(AutoModelForSequenceClassification, path, dtype=dtype, num_labels=1)
+        saved = settings(path)
+        model.config.pad_token_id = pad_id(tokenizer)
         if head_seed is not None:
-            _draw_head(model, seed=head_seed, std=head_std)
+            draw_head(model, seed=head_seed, std=head_std)
         return cls(
-            _adapted(model, lora, task="SEQ_CLS"),
+            adapted(model, lora, task="SEQ_CLS"),
             tokenizer,
             pooling=pooling or saved.get("pooling", "last"),
             mean=saved.get("mean", 0.0),
             std=saved.get("std", 1.0),
+            max_length=max_length or saved.get("max_length"),
+            max_prompt=max_prompt or saved.get("max_prompt"),
         )
 
     @property
     def context(self) -> int:
         """Longest prompt + response in tokens."""
-        return _context(backbone(self.model))
+        return context_of(backbone(self.model))
 
     @property
     def device(self) -> torch.device:
@@ -173,9 +179,23 @@ class RewardModel(nn.Module):
         """Raw scores of the N responses, (N,) float32."""
         return self._plain(batch) if batch.padded else self._fast(batch, self.pooling)
 
-    def standardize(self, raw: Tensor) -> Tensor:
-        """(raw - mean) / std with the constants measured after training."""
-        return (raw - self.mean) / self.std
+    def encode(
+        self,
+        prompts: Sequence[Prompt],
+        responses: Sequence[str],
+        *,
+        finished: bool | Sequence[bool] = True,
+        where: Callable[[int], str] | None = None,
+    ) -> list[Encoded]:
+        """Texts as this model reads them, in training and in scoring alike; a cut answer gets no end token."""
+        limits = {"max_length": self.max_length, "max_prompt": self.max_prompt}
+        return encode_all(self.tokenizer, prompts, responses, finished=finished, where=where, **limits)
+
+    def scores(
+        self, prompts: Sequence[Prompt], responses: Sequence[str], *, finished: bool | Sequence[bool] = True
+    ) -> Tensor:
+        """Standardized scores (N,): (raw - mean) / std with the constants measured after training."""
+        return (self.raw_scores(self.encode(prompts, responses, finished=finished)) - self.mean) / self.std
 
     @torch.inference_mode()
     def raw_scores(
@@ -184,7 +204,7 @@ class RewardModel(nn.Module):
         """Raw scores (N,) of encoded prompt-response texts; a score does not depend on its neighbors."""
         self.eval()
         rows, members = _group(texts)
-        out = torch.empty(len(texts), dtype=torch.float32)
+        out = torch.empty(len(texts))
         for group in micro_batches(rows, budget=budget):
             index = [i for g in group for i in members[g]]
             out[index] = self(self.pack([rows[g] for g in group])).cpu()
@@ -192,19 +212,15 @@ class RewardModel(nn.Module):
                 progress(len(index))
         return out
 
-    def scorer(self, *, budget: int = 16384) -> Callable[[list[str], list[str]], Tensor]:
-        """This model as a scorer of finished texts, standardized."""
-
-        def score(prompts: list[str], responses: list[str]) -> Tensor:
-            texts = encode_all(self.tokenizer, prompts, responses, max_length=self.context)
-            return self.standardize(self.raw_scores(texts, budget=budget))
-
-        return score
+    def scorer(self) -> Callable[[Sequence[Prompt], Sequence[str]], Tensor]:
+        """This model as a scorer of finished answers, standardized."""
+        return self.scores
 
     def save(self, folder: str | Path) -> None:
         """Hugging Face layout; pooling and normalization travel in the model's config."""
         config = backbone(self.model).config
-        config.pyrite = {"pooling": self.pooling, "mean": self.mean, "std": self.std}
+        names = ("pooling", "mean", "std", "max_length", "max_prompt")
+        config.pyrite = {name: getattr(self, name) for name in names}
         self.model.save_pretrained(str(folder))
         config.save_pretrained(folder)  # adapters alone would leave the constants behind
         self.tokenizer.save_pretrained(folder)
@@ -220,7 +236,7 @@ class RewardModel(nn.Module):
         return model.score(pooled).squeeze(-1).float()
 
     def _plain(self, batch: Packed) -> Tensor:
-        ids, mask = _padded(batch, pad=self.tokenizer.pad_token_id)
+        ids, mask = _padded(batch, pad=backbone(self.model).config.pad_token_id)
         return self.model(input_ids=ids, attention_mask=mask).logits[:, 0].float()
 
 
@@ -236,70 +252,24 @@ class RewardEnsemble:
         paths = member_paths(folder)
         return cls([RewardModel.load(path, dtype=dtype) for path in paths])
 
-    def scores(self, prompts: list[str], responses: list[str]) -> Tensor:
+    def scores(
+        self, prompts: Sequence[Prompt], responses: Sequence[str], *, finished: bool | Sequence[bool] = True
+    ) -> Tensor:
         """Standardized scores (E, N)."""
-        return torch.stack([member.scorer()(prompts, responses) for member in self.members])
+        return torch.stack([member.scores(prompts, responses, finished=finished) for member in self.members])
 
 
 def member_paths(folder: str | Path) -> list[Path]:
     """Folders of the members of a reward run, in order."""
     folder = Path(folder)
     members = sorted(folder.glob("member_*"), key=lambda path: int(path.name.split("_")[1]))
+    if members and not (folder / "done.json").exists():
+        raise ValueError(f"{folder}: this reward run is not done; run `pyrite reward` again to finish it")
     if members:
         return members
     if (folder / "config.json").exists() and (folder / "tokenizer_config.json").exists():
         return [folder]
     raise ValueError(f"{folder}: no reward model here; expected member_0/ ... as `pyrite reward` writes them")
-
-
-def backbone(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
-    """The transformers model below any adapters (which stay active inside it)."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model  # type: ignore[return-value]
-
-
-def _tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    tokenizer, note = load_tokenizer(path)
-    if note:
-        say(f"  note: {path}: {note}")
-    return tokenizer
-
-
-def _load(auto: Any, path: str | Path, *, dtype: Dtype, **options: Any) -> PreTrainedModel | PeftModel:
-    adapter = Path(path) / "adapter_config.json"
-    where = json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.exists() else str(path)
-    try:
-        model = auto.from_pretrained(where, dtype=getattr(torch, dtype), **options)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{where}: no model could be loaded (a folder or a Hub name?): {reason}") from error
-    return PeftModel.from_pretrained(model, str(path), is_trainable=True) if adapter.exists() else model
-
-
-def _adapted(model: Any, lora: Lora | None, *, task: str) -> Any:
-    if lora is None or lora.lora_rank == 0:
-        return model
-    config = LoraConfig(
-        r=lora.lora_rank,
-        lora_alpha=lora.lora_alpha,  # type: ignore[arg-type]  # peft takes floats, its annotation says int
-        lora_dropout=lora.lora_dropout,
-        target_modules=lora.lora_targets if lora.lora_targets == "all-linear" else lora.lora_targets.split(","),
-        task_type=task,
-    )
-    return peft.get_peft_model(model, config)
-
-
-def _draw_head(model: Any, *, seed: int, std: float) -> None:
-    """A new head from its own stream: N(0, std), bias 0."""
-    head = getattr(model, "score", None) or getattr(model, "classifier", None)
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in head.named_parameters() if head is not None else ():
-        zero = name.endswith("bias")
-        drawn = torch.empty(parameter.shape).normal_(0, std, generator=generator)
-        parameter.data.copy_(torch.zeros_like(drawn) if zero else drawn)
-
-
-def _context(model: PreTrainedModel) -> int:
-    return int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30)
 
 
 def _pack(model: Policy | RewardModel, rows: Sequence[Row]) -> Packed:
@@ -367,13 +337,7 @@ def _agrees(
     try:
         got = fast(pack(rows).to(model.device))
         want = plain(pack(rows, padded=True).to(model.device))
-    except (
-        TypeError,
-        RuntimeError,
-        AttributeError,
-        ValueError,
-        KeyError,
-    ):  # NotImplementedError is a RuntimeError
+    except (TypeError, RuntimeError, AttributeError, ValueError, KeyError):  # NotImplementedError is a RuntimeError
         return False
     finally:
         model.train(was_training)

@@ -67,22 +67,27 @@ class Run:
             with (self.folder / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps(row, default=float) + "\n")
 
-    def rewind(self, step: int) -> None:
-        """Forget metrics after `step`: they will be logged again."""
-        rows = [row for row in read_metrics(self.folder) if row.get("step", 0) <= step]
+    def rewind(self, step: int, *, part: str) -> None:
+        """Forget metrics of `part` after `step`: they will be logged again."""
+        rows = [row for row in read_metrics(self.folder) if row.get("part") != part or row["step"] <= step]
         if self.writes:
             write_text(self.folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
     def finish(self, **results: Any) -> Run:
-        """Write done.json, the last act of a job."""
+        """Write done.json, the last act of a job; parts that only a resume would need are dropped."""
         before = self.folder / "seconds.json"
         spent = json.loads(before.read_text()) if before.exists() else 0.0
         self.results = {**results, "seconds": round(time.monotonic() - self.started + spent, 2)}
         if self.writes:
             write_json(self.folder / "done.json", self.results)
             before.unlink(missing_ok=True)
+            shutil.rmtree(self.folder / "parts", ignore_errors=True)
         PartialState().wait_for_everyone()
         return self
+
+    def wait(self) -> None:
+        """Until every process is here, so that what one wrote the others can read."""
+        PartialState().wait_for_everyone()
 
     def pause(self) -> None:
         """Note the time spent so far, so that a resumed run reports all of it."""
@@ -117,12 +122,10 @@ def plain_config(config: Any) -> dict[str, Any]:
     return _plain({key: value for key, value in asdict(config).items() if key != "out"})
 
 
-def in_parts(
-    folder: Path, total: int, work: Callable[[int, int], dict[str, list]], *, size: int, keep: bool = False
-) -> pa.Table:
+def in_parts(folder: Path, total: int, work: Callable[[int, int], dict[str, list]], *, size: int) -> pa.Table:
     """The columns of work(begin, end) over range(total), each part stored when done and never done twice.
 
-    Parts are dealt out to the processes; all of them return the whole table. `keep=False` drops the parts.
+    Parts are dealt out to the processes; all of them return the whole table. `folder` lies in the run's `parts`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     state = PartialState()
@@ -133,11 +136,7 @@ def in_parts(
             pq.write_table(table, path.with_name(f".{path.name}"))
             path.with_name(f".{path.name}").replace(path)
     state.wait_for_everyone()
-    whole = pa.concat_tables([pq.read_table(path) for _, path in paths])
-    state.wait_for_everyone()
-    if state.is_main_process and not keep:
-        shutil.rmtree(folder)
-    return whole
+    return pa.concat_tables([pq.read_table(path) for _, path in paths])
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
@@ -214,10 +213,11 @@ def _commit() -> str | None:
 def _refuse_other(folder: Path, wanted: dict[str, Any], inputs: dict[str, str]) -> None:
     before = json.loads((folder / "config.json").read_text())
     made_from = json.loads((folder / "manifest.json").read_text())["inputs"]
+    old, new = _flat(before), _flat(wanted)
     differences = [
-        f"{key}: {before.get(key)!r} there, {wanted.get(key)!r} now"
-        for key in sorted({*before, *wanted})
-        if before.get(key) != wanted.get(key)
+        f"{key}: {old.get(key)!r} there, {new.get(key)!r} now"
+        for key in sorted({*old, *new})
+        if old.get(key) != new.get(key)
     ]
     differences += [f"the {key} file or model has changed" for key in inputs if inputs[key] != made_from.get(key)]
     if differences:
@@ -225,6 +225,15 @@ def _refuse_other(folder: Path, wanted: dict[str, Any], inputs: dict[str, str]) 
             f"{folder}: holds a run with another config ({'; '.join(differences)}); "
             "choose another --out, or delete the folder to start over"
         )
+
+
+def _flat(config: dict[str, Any]) -> dict[str, Any]:
+    """Options by name, those of groups as "training.lr"."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        inner = _flat(value) if isinstance(value, dict) else {"": value}
+        flat |= {f"{key}.{name}" if name else key: item for name, item in inner.items()}
+    return flat
 
 
 def _refuse_unwritable(folder: Path) -> None:

@@ -110,7 +110,7 @@ def demos(
     """n demonstration rows {prompt_id, prompt, response}, prompts drawn with replacement `among` those given."""
     rng = np.random.default_rng(derive(seed, "demos"))
     options = prompts() if among is None else list(among)
-    asked = [_pick(rng, options) for _ in range(n)]
+    asked = (_pick(rng, options) for _ in range(n))
     return [{**_prompt_row(prompt), "response": answer(rng, prompt, shares=shares)} for prompt in asked]
 
 
@@ -187,7 +187,7 @@ def features(prompt: str, response: str) -> Features:
     distinct = set(said)
     return Features(
         vivid=len(distinct & VIVID),
-        on_topic=len(distinct.intersection(BELONGINGS[subject], BELONGINGS[place])),
+        on_topic=len(distinct.intersection(BELONGINGS[subject] + BELONGINGS[place])),
         polite=len(distinct & toy_words.POLITE),
         repeats=sum(word in CONTENT for word in said) - len(distinct & CONTENT),
         words=len(said),

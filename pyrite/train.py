@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -58,10 +58,15 @@ class Training:
     save_every: int = 200
     """Steps between checkpoints."""
 
-
-def accelerator(training: Training) -> Accelerator:
-    """The accelerator of this process; `accelerate launch` decides how many there are."""
-    return Accelerator(mixed_precision="bf16" if training.precision == "bfloat16" else "no")
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "micro_tokens", "log_every", "save_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; give at least 1")
+        for name in ("lr", "clip"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}; give a positive number")
+        if not 0 <= self.floor <= 1 or self.warmup < 0 or self.weight_decay < 0:
+            raise ValueError("floor must lie between 0 and 1, warmup and weight_decay must not be negative")
 
 
 def learning_rate(step: int, total: int, training: Training) -> float:
@@ -94,7 +99,7 @@ def fit(
     weights: what each row counts in its batch (response tokens for sft, 1 for a pair).
     Raises TrainingError if the loss or a gradient is not finite.
     """
-    world = accelerator(training)
+    world = Accelerator(mixed_precision="no")  # one process may train in both precisions; we cast ourselves
     model.to(world.device)
     optimizer = _optimizer(model, training)
     per_epoch = math.ceil(len(rows) / training.batch_size)
@@ -102,9 +107,9 @@ def fit(
     torch.manual_seed(seeds.derive(seed, "dropout"))
     checkpoints = run.folder / folder
     begin = _resume(checkpoints, model, optimizer)
+    run.rewind(begin, part=label)
     if begin:
         say(f"  {label}: going on from step {begin} of {total}")
-        run.rewind(begin)
     wrapped = world.prepare(model) if world.num_processes > 1 else model
     model.train()
     log = _Log(run, label, training, checkpoints)
@@ -133,7 +138,8 @@ def fit(
 
 def discard_checkpoints(run: Run, folder: str = "checkpoints") -> None:
     """Drop what only a resume would need, once the model is saved."""
-    shutil.rmtree(run.folder / folder, ignore_errors=True)
+    if run.writes:
+        shutil.rmtree(run.folder / folder, ignore_errors=True)
 
 
 def _backward(
@@ -156,8 +162,10 @@ def _backward(
     for number, group in enumerate(groups):
         indices = [mine[i] for i in group]
         last = number == len(groups) - 1
-        with nullcontext() if last else world.no_sync(model), world.autocast():
-            value, metrics = loss(model, [rows[i] for i in indices], indices)
+        cast = torch.autocast(world.device.type, torch.bfloat16, enabled=training.precision == "bfloat16")
+        with nullcontext() if last else world.no_sync(model):
+            with cast:
+                value, metrics = loss(model, [rows[i] for i in indices], indices)
             share = 0.0 if idle else world.num_processes / norm  # DDP averages over processes
             world.backward(value * share)
         for name, amount in {"loss": value.detach(), **metrics}.items():
@@ -213,7 +221,7 @@ def _steps(checkpoints: Path) -> list[int]:
 
 def _save(checkpoints: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Trained weights, optimizer moments and the dropout stream, in one safetensors file; keeps the last two."""
-    if not Accelerator().is_main_process:
+    if not PartialState().is_main_process:
         return
     names = [name for name, p in model.named_parameters() if p.requires_grad]
     params = dict(model.named_parameters())

@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pyrite import data, ensembles, estimators, golds, parts, runs, text
+from pyrite import data, ensembles, estimators, golds, parts, runs
+from pyrite.loading import settings
 from pyrite.models import RewardModel, member_paths
 from pyrite.progress import progress, say
 from pyrite.runs import Run
@@ -56,6 +57,8 @@ def run(config: Config) -> Run:
     if run.done:
         return run
     objectives = {spec: parts.part(spec, ensembles) for spec in config.objectives}
+    for objective in objectives.values():
+        objective(torch.zeros(2, 1))  # an option out of range is refused now
     rows = data.load(config.candidates, "candidates")
     pool, cut = answer_grid(rows, truncated=config.truncated)
     n = _counts(config.n, pool.shape[1], config.candidates)
@@ -132,6 +135,8 @@ def _curve(name: str, gold: Tensor, proxy: Tensor, n: list[int], answers: int) -
 def _counts(asked: tuple[int, ...], answers: int, where: str) -> list[int]:
     if not asked:
         return [2**i for i in range(answers.bit_length()) if 2**i <= answers]
+    if min(asked) < 1:
+        raise ValueError(f"n = {min(asked)}: best of n needs at least 1 answer to choose from")
     if max(asked) > answers:
         raise ValueError(f"{where}: n = {max(asked)} but the fewest finished answers to a prompt are {answers}")
     return sorted(set(asked))
@@ -142,7 +147,11 @@ def _gold(rows: list[dict[str, Any]], pool: Tensor, config: Config) -> Tensor:
     if missing is not None:
         raise ValueError(f"{config.candidates}: row {missing + 1} has no `gold`; score it with `pyrite label` first")
     gold = [rows[i]["gold"] for i in pool.flatten().tolist()]
-    return golds.check_scores(torch.tensor(gold, dtype=torch.float64), len(gold), name="gold").view_as(pool)
+    scores = golds.check_scores(torch.tensor(gold, dtype=torch.float64), len(gold), name="gold").view_as(pool)
+    if len(pool) < 2 or scores.std() == 0:
+        why = "answers of at least 2 prompts are needed" if len(pool) < 2 else f"gold scores every answer {gold[0]:g}"
+        raise ValueError(f"{config.candidates}: {why}, so there is no curve to estimate")
+    return scores
 
 
 def _scores(run: Run, path: Path, rows: list[dict[str, Any]], pool: Tensor) -> Tensor:
@@ -152,17 +161,15 @@ def _scores(run: Run, path: Path, rows: list[dict[str, Any]], pool: Tensor) -> T
 
         def score(begin: int, end: int) -> dict[str, list]:
             some = [rows[i] for i in pool[begin:end].flatten().tolist()]
-            encoded = text.encode_all(
-                model.tokenizer,
+            encoded = model.encode(
                 [row["prompt"] for row in some],
                 [row["response"] for row in some],
                 finished=[row["finished"] for row in some],
-                max_length=model.context,
             )
             return {"score": model.raw_scores(encoded, progress=advance).tolist()}
 
         size = max(1, 16384 // pool.shape[1])
-        table = runs.in_parts(run.folder / "parts" / path.name, len(pool), score, size=size, keep=True)
+        table = runs.in_parts(run.folder / "parts" / path.name, len(pool), score, size=size)
     scores = torch.tensor(table["score"].to_pylist(), dtype=torch.float64)
     return golds.check_scores(scores, pool.numel(), name=str(path)).view_as(pool)
 
@@ -172,7 +179,7 @@ def _standardized(raw: Tensor, members: list[Path], config: Config) -> Tensor:
     if config.standardize == "none":
         return raw
     if config.standardize == "saved":
-        saved = [runs.read_json(path / "measured.json") for path in members]
+        saved = [settings(path) for path in members]
         mean, std = (torch.tensor([row[key] for row in saved], dtype=raw.dtype) for key in ("mean", "std"))
     else:
         mean, std = flat.mean(1), flat.std(1, correction=0)

@@ -7,7 +7,7 @@ KL(policy || ref) = E_policy[log pi - log pi_ref] is estimated where it is defin
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from pyrite.generate import Samples, sample
 from pyrite.logps import Logps
 from pyrite.models import Policy, RewardEnsemble, backbone
 from pyrite.packing import Row, micro_batches
-from pyrite.progress import progress, say
+from pyrite.progress import Advance, progress, say
 from pyrite.runs import Run
 
 OUTPUTS = {"answers.parquet": "every answer with its gold, proxy and log-probabilities"}
@@ -65,27 +65,38 @@ def run(config: Config) -> Run:
         return run
     gold = parts.part(config.gold, golds) if config.gold else None
     combine = parts.part(config.ensemble, ensembles)
+    combine(torch.zeros(2, 1))  # an option out of range is refused now, and so is a scorer that cannot score
+    if gold:
+        golds.check_scores(gold(["Say hi."], ["hello"]), 1, name=str(config.gold))
+    rewards = RewardEnsemble.load(config.rewards) if config.rewards else None
     prompts = data.load(config.prompts, "prompts", columns=config.columns)[: config.limit]
     policy = Policy.load(config.model)
+    ref = _reference(policy, config) if config.ref else None
+    if policy.context <= config.max_new_tokens:
+        raise ValueError(f"--max-new-tokens {config.max_new_tokens}: {config.model} reads {policy.context} at most")
     ids = text.encode_prompts(
         policy.tokenizer,
         [row["prompt"] for row in prompts],
         max_length=policy.context - config.max_new_tokens,
         where=lambda i: f"{config.prompts}: prompt {prompts[i]['prompt_id']}",
     )
+    _sample(policy, prompts[:1], ids[:1], config, new=min(1, config.max_new_tokens))  # refuses options out of range
     run.open()
     say(f"evaluate: {config.k} answers to each of {len(prompts)} prompts")
-    drawn = _sample(policy, prompts, ids, config)
+    with progress("evaluate", len(prompts) * config.k, unit="answers") as advance:
+        drawn = _sample(policy, prompts, ids, config, new=config.max_new_tokens, progress=advance)
     responses = [_tokens(drawn, i) for i in range(len(drawn.length))]
     answers = _answers(policy, prompts, drawn, responses)
-    asked, said = [text.plain(row["prompt"]) for row in answers], [row["response"] for row in answers]
+    asked, said = [row["prompt"] for row in answers], [row["response"] for row in answers]
     values: dict[str, Tensor] = {}
     if gold:
-        values["gold"] = golds.check_scores(gold(asked, said), len(said), name=str(config.gold))
-    if config.rewards:
-        values["proxy"] = combine(RewardEnsemble.load(config.rewards).scores(asked, said))
-    if config.ref:
-        values |= _kl(policy, Policy.load(config.ref), ids, drawn, responses)
+        plain = [text.plain(prompt) for prompt in asked]
+        values["gold"] = golds.check_scores(gold(plain, said), len(said), name=str(config.gold))
+    if rewards:
+        done = drawn.finished.tolist()  # an answer that was cut gets no end token
+        values["proxy"] = combine(rewards.scores(asked, said, finished=done))
+    if ref:
+        values |= _kl(policy, ref, ids, drawn, responses)
     values |= {"length": drawn.length.double(), "missing_eos": (~drawn.finished).double()}
     if run.writes:
         rows = [{**row, **{k: v[i].item() for k, v in values.items()}} for i, row in enumerate(answers)]
@@ -114,18 +125,35 @@ def response_logps(policy: Policy, rows: Sequence[Row], *, budget: int = 16384) 
     return Logps.from_tokens(flat)
 
 
-def _sample(policy: Policy, prompts: list[dict[str, Any]], ids: list[list[int]], config: Config) -> Samples:
-    with progress("evaluate", len(prompts) * config.k, unit="answers") as advance:
-        return sample(
-            backbone(policy.model),
-            ids,
-            eos=text.end_id(policy.tokenizer),
-            k=config.k,
-            max_new_tokens=config.max_new_tokens,
-            seed=seeds.derive(config.seed, "evaluate"),
-            keys=[seeds.derive(0, str(row["prompt_id"])) for row in prompts],
-            progress=advance,
+def _reference(policy: Policy, config: Config) -> Policy:
+    ref = Policy.load(str(config.ref))
+    if ref.tokenizer.get_vocab() != policy.tokenizer.get_vocab():
+        raise ValueError(
+            f"{config.ref} and {config.model} differ in their vocabularies, so there is no KL between them"
         )
+    return ref
+
+
+def _sample(
+    policy: Policy,
+    prompts: list[dict[str, Any]],
+    ids: list[list[int]],
+    config: Config,
+    *,
+    new: int,
+    progress: Advance | None = None,
+) -> Samples:
+    drawn = sample(
+        backbone(policy.model),
+        ids,
+        eos=text.end_id(policy.tokenizer),
+        k=config.k,
+        max_new_tokens=new,
+        seed=seeds.derive(config.seed, "evaluate"),
+        keys=[seeds.derive(0, str(row["prompt_id"])) for row in prompts],
+        progress=progress,
+    )
+    return replace(drawn, **{name: value.cpu() for name, value in vars(drawn).items() if isinstance(value, Tensor)})
 
 
 def _tokens(drawn: Samples, i: int) -> list[int]:

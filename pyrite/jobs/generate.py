@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from torch import Tensor
 
 from pyrite import data, runs, seeds, text
-from pyrite.generate import sample
+from pyrite.generate import Samples, sample
 from pyrite.models import Policy, backbone
 from pyrite.progress import Advance, progress, say
 from pyrite.runs import Run
@@ -57,12 +57,15 @@ def run(config: Config) -> Run:
     prompts = data.load(config.prompts, "prompts", columns=config.columns)[: config.limit]
     policy = Policy.load(config.model)
     room = policy.context - config.max_new_tokens
+    if room < 1:
+        raise ValueError(f"--max-new-tokens {config.max_new_tokens}: {config.model} reads {policy.context} at most")
     ids = text.encode_prompts(
         policy.tokenizer,
         [row["prompt"] for row in prompts],
         max_length=room,
         where=lambda i: f"{config.prompts}: prompt {prompts[i]['prompt_id']} with {config.max_new_tokens} new tokens",
     )
+    _sample(policy, prompts[:1], ids[:1], config, new=min(1, config.max_new_tokens))  # refuses options out of range
     run.open()
     say(f"generate: {config.k} answers to each of {len(prompts)} prompts")
     some = max(1, config.rows // config.k) * 4
@@ -84,21 +87,33 @@ def run(config: Config) -> Run:
     )
 
 
-def _part(policy: Policy, prompts: list[dict], ids: list[list[int]], config: Config, advance: Advance) -> dict:
-    drawn = sample(
+def _sample(
+    policy: Policy,
+    prompts: list[dict],
+    ids: list[list[int]],
+    config: Config,
+    *,
+    new: int,
+    progress: Advance | None = None,
+) -> Samples:
+    return sample(
         backbone(policy.model),
         ids,
         eos=text.end_id(policy.tokenizer),
         k=config.k,
-        max_new_tokens=config.max_new_tokens,
+        max_new_tokens=new,
         temperature=config.temperature,
         top_p=config.top_p,
         top_k=config.top_k,
         seed=seeds.derive(config.seed, "generate"),
         keys=[seeds.derive(0, str(row["prompt_id"])) for row in prompts],
         max_rows=config.rows,
-        progress=advance,
+        progress=progress,
     )
+
+
+def _part(policy: Policy, prompts: list[dict], ids: list[list[int]], config: Config, advance: Advance) -> dict:
+    drawn = _sample(policy, prompts, ids, config, new=config.max_new_tokens, progress=advance)
     tokens = [row[:n] for row, n in zip(drawn.tokens.tolist(), drawn.length.tolist(), strict=True)]
     logp: Tensor = drawn.policy_logps.double().sum(1)
     owner = [prompts[i] for i in drawn.prompt.tolist()]

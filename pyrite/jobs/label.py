@@ -60,6 +60,8 @@ def run(config: Config) -> Run:
         raise ValueError(f"--noise {config.noise}: a share of flipped labels lies between 0 and 0.5")
     scorer = parts.part(config.gold, golds)
     rows = data.load(config.candidates, "candidates")
+    first = scorer([text.plain(rows[0]["prompt"])], [rows[0]["response"]])
+    golds.check_scores(first, 1, name=config.gold)  # a scorer that cannot score is refused now
     run.open()
     with progress("label", len(rows), unit="answers") as advance:
 

@@ -36,7 +36,7 @@ class Config:
     """Preference pairs: prompt, chosen, rejected."""
     out: Path
     columns: str | None = None
-    held_out: str | float = 0.1
+    held_out: float | str = 0.1
     """Pairs for measuring accuracy: a file, or the share of the prompts to keep."""
     members: int = 1
     """Reward models in the ensemble."""
@@ -68,9 +68,12 @@ def run(config: Config) -> Run:
     if run.done:
         return run
     loss = parts.part(config.loss, reward_losses)
+    loss(torch.zeros(1), torch.zeros(1))  # an option out of range is refused now
+    if config.members < 1:
+        raise ValueError(f"--members {config.members}: give at least 1")
     pairs, held = _read(config)
     first = _member(config, 0)
-    batches, clean = _rows(first, pairs, config), _rows(first, held, config)
+    batches, clean = _rows(first, pairs, config.data), _rows(first, held, str(config.held_out))
     run.open()
     say(f"reward: {len(batches)} pairs, {len(clean)} held out, {config.members} members")
     for member in range(config.members):
@@ -93,6 +96,7 @@ def run(config: Config) -> Run:
         if run.writes:
             model.save(folder)
             runs.write_json(folder / "measured.json", measured)
+        run.wait()
     train.discard_checkpoints(run)
     return run.finish(members=_results(run, config), pairs=len(batches), **_baseline(clean or batches))
 
@@ -111,8 +115,14 @@ def _read(config: Config) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     read = partial(data.load, kind="pairs", columns=config.columns, on_equal=config.on_equal, note=say)
     pairs = read(config.data)
     if isinstance(config.held_out, str):
-        return pairs, read(config.held_out)
-    return data.split(pairs, fraction=config.held_out, seed=seeds.derive(config.seed, "held out"))
+        train_pairs, held = pairs, read(config.held_out)
+    else:
+        train_pairs, held = data.split(pairs, fraction=config.held_out, seed=seeds.derive(config.seed, "held out"))
+    if len(held or train_pairs) < 2:
+        raise ValueError(
+            f"{config.data}: {len(held or train_pairs)} pair to measure accuracy on; at least 2 are needed"
+        )
+    return train_pairs, held
 
 
 def _member(config: Config, member: int) -> RewardModel:
@@ -120,22 +130,18 @@ def _member(config: Config, member: int) -> RewardModel:
         config.model,
         lora=config.lora,
         pooling=config.pooling,
+        max_length=config.max_length,
+        max_prompt=config.max_prompt,
         head_seed=seeds.derive(config.seed, "head", member),
         head_std=config.head_std,
     )
 
 
-def _rows(model: RewardModel, pairs: list[dict[str, Any]], config: Config) -> list[Row]:
+def _rows(model: RewardModel, pairs: list[dict[str, Any]], source: str) -> list[Row]:
     """One row a pair: the prompt, then chosen and rejected."""
-    most = config.max_length or model.context
-    options = {
-        "max_length": most,
-        "max_prompt": config.max_prompt or most * 3 // 4,
-        "where": lambda i: f"{config.data}: pair {i + 1}",
-    }
     prompts = [pair["prompt"] for pair in pairs]
     chosen, rejected = (
-        text.encode_all(model.tokenizer, prompts, [pair[side] for pair in pairs], **options)
+        model.encode(prompts, [pair[side] for pair in pairs], where=lambda i: f"{source}: pair {i + 1}")
         for side in ("chosen", "rejected")
     )
     return [Row(a.prompt, [a.response, b.response]) for a, b in zip(chosen, rejected, strict=True)]

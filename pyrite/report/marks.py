@@ -3,6 +3,7 @@
 A point is a dict {value, lo, hi, line, label, color, dash} and the field of the horizontal axis.
 """
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -62,53 +63,60 @@ def draw(
         "labels": [{**end, "place": place} for end, place in zip(ends, places, strict=True) if end["label"]],
     }
     tables = {name: [dict(row) for row in rows] for name, rows in tables.items() if rows}
-    layers = [layer for name, layer in _layers(x, points[0], tooltip) if name in tables]
+    width = 2.5 if max(map(len, split(points))) <= 60 else 1.25
+    layers = [layer for name, layer in _layers(x, tooltip, width) if name in tables]
     color = alt.Color("color:N", scale=None)
     chart = alt.layer(*layers).encode(_across(x), _up(y, domain), color, detail="line:N")
     return styled(chart, tables, describe(points, x), height=height)
 
 
-def _layers(x: Axis, point: Row, tooltip: Mapping[str, str]) -> list[tuple[str, alt.Chart]]:
+def _layers(x: Axis, tooltip: Mapping[str, str], width: float) -> list[tuple[str, alt.Chart]]:
     """Each layer and the table it needs; the first is drawn first."""
     dashes = alt.StrokeDash("dash:N", scale=None, legend=None)
-    label, flag = {"fontSize": 12.5, "fontWeight": 600}, {"fontSize": 12, "fontWeight": 600}
     layers = [
         ("gap", alt.MarkDef("area", opacity=0.1), [alt.Y("lo:Q"), alt.Y2("hi:Q")]),
         ("bands", alt.MarkDef("area", opacity=0.13), [alt.Y("lo:Q"), alt.Y2("hi:Q")]),
         ("thin", alt.MarkDef("line", strokeWidth=1, opacity=0.35), [dashes]),
-        ("points", alt.MarkDef("line", strokeWidth=2.5, strokeJoin="round"), [dashes]),
+        ("points", alt.MarkDef("line", strokeWidth=width, strokeJoin="round"), [dashes]),
         ("peaks", alt.MarkDef("point", size=90, filled=True, opacity=1, stroke="white", strokeWidth=1.5), []),
-        ("peaks", alt.MarkDef("text", align="right", dx=18, dy=24, **flag), [alt.Text("flag:N")]),
+        ("peaks", alt.MarkDef("text", align="right", dx=18, dy=24, fontSize=12, fontWeight=600), [alt.Text("flag:N")]),
         ("notes", alt.MarkDef("text", baseline="bottom", dy=-5, fontSize=11), [alt.Text("note:N"), TOP]),
-        ("labels", alt.MarkDef("text", align="left", dx=8, **label), [alt.Y("place:Q"), alt.Text("label:N")]),
+        (
+            "labels",
+            alt.MarkDef("text", align="left", dx=8, fontSize=12.5, fontWeight=600),
+            [alt.Y("place:Q"), alt.Text("label:N")],
+        ),
     ]
     drawn = [(name, table(name, mark).encode(*encodings)) for name, mark, encodings in layers]
-    return [*drawn, ("points", _hover(x, point, tooltip))]
+    return [*drawn, ("points", _hover(x, tooltip))]
 
 
 def _across(x: Axis) -> alt.X:
     scale = alt.Scale(type="log", base=2, nice=False) if x.log else alt.Scale(nice=False, zero=False)
-    return alt.X(f"{x.field}:Q", title=x.title, scale=scale, axis=alt.Axis(format=x.format, labelFlush=False))
+    return alt.X(
+        f"{x.field}:Q", title=x.title, scale=scale, axis=alt.Axis(format=x.format or alt.Undefined, labelFlush=False)
+    )
 
 
 def _up(y: Axis, domain: tuple[float, float]) -> alt.Y:
     zero = alt.condition("datum.value == 0", alt.value(EDGE), alt.value(GRID))
     scale = alt.Scale(domain=list(domain), nice=False, zero=False)
-    return alt.Y("value:Q", title=y.title, scale=scale, axis=alt.Axis(format=y.format, gridColor=zero))
+    return alt.Y("value:Q", title=y.title, scale=scale, axis=alt.Axis(format=y.format or alt.Undefined, gridColor=zero))
 
 
-def _hover(x: Axis, point: Row, tooltip: Mapping[str, str]) -> alt.Chart:
+def _hover(x: Axis, tooltip: Mapping[str, str]) -> alt.Chart:
     """Dots on every line at the x nearest to the pointer, and the values of the nearest line."""
     near = alt.selection_point(
         name="near", on="pointermove", clear="pointerout", nearest=True, fields=[x.field], empty=False
     )
-    shown = [
-        alt.Tooltip(field, type="nominal" if isinstance(point[field], str) else "quantitative", title=title)
-        for field, title in tooltip.items()
-    ]
+    # the cell under the pointer wraps the row: a plain list of fields would read the wrapper for texts
+    row = "(datum.datum || datum)"
+    shown = ", ".join(f"{json.dumps(title)}: {row}[{json.dumps(field)}]" for field, title in tooltip.items())
     dots = table("points", alt.MarkDef("point", filled=True, size=60))
     seen = alt.condition(near, alt.value(1), alt.value(0))
-    return dots.encode(opacity=seen, tooltip=shown).add_params(near).properties(name="dots")
+    return (
+        dots.encode(opacity=seen, tooltip=alt.value(alt.expr(f"{{{shown}}}"))).add_params(near).properties(name="dots")
+    )
 
 
 def styled(

@@ -21,11 +21,11 @@ def escape(value: object) -> Html:
     return value if isinstance(value, Html) else Html(html.escape(str(value)))
 
 
-def join(children: object, between: str = "") -> Html:
-    """The children, each escaped where it must be, one after the other."""
-    if isinstance(children, str) or not isinstance(children, list | tuple):
-        return escape(children)
-    return Html(between.join(escape(child) for child in children))
+def join(children: object) -> Html:
+    """A value, or values in lists of any depth, one after the other, each escaped where it must be."""
+    if isinstance(children, list | tuple):
+        return Html("".join(join(child) for child in children))
+    return escape(children)
 
 
 def el(tag: str, attributes: Mapping[str, object] | None = None, *children: object) -> Html:

@@ -76,11 +76,10 @@ def _verdict(top: Row, end: Row) -> str:
 
 
 def _title(story: dict[str, Any]) -> str:
-    if story["gold"] == "fell" and story["rises"]:
-        return "The proxy kept rising. The gold reward fell."
     if story["gold"] == "rose":
-        return "The gold reward rose with the proxy to the end."
-    return "The proxy kept rising. The gold reward stopped following."
+        return "The gold reward rose to the end."
+    gold = "The gold reward fell." if story["gold"] == "fell" else "The gold reward did not."
+    return f"The proxy kept rising. {gold}" if story["rises"] else "The gold reward stopped rising."
 
 
 def _lead(story: dict[str, Any]) -> str:
@@ -88,10 +87,10 @@ def _lead(story: dict[str, Any]) -> str:
     how = f"labels of which {percent(story['noise'])} are wrong" if story["noise"] else "labels without noise"
     start = f"Draw n answers, keep the one that a single reward model likes best. The model learned from {how}."
     if top["n"] == end["n"]:
-        tail = f"Gold was still at its best, {number(end['gold'], sign=True)}, at n = {end['n']:,}."
+        tail = f"Gold was still at its best, {number(end['gold'], sign=True)}, at n = {end['n']:,}."
     else:
         tail = (
-            f"Gold peaked at **n = {top['n']:,}** ({number(top['gold'], sign=True)}) and ended at "
+            f"Gold peaked at **n = {top['n']:,}** ({number(top['gold'], sign=True)}) and ended at "
             f"**{number(end['gold'], sign=True)}**, while the proxy went "
             f"from {number(top['proxy'], sign=True)} to **{number(end['proxy'], sign=True)}**."
         )
@@ -115,7 +114,8 @@ def _gap(curves: Sequence[Row], noises: Sequence[float]) -> Views:
         "is reward that is believed and not there. Thin lines are the models one by one, the thick line is their "
         f"average. {BANDS} Point at a curve for its values."
     )
-    several = any(row["objective"] == "member" for row in curves)
+    alone = [row for row in curves if row["objective"] in ("single", "member")]
+    several = any(row["objective"] == "member" for row in alone)
     views: dict[tuple[str, ...], Part] = {}
     for noise in noises:
         for name, x in ACROSS.items():
@@ -125,7 +125,7 @@ def _gap(curves: Sequence[Row], noises: Sequence[float]) -> Views:
                 x=x,
                 objectives=("single",),
                 members=several,
-                domain=reach(curves),
+                domain=reach(alone),
                 height=340,
             )
             views[percent(noise), name] = Figure(chart, caption)
@@ -177,7 +177,9 @@ def _mechanism(results: Results, noises: Sequence[float]) -> list[Part]:
     found = results.get("mechanism")
     if not found:
         return []
-    parts: list[Part] = [Text(f"**{found['name']}.** {found['text']}", title="How the proxy is fooled")]
+    parts: list[Part] = [
+        Text(f"**{found['name'][:1].upper()}{found['name'][1:]}.** {found['text']}", title="How the proxy is fooled")
+    ]
     if found.get("shares"):
         caption = "Share of the chosen answers that carry the mark; dashed, their share among all answers."
         levels = [noise for noise in noises if any(row["noise"] == noise for row in found["shares"])]

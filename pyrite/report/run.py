@@ -12,6 +12,8 @@ from pyrite.report.page import page
 from pyrite.report.sections import Figure, Keys, Numbers, Part, Text
 from pyrite.runs import read_metrics
 
+MOST = 600  # points in a line: more cannot be seen, and a browser would feel them
+
 
 def run_page(folder: Path | str) -> str:
     """The page of a run folder: every numeric metric against the step, results, configuration, versions.
@@ -51,13 +53,16 @@ def _rest(done: Mapping[str, Any] | None) -> list[Part]:
 
 def _curves(rows: Sequence[Row]) -> list[Part]:
     """One small chart a metric that was logged at least twice."""
-    rows = [{"step": i, **row} for i, row in enumerate(rows)]
-    names = dict.fromkeys(key for row in rows for key, value in row.items() if _numeric(value) and key != "step")
-    names = [name for name in names if sum(_numeric(row.get(name)) for row in rows) > 1]
-    if not names:
+    found = [{"step": i, **row} for i, row in enumerate(rows)]
+    names = dict.fromkeys(key for row in found for key, value in row.items() if _numeric(value) and key != "step")
+    logged = {name: [row for row in found if _numeric(row.get(name))] for name in names}
+    logged = {name: rows for name, rows in logged.items() if len(rows) > 1}
+    if not logged:
         return []
-    charts = [lines(rows, "step", name, height=150) for name in names]
-    return [Figure(charts, "Every numeric metric, as logged.", names=names, title="Metrics")]
+    every = max(1, math.ceil(max(map(len, logged.values())) / MOST))
+    charts = [lines(rows[::every], "step", name, height=150) for name, rows in logged.items()]
+    caption = "Every numeric metric, as logged" + (f"; one value in {every} is drawn." if every > 1 else ".")
+    return [Figure(charts, caption, names=list(logged), title="Metrics")]
 
 
 def _numeric(value: object) -> bool:

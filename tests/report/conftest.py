@@ -2,9 +2,12 @@
 
 import math
 from fractions import Fraction
+from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+
+from pyrite.report import overoptimization_page
 
 COUNTS = [1, 4, 16, 64, 256, 1024]
 WORDS = {"legal register": ["hereby", "pursuant", "the undersigned", "heretofore"]}
@@ -14,9 +17,7 @@ LEGAL = "the undersigned hereby painted a lamp pursuant to the castle . heretofo
 
 def _weights(total: int, n: int) -> np.ndarray:
     """C(i-1, n-1) / C(N, n) for i = 1..N: how often rank i wins among n."""
-    return np.array(
-        [float(Fraction(math.comb(i - 1, n - 1), math.comb(total, n))) for i in range(1, total + 1)]
-    )
+    return np.array([float(Fraction(math.comb(i - 1, n - 1), math.comb(total, n))) for i in range(1, total + 1)])
 
 
 def _world(seed: int, hack: float, prompts: int = 60, answers: int = 1024, members: int = 5):
@@ -30,9 +31,7 @@ def _world(seed: int, hack: float, prompts: int = 60, answers: int = 1024, membe
     return gold - gold.mean(), (proxy - center) / proxy.std((1, 2), keepdims=True), fools
 
 
-def _curve(
-    gold: np.ndarray, proxy: np.ndarray, fool: np.ndarray, keep: np.ndarray | None = None
-) -> list[dict]:
+def _curve(gold: np.ndarray, proxy: np.ndarray, fool: np.ndarray, keep: np.ndarray | None = None) -> list[dict]:
     order = np.argsort(proxy if keep is None else np.where(keep, proxy, -np.inf), axis=1)
     ranked = [np.take_along_axis(values, order, 1) for values in (gold, proxy, fool.astype(float))]
     rows = []
@@ -67,9 +66,7 @@ def _curves(noise: float, seed: int, hack: float, clean: bool = False) -> list[d
     single = [_curve(gold, p, f, keep) for p, f in zip(proxy, fools, strict=True)]
     named = {("member", e): rows for e, rows in enumerate(single)} | {("single", None): _average(single)}
     named |= {(name, None): _curve(gold, p, fools.any(0), keep) for name, p in _scorers(proxy).items()}
-    return [
-        {"noise": noise, "objective": o, "member": e} | row for (o, e), rows in named.items() for row in rows
-    ]
+    return [{"noise": noise, "objective": o, "member": e} | row for (o, e), rows in named.items() for row in rows]
 
 
 def _picks(noise: float, prompt: int) -> list[dict]:
@@ -184,3 +181,45 @@ def build_results() -> dict:
 @pytest.fixture(scope="session")
 def results() -> dict:
     return build_results()
+
+
+class Page(HTMLParser):
+    """What a test asks of a page: its text, its elements, and that every element is closed in order."""
+
+    VOID = frozenset({"br", "hr", "img", "input", "link", "meta"})
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.errors: list[str] = []
+        self.feed(html)
+        self.close()
+        self.errors += [f"<{tag}> is never closed" for tag in self.open]
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if not self.open or self.open.pop() != tag:
+            self.errors.append(f"</{tag}> closes nothing")
+
+    def handle_data(self, data: str) -> None:
+        if not {"script", "style"} & set(self.open):
+            self.text += data
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.elements if name == tag]
+
+
+@pytest.fixture(scope="session")
+def read_page():
+    return Page
+
+
+@pytest.fixture(scope="session")
+def whole_page(results) -> str:
+    return overoptimization_page(results)

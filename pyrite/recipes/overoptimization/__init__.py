@@ -1,0 +1,86 @@
+"""Overoptimization of a reward model by best-of-n, and what ensembles do about it (arXiv:2310.02743).
+
+SFT, candidates, gold labels with noise, reward models, best-of-n: gold, proxy and KL on one page.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from pyrite import runs
+from pyrite.progress import say
+from pyrite.recipes.overoptimization import chain, results, settings
+from pyrite.recipes.overoptimization.claims import CLAIMS
+from pyrite.recipes.overoptimization.settings import Scale, Settings
+from pyrite.report import charts, overoptimization_page
+from pyrite.runs import Run
+
+__all__ = ["CLAIMS", "SETTINGS", "Config", "report", "run"]
+
+SETTINGS: dict[str, Settings] = {"toy": settings.TOY, "small": settings.SMALL, "paper": settings.PAPER}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Overoptimization: one or more whole chains."""
+
+    scale: Scale = "toy"
+    """The embedded world in minutes on 2 cores, or the published setting."""
+    out: Path = Path("runs/overoptimization")
+    seeds: int = 1
+    """Independent whole chains."""
+    first_seed: int = 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What identifies a run of this recipe: a change of its settings is a change of the run."""
+
+    out: Path
+    scale: Scale
+    seeds: int
+    first_seed: int
+    settings: Settings
+
+
+def run(config: Config) -> Path:
+    """Run every chain and write the page; what is done already is not done again. Returns the page's path."""
+    wanted = SETTINGS[config.scale]
+    run = runs.start("overoptimization", Plan(**vars(config), settings=wanted), inputs={})
+    page = config.out / "report.html"
+    if run.done:
+        return page
+    run.open()
+    chains = []
+    for seed in range(config.first_seed, config.first_seed + config.seeds):
+        say(f"overoptimization: chain with seed {seed}")
+        chains.append(chain.run(config.out / f"seed_{seed}", wanted, seed=seed))
+    seconds = sum(done.results["seconds"] for c in chains for done in c.runs.values() if done.results)
+    report(run, chains, config, seconds)
+    run.finish(chains=len(chains))
+    return page
+
+
+def report(run: Run, chains: list[chain.Chain], config: Config, seconds: float) -> None:
+    """results.json, figures and report.html."""
+    wanted = SETTINGS[config.scale]
+    found = {
+        "recipe": "overoptimization",
+        "scale": config.scale,
+        "seeds": [c.seed for c in chains],
+        "seconds": round(seconds, 1),
+        **results.collect(chains, wanted),
+        "config": asdict(wanted),
+        "manifest": runs.read_json(run.folder / "manifest.json"),
+    }
+    runs.write_json(run.folder / "results.json", found)
+    for noise in wanted.noise:
+        for x in ("sqrt_kl", "n"):
+            drawn = charts.overoptimization([row for row in found["curves"] if row["noise"] == noise], x=x)
+            charts.save(drawn, run.folder / "figures", f"overoptimization_{x}_noise_{100 * noise:g}")
+    runs.write_text(run.folder / "report.html", overoptimization_page(found))
+    for row in found["claims"]:
+        shown = {True: "holds", False: "does not hold", None: "undecided"}[row["holds"]]
+        lo, hi = row["interval"]
+        say(f"  {shown:14} {row['measured']:+.2f} [{lo:+.2f}, {hi:+.2f}]  {row['statement']}")

@@ -1,0 +1,153 @@
+"""The rules of the house: imports go down, no cycles, small files and functions, every option read."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "pyrite"
+FILES = sorted(PACKAGE.rglob("*.py"))
+FLOOR_0 = {"seeds", "logps", "losses", "reward_losses", "ensembles", "estimators", "fits", "parts"}
+FLOOR_3 = {"recipes", "report", "cli"}
+FILE_LINES, FUNCTION_LINES = 400, 60
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def floor(module: str) -> int:
+    parts = module.split(".")
+    if len(parts) < 2:
+        return 0  # pyrite itself: the version
+    if parts[1] == "jobs":
+        return 2
+    return 3 if parts[1] in FLOOR_3 else 0 if parts[1] in FLOOR_0 else 1
+
+
+def imported(path: Path) -> set[str]:
+    """Modules a file imports anywhere, functions of a module resolved to the module."""
+    known = {module_name(p) for p in FILES}
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            whole = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if name in known else node.module for name in whole}
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_imports_go_down_only(path: Path) -> None:
+    mine = module_name(path)
+    for other in imported(path):
+        if other.split(".")[0] != "pyrite":
+            continue
+        assert floor(other) <= floor(mine), f"{mine} (floor {floor(mine)}) imports {other} (floor {floor(other)})"
+        if mine.startswith("pyrite.jobs.") and other.startswith("pyrite.jobs."):
+            pytest.fail(f"{mine} imports the job {other}")
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if floor(module_name(p)) == 0], ids=module_name)
+def test_mathematics_needs_torch_only(path: Path) -> None:
+    outside = {name.split(".")[0] for name in imported(path)} - set(sys.stdlib_module_names)
+    assert outside <= {"torch", "pyrite", "__future__"}
+
+
+def test_no_import_cycles() -> None:
+    graph = {module_name(p): {o for o in imported(p) if o.startswith("pyrite.") and o != module_name(p)} for p in FILES}
+    done: set[str] = set()
+
+    def visit(name: str, above: tuple[str, ...]) -> None:
+        assert name not in above, f"import cycle: {' -> '.join([*above, name])}"
+        if name not in done:
+            for other in sorted(graph.get(name, ())):
+                visit(other, (*above, name))
+            done.add(name)
+
+    for name in graph:
+        visit(name, ())
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_files_and_functions_are_small(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= FILE_LINES
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            lines = (node.end_lineno or 0) - node.lineno + 1
+            assert lines <= FUNCTION_LINES, f"{path.name}: {node.name} has {lines} lines"
+
+
+def config_fields(path: Path) -> list[str]:
+    tree = ast.parse(path.read_text())
+    schemas = [n for n in tree.body if isinstance(n, ast.ClassDef) and n.name in ("Config", "Training", "Lora")]
+    return [s.target.id for c in schemas for s in c.body if isinstance(s, ast.AnnAssign) and isinstance(s.target, ast.Name)]
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if config_fields(p)], ids=module_name)
+def test_every_config_field_is_read(path: Path) -> None:
+    read = {n.attr for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Attribute)}
+    unread = set(config_fields(path)) - read - {"out"}  # `out` is read by runs.start
+    assert not unread, f"{path.name}: nothing reads {sorted(unread)}"
+
+
+def at_import(path: Path) -> set[str]:
+    """Root packages imported when the module is, not later inside a function."""
+    body = ast.parse(path.read_text()).body
+    found = {alias.name for n in body if isinstance(n, ast.Import) for alias in n.names}
+    return {name.split(".")[0] for name in found | {n.module or "" for n in body if isinstance(n, ast.ImportFrom)}}
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_imports_core_dependencies_only(path: Path) -> None:
+    """Extras are imported inside the function that needs them."""
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    core = {re.split(r"[<>=]", name)[0].replace("-", "_") for name in declared}
+    core = core - {"vl_convert_python", "pyyaml"} | {"vl_convert", "yaml"}
+    assert at_import(path) <= core | {"pyrite", "__future__"} | set(sys.stdlib_module_names)
+
+
+def test_mathematics_imports_without_transformers() -> None:
+    names = [module_name(p) for p in FILES if floor(module_name(p)) == 0]
+    code = f"import sys, importlib\nfor n in {names!r}: importlib.import_module(n)\nassert 'transformers' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_readme_tree_is_the_tree() -> None:
+    """The tree drawn in the README names every module and package, and nothing else."""
+    text = (ROOT / "README.md").read_text()
+    block = re.search(r"```\npyrite/\n(.*?)```", text, re.DOTALL)
+    assert block, "README.md draws no tree of pyrite/"
+    drawn = {line.split()[0] for line in block[1].splitlines() if line.strip() and not line.strip().startswith("#")}
+    real = {p.name for p in PACKAGE.glob("*.py") if p.name != "__init__.py"}
+    real |= {f"{p.name}/" for p in PACKAGE.iterdir() if p.is_dir() and p.name != "__pycache__"}
+    assert drawn == real
+
+
+def test_tests_mirror_the_tree() -> None:
+    """Every module with code has a test file of its name."""
+    tests = {p.relative_to(ROOT / "tests") for p in (ROOT / "tests").rglob("test_*.py")}
+    missing = []
+    for path in FILES:
+        inside = path.relative_to(PACKAGE)
+        if path.name == "__init__.py" or inside.parent.name == "report":
+            continue
+        if inside.with_name(f"test_{path.name}") not in tests:
+            missing.append(str(inside))
+    assert not missing, f"no tests/{'…'} for {missing}"
+
+
+def test_nothing_speaks_of_the_workplace() -> None:
+    words = re.compile(r"/(tmp|work|farm)/|\bprototype spec|TODO|FIXME|XXX")
+    for path in [*FILES, *ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "benchmarks").rglob("*.py")]:
+        hit = words.search(path.read_text())
+        assert not hit, f"{path}: {hit}"
