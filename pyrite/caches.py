@@ -6,6 +6,8 @@ column for all of them. Columns left of a short prompt are zeros that a mask hid
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
@@ -21,11 +23,12 @@ class Layer(CacheLayerMixin):
     def __init__(self) -> None:
         super().__init__()
         self.used = 0
+        self.blocks: tuple[Tensor, ...] = ()  # keys, values
 
     def allocate(self, like: Tensor, rows: int, used: int) -> None:
         """Room for `rows` rows with the heads, dtype and device of `like` (n, G, t, D); `used` columns of zeros."""
         shape = (rows, like.shape[1], used + BLOCK, like.shape[3])
-        self.keys, self.values = like.new_zeros(shape), like.new_zeros(shape)
+        self.blocks = (like.new_zeros(shape), like.new_zeros(shape))
         self.used, self.is_initialized = used, True
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -39,14 +42,15 @@ class Layer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         start, self.used = self.used, self.used + key_states.shape[2]
-        self.keys, self.values = self._grown(self.keys), self._grown(self.values)
-        self.keys[:, :, start : self.used] = key_states
-        self.values[:, :, start : self.used] = value_states
-        return self.keys[:, :, : self.used], self.values[:, :, : self.used]
+        if self.used > self.blocks[0].shape[2]:
+            self.blocks = tuple(_grown(block, self.used + BLOCK) for block in self.blocks)
+        keys, values = (block[:, :, : self.used] for block in self.blocks)
+        keys[:, :, start:], values[:, :, start:] = key_states, value_states
+        return keys, values
 
     def select(self, rows: Tensor) -> None:
         """Keep only these rows, in this order."""
-        self.keys, self.values = self.keys.index_select(0, rows), self.values.index_select(0, rows)
+        self.blocks = tuple(block.index_select(0, rows) for block in self.blocks)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Columns that a query of this length sees, and the first of them."""
@@ -60,14 +64,6 @@ class Layer(CacheLayerMixin):
         """No limit."""
         return -1
 
-    def _grown(self, block: Tensor) -> Tensor:
-        if self.used <= block.shape[2]:
-            return block
-        rows, heads, _, size = block.shape
-        bigger = block.new_empty(rows, heads, self.used + BLOCK, size)
-        bigger[:, :, : block.shape[2]] = block
-        return bigger
-
 
 class Columns(Cache):
     """The layers of one model for N rows: a transformers cache that can be filled from prompts and compacted."""
@@ -75,27 +71,36 @@ class Columns(Cache):
     def __init__(self) -> None:
         super().__init__(layer_class_to_replicate=Layer)
 
-    def fill(self, prompts: Cache, source: Tensor, lengths: Tensor, start: int, rows: int, used: int) -> None:
-        """Copy prefilled prompts into rows start, start + 1, ... of `rows`, ending at column `used`.
+    @property
+    def parts(self) -> list[Layer]:
+        """The layers met so far."""
+        return cast(list[Layer], self.layers)
 
-        prompts: keys of P prompts, written from column 0 on; lengths (P,) their tokens; source (n,) the prompt of
-        each row.
+    def fill(self, prompts: Columns, source: Tensor, lengths: Tensor, *, start: int, rows: int, used: int) -> None:
+        """Copy prefilled prompts into rows start, start + 1, ... of `rows`, so that they end at column `used`.
+
+        prompts: P prompts written from column 0 on; lengths (P,) their tokens; source (n,) the prompt of each row.
         """
-        width = prompts.layers[0].used
+        width = prompts.parts[0].used
         columns = torch.arange(width, device=lengths.device) - (width - lengths)[:, None]
-        for index, layer in enumerate(prompts.layers):
-            while len(self.layers) <= index:
-                self.layers.append(Layer())
-            if not self.layers[index].is_initialized:
-                self.layers[index].allocate(layer.keys, rows, used)
-            span = (slice(start, start + len(source)), slice(None), slice(used - width, used))
-            self.layers[index].keys[span] = _aligned(layer.keys, columns, source)
-            self.layers[index].values[span] = _aligned(layer.values, columns, source)
+        while len(self.layers) < len(prompts.layers):
+            self.layers.append(Layer())
+        for ours, theirs in zip(self.parts, prompts.parts, strict=True):
+            if not ours.is_initialized:
+                ours.allocate(theirs.blocks[0], rows, used)
+            for into, block in zip(ours.blocks, theirs.blocks, strict=True):
+                into[start : start + len(source), :, used - width : used] = _aligned(block, columns, source)
 
     def select(self, rows: Tensor) -> None:
         """Keep only these rows, in this order."""
-        for layer in self.layers:
+        for layer in self.parts:
             layer.select(rows)
+
+
+def _grown(block: Tensor, columns: int) -> Tensor:
+    bigger = block.new_empty(*block.shape[:2], columns, block.shape[3])
+    bigger[:, :, : block.shape[2]] = block
+    return bigger
 
 
 def _aligned(block: Tensor, columns: Tensor, source: Tensor) -> Tensor:

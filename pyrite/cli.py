@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import importlib
+import inspect
 import io
 import itertools
 import json
@@ -21,7 +22,7 @@ import tyro
 import yaml
 from rich.console import Console
 
-from pyrite import jobs, parts, recipes, runs
+from pyrite import jobs, parts, recipes, report, runs
 from pyrite.train import TrainingError
 
 KINDS = ("ensembles", "golds", "jobs", "losses", "recipes", "reward_losses")
@@ -179,16 +180,21 @@ def _list(arguments: list[str]) -> None:
             _print(f"{name:18} {doc.splitlines()[0]}")
         return
     for member in parts.members(importlib.import_module(f"pyrite.{kind}")):
-        options = ", ".join(f"{name}={value!r}" for name, value in member.options.items())
+        empty = inspect.Parameter.empty
+        options = ", ".join(f"{k}=..." if v is empty else f"{k}={v!r}" for k, v in member.options.items())
         _print(f"{member.name}({options})\n    {member.summary}")
 
 
 def _report(arguments: list[str]) -> None:
-    from pyrite import report
-
     if len(arguments) != 1:
         raise ValueError("report: give one folder, of a run or a recipe")
-    _print(f"report: {report.write(Path(arguments[0]))}")
+    folder = Path(arguments[0])
+    if not (folder / "config.json").exists():
+        raise ValueError(f"{folder}: no run here (no config.json); give the --out folder of a job or a recipe")
+    results = folder / "results.json"
+    page = report.overoptimization_page(runs.read_json(results)) if results.exists() else report.run_page(folder)
+    runs.write_text(folder / "report.html", page)
+    _print(f"report: {folder / 'report.html'}")
 
 
 def _names(package: ModuleType) -> list[str]:

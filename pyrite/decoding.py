@@ -13,14 +13,13 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import PreTrainedModel
 
+from pyrite.cached_attention import additive, attend, attending
 from pyrite.caches import Columns
 from pyrite.lean import Lean, is_lean
 
-NAME = "pyrite_decode"
 TESTED = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "gpt_neox"})
 PREFILL = 16384  # tokens, padding included, of one prefill forward
 
@@ -64,21 +63,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-@contextmanager
-def attending(model: nn.Module) -> Iterator[None]:
-    """Within this block the model attends through `attend`."""
-    AttentionInterface.register(NAME, _attention)
-    parts = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
-    before = {id(part.config): (part.config, part.config._attn_implementation) for part in parts}
-    try:
-        for config, _ in before.values():
-            config._attn_implementation = NAME  # has no mask function, so ours are taken as they are
-        yield
-    finally:
-        for config, implementation in before.values():
-            config._attn_implementation = implementation
-
-
 @dataclass(frozen=True)
 class Prompts:
     """Distinct prompts (token ids), longest first, and how many rows each gets."""
@@ -94,11 +78,11 @@ class Decoder:
         self.engine, self.cache = engine, Columns()
         lengths = torch.tensor([len(prompt) - 1 for prompt in prompts.tokens], device=device)
         self.column = len(prompts.tokens[0]) - 1  # the last token of a prompt is the first step's input
-        self.shift = (self.column - lengths).repeat_interleave(torch.tensor(prompts.repeats, device=device))
+        self.shift = _repeated(self.column - lengths, prompts.repeats)
         self.bias = None  # hides the columns left of a short prompt, (N, 1, 1, S)
         if len(prompts.tokens[-1]) - 1 < self.column:
             column = torch.arange(self.column + steps, device=device)
-            self.bias = _additive((column < self.shift[:, None])[:, None, None])
+            self.bias = additive((column < self.shift[:, None])[:, None, None])
         self._prefill(prompts, lengths, device)
 
     def step(self, tokens: Tensor) -> Tensor:
@@ -121,9 +105,8 @@ class Decoder:
             tokens, cache = torch.tensor(block, device=device), Columns()
             positions = torch.arange(width, device=device).expand_as(tokens)
             self.engine.forward(tokens, positions, cache, self._causal(width, device))
-            repeats = torch.tensor(prompts.repeats[start:stop], device=device)
-            source = torch.arange(stop - start, device=device).repeat_interleave(repeats)
-            self.cache.fill(cache, source, lengths[start:stop], row, total, self.column)
+            source = _repeated(torch.arange(stop - start, device=device), prompts.repeats[start:stop])
+            self.cache.fill(cache, source, lengths[start:stop], start=row, rows=total, used=self.column)
             start, row = stop, row + len(source)
 
     def _mask(self, columns: int) -> Mask:
@@ -141,7 +124,7 @@ class Decoder:
         """What the tokens of a right-padded prompt see: None for all before, or additive (1, 1, width, width)."""
         column = torch.arange(width, device=device)
         back = column[:, None] - column
-        return self._by_kind(width, None, lambda w: _additive(((back < 0) | (back >= w))[None, None]))
+        return self._by_kind(width, None, lambda w: additive(((back < 0) | (back >= w))[None, None]))
 
     def _by_kind(self, columns: int, full: Tensor | None, near: Callable[[int], Tensor]) -> Mask:
         """One mask for all layers, or one a kind where the kinds differ, as transformers wants it."""
@@ -150,54 +133,6 @@ class Decoder:
             return full
         masks = {kind: full if window is None else near(window) for kind, window in windows.items()}
         return masks if len(masks) > 1 else next(iter(masks.values()))
-
-
-def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, scale: float) -> Tensor:
-    """Attention of query (N, H, T, D) on key and value (N, G, S, D), mask additive, to (N, T, H, D).
-
-    One query on a processor is two batched products, which the fused kernel does in almost twice the time.
-    """
-    rows, heads, length, size = query.shape
-    mask = None if mask is None else mask.to(query.dtype)
-    if length == 1:  # the heads of a group become its queries, so nothing is repeated
-        query = query.reshape(rows, key.shape[1], -1, size)
-        if query.device.type == "cpu" and query.dtype == torch.float32:
-            scores = (query * scale) @ key.mT
-            mixed = (scores if mask is None else scores + mask).softmax(-1) @ value
-        else:
-            mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
-        return mixed.reshape(rows, 1, heads, size)
-    causal, grouped = mask is None, key.shape[1] != heads
-    mixed = F.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped
-    )
-    return mixed.transpose(1, 2)
-
-
-def _attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    scaling: float | None = None,
-    softcap: float | None = None,
-    **_: object,  # transformers hands every attention function its own extras
-) -> tuple[Tensor, None]:
-    """The form transformers calls."""
-    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    if softcap is None:
-        return attend(query, key, value, attention_mask, scale=scale), None
-    rows, heads, length, size = query.shape
-    grouped = query.reshape(rows, key.shape[1], -1, length, size)
-    scores = torch.tanh((grouped @ key.mT[:, :, None]) * (scale / softcap)) * softcap
-    if attention_mask is None and length > 1:
-        attention_mask = _additive(torch.ones_like(scores[:1, 0, :1], dtype=torch.bool).triu(1))
-    if attention_mask is not None:
-        scores = scores + attention_mask[:, :, None]
-    weights = scores.softmax(-1, dtype=torch.float32).to(value.dtype)
-    return (weights @ value[:, :, None]).reshape(rows, heads, length, size).transpose(1, 2), None
 
 
 def _stock(model: nn.Module) -> Forward:
@@ -233,6 +168,10 @@ def _agrees(model: nn.Module, engine: Engine) -> bool:
     return bool(gap <= (1e-4 if ours.dtype == torch.float32 else 5e-2) * scale)
 
 
+def _repeated(values: Tensor, times: Sequence[int]) -> Tensor:
+    return values.repeat_interleave(torch.tensor(times, device=values.device))
+
+
 def _base(model: nn.Module) -> PreTrainedModel:
     return next(module for module in model.modules() if isinstance(module, PreTrainedModel))
 
@@ -246,8 +185,3 @@ def _windows(model: nn.Module, columns: int) -> dict[str, int | None] | None:
         return None
     binds = window is not None and window < columns
     return {kind: window if kind == "sliding_attention" and binds else None for kind in sorted(set(kinds))}
-
-
-def _additive(hidden: Tensor) -> Tensor:
-    """0 where visible, -inf where hidden."""
-    return torch.zeros(hidden.shape, device=hidden.device).masked_fill_(hidden, float("-inf"))

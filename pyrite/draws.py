@@ -5,7 +5,6 @@ Every uniform is a hash of (seed, key, sample, step), so a draw does not change 
 
 from __future__ import annotations
 
-import hashlib
 from typing import NamedTuple
 
 import torch
@@ -24,11 +23,6 @@ class Draw(NamedTuple):
     token: Tensor
     logp: Tensor
     policy_logp: Tensor
-
-
-def stream_key(name: str) -> int:
-    """A stable 63-bit key of a prompt id, for `streams`: the same on every machine and in every order."""
-    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big") >> 1
 
 
 def streams(seed: int, keys: Tensor, samples: Tensor) -> Tensor:

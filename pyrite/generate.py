@@ -8,21 +8,19 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from torch import Tensor
 
-from pyrite.decoding import Decoder, Engine, Path, Prompts, attending, evaluating, open_engine
-from pyrite.draws import Draw, draw, streams, uniforms
+from pyrite.decoding import Path, evaluating, open_engine
+from pyrite.sampling import Job, Record, chunks, decode, generate
 
 log = logging.getLogger(__name__)
 
-CHECK = 4  # steps between two looks at which rows have finished
-ROWS, ROWS_CPU = 512, 128  # that decode together by default; on a processor their cache should stay in its cache
-COMPACT = 0.8  # finished rows are dropped when fewer than this share is alive
+ROWS, ROWS_CPU = 512, 128  # that decode together by default; on a processor its caches should hold theirs
 
 
 @dataclass(frozen=True)
@@ -44,56 +42,8 @@ class Samples:
         return [row[:length] for row, length in rows]
 
 
-@dataclass(frozen=True)
-class _Job:
-    """What does not change from chunk to chunk."""
-
-    model: nn.Module
-    engine: Engine | None
-    eos: Tensor
-    steps: int
-    temperature: float
-    top_k: int
-    top_p: float
-    progress: Callable[[int], None]
-
-    def draw(self, logits: Tensor, state: Tensor, step: int) -> Draw:
-        uniform = uniforms(state, step)
-        return draw(logits, uniform, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
-
-    def ends(self, tokens: Tensor) -> Tensor:
-        return (tokens[..., None] == self.eos).any(-1)
-
-
-@dataclass(frozen=True)
-class _Chunk:
-    """Rows that decode together, ordered by prompt, longest first."""
-
-    rows: Tensor  # (n,) place in the result
-    prompts: Prompts
-    state: Tensor  # (n,) streams
-
-
-@dataclass(frozen=True)
-class _Record:
-    """What is drawn: tokens, logps and policy_logps, (n, T) each."""
-
-    tokens: Tensor
-    logps: Tensor
-    policy_logps: Tensor
-
-    @classmethod
-    def empty(cls, rows: int, steps: int, device: torch.device) -> _Record:
-        real = torch.zeros(rows, steps, device=device)
-        return cls(torch.zeros(rows, steps, dtype=torch.int64, device=device), real, real.clone())
-
-    def write(self, rows: Tensor, step: int, drawn: Draw) -> None:
-        for block, value in zip((self.tokens, self.logps, self.policy_logps), drawn, strict=True):
-            block[rows, step] = value
-
-
 def sample(
-    model: nn.Module,
+    model: Any,
     prompts: Sequence[Sequence[int]],
     *,
     eos: int | Sequence[int],
@@ -126,7 +76,7 @@ def sample(
         engine = open_engine(model, columns)
         if engine is None:
             log.warning("%s cannot decode from our cache: using transformers' generate", type(model).__name__)
-        job = _Job(
+        job = Job(
             model=model,
             engine=engine,
             eos=torch.tensor(ends, dtype=torch.int64, device=device),
@@ -136,94 +86,15 @@ def sample(
             top_p=top_p,
             progress=progress or (lambda _: None),
         )
-        record = _Record.empty(len(prompts) * k, max_new_tokens, device)
-        for chunk in _chunks(prompts, torch.tensor(list(keys), device=device), k, seed, max_rows):
-            part = _decode(job, chunk) if engine else _generate(job, chunk)
+        record = Record.empty(len(prompts) * k, max_new_tokens, device)
+        for chunk in chunks(prompts, torch.tensor(list(keys), device=device), k, seed, max_rows):
+            part = decode(job, chunk) if engine else generate(job, chunk)
             for whole, piece in zip(vars(record).values(), vars(part).values(), strict=True):
                 whole[chunk.rows] = piece
         return _samples(job, record, k)
 
 
-def _decode(job: _Job, chunk: _Chunk) -> _Record:
-    """Step by step from our cache, dropping rows as they finish."""
-    assert job.engine is not None
-    total, device = len(chunk.rows), chunk.rows.device
-    record, alive, state = _Record.empty(total, job.steps, device), torch.arange(total, device=device), chunk.state
-    last = torch.tensor([prompt[-1] for prompt in chunk.prompts.tokens], device=device)
-    token = last.repeat_interleave(torch.tensor(chunk.prompts.repeats, device=device))
-    done, reported = torch.zeros(total, dtype=torch.bool, device=device), 0
-    with attending(job.model):
-        decoder = Decoder(job.engine, chunk.prompts, steps=job.steps, device=device)
-        for step in range(job.steps):
-            drawn = job.draw(decoder.step(token), state, step)
-            record.write(alive, step, drawn)
-            token = drawn.token
-            done |= job.ends(token)
-            if (step + 1) % CHECK or not len(job.eos):
-                continue
-            left = len(done) - int(done.sum())
-            job.progress(total - left - reported)
-            reported = total - left
-            if left == 0:
-                break
-            if left < COMPACT * len(done):
-                keep = (~done).nonzero().squeeze(1)
-                decoder.keep(keep)
-                alive, state, token, done = alive[keep], state[keep], token[keep], done[keep]
-    job.progress(total - reported)
-    return record
-
-
-def _generate(job: _Job, chunk: _Chunk) -> _Record:
-    """By transformers' `generate`, greedy over logits in which our own draw has left one token."""
-    device = chunk.rows.device
-    rows = [p for p, n in zip(chunk.prompts.tokens, chunk.prompts.repeats, strict=True) for _ in range(n)]
-    width = len(rows[0])
-    tokens = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows], device=device)
-    visible = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
-    record = _Record.empty(len(rows), job.steps, device)
-    config = GenerationConfig(
-        do_sample=False,
-        num_beams=1,
-        repetition_penalty=1.0,
-        max_new_tokens=job.steps,
-        eos_token_id=job.eos.tolist() or [job.model.config.get_text_config().vocab_size],  # None: the model's own
-        pad_token_id=0,
-    )
-    drawing = LogitsProcessorList([_Drawing(job, chunk.state, record, width)])
-    job.model.generate(tokens, attention_mask=visible, generation_config=config, logits_processor=drawing)
-    job.progress(len(rows))
-    return record
-
-
-class _Drawing(LogitsProcessor):
-    """Draws each row's token from its own stream, records it, and leaves it as the only choice."""
-
-    def __init__(self, job: _Job, state: Tensor, record: _Record, width: int) -> None:
-        self.job, self.state, self.record, self.width = job, state, record, width
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        step = input_ids.shape[1] - self.width
-        drawn = self.job.draw(scores, self.state, step)
-        self.record.write(torch.arange(len(scores), device=scores.device), step, drawn)
-        return torch.full_like(scores, float("-inf")).scatter(1, drawn.token[:, None], 0.0)
-
-
-def _chunks(prompts: Sequence[Sequence[int]], keys: Tensor, k: int, seed: int, max_rows: int) -> Iterator[_Chunk]:
-    """Rows sorted by prompt, longest first (equal prompts together, prefilled once), cut at max_rows."""
-    order = sorted(range(len(prompts)), key=lambda index: (-len(prompts[index]), tuple(prompts[index])))
-    rows = [(index, number) for index in order for number in range(k)]
-    for start in range(0, len(rows), max_rows):
-        part = rows[start : start + max_rows]
-        repeats: dict[tuple[int, ...], int] = {}
-        for index, _ in part:
-            repeats[tuple(prompts[index])] = repeats.get(tuple(prompts[index]), 0) + 1
-        which = torch.tensor(part, device=keys.device)
-        state = streams(seed, keys[which[:, 0]], which[:, 1])
-        yield _Chunk(which[:, 0] * k + which[:, 1], Prompts(list(repeats), list(repeats.values())), state)
-
-
-def _samples(job: _Job, record: _Record, k: int) -> Samples:
+def _samples(job: Job, record: Record, k: int) -> Samples:
     ends = job.ends(record.tokens)
     finished = ends.any(1)
     length = torch.where(finished, ends.int().argmax(1) + 1, job.steps)
@@ -249,9 +120,7 @@ def _check_options(k: int, max_new_tokens: int, temperature: float, top_p: float
         raise ValueError(f"top_k={top_k}: give a number of tokens, or 0 for all")
 
 
-def _check_prompts(
-    model: nn.Module, prompts: Sequence[Sequence[int]], keys: Sequence[int], max_new_tokens: int
-) -> None:
+def _check_prompts(model: Any, prompts: Sequence[Sequence[int]], keys: Sequence[int], max_new_tokens: int) -> None:
     if not len(prompts):
         raise ValueError("no prompts: give at least one")
     if len(keys) != len(prompts):

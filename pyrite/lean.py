@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -50,7 +51,7 @@ class Block:
 class Lean:
     """tokens (N, T), positions (N, T), cache, mask -> logits (N, V) of the last column."""
 
-    def __init__(self, model: nn.Module, positions: int, attend: Callable[..., Tensor]) -> None:
+    def __init__(self, model: Any, positions: int, attend: Callable[..., Tensor]) -> None:
         base, config = model.model, model.config
         self.attend, self.eps = attend, config.rms_norm_eps
         attention = base.layers[0].self_attn
@@ -64,7 +65,7 @@ class Lean:
         half = self.size // 2
         self.cos, self.sin = cos[0], torch.cat([-sin[0, :, :half], sin[0, :, half:]], -1)
 
-    def __call__(self, tokens: Tensor, positions: Tensor, cache: Columns, mask: Tensor | None) -> Tensor:
+    def __call__(self, tokens: Tensor, positions: Tensor, cache: Columns, mask: Any) -> Tensor:
         x = F.embedding(tokens, self.embedding)
         cos, sin = self.cos[positions][:, :, None], self.sin[positions][:, :, None]
         for index, block in enumerate(self.blocks):
@@ -88,7 +89,7 @@ class Lean:
         return F.rms_norm(x, (x.shape[-1],), weight, self.eps)
 
 
-def is_lean(model: nn.Module) -> bool:
+def is_lean(model: Any) -> bool:
     """Whether `Lean` can stand in for the model: family, plain linear layers, no hooks, small enough to copy."""
     config = model.config
     if config.model_type not in FAMILIES or not type(model).__name__.endswith("ForCausalLM"):
@@ -109,7 +110,7 @@ def is_lean(model: nn.Module) -> bool:
     )
 
 
-def _block(layer: nn.Module) -> Block:
+def _block(layer: Any) -> Block:
     attention, mlp = layer.self_attn, layer.mlp
     return Block(
         norm=layer.input_layernorm.weight,
@@ -126,19 +127,17 @@ def _block(layer: nn.Module) -> Block:
 def _fused(*layers: nn.Linear) -> Dense:
     if len(layers) == 1:
         return Dense(layers[0].weight, layers[0].bias)
-    biases = [layer.bias for layer in layers if layer.bias is not None]
-    return Dense(torch.cat([layer.weight for layer in layers]), torch.cat(biases) if biases else None)
+    weights: list[Tensor] = [layer.weight for layer in layers]
+    biases: list[Tensor] = [layer.bias for layer in layers if layer.bias is not None]
+    return Dense(torch.cat(weights), torch.cat(biases) if biases else None)
 
 
-def _qk_norm(attention: nn.Module) -> Tensor | None:
+def _qk_norm(attention: Any) -> Tensor | None:
     norms = dict(attention.named_children())
     if "q_norm" not in norms:
         return None
     q, k = norms["q_norm"].weight, norms["k_norm"].weight
-    heads, groups = (
-        attention.q_proj.out_features // attention.head_dim,
-        attention.k_proj.out_features // attention.head_dim,
-    )
+    heads, groups = (p.out_features // len(q) for p in (attention.q_proj, attention.k_proj))
     return torch.cat([q.expand(heads, -1), k.expand(groups, -1)])
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -60,7 +63,8 @@ def load_model(auto: Any, path: str | Path, *, dtype: Dtype, **options: Any) -> 
         reason = str(error).splitlines()[0]
         raise ValueError(f"{where}: no model could be loaded (a folder or a Hub name?): {reason}") from error
     model.to(PartialState().device)
-    return PeftModel.from_pretrained(model, str(path), is_trainable=True) if adapter.exists() else model
+    with _quiet():
+        return PeftModel.from_pretrained(model, str(path), is_trainable=True) if adapter.exists() else model
 
 
 def settings(path: str | Path) -> dict[str, Any]:
@@ -68,6 +72,14 @@ def settings(path: str | Path) -> dict[str, Any]:
     if not (Path(path) / "config.json").exists() and (Path(path) / "adapter_config.json").exists():
         return {}
     return getattr(AutoConfig.from_pretrained(str(path)), "pyrite", None) or {}
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """peft asks transformers by names that transformers has deprecated; nothing a user could do about it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
 
 
 def has_bare_head(model: Any) -> bool:
@@ -87,7 +99,7 @@ def adapted(model: Any, lora: Lora | None, *, task: str) -> Any:
         target_modules=lora.lora_targets if lora.lora_targets == "all-linear" else lora.lora_targets.split(","),
         task_type=task,
     )
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), _quiet():
         torch.manual_seed(0)
         try:
             return peft.get_peft_model(model, config)

@@ -129,7 +129,7 @@ def _reference(policy: Policy, config: Config) -> Policy:
     ref = Policy.load(str(config.ref))
     if ref.tokenizer.get_vocab() != policy.tokenizer.get_vocab():
         raise ValueError(
-            f"{config.ref} and {config.model} differ in their vocabularies, so there is no KL between them"
+            f"{config.ref} and {config.model} have other vocabularies: no KL between them"
         )
     return ref
 

@@ -43,8 +43,8 @@ def overoptimization_page(results: Results) -> str:
         *_fits(results),
         *_run(results),
     ]
-    seeds = ", ".join(map(str, results["seeds"]))
-    eyebrow = f"pyrite · recipe {results['recipe']} · scale {results['scale']} · seed {seeds}"
+    seeds = ("seed " if len(results["seeds"]) == 1 else "seeds ") + ", ".join(map(str, results["seeds"]))
+    eyebrow = f"pyrite · recipe {results['recipe']} · scale {results['scale']} · {seeds}"
     return page(_title(story), parts, lead=_lead(story), eyebrow=eyebrow)
 
 

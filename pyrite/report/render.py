@@ -143,6 +143,7 @@ def _answers(row: Row, words: Mapping[str, Sequence[str]]) -> Html:
         name = el("th", {"scope": "row", "role": "rowheader"}, scorer_name(scorer))
         body.append(el("tr", {"role": "row"}, name, cells))
     roles = {"class": "answers", "role": "table", "aria-label": f"Answers to: {row['prompt']}"}
+    roles["style"] = f"--columns:{len(counts)}"
     rows = (
         el("thead", {"role": "rowgroup"}, el("tr", {"role": "row"}, head)),
         el("tbody", {"role": "rowgroup"}, body),
