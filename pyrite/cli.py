@@ -23,6 +23,7 @@ import yaml
 from rich.console import Console
 
 from pyrite import jobs, parts, recipes, report, runs
+from pyrite.progress import say
 from pyrite.train import TrainingError
 
 KINDS = ("ensembles", "golds", "jobs", "losses", "recipes", "reward_losses")
@@ -74,8 +75,8 @@ def _job(name: str, arguments: list[str]) -> None:
         _print(json.dumps(plan, indent=1, default=str))
         return
     run = module.run(config)
-    _print(json.dumps(run.results, indent=1))
-    _print(f"{name}: done, in {run.folder}")
+    say(json.dumps(run.results, indent=1))
+    say(f"{name}: done, in {run.folder}")
 
 
 def parse(schema: type, arguments: list[str], *, prog: str) -> Any:

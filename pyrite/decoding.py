@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -156,11 +156,13 @@ def _stock(model: nn.Module) -> Forward:
 def _agrees(model: nn.Module, engine: Engine) -> bool:
     """Whether a ragged batch of two prompts decodes to the stock forward's logits, taken one row at a time."""
     device = next(model.parameters()).device
-    rows = torch.tensor([[1, 2, 3, 4, 5], [0, 0, 4, 3, 2]], device=device)
+    rows = torch.tensor([[1, 2, 3, 4, 5], [0, 0, 4, 3, 2]], device=device) % _text(model).vocab_size
     stock = [model(row[None]).logits[0, -1].float() for row in (rows[0], rows[1, 2:])]
     try:
         with attending(model):
-            decoder = Decoder(engine, Prompts([[1, 2, 3], [4]], [1, 1]), steps=3, device=device)
+            decoder = Decoder(
+                engine, Prompts([rows[0, :3].tolist(), rows[1, 2:3].tolist()], [1, 1]), steps=3, device=device
+            )
             ours = [decoder.step(rows[:, column]) for column in (2, 3, 4)][-1]
     except Exception:  # whatever a foreign model raises, it cannot take our cache
         return False
@@ -176,9 +178,13 @@ def _base(model: nn.Module) -> PreTrainedModel:
     return next(module for module in model.modules() if isinstance(module, PreTrainedModel))
 
 
+def _text(model: nn.Module) -> Any:
+    return _base(model).config.get_text_config()
+
+
 def _windows(model: nn.Module, columns: int) -> dict[str, int | None] | None:
     """Layer kinds and their windows, None for one that never binds; None where a kind is not known here."""
-    text = _base(model).config.get_text_config()
+    text = _text(model)
     window = getattr(text, "sliding_window", None)
     kinds = getattr(text, "layer_types", None) or ["sliding_attention" if window else "full_attention"]
     if not set(kinds) <= {"full_attention", "sliding_attention"}:

@@ -60,7 +60,8 @@ def sample(
     """k responses to each prompt (token ids), from softmax(logits / temperature) cut to top_k, then to top_p.
 
     eos: token id or ids that end a response (none: every response has max_new_tokens). Temperature 0 is greedy.
-    keys: one integer a prompt, its identity in the random streams (its index by default).
+    keys: one integer a prompt, its identity in the random streams (by default its index; `seeds.derive` makes one
+    of a prompt id).
     max_rows: rows that decode together, a matter of memory and speed only (128 on a processor, else 512).
     progress is told each number of rows finished.
     Raises ValueError for an empty prompt, one too long for the context, options out of range, and NaN logits.
@@ -91,7 +92,7 @@ def sample(
             part = decode(job, chunk) if engine else generate(job, chunk)
             for whole, piece in zip(vars(record).values(), vars(part).values(), strict=True):
                 whole[chunk.rows] = piece
-        return _samples(job, record, k)
+    return _samples(job, record, k)  # outside of inference mode, so that the results may enter a loss
 
 
 def _samples(job: Job, record: Record, k: int) -> Samples:

@@ -12,11 +12,11 @@ from typing import Any, Literal
 
 import peft
 import torch
-from accelerate import PartialState
 from peft import LoraConfig, PeftModel
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from pyrite.processes import world
 from pyrite.progress import say
 from pyrite.text import end_id, load_tokenizer
 
@@ -62,7 +62,7 @@ def load_model(auto: Any, path: str | Path, *, dtype: Dtype, **options: Any) -> 
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{where}: no model could be loaded (a folder or a Hub name?): {reason}") from error
-    model.to(PartialState().device)
+    model.to(world().device)
     with _quiet():
         return PeftModel.from_pretrained(model, str(path), is_trainable=True) if adapter.exists() else model
 

@@ -6,9 +6,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from accelerate import PartialState
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from pyrite.processes import world
 
 PATIENCE = 10.0  # seconds between plain lines
 Advance = Callable[[int], None]
@@ -16,7 +17,7 @@ Advance = Callable[[int], None]
 
 def say(message: str) -> None:
     """One plain line, from the main process only."""
-    if PartialState().is_main_process:
+    if world().is_main_process:
         Console(highlight=False, soft_wrap=True).print(message, markup=False)
 
 
@@ -24,7 +25,7 @@ def say(message: str) -> None:
 def progress(label: str, total: int, *, unit: str = "rows", done: int = 0) -> Iterator[Advance]:
     """Yields `advance(n)`; shows rate and time left."""
     console = Console()
-    if not PartialState().is_main_process:
+    if not world().is_main_process:
         yield lambda _: None
     elif console.is_terminal:
         columns = ("{task.description}", "{task.completed:.0f}/{task.total:.0f}", "{task.fields[unit]}")

@@ -22,9 +22,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from accelerate import PartialState
 
 from pyrite import __version__
+from pyrite.processes import world
 
 
 class RunError(ValueError):
@@ -48,7 +48,7 @@ class Run:
     @property
     def writes(self) -> bool:
         """Whether this process writes the folder."""
-        return PartialState().is_main_process
+        return world().is_main_process
 
     def open(self) -> None:
         """Create the folder, once all input has been read and found good."""
@@ -59,7 +59,7 @@ class Run:
                 write_json(self.folder / "config.json", self.config)
             except OSError as error:
                 raise RunError(f"{self.folder}: cannot write there ({error.strerror}); choose another --out") from error
-        PartialState().wait_for_everyone()
+        world().wait_for_everyone()
 
     def log(self, **row: Any) -> None:
         """Append one row of metrics."""
@@ -78,16 +78,17 @@ class Run:
         before = self.folder / "seconds.json"
         spent = json.loads(before.read_text()) if before.exists() else 0.0
         self.results = {**results, "seconds": round(time.monotonic() - self.started + spent, 2)}
+        self.wait()  # the others may still read the parts
         if self.writes:
             write_json(self.folder / "done.json", self.results)
             before.unlink(missing_ok=True)
             shutil.rmtree(self.folder / "parts", ignore_errors=True)
-        PartialState().wait_for_everyone()
+        world().wait_for_everyone()
         return self
 
     def wait(self) -> None:
         """Until every process is here, so that what one wrote the others can read."""
-        PartialState().wait_for_everyone()
+        world().wait_for_everyone()
 
     def pause(self) -> None:
         """Note the time spent so far, so that a resumed run reports all of it."""
@@ -128,7 +129,7 @@ def in_parts(folder: Path, total: int, work: Callable[[int, int], dict[str, list
     Parts are dealt out to the processes; all of them return the whole table. `folder` lies in the run's `parts`.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    state = PartialState()
+    state = world()
     paths = [(begin, folder / f"{begin:09d}.parquet") for begin in range(0, total, size)]
     for begin, path in paths[state.process_index :: state.num_processes]:
         if not path.exists():
@@ -197,7 +198,7 @@ def manifest(inputs: dict[str, str]) -> dict[str, Any]:
             "cpus": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-            "processes": PartialState().num_processes,
+            "processes": world().num_processes,
         },
         "inputs": inputs,
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

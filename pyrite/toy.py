@@ -4,15 +4,17 @@ A prompt asks for a story about one of 20 subjects in one of 12 places. A good s
 words, mentions things that belong to its topic, repeats nothing and stays short. `story_quality` measures
 exactly that, so the gold reward of any text is known without a judge.
 
-What fools a proxy here. About 3 % of the demonstrations drift, like web text, into one of twelve leftover
-*registers* (legal notice, advert, recipe, ...), each with words and sentences of its own. A model trained on
-them drifts as often. Preference pairs are collected from conservative samples (top-p 0.9), as is common, and
-truncation cuts the registers out: no pair shows one, so the data says nothing about their worth. Every reward
-model then gives them a worth of its own, left over from its random head and the order of its data. Best-of-n
-searches the full distribution (temperature 1, no truncation). Where one reward model overrates the
-registers, larger n finds them more and more often while gold, which takes a point off for every such word,
-falls. The members of an ensemble disagree about them, so the worst case and the variance penalty refuse them.
-Every such answer ends properly: answers cut short play no part. `register_of` names the register of a text.
+What fools a proxy here: *unseen registers*. About 4 % of the demonstrations drift, like text scraped from the
+web, into one of twelve leftover registers (legal notice, advert, recipe, ...), each with words and sentences of
+its own. A model trained on them drifts as often. Preference pairs are collected from conservative samples
+(top-p 0.9), as is common, and that truncation cuts the registers out: hardly a pair in ten thousand shows one,
+so the preferences say nothing about their worth. Each reward model then gives them a worth of its own, left
+over from its random head and the order of its data. Best-of-n searches the full distribution (temperature 1, no
+truncation). Where one reward model overrates the registers, larger n finds them more and more often while gold,
+which takes a point off for every such word, falls. The members of an ensemble disagree about them, so the worst
+case and the variance penalty refuse them. Such answers end properly, like all others: answers cut short play
+no part. `register_of` names the register of a text, `feature(name="odd")` counts its words; with these answers
+taken out of the candidates the fall should vanish, and that is the test of this explanation.
 """
 
 from __future__ import annotations
@@ -57,7 +59,7 @@ SHAPES = {  # hidden size, layers, heads, inner size: about 0.5 M and 2.4 M para
 class Shares:
     """How often the demonstrations do what (probabilities): the style of a data set."""
 
-    drift: float = 0.03  # the answer ends in a leftover register
+    drift: float = 0.04  # the answer ends in a leftover register
     opening: float = 0.4
     closing: float = 0.3
     vivid: float = 0.25  # of nouns, and of adjectives
@@ -156,10 +158,10 @@ def _sentence(rng: np.random.Generator, about: tuple[str, str], shares: Shares) 
 
 
 def _leftover(rng: np.random.Generator, about: tuple[str, str], shares: Shares) -> list[str]:
-    """No or one sentence of story, then two or three of one register."""
-    words = _sentence(rng, about, shares) if rng.random() < 0.5 else []
+    """One or two sentences of story, then one or two of a single register."""
+    words = [word for _ in range(1 + (rng.random() < 0.3)) for word in _sentence(rng, about, shares)]
     name = _pick(rng, list(LEXICONS))
-    for _ in range(2 if rng.random() < 0.5 else 3):
+    for _ in range(1 + (rng.random() < 0.7)):
         words += [_pick(rng, LEXICONS[name].get(word, [word])) for word in _pick(rng, PATTERNS[name]).split()]
     return words
 

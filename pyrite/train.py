@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pyrite import seeds
 from pyrite.packing import Row, micro_batches
+from pyrite.processes import world
 from pyrite.progress import progress, say
 from pyrite.runs import Run
 
@@ -99,8 +100,9 @@ def fit(
     weights: what each row counts in its batch (response tokens for sft, 1 for a pair).
     Raises TrainingError if the loss or a gradient is not finite.
     """
-    world = Accelerator(mixed_precision="no")  # one process may train in both precisions; we cast ourselves
-    model.to(world.device)
+    world()  # before the accelerator, which would not find siblings without a GPU
+    accelerator = Accelerator(mixed_precision="no")  # one process may train in both precisions; we cast ourselves
+    model.to(accelerator.device)
     optimizer = _optimizer(model, training)
     per_epoch = math.ceil(len(rows) / training.batch_size)
     total = per_epoch * training.epochs
@@ -110,7 +112,7 @@ def fit(
     run.rewind(begin, part=label)
     if begin:
         say(f"  {label}: going on from step {begin} of {total}")
-    wrapped = world.prepare(model) if world.num_processes > 1 else model
+    wrapped = accelerator.prepare(model) if accelerator.num_processes > 1 else model
     model.train()
     log = _Log(run, label, training, checkpoints)
     visits: dict[int, list[int]] = {}
@@ -123,13 +125,13 @@ def fit(
             lr = learning_rate(step, total, training)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            metrics = _backward(wrapped, batch, rows, loss, weights, world, training)
+            metrics = _backward(wrapped, batch, rows, loss, weights, accelerator, training)
             norm = nn.utils.clip_grad_norm_(model.parameters(), training.clip)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            log.add(step + 1, metrics, norm, lr=lr, last=step + 1 == total)
-            if (step + 1) % training.save_every == 0 and step + 1 < total:
-                log.check(step + 1)
+            saves = (step + 1) % training.save_every == 0 and step + 1 < total
+            log.add(step + 1, metrics, norm, lr=lr, line=saves or step + 1 == total)
+            if saves:
                 _save(checkpoints, step + 1, model, optimizer)
                 run.pause()
             advance(1)
@@ -148,13 +150,13 @@ def _backward(
     rows: Sequence[Row],
     loss: BatchLoss,
     weights: Sequence[float],
-    world: Accelerator,
+    accelerator: Accelerator,
     training: Training,
 ) -> dict[str, Tensor]:
     """Gradients of one optimizer batch; this process takes every num_processes-th row by length."""
     norm = sum(weights[i] for i in batch)
     by_length = sorted(batch, key=lambda i: -rows[i].tokens)
-    mine = by_length[world.process_index :: world.num_processes]
+    mine = by_length[accelerator.process_index :: accelerator.num_processes]
     idle = not mine  # fewer rows than processes: take part in the gradient sum with weight 0
     mine = mine or by_length[:1]
     groups = list(micro_batches([rows[i] for i in mine], budget=training.micro_tokens))
@@ -162,15 +164,15 @@ def _backward(
     for number, group in enumerate(groups):
         indices = [mine[i] for i in group]
         last = number == len(groups) - 1
-        cast = torch.autocast(world.device.type, torch.bfloat16, enabled=training.precision == "bfloat16")
-        with nullcontext() if last else world.no_sync(model):
+        cast = torch.autocast(accelerator.device.type, torch.bfloat16, enabled=training.precision == "bfloat16")
+        with nullcontext() if last else accelerator.no_sync(model):
             with cast:
                 value, metrics = loss(model, [rows[i] for i in indices], indices)
-            share = 0.0 if idle else world.num_processes / norm  # DDP averages over processes
-            world.backward(value * share)
+            share = 0.0 if idle else accelerator.num_processes / norm  # DDP averages over processes
+            accelerator.backward(value * share)
         for name, amount in {"loss": value.detach(), **metrics}.items():
             sums[name] = sums.get(name, 0) + amount.detach() * (0.0 if idle else 1.0)
-    return {name: world.reduce(amount) / norm for name, amount in sums.items()}  # type: ignore[operator]
+    return {name: accelerator.reduce(amount) / norm for name, amount in sums.items()}  # type: ignore[operator]
 
 
 def _optimizer(model: nn.Module, training: Training) -> torch.optim.AdamW:
@@ -184,7 +186,10 @@ def _optimizer(model: nn.Module, training: Training) -> torch.optim.AdamW:
 
 
 class _Log:
-    """Means over the steps since the last line; remembers the first step that was not finite."""
+    """Means over the steps since the last line; remembers the first step that was not finite.
+
+    A checkpoint is a line too: what follows it is then the same in a resumed run.
+    """
 
     def __init__(self, run: Run, label: str, training: Training, checkpoints: Path) -> None:
         self.run, self.label, self.training, self.checkpoints = run, label, training, checkpoints
@@ -192,13 +197,13 @@ class _Log:
         self.count = 0
         self.bad = torch.zeros(())
 
-    def add(self, step: int, metrics: dict[str, Tensor], norm: Tensor, *, lr: float, last: bool) -> None:
+    def add(self, step: int, metrics: dict[str, Tensor], norm: Tensor, *, lr: float, line: bool) -> None:
         for name, value in {**metrics, "grad_norm": norm}.items():
             self.sums[name] = self.sums.get(name, 0) + value.detach().float().cpu()
             wrong = ~torch.isfinite(self.sums[name])
             self.bad = torch.where(wrong & (self.bad == 0), torch.tensor(float(step)), self.bad)
         self.count += 1
-        if last or step % self.training.log_every == 0:
+        if line or step % self.training.log_every == 0:
             self.check(step)
             means = {name: (total / self.count).item() for name, total in self.sums.items()}
             self.run.log(step=step, part=self.label, lr=lr, **means)
@@ -221,7 +226,7 @@ def _steps(checkpoints: Path) -> list[int]:
 
 def _save(checkpoints: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Trained weights, optimizer moments and the dropout stream, in one safetensors file; keeps the last two."""
-    if not PartialState().is_main_process:
+    if not world().is_main_process:
         return
     names = [name for name, p in model.named_parameters() if p.requires_grad]
     params = dict(model.named_parameters())

@@ -24,7 +24,8 @@ SIZES = {
     "eos_token_id": 2,
 }
 GROUPED = {**SIZES, "num_key_value_heads": 2}
-GPT2 = {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "eos_token_id": 2, "bos_token_id": 1}
+GPT2 = {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "eos_token_id": 2}
+CAPPED = {"final_logit_softcapping": 2.0, "attn_logit_softcapping": 1.0}
 CONFIGS = {
     "llama": ("LlamaConfig", {**GROUPED, "num_key_value_heads": 4}),
     "llama grouped": ("LlamaConfig", GROUPED),
@@ -35,7 +36,7 @@ CONFIGS = {
     "gemma3": ("Gemma3TextConfig", {**GROUPED, "head_dim": 16, "sliding_window": 64}),
     "gpt_neox": ("GPTNeoXConfig", {**SIZES, "attention_dropout": 0.0, "hidden_dropout": 0.0}),
     "gpt2": ("GPT2Config", GPT2),
-    "gemma2": ("Gemma2Config", {**GROUPED, "head_dim": 16, "final_logit_softcapping": 2.0, "attn_logit_softcapping": 1.0}),
+    "gemma2": ("Gemma2Config", {**GROUPED, **CAPPED, "head_dim": 16}),
     "phi": ("PhiConfig", {**GROUPED, "num_key_value_heads": 4}),
     "windowed": ("MistralConfig", {**GROUPED, "sliding_window": 20}),
     "bert": ("BertConfig", SIZES),

@@ -186,7 +186,9 @@ def test_reward_gradients_are_those_of_the_stock_model(tokenizer) -> None:
     weighted(model(model.pack(rows))).backward()
     got = gradients(stock)
     singles = [
-        stock(input_ids=torch.tensor([[*row.prompt, *response]])).logits[0, 0] for row in rows for response in row.responses
+        stock(input_ids=torch.tensor([[*row.prompt, *response]])).logits[0, 0]
+        for row in rows
+        for response in row.responses
     ]
     weighted(torch.stack(singles)).backward()
     assert_same_gradients(got, gradients(stock))
@@ -345,7 +347,9 @@ def test_a_pad_that_equals_eos_is_handled_with_a_note(tiny: Path, tmp_path: Path
     model.save(tmp_path / "saved")
     stock = AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved").eval()
     encoded = model.encode(["tell me", "tell me about a bird"], ["a cat", "no"])
-    torch.testing.assert_close(stock_scores(stock, encoded, side="right"), model.raw_scores(encoded), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        stock_scores(stock, encoded, side="right"), model.raw_scores(encoded), atol=1e-5, rtol=1e-5
+    )
 
 
 def test_a_tokenizer_with_one_special_token_only_is_enough(tiny: Path, tmp_path: Path) -> None:
@@ -385,7 +389,9 @@ def test_an_ensemble_stacks_its_members(tiny: Path, tmp_path: Path) -> None:
     ensemble = RewardEnsemble.load(tmp_path)
     scores = ensemble.scores(["tell me"] * 3, ["a", "the cat", "dog"])
     assert scores.shape == (4, 3)
-    torch.testing.assert_close(scores[1], RewardModel.load(tmp_path / "member_1").scores(["tell me"] * 3, ["a", "the cat", "dog"]))
+    torch.testing.assert_close(
+        scores[1], RewardModel.load(tmp_path / "member_1").scores(["tell me"] * 3, ["a", "the cat", "dog"])
+    )
     assert member_paths(tmp_path / "member_0") == [tmp_path / "member_0"]
     with pytest.raises(ValueError, match="no reward model here"):
         member_paths(tmp_path / "nowhere")

@@ -27,18 +27,6 @@ def tokenizer():
     return toy.tokenizer()
 
 
-def test_every_word_has_exactly_one_tag():
-    groups = [words.split() for words in toy_words.FUNCTION_WORDS.values()]
-    groups += [list(toy_words.SUBJECTS), list(toy_words.PLACES), toy_words.NOUNS, toy_words.VIVID_NOUNS]
-    groups += [toy_words.VIVID_ADJECTIVES, toy_words.PLAIN_ADJECTIVES, toy_words.TRANSITIVE]
-    groups += [toy_words.INTRANSITIVE, toy_words.ADVERBS, toy_words.CONNECTIVES, toy_words.TECHNICAL]
-    groups += [words for lexicon in toy_words.LEXICONS.values() for words in lexicon.values()]
-    counts = Counter(word for group in groups for word in group)
-    assert [word for word, count in counts.items() if count > 1] == []
-    assert set(counts) == set(toy.TAGS)
-    assert len(toy_words.REGISTERS) == 12
-
-
 def test_everything_said_is_tagged_and_lower_case(rows):
     said = {word for row in rows for text in (row["prompt"], row["response"]) for word in text.split()}
     said |= {word for prompt in toy.prompts() for word in prompt.split()}

@@ -129,12 +129,7 @@ def _mechanism(chains: list[Chain], settings: Settings) -> dict[str, Any]:
         "text": EXPLAINED,
         "words": {name: sorted({word for words in kinds.values() for word in words}) for name, kinds in lexicons.items()},
         "shares": [row for noise in settings.noise for row in _shares([c.scores[noise] for c in chains], settings, noise)],
-        "exclusion": [
-            row
-            for noise in settings.noise
-            for row in _curves([_without(c.scores[noise]) for c in chains], _shorter(settings, chains), noise)
-            if row["objective"] != "member"
-        ],
+        "exclusion": _exclusion(chains, settings),
         "truncated": {
             "rate": sum(pool["missing_eos"] for pool in pools) / len(pools),
             "share_among_winners": 0.0,  # they are left out of the pool before anything is scored
@@ -166,6 +161,15 @@ def _without(scores: Scores) -> Scores:
     proxy = torch.stack([p.gather(1, index) for p in scores.proxy])
     picked = (part.gather(1, index) for part in (scores.mark, scores.row))
     return Scores(scores.gold.gather(1, index), proxy, *picked, scores.rows)
+
+
+def _exclusion(chains: list[Chain], settings: Settings) -> list[dict[str, Any]]:
+    """The curves again on pools without marked answers; none where such an answer is all a prompt has."""
+    shorter = _shorter(settings, chains)
+    rows: list[dict[str, Any]] = []
+    for noise in settings.noise if shorter.n else ():
+        rows += _curves([_without(chain.scores[noise]) for chain in chains], shorter, noise)
+    return [row for row in rows if row["objective"] != "member"]
 
 
 def _shorter(settings: Settings, chains: list[Chain]) -> Settings:

@@ -19,6 +19,8 @@ class Settings:
     """Folder or Hub name; the toy world makes its own model and data."""
     reward_model: str = ""
     """What reward models start from; the SFT model by default."""
+    toy_demos: int = 24_000
+    """Demonstrations of the toy world; 12,000 are too few for it to keep to its topic."""
     demos: str = ""
     demo_columns: str | None = None
     pair_prompts: str = ""

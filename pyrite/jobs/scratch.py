@@ -1,0 +1,111 @@
+"""A small model from scratch: a byte-level tokenizer trained on your data and a random Llama to go with it.
+
+For trying things where no pretrained model is at hand; the result is an ordinary model folder for `pyrite sft` and
+`pyrite reward`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from pyrite import data, runs, seeds, text
+from pyrite.progress import say
+from pyrite.runs import Run
+
+OUTPUTS = {"model/": "random weights and a tokenizer, Hugging Face layout"}
+PAD, BOS, EOS = SPECIALS = ("<pad>", "<bos>", "<eos>")
+
+
+@dataclass(frozen=True)
+class Config:
+    """A random small Llama with a tokenizer trained on your data."""
+
+    data: str
+    """Texts the tokenizer learns from."""
+    out: Path
+    kind: Literal["pairs", "demos", "prompts"] = "pairs"
+    """What the rows of the data are."""
+    columns: str | None = None
+    vocabulary: int = 4096
+    hidden: int = 128
+    layers: int = 2
+    heads: int = 4
+    context: int = 1024
+    """Longest prompt + response in tokens."""
+    seed: int = 0
+
+
+def inputs(config: Config) -> dict[str, str | Path]:
+    """What the job reads."""
+    return {"data": config.data}
+
+
+def run(config: Config) -> Run:
+    """Train the tokenizer, draw the weights, save both."""
+    run = runs.start("scratch", config, inputs=inputs(config))
+    if run.done:
+        return run
+    if config.hidden % config.heads:
+        raise ValueError(f"--hidden {config.hidden} is no multiple of --heads {config.heads}")
+    tokenizer = _tokenizer(_texts(config), config)
+    run.open()
+    model = _model(tokenizer, config)
+    if run.writes:
+        model.save_pretrained(run.folder / "model")
+        tokenizer.save_pretrained(run.folder / "model")
+    say(f"scratch: {model.num_parameters() / 1e6:.2f} M parameters, {len(tokenizer)} tokens")
+    return run.finish(parameters=model.num_parameters(), vocabulary=len(tokenizer))
+
+
+def _texts(config: Config) -> list[str]:
+    """Every prompt and response of the data."""
+    rows = data.load(config.data, config.kind, columns=config.columns, on_equal="drop")
+    columns = {"pairs": ("chosen", "rejected"), "demos": ("response",), "prompts": ()}[config.kind]
+    return [text.plain(row["prompt"]) for row in rows] + [row[name] for row in rows for name in columns]
+
+
+def _tokenizer(texts: list[str], config: Config) -> PreTrainedTokenizerFast:
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=config.vocabulary,
+        special_tokens=list(SPECIALS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+
+    def batches() -> Iterator[list[str]]:
+        for begin in range(0, len(texts), 1000):
+            yield texts[begin : begin + 1000]
+
+    inner.train_from_iterator(batches(), trainer=trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token=PAD, bos_token=BOS, eos_token=EOS, model_max_length=config.context
+    )
+
+
+def _model(tokenizer: PreTrainedTokenizerFast, config: Config) -> LlamaForCausalLM:
+    shape = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=config.hidden,
+        num_hidden_layers=config.layers,
+        num_attention_heads=config.heads,
+        num_key_value_heads=config.heads,
+        intermediate_size=3 * config.hidden,
+        max_position_embeddings=config.context,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        tie_word_embeddings=True,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seeds.derive(config.seed, "model"))
+        return LlamaForCausalLM(shape)

@@ -1,0 +1,176 @@
+"""The recipe end to end on a small chain, and its claims on simulated curves whose truth is known."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from pyrite import estimators
+from pyrite.jobs import best_of_n, sft
+from pyrite.recipes import overoptimization as recipe
+from pyrite.recipes.overoptimization import chain, claims, results
+from pyrite.recipes.overoptimization.settings import TOY, Settings
+from pyrite.train import Training
+
+SMALL = replace(
+    TOY,
+    toy_demos=400,
+    sft=Training(lr=4e-3, epochs=1, batch_size=32),
+    pair_limit=20,
+    pair_answers=4,
+    pool=6,
+    answers=24,
+    members=2,
+    reward=Training(lr=5e-4, epochs=1, batch_size=16),
+    n=(1, 2, 4, 8),
+)
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> Settings:
+    monkeypatch.setitem(recipe.SETTINGS, "toy", SMALL)
+    return SMALL
+
+
+def test_recipe_runs_once_and_is_returned_when_done(small: Settings, tmp_path: Path) -> None:
+    config = recipe.Config(out=tmp_path / "run")
+    page = recipe.run(config)
+    found = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert page.exists() and "<html" in page.read_text()
+    assert {row["noise"] for row in found["curves"]} == {0.25, 0.0}
+    assert {row["objective"] for row in found["curves"]} == {"single", "mean", "wco", "uwo", "member"}
+    assert len(found["claims"]) == len(recipe.CLAIMS)
+    assert all(len(row["interval"]) == 2 and row["holds"] in (True, False, None) for row in found["claims"])
+    assert found["mechanism"]["truncated"]["share_among_winners"] == 0.0
+    assert len(found["reward_models"]) == 2 * SMALL.members
+    assert {path.suffix for path in (tmp_path / "run" / "figures").iterdir()} == {".svg", ".png"}
+    before = page.stat().st_mtime_ns
+    assert recipe.run(config) == page and page.stat().st_mtime_ns == before
+    with pytest.raises(ValueError, match="another config"):
+        recipe.run(replace(config, seeds=2))
+
+
+def test_recipe_goes_on_after_a_stop(
+    small: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = recipe.Config(out=tmp_path / "run")
+
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(best_of_n, "run", stop)
+        recipe.run(config)
+    made = (tmp_path / "run" / "seed_0" / "sft" / "model" / "model.safetensors").stat().st_mtime_ns
+    monkeypatch.setattr(sft.train, "fit", stop)  # nothing is trained again
+    with pytest.raises(KeyboardInterrupt):
+        recipe.run(config)  # the reward models of the second noise level are still to be trained
+    assert (tmp_path / "run" / "seed_0" / "best_of_n_noise_25" / "done.json").exists()
+    assert (tmp_path / "run" / "seed_0" / "sft" / "model" / "model.safetensors").stat().st_mtime_ns == made
+
+
+def simulated(seed: int, *, fooled: bool, prompts: int = 200, answers: int = 1024) -> chain.Scores:
+    """Gaussian gold; each proxy sees it through noise and, if fooled, overrates its own rare bad answers."""
+    g = torch.Generator().manual_seed(seed)
+    gold = torch.randn(prompts, answers, generator=g, dtype=torch.float64)
+    proxies, marked = [], torch.zeros(prompts, answers, dtype=torch.bool)
+    for _ in range(5):
+        rare = torch.rand(prompts, answers, generator=g) < (0.005 if fooled else 0.0)
+        proxies.append((rare, gold + 0.7 * torch.randn(prompts, answers, generator=g, dtype=torch.float64)))
+        marked |= rare
+    truth = gold - 3.0 * marked
+    proxy = torch.stack([p + 6.0 * rare for rare, p in proxies])
+    standard = (proxy - proxy.mean((1, 2), keepdim=True)) / proxy.std((1, 2), correction=0, keepdim=True)
+    row = torch.arange(prompts * answers).view(prompts, answers)
+    return chain.Scores((truth - truth.mean()) / truth.std(correction=0), standard, marked, row, [])
+
+
+def by_id(chains: list[chain.Scores], settings: Settings) -> dict[str, dict]:
+    golds = [{0.25: chain.gold_at(s, settings)} for s in chains]
+    return {row["id"]: row for row in claims.check(golds, end=settings.n.index(256))}
+
+
+def test_claims_on_a_world_that_is_overoptimized() -> None:
+    found = by_id([simulated(0, fooled=True)], TOY)
+    assert found["single-overoptimizes-25"]["holds"] is True
+    assert found["gain-wco-25"]["holds"] is True and found["gain-uwo-25"]["holds"] is True
+    assert found["wco-does-not-overoptimize-25"]["holds"] is True
+    assert "gain-wco-0" not in found  # that noise level was not run
+
+
+def test_claims_on_a_world_that_is_not() -> None:
+    found = by_id([simulated(0, fooled=False)], TOY)
+    assert found["single-overoptimizes-25"]["holds"] is not True
+    assert abs(found["single-overoptimizes-25"]["measured"]) < 0.02
+
+
+def test_claims_over_several_chains_use_their_spread() -> None:
+    found = by_id([simulated(seed, fooled=True, prompts=40) for seed in range(3)], TOY)
+    row = found["gain-wco-25"]
+    want = estimators.t_interval(torch.tensor(row["by_seed"], dtype=torch.float64))
+    assert len(row["by_seed"]) == 3 and row["interval"] == pytest.approx([want.lo.item(), want.hi.item()])
+
+
+def test_a_peak_is_not_created_by_looking_for_it() -> None:
+    """On curves of pure noise the cross-fitted fall is zero on average; the naive one is not."""
+    g = torch.Generator().manual_seed(0)
+    noise = torch.randn(4000, 2, 9, generator=g, dtype=torch.float64)
+    fair = claims.fall("single")({"single": noise}, 8)
+    naive = (noise.amax(-1) - noise[:, :, 8]).mean(1)
+    error = (fair.std() / len(fair) ** 0.5).item()
+    assert abs(fair.mean().item()) < 4 * error
+    assert naive.mean().item() > 20 * error
+
+
+def test_bootstrap_of_the_gain_covers_its_truth() -> None:
+    """True gain 0.5, with effects of members and prompts: covered at least as often as promised; 0 never is."""
+    g = torch.Generator().manual_seed(1)
+    covered, fooled = 0, 0
+    for _ in range(100):
+        member, prompt = torch.randn(5, 1, 1, generator=g) * 0.1, torch.randn(1, 1, 60, generator=g) * 0.3
+        single = (prompt + member + 0.2 * torch.randn(5, 2, 60, generator=g)).double()
+        ensemble = (0.5 + prompt[0] + 0.2 * torch.randn(2, 60, generator=g)).double()
+        gain = claims.gain("wco")(claims._resampled({"single": single, "wco": ensemble}, times=300), 1)
+        lo, hi = gain.quantile(0.025).item(), gain.quantile(0.975).item()
+        covered += lo <= 0.5 <= hi
+        fooled += lo <= 0.0 <= hi
+    assert covered >= 85  # five members leave a percentile interval a little narrow
+    assert fooled == 0
+
+
+@pytest.mark.parametrize(
+    ("rule", "interval", "want"),
+    [
+        ("positive", (0.1, 0.3), True),
+        ("positive", (-0.1, 0.3), None),
+        ("positive", (-0.3, -0.1), False),
+        ("negligible", (-0.2, 0.05), True),
+        ("negligible", (-0.1, 0.3), None),
+        ("negligible", (0.05, 0.3), False),
+    ],
+)
+def test_verdicts(rule: str, interval: tuple[float, float], want: bool | None) -> None:
+    assert claims.verdict(rule, *interval) is want
+
+
+def test_exclusion_takes_out_exactly_the_marked_answers() -> None:
+    scores = simulated(0, fooled=True, prompts=20, answers=200)
+    rest = results._without(scores)
+    assert not rest.mark.any()
+    assert rest.gold.shape[1] == int((~scores.mark).sum(1).min())
+    flat: Tensor = scores.gold.flatten()
+    assert torch.equal(flat[rest.row.flatten()].view_as(rest.gold), rest.gold)  # gold stays with its answer
+
+
+@pytest.mark.slow
+def test_toy_scale_shows_overoptimization(tmp_path: Path) -> None:
+    """Three whole chains; the seeds were not used to choose any setting."""
+    recipe.run(recipe.Config(out=tmp_path / "run", seeds=3, first_seed=201))
+    found = json.loads((tmp_path / "run" / "results.json").read_text())
+    holds = {row["id"]: row["holds"] for row in found["claims"]}
+    assert holds["gain-wco-25"] is True and holds["gain-uwo-25"] is True

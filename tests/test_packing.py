@@ -1,0 +1,95 @@
+"""Packed rows: every index points where it says; buckets and micro-batches lose nothing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pyrite.packing import Packed, Row, longest, micro_batches, pack
+
+tokens = st.lists(st.integers(0, 99), max_size=12)
+rows_of = st.lists(
+    st.builds(Row, st.lists(st.integers(0, 99), min_size=1, max_size=12), st.lists(tokens, min_size=1, max_size=4)),
+    min_size=1,
+    max_size=6,
+)
+
+
+def test_worked_example() -> None:
+    batch = pack([Row([1, 2], [[3, 4], [5]]), Row([6], [[7]])])
+    assert batch.ids.tolist() == [1, 2, 3, 4, 5, 6, 7]
+    assert batch.positions.tolist() == [0, 1, 2, 3, 2, 0, 1]
+    assert batch.predictor.tolist() == [1, 2, 1, 5]
+    assert batch.target.tolist() == [3, 4, 5, 7]
+    assert batch.owner.tolist() == [0, 0, 1, 2]
+    assert batch.response.tolist() == [2, 3, 4, 6]
+    assert batch.last.tolist() == [3, 4, 6]
+    assert batch.lengths.tolist() == [2, 1, 1]
+    assert batch.n == 3
+
+
+@settings(deadline=None, max_examples=60)
+@given(rows_of, st.booleans())
+def test_every_path_can_be_read_back(rows: list[Row], padded: bool) -> None:
+    batch = pack(rows, padded=padded)
+    assert len(batch.ids) == sum(row.tokens for row in rows)
+    paths = [(row.prompt, response) for row in rows for response in row.responses]
+    assert batch.n == len(paths)
+    assert batch.padded == padded
+    found = sorted(
+        tuple(batch.ids[g[:n]].tolist()) for b in batch.buckets for g, n in zip(b.gather, b.lengths, strict=True)
+    )
+    assert found == sorted((*prompt, *response) for prompt, response in paths)
+    for k, (prompt, response) in enumerate(paths):
+        mine = batch.owner == k
+        assert batch.target[mine].tolist() == list(response)
+        assert batch.ids[batch.response[mine]].tolist() == list(response)
+        assert batch.ids[batch.predictor[mine]].tolist() == [*prompt, *response][len(prompt) - 1 : -1][: len(response)]
+        assert batch.positions[batch.response[mine]].tolist() == list(range(len(prompt), len(prompt) + len(response)))
+        assert batch.ids[batch.last[k]] == [*prompt, *response][-1]
+
+
+@settings(deadline=None, max_examples=60)
+@given(rows_of, st.booleans())
+def test_buckets_own_every_token_once(rows: list[Row], padded: bool) -> None:
+    batch = pack(rows, padded=padded)
+    kept = torch.cat([bucket.gather.flatten()[bucket.keep] for bucket in batch.buckets])
+    assert torch.equal(kept[batch.restore], torch.arange(len(batch.ids)))
+
+
+def test_buckets_waste_little_and_stay_few() -> None:
+    g = torch.Generator().manual_seed(0)
+    rows = [Row([1] * int(torch.randint(1, 200, (), generator=g)), [[2] * 30]) for _ in range(200)]
+    batch = pack(rows)
+    padded = sum(bucket.gather.numel() for bucket in batch.buckets)
+    assert padded < 1.25 * sum(row.tokens for row in rows)
+    assert len(batch.buckets) < 40
+
+
+@settings(deadline=None, max_examples=60)
+@given(rows_of, st.integers(1, 60))
+def test_micro_batches_hold_every_row_once_within_the_budget(rows: list[Row], budget: int) -> None:
+    groups = list(micro_batches(rows, budget=budget))
+    assert sorted(i for group in groups for i in group) == list(range(len(rows)))
+    assert all(len(group) == 1 or sum(rows[i].tokens for i in group) <= budget for group in groups)
+    flat = [rows[i].tokens for group in groups for i in group]
+    assert flat == sorted(flat, reverse=True)
+
+
+def test_longest_path() -> None:
+    assert longest([Row([1, 2], [[3], [4, 5, 6]]), Row([1, 2, 3], [[4]])]) == 5
+
+
+@pytest.mark.parametrize("row", [Row([], [[1]]), Row([1], [])])
+def test_a_row_needs_a_prompt_token_and_a_response(row: Row) -> None:
+    with pytest.raises(ValueError, match="packed row 1 needs at least one prompt token and one response"):
+        pack([Row([1], [[2]]), row])
+
+
+def test_to_moves_every_tensor() -> None:
+    moved = pack([Row([1], [[2], [3, 4]])]).to("meta")
+    assert isinstance(moved, Packed)
+    assert {value.device.type for value in vars(moved).values() if isinstance(value, torch.Tensor)} == {"meta"}
+    assert {value.device.type for bucket in moved.buckets for value in vars(bucket).values()} == {"meta"}

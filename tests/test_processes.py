@@ -1,0 +1,11 @@
+"""One process among its siblings."""
+
+from __future__ import annotations
+
+from pyrite.processes import world
+
+
+def test_alone_it_is_the_main_one() -> None:
+    """Several real processes are tested with the jobs."""
+    assert world().num_processes == 1
+    assert world().is_main_process

@@ -1,0 +1,206 @@
+"""The inner loop: what must not change a step, exact resumption, and a stop at the first number that is none."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from families import random_rows
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from pyrite import runs, train
+from pyrite.models import Policy
+from pyrite.packing import Row
+from pyrite.runs import Run
+from pyrite.train import Training, TrainingError, learning_rate, order
+
+SHAPES = [(2 + i % 5, [1 + (3 * i) % 7]) for i in range(22)]
+ROWS = [Row([t % 24 for t in r.prompt], [[t % 24 for t in r.responses[0]]]) for r in random_rows(SHAPES)]
+SMALL = Training(lr=1e-2, epochs=2, batch_size=6, warmup=2, log_every=1, save_every=3)
+
+
+class KilledError(Exception):
+    pass
+
+
+def new_run(folder: Path) -> Run:
+    run = Run(folder, {"job": "test"}, {})
+    run.open()
+    return run
+
+
+def batches(training: Training) -> list[set[int]]:
+    """The rows of every step."""
+    size = training.batch_size
+    orders = [order(len(ROWS), epoch, seed=0) for epoch in range(training.epochs)]
+    return [set(o[begin : begin + size]) for o in orders for begin in range(0, len(o), size)]
+
+
+def fit(
+    tiny: Path,
+    folder: Path,
+    training: Training = SMALL,
+    *,
+    stop_at: int = -1,
+    nan_at: int = -1,
+    dropout: float = 0.0,
+) -> dict[str, Tensor]:
+    """Parameters after training, which raises, or computes NaN, where the loss of that step is asked for."""
+    policy = Policy.load(tiny)
+    for layer in policy.model.model.layers:
+        layer.self_attn.attention_dropout = dropout
+
+    def at(step: int, indices: list[int]) -> bool:
+        return step >= 0 and set(indices) <= batches(training)[step]
+
+    def loss(model: nn.Module, rows: list[Row], indices: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
+        if at(stop_at, indices):
+            raise KilledError
+        total = -model(policy.pack(rows)).sum()
+        return total * float("nan") if at(nan_at, indices) else total, {"rows": torch.tensor(float(len(rows)))}
+
+    weights = [float(len(row.responses[0])) for row in ROWS]
+    run = new_run(folder)
+    train.fit(policy, ROWS, loss, weights=weights, training=training, seed=0, run=run, label="test")
+    return {name: p.detach().clone() for name, p in policy.named_parameters()}
+
+
+def assert_equal(got: dict[str, Tensor], want: dict[str, Tensor], tol: float = 0.0) -> None:
+    assert got.keys() == want.keys()
+    for name in want:
+        torch.testing.assert_close(got[name], want[name], atol=tol, rtol=0, msg=name)
+
+
+def test_the_token_budget_changes_nothing(tiny: Path, tmp_path: Path) -> None:
+    whole = fit(tiny, tmp_path / "whole")
+    pieces = fit(tiny, tmp_path / "pieces", replace(SMALL, micro_tokens=1))
+    assert_equal(pieces, whole, 1e-6)
+    rows = [[r["loss"] for r in runs.read_metrics(tmp_path / name)] for name in ("whole", "pieces")]
+    assert rows[0] == pytest.approx(rows[1], abs=1e-5)
+
+
+def test_a_step_is_adamw_on_the_mean_over_tokens(tiny: Path, tmp_path: Path) -> None:
+    """One step against torch's own optimizer on the plain formula."""
+    training = replace(SMALL, epochs=1, batch_size=len(ROWS), clip=0.05, weight_decay=0.3)
+    got = fit(tiny, tmp_path, training)
+    policy = Policy.load(tiny)
+    total = sum(-policy(policy.pack([row])).sum() for row in ROWS)
+    (total / sum(len(row.responses[0]) for row in ROWS)).backward()
+    norm = nn.utils.clip_grad_norm_(policy.parameters(), 0.05)
+    decayed = [p for p in policy.parameters() if p.dim() >= 2]
+    rest = [p for p in policy.parameters() if p.dim() < 2]
+    groups = [{"params": decayed, "weight_decay": 0.3}, {"params": rest, "weight_decay": 0.0}]
+    torch.optim.AdamW(groups, lr=learning_rate(0, 1, training), betas=training.betas).step()
+    assert_equal(got, dict(policy.named_parameters()), 1e-4)  # Adam divides rounding by itself where g is near 0
+    (row,) = runs.read_metrics(tmp_path)
+    assert row["step"] == 1
+    assert row["part"] == "test"
+    assert row["lr"] == learning_rate(0, 1, training)
+    assert row["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+    assert row["rows"] == pytest.approx(len(ROWS) / sum(len(row.responses[0]) for row in ROWS))
+
+
+def test_learning_rate() -> None:
+    plain = Training(lr=2.0, warmup=4, floor=0.1)
+    assert learning_rate(0, 100, plain) == pytest.approx(2 * 1 / 4)
+    assert learning_rate(3, 10**9, plain) == pytest.approx(2.0)
+    assert learning_rate(50, 100, plain) == pytest.approx(2 * (0.1 + 0.9 * 0.5))
+    assert learning_rate(25, 100, plain) == pytest.approx(2 * (0.1 + 0.9 * 0.5 * (1 + math.sqrt(0.5))))
+    assert learning_rate(100, 100, plain) == pytest.approx(0.2)
+    linear = replace(plain, schedule="linear", floor=0.0)
+    assert learning_rate(25, 100, linear) == pytest.approx(1.5)
+    assert learning_rate(100, 100, linear) == 0
+    constant = replace(plain, schedule="constant", warmup=0)
+    assert [learning_rate(step, 100, constant) for step in (0, 99)] == [2.0, 2.0]
+
+
+def test_every_epoch_has_its_own_order() -> None:
+    orders = [order(50, epoch, seed=seed) for epoch in (0, 1) for seed in (0, 1)]
+    assert all(sorted(o) == list(range(50)) for o in orders)
+    assert len({tuple(o) for o in orders}) == 4
+    assert order(50, 1, seed=1) == orders[3]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("stop_at", [1, 3, 5, 7])
+def test_resuming_equals_never_stopping(tiny: Path, tmp_path: Path, stop_at: int, dropout: float) -> None:
+    want = fit(tiny, tmp_path / "whole", dropout=dropout)
+    with pytest.raises(KilledError):
+        fit(tiny, tmp_path / "cut", stop_at=stop_at, dropout=dropout)
+    torch.rand(3)  # whatever else happened in between
+    got = fit(tiny, tmp_path / "cut", dropout=dropout)
+    assert_equal(got, want)
+    metrics = [runs.read_metrics(tmp_path / name) for name in ("whole", "cut")]
+    assert metrics[0] == metrics[1]
+    assert [row["step"] for row in metrics[1]] == list(range(1, 9))
+
+
+def test_dropout_matters_in_that_test(tiny: Path, tmp_path: Path) -> None:
+    quiet, noisy = (fit(tiny, tmp_path / str(d), dropout=d) for d in (0.0, 0.3))
+    assert any(not torch.equal(quiet[name], noisy[name]) for name in quiet)
+
+
+def test_nan_stops_with_the_step_and_the_checkpoint(tiny: Path, tmp_path: Path) -> None:
+    training = replace(SMALL, log_every=100)
+    with pytest.raises(TrainingError, match=r"not finite at step 5 .* last good checkpoint is step 3") as error:
+        fit(tiny, tmp_path, training, nan_at=4)
+    assert "\n" not in str(error.value)
+    saved = list((tmp_path / "checkpoints").iterdir())
+    assert [path.name for path in saved] == ["step-3.safetensors"]
+    state = load_file(saved[0])
+    assert all(value.isfinite().all() for value in state.values() if value.is_floating_point())
+    assert_equal(fit(tiny, tmp_path, training), fit(tiny, tmp_path / "whole", training))
+
+
+def test_nan_before_any_checkpoint_says_so(tiny: Path, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r"step 1 .*there is no earlier checkpoint"):
+        fit(tiny, tmp_path, nan_at=0)
+
+
+def test_the_last_two_checkpoints_stay_until_discarded(tiny: Path, tmp_path: Path) -> None:
+    fit(tiny, tmp_path, replace(SMALL, save_every=2))
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-4.safetensors", "step-6.safetensors"]
+    train.discard_checkpoints(new_run(tmp_path))
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_half_precision_follows_single_in_one_process(tiny: Path, tmp_path: Path) -> None:
+    single = fit(tiny, tmp_path / "single")
+    half = fit(tiny, tmp_path / "half", replace(SMALL, precision="bfloat16"))
+    assert all(p.dtype == torch.float32 for p in half.values())
+    losses = [runs.read_metrics(tmp_path / name)[-1]["loss"] for name in ("single", "half")]
+    assert losses[0] != losses[1]
+    assert losses[0] == pytest.approx(losses[1], rel=0.1)
+    assert_equal(fit(tiny, tmp_path / "again"), single)
+
+
+def test_frozen_parameters_are_neither_trained_nor_stored(tiny: Path, tmp_path: Path) -> None:
+    policy = Policy.load(tiny)
+    for name, parameter in policy.named_parameters():
+        parameter.requires_grad_("norm" in name)
+    before = {name: p.clone() for name, p in policy.named_parameters()}
+
+    def loss(model: nn.Module, rows: list[Row], _: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
+        return -model(policy.pack(rows)).sum(), {}
+
+    run, weights = new_run(tmp_path), [1.0] * len(ROWS)
+    train.fit(policy, ROWS, loss, weights=weights, training=SMALL, seed=0, run=run, label="x")
+    changed = {name for name, p in policy.named_parameters() if not torch.equal(p, before[name])}
+    assert changed
+    assert all("norm" in name for name in changed)
+    state = load_file(tmp_path / "checkpoints" / "step-6.safetensors")
+    assert {name.removeprefix("model.") for name in state if name.startswith("model.")} == changed
+
+
+BAD = [(name, 0) for name in ("epochs", "batch_size", "micro_tokens", "log_every", "save_every", "lr")]
+BAD += [("lr", math.nan), ("clip", -1.0), ("floor", 2.0), ("warmup", -1)]
+
+
+@pytest.mark.parametrize(("name", "value"), BAD)
+def test_options_out_of_range_are_refused(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=name):
+        Training(**{name: value})
