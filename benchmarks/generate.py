@@ -29,7 +29,7 @@ VOCABULARY = {"toy": 500, "30M": 4096}
 BATCHES = (32, 256)
 # new tokens and rounds of a case: full, quick
 FULL = {("toy", 32): (64, 9), ("toy", 256): (64, 7), ("30M", 32): (48, 5), ("30M", 256): (48, 3)}
-QUICK = {("toy", 32): (48, 5), ("toy", 256): (48, 3), ("30M", 32): (12, 3), ("30M", 256): (6, 1)}
+QUICK = {("toy", 32): (48, 5), ("toy", 256): (48, 3), ("30M", 32): (12, 2), ("30M", 256): (6, 1)}
 
 
 def make(name: str) -> LlamaForCausalLM:

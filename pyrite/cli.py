@@ -218,7 +218,3 @@ def _quiet() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-
-
-if __name__ == "__main__":
-    main()

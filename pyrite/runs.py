@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import time
@@ -109,7 +110,7 @@ def start(job: str, config: Any, *, inputs: dict[str, str | Path]) -> Run:
     """
     folder = Path(config.out)
     wanted = {"job": job, **plain_config(config)}
-    seen = {name: fingerprint(path) for name, path in inputs.items()}
+    seen = {name: fingerprint(path) for name, path in {**inputs, **_own_code(wanted)}.items()}
     if (folder / "config.json").exists():
         _refuse_other(folder, wanted, seen)
     else:
@@ -235,6 +236,13 @@ def _flat(config: dict[str, Any]) -> dict[str, Any]:
         inner = _flat(value) if isinstance(value, dict) else {"": value}
         flat |= {f"{key}.{name}" if name else key: item for name, item in inner.items()}
     return flat
+
+
+def _own_code(config: dict[str, Any]) -> dict[str, str]:
+    """Files of the user's own named in spec strings, as in "mine.py:score()"."""
+    values = [item for value in _flat(config).values() for item in (value if isinstance(value, list) else [value])]
+    found = [re.match(r"\s*([^()]+\.py):", value) for value in values if isinstance(value, str)]
+    return {match[1]: match[1] for match in found if match}
 
 
 def _refuse_unwritable(folder: Path) -> None:

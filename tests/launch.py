@@ -19,7 +19,7 @@ def environment() -> dict[str, str]:
 
 def start(arguments: list[str]) -> subprocess.Popen[str]:
     """One process, its output captured."""
-    command = [sys.executable, "-m", "pyrite.cli", *arguments]
+    command = [sys.executable, "-m", "pyrite", *arguments]
     return subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
+import pkgutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from transformers import LlamaForCausalLM
 
-from pyrite import cli, data
+from pyrite import cli, data, jobs
 from pyrite.jobs import best_of_n, reward, sft
 from pyrite.models import Policy, RewardModel
 from pyrite.train import TrainingError
 
-JOBS = ("best_of_n", "evaluate", "generate", "label", "reward", "sft")
+JOBS = sorted(module.name for module in pkgutil.iter_modules(jobs.__path__))
 Command = Callable[..., tuple[int, str, str]]
 
 

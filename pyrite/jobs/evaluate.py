@@ -128,9 +128,7 @@ def response_logps(policy: Policy, rows: Sequence[Row], *, budget: int = 16384) 
 def _reference(policy: Policy, config: Config) -> Policy:
     ref = Policy.load(str(config.ref))
     if ref.tokenizer.get_vocab() != policy.tokenizer.get_vocab():
-        raise ValueError(
-            f"{config.ref} and {config.model} have other vocabularies: no KL between them"
-        )
+        raise ValueError(f"{config.ref} and {config.model} have other vocabularies: no KL between them")
     return ref
 
 

@@ -109,6 +109,16 @@ def test_scores_without_pairs(tmp_path: Path) -> None:
     assert label.run(config).done
 
 
+def test_a_changed_scorer_file_is_another_run(tmp_path: Path) -> None:
+    data.write(simple(3), tmp_path / "c.jsonl")
+    (tmp_path / "mine.py").write_text("def score(prompts, responses):\n    return [len(text) for text in responses]\n")
+    config = label.Config(str(tmp_path / "c.jsonl"), f"{tmp_path / 'mine.py'}:score()", tmp_path / "run")
+    assert label.run(config).results == label.run(config).results
+    (tmp_path / "mine.py").write_text("def score(prompts, responses):\n    return [-len(text) for text in responses]\n")
+    with pytest.raises(ValueError, match=r"the .*mine\.py file or model has changed"):
+        label.run(config)
+
+
 def test_a_scorer_without_scores_is_refused_before_work(tmp_path: Path) -> None:
     data.write(simple(3), tmp_path / "c.jsonl")
     (tmp_path / "mine.py").write_text(
