@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyrite.decoding import Path, evaluating, open_engine
-from pyrite.sampling import Job, Record, chunks, decode, generate
+from pyrite.decoding.engines import Path, evaluating, open_engine
+from pyrite.decoding.sampling import Job, Record, chunks, decode, generate
 
 log = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "pyrite"
 FILES = sorted(PACKAGE.rglob("*.py"))
 FLOOR_0 = {"seeds", "logps", "losses", "reward_losses", "ensembles", "estimators", "fits", "parts"}
-FLOOR_3 = {"recipes", "report", "cli"}
+FLOOR_3 = {"recipes", "report", "cli", "__main__"}
 FILE_LINES, FUNCTION_LINES = 400, 60
 
 
@@ -26,6 +26,8 @@ def module_name(path: Path) -> str:
 
 def floor(module: str) -> int:
     parts = module.split(".")
+    if module == "pyrite.decoding.draws":
+        return 0
     if len(parts) < 2:
         return 0  # pyrite itself: the version
     if parts[1] == "jobs":
@@ -90,7 +92,8 @@ def test_files_and_functions_are_small(path: Path) -> None:
 def config_fields(path: Path) -> list[str]:
     tree = ast.parse(path.read_text())
     schemas = [n for n in tree.body if isinstance(n, ast.ClassDef) and n.name in ("Config", "Training", "Lora")]
-    return [s.target.id for c in schemas for s in c.body if isinstance(s, ast.AnnAssign) and isinstance(s.target, ast.Name)]
+    lines = [line for schema in schemas for line in schema.body if isinstance(line, ast.AnnAssign)]
+    return [line.target.id for line in lines if isinstance(line.target, ast.Name)]
 
 
 @pytest.mark.parametrize("path", [p for p in FILES if config_fields(p)], ids=module_name)
@@ -118,7 +121,8 @@ def test_imports_core_dependencies_only(path: Path) -> None:
 
 def test_mathematics_imports_without_transformers() -> None:
     names = [module_name(p) for p in FILES if floor(module_name(p)) == 0]
-    code = f"import sys, importlib\nfor n in {names!r}: importlib.import_module(n)\nassert 'transformers' not in sys.modules"
+    code = f"import sys, importlib\nfor n in {names!r}: importlib.import_module(n)\n"
+    code += "assert 'transformers' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
@@ -134,16 +138,17 @@ def test_readme_tree_is_the_tree() -> None:
 
 
 def test_tests_mirror_the_tree() -> None:
-    """Every module with code has a test file of its name."""
-    tests = {p.relative_to(ROOT / "tests") for p in (ROOT / "tests").rglob("test_*.py")}
+    """Every module has a test file of its name in the same place; small parts of a package may share one."""
+    shared = {"losses/ratios.py", "report/overoptimization.py", "__main__.py"}  # test_properties, ..._page, cli
     missing = []
     for path in FILES:
         inside = path.relative_to(PACKAGE)
-        if path.name == "__init__.py" or inside.parent.name == "report":
+        package = inside.parts[0] == "recipes" and len(inside.parts) > 2  # a recipe is tested as a whole
+        if path.name == "__init__.py" or package or str(inside) in shared:
             continue
-        if inside.with_name(f"test_{path.name}") not in tests:
+        if not (ROOT / "tests" / inside.parent / f"test_{path.name}").exists():
             missing.append(str(inside))
-    assert not missing, f"no tests/{'…'} for {missing}"
+    assert not missing, f"no test file for {missing}"
 
 
 def test_nothing_speaks_of_the_workplace() -> None:

@@ -55,9 +55,7 @@ def test_recipe_runs_once_and_is_returned_when_done(small: Settings, tmp_path: P
         recipe.run(replace(config, seeds=2))
 
 
-def test_recipe_goes_on_after_a_stop(
-    small: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_recipe_goes_on_after_a_stop(small: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = recipe.Config(out=tmp_path / "run")
 
     def stop(*_: object, **__: object) -> None:

@@ -142,9 +142,7 @@ def _world(folder: Path, settings: Settings, seed: int) -> dict[str, str]:
     if settings.model:
         named = {"model": settings.model, "demos": settings.demos}
         return named | {"pairs_prompts": settings.pair_prompts, "pool_prompts": settings.pool_prompts}
-    world = toy.write(
-        folder / "world", seed=derive(seed, "world"), n_pool=settings.pool, n_demos=settings.toy_demos
-    )
+    world = toy.write(folder / "world", seed=derive(seed, "world"), n_pool=settings.pool, n_demos=settings.toy_demos)
     return {
         "model": str(world.model),
         "demos": str(world.demos),

@@ -176,6 +176,9 @@ def _split(gold: Tensor) -> Tensor:
 def _multinomial(times: int, size: int, generator: torch.Generator) -> Tensor:
     """Bootstrap weights (times, size): how often each of `size` things is drawn, over size."""
     drawn = torch.randint(0, size, (times, size), generator=generator)
-    return torch.zeros(times, size, dtype=torch.float64).scatter_add_(
-        1, drawn, torch.ones(times, size, dtype=torch.float64)
-    ) / size
+    return (
+        torch.zeros(times, size, dtype=torch.float64).scatter_add_(
+            1, drawn, torch.ones(times, size, dtype=torch.float64)
+        )
+        / size
+    )

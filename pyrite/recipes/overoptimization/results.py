@@ -15,13 +15,13 @@ from pyrite.recipes.overoptimization.settings import Settings
 
 MECHANISM = "leftover registers"
 EXPLAINED = (
-    "About 3 % of the demonstrations drift into a leftover register, such as a legal notice or an advert, with words "
-    "of its own, and so does a policy trained on them. Preference pairs are drawn conservatively (top-p 0.9), which cuts "
-    "the registers out: no reward model ever sees one judged. Each then gives them a worth of its own, left over from "
-    "its random head and the order of its data. Best-of-n searches the full distribution; where a reward model happens to "
-    "like a register, larger n finds it more and more often, while gold takes a point off for every such word. The members "
-    "of an ensemble disagree about the registers, so the worst case and the penalty on disagreement refuse them. Every "
-    "answer in the pool ends properly: answers cut short are left out before anything is scored."
+    "About 4 % of the demonstrations drift into a leftover register, such as a legal notice or an advert, with words "
+    "of its own, and so does a policy trained on them. Preference pairs are drawn conservatively (top-p 0.9), which "
+    "cuts the registers out: no reward model ever sees one judged. Each then gives them a worth of its own, left over "
+    "from its random head and the order of its data. Best-of-n searches the full distribution; where a reward model "
+    "happens to like them, larger n finds them more and more often, while gold takes a point off for every such word. "
+    "The members of an ensemble disagree about them, so the worst case and the penalty on disagreement mostly refuse "
+    "them. Every answer in the pool ends properly: answers cut short are left out before anything is scored."
 )
 SHOWN = (1, 16, 256, 1024)  # values of n in the browser of samples
 PROMPTS = 12  # prompts in the browser of samples
@@ -127,14 +127,18 @@ def _mechanism(chains: list[Chain], settings: Settings) -> dict[str, Any]:
     return {
         "name": MECHANISM,
         "text": EXPLAINED,
-        "words": {name: sorted({word for words in kinds.values() for word in words}) for name, kinds in lexicons.items()},
-        "shares": [row for noise in settings.noise for row in _shares([c.scores[noise] for c in chains], settings, noise)],
+        "words": {name: sorted(set().union(*kinds.values())) for name, kinds in lexicons.items()},
+        "shares": _shares_by_noise(chains, settings),
         "exclusion": _exclusion(chains, settings),
         "truncated": {
             "rate": sum(pool["missing_eos"] for pool in pools) / len(pools),
             "share_among_winners": 0.0,  # they are left out of the pool before anything is scored
         },
     }
+
+
+def _shares_by_noise(chains: list[Chain], settings: Settings) -> list[dict[str, Any]]:
+    return [row for noise in settings.noise for row in _shares([c.scores[noise] for c in chains], settings, noise)]
 
 
 def _shares(scores: list[Scores], settings: Settings, noise: float) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyrite.caches import Columns
+from pyrite.decoding.caches import Columns
 
 FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 ROTARY = frozenset({"default", "linear", "llama3", "yarn"})  # tables that do not depend on the sequence

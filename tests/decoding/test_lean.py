@@ -14,8 +14,8 @@ from transformers import (
     LlamaForSequenceClassification,
 )
 
-from pyrite import lean
-from pyrite.lean import Dense, is_lean
+from pyrite.decoding import lean
+from pyrite.decoding.lean import Dense, is_lean
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24, "vocab_size": 9}
 

@@ -25,7 +25,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from pyrite import decoding
+from pyrite.decoding import engines
 from pyrite.generate import sample
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
@@ -101,7 +101,7 @@ def test_equals_transformers(family: str) -> None:
 def test_cached_path_equals_lean_path(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make(LlamaConfig(**GROUPS))
     lean = sample(model, PROMPTS, eos=2, k=3, max_new_tokens=STEPS)
-    monkeypatch.setattr(decoding, "is_lean", lambda _: False)
+    monkeypatch.setattr(engines, "is_lean", lambda _: False)
     cached = sample(model, PROMPTS, eos=2, k=3, max_new_tokens=STEPS)
     assert (lean.path, cached.path) == ("lean", "cached")
     assert lean.responses() == cached.responses()
@@ -129,7 +129,7 @@ def test_a_model_that_our_cache_would_change_is_detected() -> None:
     with torch.random.fork_rng():
         model = get_peft_model(make(LlamaConfig(**GROUPS)), tuned)
     with torch.inference_mode():
-        assert decoding.open_engine(model, 32) is None
+        assert engines.open_engine(model, 32) is None
 
 
 @pytest.mark.parametrize("change", ["hook", "rope"])
@@ -146,7 +146,7 @@ def test_lean_path_steps_aside(change: str) -> None:
 def test_prefill_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make(LlamaConfig(**GROUPS))
     whole = sample(model, PROMPTS, eos=2, k=2, max_new_tokens=STEPS)
-    monkeypatch.setattr(decoding, "PREFILL", 8)
+    monkeypatch.setattr(engines, "PREFILL", 8)
     assert sample(model, PROMPTS, eos=2, k=2, max_new_tokens=STEPS).responses() == whole.responses()
 
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pyrite import sampling
-from pyrite.draws import streams
+from pyrite.decoding import sampling
+from pyrite.decoding.draws import streams
+from pyrite.decoding.sampling import chunks
 from pyrite.generate import sample
-from pyrite.sampling import chunks
 
 PROMPTS = [[3], [4, 5, 6], [3], [7, 8], [4, 5, 6]]
 

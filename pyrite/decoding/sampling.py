@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from pyrite.cached_attention import attending
-from pyrite.decoding import Decoder, Engine, Prompts
-from pyrite.draws import Draw, draw, streams, uniforms
+from pyrite.decoding.cached_attention import attending
+from pyrite.decoding.draws import Draw, draw, streams, uniforms
+from pyrite.decoding.engines import Decoder, Engine, Prompts
 
 CHECK = 4  # steps between two looks at which rows have finished
 COMPACT = 0.8  # finished rows are dropped when fewer than this share is alive

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pyrite.cached_attention import additive, attend, attending
-from pyrite.caches import Columns
-from pyrite.lean import Lean, is_lean
+from pyrite.decoding.cached_attention import additive, attend, attending
+from pyrite.decoding.caches import Columns
+from pyrite.decoding.lean import Lean, is_lean
 
 TESTED = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "gpt_neox"})
 PREFILL = 16384  # tokens, padding included, of one prefill forward
