@@ -101,9 +101,9 @@ def _model(tokenizer: PreTrainedTokenizerFast, config: Config) -> LlamaForCausal
         num_key_value_heads=config.heads,
         intermediate_size=3 * config.hidden,
         max_position_embeddings=config.context,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=SPECIALS.index(PAD),
+        bos_token_id=SPECIALS.index(BOS),
+        eos_token_id=SPECIALS.index(EOS),
         tie_word_embeddings=True,
     )
     with torch.random.fork_rng(devices=[]):

@@ -92,6 +92,7 @@ def _at_noise(folder: Path, settings: Settings, noise: float, policy: str, *, se
         gold=settings.gold,
         noise=noise,
         noise_seed=derive(seed, "noise"),
+        ties="drop",
         seed=derive(seed, "pairs"),
         out=folder / f"pairs_noise_{percent}",
     )

@@ -120,7 +120,8 @@ def check(chains: list[dict[float, dict[str, Tensor]]], *, end: int) -> list[dic
             continue
         points = [claim.value(_halves(gold), end).item() for gold in golds]
         if len(points) > 1:
-            measured, lo, hi = estimators.t_interval(torch.tensor(points, dtype=torch.float64))
+            interval = estimators.t_interval(torch.tensor(points, dtype=torch.float64))
+            measured, lo, hi = (value.item() for value in interval)
         else:
             resampled = claim.value(_resampled(golds[0]), end)
             measured = points[0]

@@ -39,7 +39,7 @@ def collect(chains: list[Chain], settings: Settings) -> dict[str, Any]:
         "claims": claims.check(golds, end=end),
         "reward_models": [row for chain in chains for row in _reward_models(chain, settings)],
         "samples": _samples(chains[0], settings),
-        "stages": [{"stage": name, "seconds": run.results["seconds"]} for name, run in chains[0].runs.items()],
+        "stages": [{"stage": n, "seconds": (r.results or {})["seconds"]} for n, r in chains[0].runs.items()],
     }
     if not settings.model:
         found["mechanism"] = _mechanism(chains, settings)
@@ -163,8 +163,8 @@ def _without(scores: Scores) -> Scores:
     keep = int((~scores.mark).sum(1).min())
     index = torch.stack([(~mark).nonzero().squeeze(1)[:keep] for mark in scores.mark])
     proxy = torch.stack([p.gather(1, index) for p in scores.proxy])
-    picked = (part.gather(1, index) for part in (scores.mark, scores.row))
-    return Scores(scores.gold.gather(1, index), proxy, *picked, scores.rows)
+    mark, row = scores.mark.gather(1, index), scores.row.gather(1, index)
+    return Scores(scores.gold.gather(1, index), proxy, mark, row, scores.rows)
 
 
 def _exclusion(chains: list[Chain], settings: Settings) -> list[dict[str, Any]]:

@@ -38,7 +38,7 @@ class Settings:
     answers: int = 1056
     """Answers to each of them, some of which will be cut and left out."""
     pool_top_p: float = 1.0
-    max_new_tokens: int = 48
+    max_new_tokens: int = 64
     noise: tuple[float, ...] = (0.25, 0.0)
     members: int = 5
     reward: Training = field(default_factory=Training)
@@ -50,6 +50,7 @@ class Settings:
 TOY = Settings(
     gold="pyrite.toy:story_quality()",
     sft=Training(lr=4e-3, epochs=1, batch_size=48, warmup=30, floor=0.05, weight_decay=0.01, micro_tokens=1 << 16),
+    pair_limit=760,  # about 2,000 training pairs once ties and held-out prompts are gone
     pair_answers=6,
     pair_top_p=0.9,
     reward=Training(lr=5e-4, epochs=2, batch_size=32, weight_decay=0.01, micro_tokens=1 << 16),
