@@ -26,7 +26,7 @@ from pyrite import jobs, parts, recipes, report, runs
 from pyrite.progress import say
 from pyrite.train import TrainingError
 
-KINDS = ("ensembles", "golds", "jobs", "losses", "recipes", "reward_losses")
+KINDS = ("ensembles", "golds", "jobs", "judges", "losses", "recipes", "reward_losses")
 USAGE = """\
 pyrite {jobs}   run one job; --help lists its options
 pyrite recipe {recipes}   run a whole experiment and write its report

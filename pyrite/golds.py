@@ -50,13 +50,13 @@ def word_collector(*, words: Sequence[str]) -> Scorer:
 
 
 def reward_model(*, path: str) -> Scorer:
-    """Scorer: a trained reward model, a folder or a Hub name, on the model's own scale; loaded at the first call."""
+    """Scorer: a trained reward model, a folder or a Hub name, standardized if it knows how."""
     loaded: list[RewardModel] = []
 
     def score(prompts: list[str], responses: list[str]) -> Tensor:
         if not loaded:
             loaded.append(RewardModel.load(path))
-        return loaded[0].scorer()(prompts, responses)
+        return loaded[0].scores(prompts, responses)
 
     return score
 

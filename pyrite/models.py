@@ -212,10 +212,6 @@ class RewardModel(nn.Module):
                 progress(len(index))
         return out
 
-    def scorer(self) -> Callable[[Sequence[Prompt], Sequence[str]], Tensor]:
-        """This model as a scorer of finished answers, standardized."""
-        return self.scores
-
     def save(self, folder: str | Path) -> None:
         """Hugging Face layout; pooling and normalization travel in the model's config."""
         config = backbone(self.model).config

@@ -199,9 +199,10 @@ class _Log:
 
     def add(self, step: int, metrics: dict[str, Tensor], norm: Tensor, *, lr: float, line: bool) -> None:
         for name, value in {**metrics, "grad_norm": norm}.items():
-            self.sums[name] = self.sums.get(name, 0) + value.detach().float().cpu()
+            self.sums[name] = self.sums.get(name, 0) + value.detach().float()  # stays on the device: no wait
             wrong = ~torch.isfinite(self.sums[name])
-            self.bad = torch.where(wrong & (self.bad == 0), torch.tensor(float(step)), self.bad)
+            self.bad = self.bad.to(wrong.device)
+            self.bad = torch.where(wrong & (self.bad == 0), float(step), self.bad)
         self.count += 1
         if line or step % self.training.log_every == 0:
             self.check(step)

@@ -1,18 +1,23 @@
-"""Labels: score candidates with a gold scorer and turn them into preference pairs, with exact label noise.
+"""Labels: score candidates with a gold scorer, or ask a judge, and make preference pairs with exact label noise.
 
-Answers 0 and 1, 2 and 3, ... to a prompt form pairs; the higher gold score is chosen. Noise flips exactly
-round(noise * N) of the training pairs, once, by its own seed; the mask is stored and held-out pairs stay clean.
+Answers 0 and 1, 2 and 3, ... to a prompt form pairs; the higher gold score, or the judge's verdict, says which is
+chosen. Noise flips exactly round(noise * N) of the training pairs, once, by its own seed; the mask is stored and
+held-out pairs stay clean. No label is invented: a cut or empty answer, equal answers and a judge without a verdict
+make no pair, and each is counted.
 """
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
-from pyrite import data, golds, parts, runs, seeds, text
+from pyrite import data, golds, judges, parts, runs, seeds, text
 from pyrite.progress import progress, say
 from pyrite.runs import Run
 
@@ -21,17 +26,20 @@ OUTPUTS = {
     "pairs.parquet": "training pairs: prompt, chosen, rejected, strength, flipped",
     "held_out.parquet": "clean pairs of held-out prompts",
 }
+Answer = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Config:
-    """Label candidates with a gold scorer and pair them."""
+    """Label candidates with a gold scorer or a judge, and pair them."""
 
     candidates: str
     """Candidates as `pyrite generate` writes them."""
-    gold: str
-    """The scorer that plays the truth, such as "length()" or "mine.py:score()"."""
     out: Path
+    gold: str | None = None
+    """The scorer that plays the truth, such as "length()" or "mine.py:score()"."""
+    judge: str | None = None
+    """What says which answer of a pair is better, in place of the gold: "bradley_terry(gold='length()')"."""
     pairs: bool = True
     """Also make pairs, not only scores."""
     noise: float = 0.0
@@ -41,8 +49,6 @@ class Config:
     """Share of the prompts whose pairs are kept, clean, for measuring accuracy."""
     ties: Literal["random", "drop"] = "random"
     """What to do with two answers of equal gold."""
-    truncated: Literal["drop", "keep"] = "drop"
-    """What to do with a pair in which an answer was cut before its end token."""
     seed: int = 0
 
 
@@ -56,76 +62,113 @@ def run(config: Config) -> Run:
     run = runs.start("label", config, inputs=inputs(config))
     if run.done:
         return run
+    _refuse(config)
+    scorer = parts.part(config.gold, golds) if config.gold else None
+    judge = parts.part(config.judge, judges) if config.judge else None
+    rows = data.load(config.candidates, "candidates")
+    if scorer:  # one that cannot score is refused now
+        golds.check_scores(scorer([text.plain(rows[0]["prompt"])], [rows[0]["response"]]), 1, name=str(config.gold))
+    run.open()
+    if scorer:
+        gold = _scored(run, rows, scorer, str(config.gold))
+        rows = [{**row, "gold": value} for row, value in zip(rows, gold, strict=True)]
+    if run.writes:
+        data.write(rows, run.folder / "candidates.parquet")
+    if not config.pairs:
+        return run.finish(answers=len(rows))
+    couples, left_out = _couples(rows)
+    strengths = _judged(run, couples, judge, str(config.judge)) if judge else _differences(couples)
+    return run.finish(answers=len(rows), **_write_pairs(run, couples, strengths, left_out, config))
+
+
+def _refuse(config: Config) -> None:
     if not 0 <= config.noise <= 0.5:
         raise ValueError(f"--noise {config.noise}: a share of flipped labels lies between 0 and 0.5")
-    scorer = parts.part(config.gold, golds)
-    rows = data.load(config.candidates, "candidates")
-    first = scorer([text.plain(rows[0]["prompt"])], [rows[0]["response"]])
-    golds.check_scores(first, 1, name=config.gold)  # a scorer that cannot score is refused now
-    run.open()
+    if not (config.gold or (config.judge and config.pairs)):
+        raise ValueError("label needs --gold, or --judge for pairs; `pyrite list golds` shows what there is")
+
+
+def _scored(run: Run, rows: list[Answer], scorer: Callable, name: str) -> list[float]:
+    """Gold of every answer, in parts that survive an interruption."""
     with progress("label", len(rows), unit="answers") as advance:
 
         def score(begin: int, end: int) -> dict[str, list]:
             some = rows[begin:end]
             given = scorer([text.plain(row["prompt"]) for row in some], [row["response"] for row in some])
             advance(end - begin)
-            return {"gold": golds.check_scores(given, len(some), name=config.gold).tolist()}
+            return {"gold": golds.check_scores(given, len(some), name=name).tolist()}
 
-        gold = runs.in_parts(run.folder / "parts", len(rows), score, size=4096)["gold"].to_pylist()
-    labelled = [{**row, "gold": value} for row, value in zip(rows, gold, strict=True)]
-    if run.writes:
-        data.write(labelled, run.folder / "candidates.parquet")
-    if not config.pairs:
-        return run.finish(answers=len(rows))
-    return run.finish(answers=len(rows), **_write_pairs(run, labelled, config))
+        return runs.in_parts(run.folder / "parts" / "gold", len(rows), score, size=4096)["gold"].to_pylist()
 
 
-def _write_pairs(run: Run, labelled: list[dict[str, Any]], config: Config) -> dict[str, Any]:
-    pairs, ties, cut = _pair(labelled, config)
+def _judged(run: Run, couples: list[tuple[Answer, Answer]], judge: Callable, name: str) -> Tensor:
+    """Log-odds that the first answer of a couple beats the second, nats; NaN without a verdict."""
+    with progress("judge", len(couples), unit="pairs") as advance:
+
+        def ask(begin: int, end: int) -> dict[str, list]:
+            some = couples[begin:end]
+            prompts = [text.plain(a["prompt"]) for a, _ in some]
+            given = judge(prompts, [a["response"] for a, _ in some], [b["response"] for _, b in some])
+            advance(end - begin)
+            return {"verdict": judges.check_verdicts(given, len(some), name=name).tolist()}
+
+        verdicts = runs.in_parts(run.folder / "parts" / "judge", len(couples), ask, size=64)["verdict"].to_pylist()
+    return torch.logit(torch.tensor(verdicts, dtype=torch.float64), eps=1e-4)
+
+
+def _differences(couples: list[tuple[Answer, Answer]]) -> Tensor:
+    return torch.tensor([a["gold"] - b["gold"] for a, b in couples], dtype=torch.float64)
+
+
+def _couples(rows: list[Answer]) -> tuple[list[tuple[Answer, Answer]], Counter[str]]:
+    """Consecutive answers to each prompt, and how many couples cannot carry a preference, by reason."""
+    by_prompt: dict[Any, list[Answer]] = {}
+    for row in rows:
+        by_prompt.setdefault(row["prompt_id"], []).append(row)
+    couples, left_out = [], Counter(cut=0, equal=0, empty=0)
+    for answers in by_prompt.values():
+        for a, b in zip(answers[::2], answers[1::2], strict=False):
+            if not (a["finished"] and b["finished"]):
+                left_out["cut"] += 1  # an answer cut before its end says nothing about how it would end
+            elif a["response"] == b["response"]:
+                left_out["equal"] += 1
+            elif not (a["response"] and b["response"]):
+                left_out["empty"] += 1
+            else:
+                couples.append((a, b))
+    return couples, left_out
+
+
+def _write_pairs(
+    run: Run, couples: list[tuple[Answer, Answer]], strengths: Tensor, left_out: Counter[str], config: Config
+) -> dict[str, Any]:
+    left_out = left_out + Counter(no_verdict=int(strengths.isnan().sum()))
+    ties = int((strengths == 0).sum())
+    pairs = _pairs(couples, strengths, config)
+    counted = ", ".join(f"{count} {reason}" for reason, count in left_out.items() if count) or "none"
     if not pairs:
-        raise ValueError(f"{config.candidates}: no pair could be made ({ties} ties, {cut} with a cut answer dropped)")
+        raise ValueError(f"{config.candidates}: no pair could be made ({ties} ties; left out: {counted})")
     train, held = data.split(pairs, fraction=config.held_out, seed=seeds.derive(config.seed, "held out"))
     noisy, mask = data.flip_labels(train, p=config.noise, seed=config.noise_seed)
     if run.writes:
         data.write(noisy, run.folder / "pairs.parquet")
         if held:
             data.write(held, run.folder / "held_out.parquet")
-    flipped = int(sum(mask))
-    say(f"label: {len(train)} training pairs ({flipped} flipped), {len(held)} held out; {ties} ties, {cut} cut")
-    return {
-        "pairs": len(train),
-        "flipped": flipped,
-        "held_out": len(held),
-        "ties": ties,
-        "dropped_truncated": cut,
-    }
+    flipped = int(mask.sum())
+    say(f"label: {len(train)} pairs ({flipped} flipped), {len(held)} held out; {ties} ties; left out: {counted}")
+    counts = {"pairs": len(train), "flipped": flipped, "held_out": len(held), "ties": ties}
+    return counts | {f"left_out_{reason}": left_out[reason] for reason in ("cut", "equal", "empty", "no_verdict")}
 
 
-def _pair(labelled: list[dict[str, Any]], config: Config) -> tuple[list[dict[str, Any]], int, int]:
-    """Pairs of consecutive answers to a prompt, the number of ties met and of pairs dropped for a cut answer."""
-    by_prompt: dict[Any, list[dict[str, Any]]] = {}
-    for row in labelled:
-        by_prompt.setdefault(row["prompt_id"], []).append(row)
-    couples = [(a[i], a[i + 1]) for a in by_prompt.values() for i in range(0, len(a) - 1, 2)]
+def _pairs(couples: list[tuple[Answer, Answer]], strengths: Tensor, config: Config) -> list[Answer]:
+    """The rows of pairs; a tie is decided by a coin or dropped, no verdict makes no pair."""
     coins = torch.rand(len(couples), generator=seeds.generator(config.seed, "ties")).tolist()
-    pairs, ties, cut = [], 0, 0
-    for (a, b), coin in zip(couples, coins, strict=True):
-        if config.truncated == "drop" and not (a["finished"] and b["finished"]):
-            cut += 1
+    pairs = []
+    for (a, b), strength, coin in zip(couples, strengths.tolist(), coins, strict=True):
+        if strength != strength or (strength == 0 and config.ties == "drop"):  # NaN differs from itself
             continue
-        tie = a["gold"] == b["gold"]
-        ties += tie
-        same = a["response"] == b["response"]
-        if same or not (a["response"] and b["response"]) or (tie and config.ties == "drop"):
-            continue  # two equal answers carry no preference, an empty one cannot be chosen
-        chosen, rejected = (a, b) if (coin < 0.5 if tie else a["gold"] > b["gold"]) else (b, a)
-        pairs.append(
-            {
-                "prompt_id": a["prompt_id"],
-                "prompt": a["prompt"],
-                "chosen": chosen["response"],
-                "rejected": rejected["response"],
-                "strength": chosen["gold"] - rejected["gold"],
-            }
-        )
-    return pairs, ties, cut
+        first = strength > 0 or (strength == 0 and coin < 0.5)
+        chosen, rejected = (a, b) if first else (b, a)
+        shown = {"prompt_id": a["prompt_id"], "prompt": a["prompt"], "strength": abs(strength)}
+        pairs.append({**shown, "chosen": chosen["response"], "rejected": rejected["response"]})
+    return pairs

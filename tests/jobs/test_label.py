@@ -48,7 +48,7 @@ def test_the_higher_gold_is_chosen(tmp_path: Path) -> None:
         "flipped": 0,
         "held_out": 0,
         "ties": 0,
-        "dropped_truncated": 0,
+        **{f"left_out_{reason}": 0 for reason in ("cut", "equal", "empty", "no_verdict")},
         "seconds": 0,
     }
     scored = data.load(tmp_path / "run" / "candidates.parquet", "candidates")
@@ -58,12 +58,10 @@ def test_the_higher_gold_is_chosen(tmp_path: Path) -> None:
 def test_cut_answers_are_dropped_and_counted(tmp_path: Path) -> None:
     rows = [candidate(0, 0, "a b", finished=False), candidate(0, 1, "a"), candidate(1, 0, "a"), candidate(1, 1, "a b")]
     results, pairs, _ = run(rows, tmp_path)
-    assert (results["pairs"], results["dropped_truncated"]) == (1, 1)
+    assert (results["pairs"], results["left_out_cut"]) == (1, 1)
     assert pairs[0]["prompt_id"] == "1"
-    (tmp_path / "kept").mkdir()
-    assert run(rows, tmp_path / "kept", truncated="keep")[0]["pairs"] == 2
     (tmp_path / "none").mkdir()
-    with pytest.raises(ValueError, match=r"no pair could be made \(0 ties, 1 with a cut answer dropped\)"):
+    with pytest.raises(ValueError, match=r"no pair could be made \(0 ties; left out: 1 cut\)"):
         run(rows[:2], tmp_path / "none")
 
 
@@ -72,7 +70,7 @@ def test_ties_are_tossed_or_dropped_and_equal_answers_never_kept(tmp_path: Path)
     equal = [candidate(p, s, "same") for p in range(60, 63) for s in range(2)]
     clear = [candidate(99, s, "a " * (s + 1)) for s in range(2)]
     results, pairs, _ = run([*ties, *equal, *clear], tmp_path)
-    assert (results["pairs"], results["ties"]) == (61, 63)
+    assert (results["pairs"], results["ties"], results["left_out_equal"]) == (61, 60, 3)
     firsts = sum(pair["chosen"] == "x" for pair in pairs)
     assert 15 < firsts < 45
     assert {pair["strength"] for pair in pairs[:60]} == {0.0}
@@ -103,7 +101,7 @@ def test_one_noise_seed_one_mask(tmp_path: Path) -> None:
 
 def test_scores_without_pairs(tmp_path: Path) -> None:
     data.write(simple(3), tmp_path / "c.jsonl")
-    config = label.Config(str(tmp_path / "c.jsonl"), "length()", tmp_path / "run", pairs=False)
+    config = label.Config(str(tmp_path / "c.jsonl"), tmp_path / "run", gold="length()", pairs=False)
     assert label.run(config).results is not None
     assert not (tmp_path / "run" / "pairs.parquet").exists()
     assert label.run(config).done
@@ -112,7 +110,7 @@ def test_scores_without_pairs(tmp_path: Path) -> None:
 def test_a_changed_scorer_file_is_another_run(tmp_path: Path) -> None:
     data.write(simple(3), tmp_path / "c.jsonl")
     (tmp_path / "mine.py").write_text("def score(prompts, responses):\n    return [len(text) for text in responses]\n")
-    config = label.Config(str(tmp_path / "c.jsonl"), f"{tmp_path / 'mine.py'}:score()", tmp_path / "run")
+    config = label.Config(str(tmp_path / "c.jsonl"), tmp_path / "run", gold=f"{tmp_path / 'mine.py'}:score()")
     assert label.run(config).results == label.run(config).results
     (tmp_path / "mine.py").write_text("def score(prompts, responses):\n    return [-len(text) for text in responses]\n")
     with pytest.raises(ValueError, match=r"the .*mine\.py file or model has changed"):
@@ -124,9 +122,33 @@ def test_a_scorer_without_scores_is_refused_before_work(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(
         "import torch\n\n\ndef score(prompts, responses):\n    return torch.full((len(responses),), float('nan'))\n"
     )
-    config = label.Config(str(tmp_path / "c.jsonl"), f"{tmp_path / 'mine.py'}:score()", tmp_path / "run")
+    config = label.Config(str(tmp_path / "c.jsonl"), tmp_path / "run", gold=f"{tmp_path / 'mine.py'}:score()")
     with pytest.raises(ValueError, match="scores must be finite"):
         label.run(config)
     with pytest.raises(ValueError, match=r"--noise 0\.7: a share"):
         label.run(replace(config, gold="length()", noise=0.7))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_judge_decides_in_place_of_the_gold(tmp_path: Path) -> None:
+    """The judge prefers the shorter answer, against the gold; without a verdict there is no pair."""
+    (tmp_path / "mine.py").write_text(
+        "import torch\n\n\n"
+        "def judge(prompts, a, b):\n"
+        "    first = [len(x) < len(y) for x, y in zip(a, b)]\n"
+        "    return torch.tensor([float('nan') if 'none' in x else 0.9 if f else 0.1 for x, f in zip(a, first)])\n"
+    )
+    rows = [candidate(0, 0, "a"), candidate(0, 1, "a b"), candidate(1, 0, "none"), candidate(1, 1, "a b c d e")]
+    results, pairs, _ = run(rows, tmp_path, judge=f"{tmp_path / 'mine.py'}:judge()")
+    assert (results["pairs"], results["left_out_no_verdict"]) == (1, 1)
+    assert (pairs[0]["chosen"], pairs[0]["rejected"]) == ("a", "a b")
+    assert pairs[0]["strength"] == pytest.approx(2.1972, abs=1e-3)  # ln(0.9 / 0.1)
+    (tmp_path / "none").mkdir()
+    with pytest.raises(ValueError, match="label needs --gold"):
+        run(rows, tmp_path / "none", gold=None)
+
+
+def test_a_judge_without_gold(tmp_path: Path) -> None:
+    rows = [candidate(0, 0, "a"), candidate(0, 1, "a b")]
+    _, pairs, _ = run(rows, tmp_path, gold=None, judge="bradley_terry(gold='length()')")
+    assert pairs[0]["chosen"] == "a b" and pairs[0]["strength"] == pytest.approx(1.0, abs=1e-3)
