@@ -31,6 +31,9 @@ SMALL = replace(
 )
 
 
+TOY_SHORT = replace(TOY, n=(1, 4, 16, 64, 256))
+
+
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> Settings:
     monkeypatch.setitem(recipe.SETTINGS, "toy", SMALL)
@@ -44,8 +47,10 @@ def test_recipe_runs_once_and_is_returned_when_done(small: Settings, tmp_path: P
     assert page.exists() and "<html" in page.read_text()
     assert {row["noise"] for row in found["curves"]} == {0.25, 0.0}
     assert {row["objective"] for row in found["curves"]} == {"single", "mean", "wco", "uwo", "member"}
-    assert len(found["claims"]) == len(recipe.CLAIMS)
-    assert all(len(row["interval"]) == 2 and row["holds"] in (True, False, None) for row in found["claims"])
+    missing = {claim.id for claim in recipe.CLAIMS} - {row["id"] for row in found["claims"]}
+    assert missing == {"four-members-beat-three-25", "five-members-like-four-25"}  # two members were trained
+    assert all(row["holds"] in (True, False, None) for row in found["claims"])
+    assert all(row["interval"] is None or row["interval"][0] <= row["interval"][1] for row in found["claims"])
     assert found["mechanism"]["truncated"]["share_among_winners"] == 0.0
     assert len(found["reward_models"]) == 2 * SMALL.members
     assert {path.suffix for path in (tmp_path / "run" / "figures").iterdir()} == {".svg", ".png"}
@@ -150,10 +155,30 @@ def test_bootstrap_of_the_gain_covers_its_truth() -> None:
         ("negligible", (-0.2, 0.05), True),
         ("negligible", (-0.1, 0.3), None),
         ("negligible", (0.05, 0.3), False),
+        ("published", (0.5, 0.9), True),
+        ("published", (0.1, 0.3), False),
     ],
 )
-def test_verdicts(rule: str, interval: tuple[float, float], want: bool | None) -> None:
-    assert claims.verdict(rule, *interval) is want
+def test_verdicts(rule: claims.Rule, interval: tuple[float, float], want: bool | None) -> None:
+    claim = claims.Claim("id", "source", "statement", 0.25, claims.gain("wco"), rule, 0.75)
+    assert claims.verdict(claim, *interval) is want
+
+
+def test_win_rates_are_counted_against_every_member() -> None:
+    scores = simulated(0, fooled=True, prompts=40, answers=300)
+    picked = chain.gold_at(scores, TOY_SHORT)
+    assert picked["wins of wco"].shape == picked["single"].shape
+    want = (picked["wco"][3] > picked["single"][2, 3]).double()
+    assert torch.equal(picked["wins of wco"][2, 3], want)
+    found = claims.above_half("wco")(claims._halves(picked), 3).item()
+    assert found == pytest.approx(picked["wins of wco"][:, 3].mean().item() - 0.5)
+
+
+def test_a_ratio_to_nothing_is_undefined() -> None:
+    """Where single models end without gold the size of the gain means nothing, and no verdict is given."""
+    scores = simulated(0, fooled=True)
+    row = by_id([scores], TOY)["size-of-gain-25"]
+    assert row["holds"] is None and row["measured"] is None
 
 
 def test_exclusion_takes_out_exactly_the_marked_answers() -> None:

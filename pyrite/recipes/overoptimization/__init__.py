@@ -56,6 +56,7 @@ def run(config: Config) -> Path:
     for seed in range(config.first_seed, config.first_seed + config.seeds):
         say(f"overoptimization: chain with seed {seed}")
         chains.append(chain.run(config.out / f"seed_{seed}", wanted, seed=seed))
+    say("overoptimization: curves, claims and the page")
     seconds = sum(done.results["seconds"] for c in chains for done in c.runs.values() if done.results)
     report(run, chains, config, seconds)
     run.finish(chains=len(chains))
@@ -82,5 +83,9 @@ def report(run: Run, chains: list[chain.Chain], config: Config, seconds: float) 
     runs.write_text(run.folder / "report.html", overoptimization_page(found))
     for row in found["claims"]:
         shown = {True: "holds", False: "does not hold", None: "undecided"}[row["holds"]]
-        lo, hi = row["interval"]
-        say(f"  {shown:14} {row['measured']:+.2f} [{lo:+.2f}, {hi:+.2f}]  {row['statement']}")
+        figures = (
+            "no gold to compare"
+            if row["interval"] is None
+            else "{:+.2f} [{:+.2f}, {:+.2f}]".format(row["measured"], *row["interval"])
+        )
+        say(f"  {shown:14} {figures}  {row['statement']}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,11 +122,21 @@ def _at_noise(folder: Path, settings: Settings, noise: float, policy: str, *, se
 
 
 def gold_at(scores: Scores, settings: Settings) -> dict[str, Tensor]:
-    """Gold of each objective's pick by n: "single" (E, M, Q), every ensemble (M, Q)."""
+    """Gold of each objective's pick by n: "single" (E, M, Q), every ensemble (M, Q), and how often those win."""
     n = list(settings.n)
-    picked = {"single": torch.stack([estimators.best_of_n(proxy, scores.gold, n) for proxy in scores.proxy])}
+    single = torch.stack([estimators.best_of_n(proxy, scores.gold, n) for proxy in scores.proxy])
+    picked = {"single": single}
     for name, proxy in objectives(scores.proxy, settings).items():
         picked[name] = estimators.best_of_n(proxy, scores.gold, n)
+        picked[f"wins of {name}"] = estimators.wins(picked[name].expand_as(single), single)
+    half = ensembles.uwo(scores.proxy.flatten(1), weight=0.5).view_as(scores.gold)
+    picked["uwo at 0.5"] = estimators.best_of_n(half, scores.gold, n)
+    for size in (3, 4):  # the average over all ensembles of that size
+        chosen = list(itertools.combinations(range(len(scores.proxy)), size))
+        worst = [scores.proxy[list(members)].amin(0) for members in chosen]
+        if worst:
+            golds = torch.stack([estimators.best_of_n(proxy, scores.gold, n) for proxy in worst])
+            picked[f"wco of {size}"] = golds.mean(0)
     return picked
 
 

@@ -7,6 +7,7 @@ half of the prompts and measured on the other, so that looking for it does not c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -17,8 +18,9 @@ from torch import Tensor
 from pyrite import estimators
 
 Curves = dict[str, Tensor]  # objective -> gold (B, 2, M): resamples, halves of the prompts, values of n
+Rule = Literal["positive", "negligible", "published"]
 Value = Callable[[Curves, int], Tensor]  # curves, index of the end -> (B,)
-NEGLIGIBLE = 0.1  # standard deviations of gold: a fall below this counts as none
+NEGLIGIBLE = 0.1  # standard deviations of gold: a fall or a difference below this counts as none
 SOURCE = "arXiv:2310.02743"
 
 
@@ -31,7 +33,8 @@ class Claim:
     statement: str
     noise: float
     value: Value
-    rule: Literal["positive", "negligible"] = "positive"
+    rule: Rule = "positive"
+    published: float | None = None
 
 
 def gain(objective: str, over: str = "single") -> Value:
@@ -50,54 +53,84 @@ def fall(objective: str) -> Value:
     return value
 
 
-def _ensembles(noise: float, where: str) -> list[Claim]:
-    named = {"mean": "the mean", "wco": "the worst case (WCO)", "uwo": "the uncertainty-weighted mean (UWO)"}
-    percent = f"{100 * noise:g}"
-    return [
+def relative_gain(objective: str) -> Value:
+    """Gold at the end of one objective over that of the average single model, less 1; NaN where that is small."""
+
+    def value(curves: Curves, end: int) -> Tensor:
+        ours, single = (curves[name][:, :, end].mean(1) for name in (objective, "single"))
+        return torch.where(single > NEGLIGIBLE, ours / single - 1, torch.nan)
+
+    return value
+
+
+def above_half(objective: str) -> Value:
+    """Share of prompts won against single models at the end, ties one half, less one half."""
+    return lambda curves, end: curves[f"wins of {objective}"][:, :, end].mean(1) - 0.5
+
+
+ENSEMBLES = {"mean": "the mean", "wco": "the worst case (WCO)", "uwo": "the uncertainty-weighted mean (UWO)"}
+WIN_RATES = {(0.25, "mean"): 57.8, (0.25, "wco"): 58.3, (0.25, "uwo"): 58.2}
+WIN_RATES |= {(0.0, "mean"): 54.9, (0.0, "wco"): 57.1, (0.0, "uwo"): 57.2}
+
+
+def _of_ensembles(noise: float) -> list[Claim]:
+    percent, about = f"{100 * noise:g}", {0.25: 0.75, 0.0: 0.30}[noise]
+    claims = [
         Claim(
-            f"gain-{name}-{percent}",
-            f"{SOURCE}, {where}",
-            f"With {percent} % label noise {words} ends with more gold than the average single reward model",
+            f"single-overoptimizes-{percent}",
+            f"{SOURCE}, fig. 3",
+            f"With {percent} % label noise gold of a single reward model falls from its peak while the proxy rises",
             noise,
-            gain(name),
+            fall("single"),
         )
-        for name, words in named.items()
     ]
+    for name, words in ENSEMBLES.items():
+        with_noise = f"With {percent} % label noise {words}"
+        published = WIN_RATES[noise, name]
+        claims += [
+            Claim(
+                f"gain-{name}-{percent}",
+                f"{SOURCE}, fig. 3",
+                f"{with_noise} ends with more gold than the average single reward model",
+                noise,
+                gain(name),
+            ),
+            Claim(
+                f"wins-{name}-{percent}",
+                f"{SOURCE}, appendix F.9",
+                f"{with_noise} wins against single reward models on more than half of the prompts (share above one "
+                f"half; published {published / 100 - 0.5:.3f})",
+                noise,
+                above_half(name),
+            ),
+        ]
+        if name != "mean":
+            claims.append(
+                Claim(
+                    f"{name}-does-not-overoptimize-{percent}",
+                    f"{SOURCE}, section 5.1",
+                    f"{with_noise} is not overoptimized (a fall below {NEGLIGIBLE} is none)",
+                    noise,
+                    fall(name),
+                    "negligible",
+                )
+            )
+    claims.append(
+        Claim(
+            f"size-of-gain-{percent}",
+            f"{SOURCE}, section 5.1",
+            f"With {percent} % label noise UWO ends with about {100 * about:g} % more gold than single models",
+            noise,
+            relative_gain("uwo"),
+            "published",
+            about,
+        )
+    )
+    return claims
 
 
 CLAIMS = [
-    Claim(
-        "single-overoptimizes-25",
-        f"{SOURCE}, fig. 3",
-        "With 25 % label noise a single reward model is overoptimized: gold falls from its peak while proxy rises",
-        0.25,
-        fall("single"),
-    ),
-    Claim(
-        "single-overoptimizes-0",
-        f"{SOURCE}, fig. 3",
-        "Without label noise a single reward model is overoptimized as well, if less visibly",
-        0.0,
-        fall("single"),
-    ),
-    *_ensembles(0.25, "fig. 3"),
-    *_ensembles(0.0, "fig. 3"),
-    Claim(
-        "wco-does-not-overoptimize-25",
-        f"{SOURCE}, section 5.1",
-        f"With 25 % label noise WCO is not overoptimized (a fall below {NEGLIGIBLE} is none)",
-        0.25,
-        fall("wco"),
-        "negligible",
-    ),
-    Claim(
-        "uwo-does-not-overoptimize-25",
-        f"{SOURCE}, section 5.1",
-        f"With 25 % label noise UWO is not overoptimized (a fall below {NEGLIGIBLE} is none)",
-        0.25,
-        fall("uwo"),
-        "negligible",
-    ),
+    *_of_ensembles(0.25),
     Claim(
         "mean-overoptimizes-25",
         f"{SOURCE}, section 5.1",
@@ -105,6 +138,30 @@ CLAIMS = [
         0.25,
         fall("mean"),
     ),
+    Claim(
+        "four-members-beat-three-25",
+        f"{SOURCE}, fig. 11",
+        "With 25 % label noise WCO of four members ends with more gold than of three",
+        0.25,
+        gain("wco of 4", "wco of 3"),
+    ),
+    Claim(
+        "five-members-like-four-25",
+        f"{SOURCE}, fig. 11",
+        f"With 25 % label noise a fifth member adds less than {NEGLIGIBLE} to WCO",
+        0.25,
+        gain("wco", "wco of 4"),
+        "negligible",
+    ),
+    Claim(
+        "weight-matters-little-25",
+        f"{SOURCE}, fig. 12",
+        f"With 25 % label noise UWO with weight 1 ends less than {NEGLIGIBLE} above UWO with weight 0.5",
+        0.25,
+        gain("uwo", "uwo at 0.5"),
+        "negligible",
+    ),
+    *_of_ensembles(0.0),
 ]
 
 
@@ -116,33 +173,40 @@ def check(chains: list[dict[float, dict[str, Tensor]]], *, end: int) -> list[dic
     rows = []
     for claim in CLAIMS:
         golds = [chain[claim.noise] for chain in chains if claim.noise in chain]
-        if not golds:
+        try:
+            points = [claim.value(_halves(gold), end).item() for gold in golds]
+        except KeyError:  # about an ensemble that was not run, or larger than was trained
             continue
-        points = [claim.value(_halves(gold), end).item() for gold in golds]
-        if len(points) > 1:
-            interval = estimators.t_interval(torch.tensor(points, dtype=torch.float64))
-            measured, lo, hi = (value.item() for value in interval)
-        else:
-            resampled = claim.value(_resampled(golds[0]), end)
-            measured = points[0]
-            lo, hi = torch.quantile(resampled, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-        rows.append(
-            {
-                "id": claim.id,
-                "source": claim.source,
-                "statement": claim.statement,
-                "measured": measured,
-                "interval": [lo, hi],
-                "holds": verdict(claim.rule, lo, hi),
-                "by_seed": points,
-            }
-        )
+        if not points:
+            continue
+        measured, lo, hi = _over_chains(points) if len(points) > 1 else _over_prompts(claim, golds[0], end)
+        known = {"id": claim.id, "source": claim.source, "statement": claim.statement}
+        known |= {"measured": measured, "interval": [lo, hi], "by_seed": points}
+        rows.append({**known, "holds": verdict(claim, lo, hi)} if math.isfinite(lo + hi) else _undefined(known))
     return rows
 
 
-def verdict(rule: str, lo: float, hi: float) -> bool | None:
+def _over_chains(points: list[float]) -> tuple[float, float, float]:
+    interval = estimators.t_interval(torch.tensor(points, dtype=torch.float64))
+    return interval.mean.item(), interval.lo.item(), interval.hi.item()
+
+
+def _over_prompts(claim: Claim, gold: dict[str, Tensor], end: int) -> tuple[float, float, float]:
+    resampled = claim.value(_resampled(gold), end)
+    lo, hi = torch.quantile(resampled, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return claim.value(_halves(gold), end).item(), lo, hi
+
+
+def _undefined(known: dict[str, Any]) -> dict[str, Any]:
+    """A ratio to nothing: single models end with no gold to speak of."""
+    return {**known, "measured": None, "interval": None, "by_seed": None, "holds": None}
+
+
+def verdict(claim: Claim, lo: float, hi: float) -> bool | None:
     """Whether an interval supports a claim, contradicts it, or leaves it open (None)."""
-    if rule == "negligible":
+    if claim.rule == "published":
+        return lo <= (claim.published or 0.0) <= hi
+    if claim.rule == "negligible":
         return True if hi < NEGLIGIBLE else False if lo > 0 else None
     return True if lo > 0 else False if hi < 0 else None
 
