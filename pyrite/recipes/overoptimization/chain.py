@@ -141,11 +141,12 @@ def gold_at(scores: Scores, settings: Settings) -> dict[str, Tensor]:
 
 
 def objectives(proxy: Tensor, settings: Settings) -> dict[str, Tensor]:
-    """The ensembles' scores (Q, N) of proxies (E, Q, N), by short name."""
+    """The ensembles' scores (Q, N) of proxies (E, Q, N) by short name, standardized like any other proxy."""
     combined = {}
     for spec in settings.objectives:
         part = parts.part(spec, ensembles)
-        combined[part.name] = part(proxy.flatten(1)).view(proxy.shape[1:])
+        scores = part(proxy.flatten(1)).view(proxy.shape[1:])
+        combined[part.name] = (scores - scores.mean()) / scores.std(correction=0)
     return combined
 
 
