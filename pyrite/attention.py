@@ -1,23 +1,27 @@
 """Attention over packed rows, plugged into transformers so that the stock model code runs.
 
 `attend` computes, for every packed token, causal attention over its own path: the prompt and the response it
-belongs to. Paths of similar length share one kernel call; a prompt with K responses is one packed prompt.
+belongs to. Prompts and responses of similar length share one kernel call; no token is computed twice.
 On CUDA this path has been written for but not run.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from pyrite.packing import Packed
+from pyrite.linears import FastLinears
+from pyrite.packing import Bucket, Packed
 
 NAME = "pyrite_packed"
+SHORT = 512  # keys up to which the probabilities are kept for the gradient
 
 
 def attend(
@@ -25,21 +29,66 @@ def attend(
 ) -> Tensor:
     """Attention of T packed tokens: query (T, H, D), key and value (T, G, D), G dividing H, to (T, H, D)."""
     query, key = query.to(value.dtype), key.to(value.dtype)  # rotary embeddings leave float32 under autocast
+    by = query.shape[-1] ** -0.5 if scale is None else scale
+    queries, keys, values = (
+        part.index_select(0, index).split([len(b.prefix) * size for b, size in zip(batch.buckets, sizes, strict=True)])
+        for part, index, sizes in (
+            (query, batch.query, [b.queries for b in batch.buckets]),
+            (key, batch.key, [b.keys for b in batch.buckets]),
+            (value, batch.key, [b.keys for b in batch.buckets]),
+        )
+    )
     outputs = []
-    for bucket in batch.buckets:
-        size, length = bucket.gather.shape
-        flat = bucket.gather.reshape(-1)
-        q, k, v = (
-            part.index_select(0, flat).view(size, length, part.shape[1], part.shape[2]).transpose(1, 2)
-            for part in (query, key, value)
-        )
-        grouped = k.shape[1] != q.shape[1]
-        out = F.scaled_dot_product_attention(
-            q, k, v, dropout_p=dropout, is_causal=length > 1, scale=scale, enable_gqa=grouped
-        )
-        out = out.transpose(1, 2).reshape(size * length, *query.shape[1:])
-        outputs.append(out.index_select(0, bucket.keep))
+    for bucket, q, k, v in zip(batch.buckets, queries, keys, values, strict=True):
+        rows = len(bucket.prefix)
+        q, k, v = (part.unflatten(0, (rows, -1)).transpose(1, 2) for part in (q, k, v))  # (B, H, L, D)
+        if q.device.type == "cpu" and bucket.keys <= SHORT and not dropout:
+            out = _Short.apply(q, k, v, bucket, by)
+        else:
+            out = _long(q, k, v, bucket, by, dropout)
+        outputs.append(out.transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs).index_select(0, batch.restore)
+
+
+def _long(q: Tensor, k: Tensor, v: Tensor, bucket: Bucket, scale: float, dropout: float) -> Tensor:
+    causal = bucket.queries == bucket.keys and bucket.keys > 1  # no prefix
+    seen = None if causal or bucket.keys == 1 else _seen(bucket)[:, None]
+    grouped = k.shape[1] != q.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, seen, dropout, causal, scale=scale, enable_gqa=grouped)
+
+
+def _seen(bucket: Bucket) -> Tensor:
+    """(B, queries, keys), True where the query sees the key."""
+    i, j = (torch.arange(n, device=bucket.prefix.device) for n in (bucket.queries, bucket.keys))
+    return j <= bucket.prefix[:, None, None] + i[:, None]
+
+
+class _Short(torch.autograd.Function):
+    """softmax(scale q k' + mask) v with the probabilities kept: on processors, for some hundred keys, several times
+    as fast backward as the flash kernel, whose memory it does not spare."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bucket: Bucket, scale: float) -> Tensor:
+        rows, heads, length, size = q.shape
+        groups = k.shape[1]
+        q, k, v = (q * scale).reshape(rows, groups, -1, size), k.contiguous(), v.contiguous()
+        scores = (q @ k.transpose(-1, -2)).view(rows, heads, length, -1)
+        hidden = torch.zeros(rows, 1, length, bucket.keys, dtype=q.dtype).masked_fill_(
+            ~_seen(bucket)[:, None], -math.inf
+        )
+        share = torch.softmax(scores.add_(hidden), -1).view(rows, groups, -1, bucket.keys)
+        ctx.save_for_backward(q, k, v, share)
+        ctx.scale = scale
+        return (share @ v).view(rows, heads, length, size)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, share = ctx.saved_tensors
+        grad = grads[0].reshape(q.shape)
+        d_share = grad @ v.transpose(-1, -2)
+        d_scores = torch.ops.aten._softmax_backward_data(d_share, share, -1, share.dtype)
+        d_q = (d_scores @ k).mul_(ctx.scale).view(grads[0].shape)
+        return d_q, d_scores.transpose(-1, -2) @ q, share.transpose(-1, -2) @ grad, None, None
 
 
 def packed_attention(
@@ -68,10 +117,26 @@ def packed_forward(model: PreTrainedModel) -> Iterator[None]:
     """Within this block the model's attention layers read packed rows."""
     AttentionInterface.register(NAME, packed_attention)
     AttentionMaskInterface.register(NAME, _no_mask)
-    before = model.config._attn_implementation
-    model.config._attn_implementation = NAME
-    try:
+    with _attention(model, NAME):
         yield
+
+
+def recompute_layers(model: PreTrainedModel) -> None:
+    """Gradient checkpointing: each layer's activations are computed again for its gradients, by the same attention."""
+
+    def contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
+        return nullcontext(), _attention(model, model.config._attn_implementation)
+
+    model.activation_checkpointing_enable({"use_reentrant": False, "context_fn": contexts})
+
+
+@contextmanager
+def _attention(model: PreTrainedModel, name: str | None) -> Iterator[None]:
+    before = model.config._attn_implementation
+    model.config._attn_implementation = name
+    try:
+        with FastLinears():
+            yield
     finally:
         model.config._attn_implementation = before
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import (
@@ -21,7 +22,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from pyrite.attention import packed_forward
+from pyrite.attention import packed_forward, recompute_layers
 from pyrite.loading import (
     Dtype,
     Lora,
@@ -38,7 +39,7 @@ from pyrite.loading import (
 from pyrite.logps import Logps
 from pyrite.packing import Packed, Row, longest, micro_batches, pack
 from pyrite.text import Encoded, Prompt, encode_all
-from pyrite.vocabulary import selective_logp
+from pyrite.vocabulary import logp_details, selective_logp
 
 Pooling = Literal["last", "mean"]
 
@@ -72,17 +73,18 @@ class Policy(nn.Module):
         """Rows as this model reads them, on its device."""
         return _pack(self, rows)
 
-    def forward(self, batch: Packed) -> Tensor:
-        """Log-probability of each of the R response tokens, (R,) float32 nats."""
+    def forward(self, batch: Packed, *, details: bool = False, ref: Policy | None = None) -> Tensor:
+        """Log-probability of each of the R response tokens, (R,) float32 nats.
+
+        With `details`, (3, R): also the token's KL(ref || policy) (0 without `ref`) and log of the sum of squares.
+        """
+        if details:
+            return logp_details(self._logits(batch), batch.target, ref._logits(batch) if ref else None)
         return self._plain(batch) if batch.padded else self._fast(batch)
 
     def logps(self, batch: Packed, *, tokens: bool = False) -> Logps:
         """Log-probabilities of the N responses; `tokens=True` keeps them token by token."""
-        flat = self(batch)
-        if tokens:
-            return Logps.from_tokens(list(flat.split(batch.lengths.tolist())))
-        total = flat.new_zeros(batch.n, dtype=torch.float64).index_add(0, batch.owner, flat.double())
-        return Logps.from_sums(total.float(), batch.lengths)
+        return by_response(self(batch), batch, tokens=tokens)
 
     def save(self, folder: str | Path) -> None:
         """Hugging Face layout, safetensors, tokenizer included."""
@@ -96,10 +98,19 @@ class Policy(nn.Module):
         return selective_logp(hidden, head.weight, batch.target)
 
     def _plain(self, batch: Packed) -> Tensor:
+        logits = self._logits(batch)(slice(None)).float()
+        return torch.log_softmax(logits, -1).gather(1, batch.target[:, None]).squeeze(1)
+
+    def _logits(self, batch: Packed) -> Callable[[slice], Tensor]:
+        """The logits that predict some of the R response tokens; on packed rows, only those are ever computed."""
+        if not batch.padded:
+            model = backbone(self.model)
+            hidden, head = _trunk_states(model, batch).index_select(0, batch.predictor), model.get_output_embeddings()
+            return lambda rows: F.linear(hidden[rows], head.weight)  # type: ignore[union-attr,arg-type]
         ids, mask = _padded(batch)
         logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-        rows = _unpad(logits, batch).index_select(0, batch.predictor).float()
-        return torch.log_softmax(rows, -1).gather(1, batch.target[:, None]).squeeze(1)
+        chosen = _unpad(logits, batch).index_select(0, batch.predictor)
+        return lambda rows: chosen[rows]
 
 
 class RewardModel(nn.Module):
@@ -236,6 +247,11 @@ class RewardModel(nn.Module):
         return self.model(input_ids=ids, attention_mask=mask).logits[:, 0].float()
 
 
+def recompute(model: Policy | RewardModel) -> None:
+    """Trade time for memory from here on: layers are computed again for their gradients."""
+    recompute_layers(backbone(model.model))
+
+
 class RewardEnsemble:
     """E reward models over the same texts."""
 
@@ -268,6 +284,14 @@ def member_paths(folder: str | Path) -> list[Path]:
     raise ValueError(f"{folder}: no reward model here; expected member_0/ ... as `pyrite reward` writes them")
 
 
+def by_response(flat: Tensor, batch: Packed, *, tokens: bool = False) -> Logps:
+    """Log-probabilities (R,) of response tokens as those of the N responses; sums are added up in float64."""
+    if tokens:
+        return Logps.from_tokens(list(flat.split(batch.lengths.tolist())))
+    total = flat.new_zeros(batch.n, dtype=torch.float64).index_add(0, batch.owner, flat.double())
+    return Logps.from_sums(total.float(), batch.lengths)
+
+
 def _pack(model: Policy | RewardModel, rows: Sequence[Row]) -> Packed:
     """Packed where the model can; rows longer than a sliding window need the model's own masks."""
     window = getattr(backbone(model.model).config.get_text_config(), "sliding_window", None) or 1 << 30
@@ -286,15 +310,14 @@ def _trunk_states(model: PreTrainedModel, batch: Packed) -> Tensor:
 def _padded(batch: Packed, *, pad: int | None = None) -> tuple[Tensor, Tensor]:
     """Right-padded ids and mask (N, L) of a batch packed as one bucket."""
     (bucket,) = batch.buckets
-    mask = torch.arange(bucket.gather.shape[1], device=bucket.gather.device) < bucket.lengths[:, None]
-    ids = batch.ids[bucket.gather]
+    mask = torch.arange(bucket.queries, device=batch.ids.device) < bucket.lengths[:, None]
+    ids = batch.ids[batch.query].view(mask.shape)
     return (ids if pad is None else ids.masked_fill(~mask, pad)), mask.long()
 
 
 def _unpad(values: Tensor, batch: Packed) -> Tensor:
     """(N, L, ...) back to the packed order (T, ...)."""
-    (bucket,) = batch.buckets
-    return values.flatten(0, 1).index_select(0, bucket.keep).index_select(0, batch.restore)
+    return values.flatten(0, 1).index_select(0, batch.restore)
 
 
 def _group(texts: Sequence[Encoded], *, most: int = 64) -> tuple[list[Row], list[list[int]]]:

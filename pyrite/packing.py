@@ -29,18 +29,19 @@ class Row:
 
 @dataclass(frozen=True)
 class Bucket:
-    """Causal paths (prompt + one response) of similar length, padded to the longest.
+    """B segments of similar length: `queries` tokens of each see `keys` tokens, its prefix and itself up to each.
 
-    `gather` (B, L) packed index of each position; `lengths` (B,); `keep` (M,) flat indices into B*L that own a
-    packed token (a shared prompt is owned by its first path).
+    A prompt is a segment without prefix; a response is one whose prefix is its prompt. `prefix` (B,) counts the keys
+    before the segment, `lengths` (B,) its real tokens; query i sees key j <= prefix + i.
     """
 
-    gather: Tensor
+    queries: int
+    keys: int
+    prefix: Tensor
     lengths: Tensor
-    keep: Tensor
 
     def to(self, device: torch.device | str) -> Bucket:
-        return Bucket(self.gather.to(device), self.lengths.to(device), self.keep.to(device))
+        return replace(self, prefix=self.prefix.to(device), lengths=self.lengths.to(device))
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,8 @@ class Packed:
     `ids`, `positions` (T,); `predictor` (R,) packed index of the hidden state that predicts each response token,
     `target` (R,) that token, `owner` (R,) its response; `last` (N,) packed index of each path's last token.
     `response` (R,) packed index of each response token; `lengths` (N,) response lengths.
-    `buckets` and `restore` (T,) describe attention: concatenated `keep` outputs, reordered by `restore`.
+    `buckets` describe attention: `query` and `key` are the packed indices of their B x queries and B x keys tokens, one
+    bucket after the other (a pad repeats its segment's first token), `restore` (T,) where each token stands in `query`.
     `padded` says that there is one bucket of whole paths, for models that cannot read packed rows.
     """
 
@@ -63,6 +65,8 @@ class Packed:
     last: Tensor
     lengths: Tensor
     buckets: tuple[Bucket, ...]
+    query: Tensor
+    key: Tensor
     restore: Tensor
     padded: bool
 
@@ -78,17 +82,17 @@ class Packed:
 
 def pack(rows: Sequence[Row], *, padded: bool = False) -> Packed:
     """Lay rows flat; `padded=True` puts every path in one bucket, for models that cannot read packed rows."""
-    prompt, first, size, offset, start = _paths(rows)
+    prompt, size, offset, start, row = _paths(rows)
     ids, positions = _flat(rows)
     owner = np.repeat(np.arange(len(size)), size)
     within = np.arange(size.sum()) - np.repeat(np.cumsum(size) - size, size)
     response = np.repeat(start, size) + within
     predictor = np.where(within == 0, np.repeat(offset + prompt - 1, size), response - 1)
-    groups = [np.arange(len(size))] if padded else _bucket_slices(prompt + size)
-    made = [_bucket(prompt[g], first[g], size[g], offset[g], start[g]) for g in groups]
-    kept = np.concatenate([gather.reshape(-1)[keep] for gather, _, keep in made])
+    made = (_whole_paths if padded else _segments)(prompt, size, offset, start, row)
+    query, key = (np.concatenate([part[which].reshape(-1) for part in made]) for which in (0, 1))
+    real = np.flatnonzero(np.concatenate([part[4].reshape(-1) for part in made]))
     restore = np.empty(len(ids), dtype=np.int64)
-    restore[kept] = np.arange(len(ids))
+    restore[query[real[::-1]]] = real[::-1]  # a token on several padded paths is taken from the first
     return Packed(
         ids=torch.from_numpy(ids),
         positions=torch.from_numpy(positions),
@@ -98,7 +102,12 @@ def pack(rows: Sequence[Row], *, padded: bool = False) -> Packed:
         response=torch.from_numpy(response),
         last=torch.from_numpy(np.where(size > 0, start + size - 1, offset + prompt - 1)),
         lengths=torch.from_numpy(size),
-        buckets=tuple(Bucket(*(torch.from_numpy(part) for part in parts)) for parts in made),
+        buckets=tuple(
+            Bucket(query.shape[1], key.shape[1], torch.from_numpy(prefix), torch.from_numpy(lengths))
+            for query, key, prefix, lengths, _ in made
+        ),
+        query=torch.from_numpy(query),
+        key=torch.from_numpy(key),
         restore=torch.from_numpy(restore),
         padded=padded,
     )
@@ -124,14 +133,14 @@ def micro_batches(rows: Sequence[Row], *, budget: int) -> Iterator[list[int]]:
 
 
 def _paths(rows: Sequence[Row]) -> tuple[np.ndarray, ...]:
-    """Per path: prompt length, whether it owns the prompt, response length, row offset, response offset."""
+    """Per path: prompt length, response length, row offset, response offset, row number."""
     paths, offset = [], 0
     for number, row in enumerate(rows):
         if not len(row.prompt) or not len(row.responses):
             raise ValueError(f"packed row {number} needs at least one prompt token and one response")
         start = offset + len(row.prompt)
-        for k, response in enumerate(row.responses):
-            paths.append((len(row.prompt), k == 0, len(response), offset, start))
+        for response in row.responses:
+            paths.append((len(row.prompt), len(response), offset, start, number))
             start += len(response)
         offset = start
     table = np.array(paths, dtype=np.int64)
@@ -150,25 +159,48 @@ def _flat(rows: Sequence[Row]) -> tuple[np.ndarray, np.ndarray]:
     return np.array(ids, dtype=np.int64), np.concatenate(positions)
 
 
-def _bucket_slices(lengths: np.ndarray, *, waste: float = 0.15, small: int = 512) -> list[np.ndarray]:
-    """Paths sorted by length and cut where padding would exceed `waste`; tiny buckets are not worth a kernel call."""
-    order = np.argsort(-lengths, kind="stable")
-    groups, begin, real = [], 0, 0
-    for i, index in enumerate(order):
-        padded = (i - begin + 1) * lengths[order[begin]]
-        if padded > small and real + lengths[index] < (1 - waste) * padded:
-            groups.append(order[begin:i])
-            begin, real = i, 0
-        real += lengths[index]
-    return [*groups, order[begin:]]
+Made = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # query, key, prefix, lengths, real
 
 
-def _bucket(prompt, first, size, offset, start) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _whole_paths(prompt, size, offset, start, row) -> list[Made]:
+    """One bucket of whole paths: a prompt is there before each of its responses."""
     lengths = prompt + size
     j = np.arange(lengths.max())[None]
-    prompt_, length_ = prompt[:, None], lengths[:, None]
-    gather = np.where(j < prompt_, offset[:, None] + j, start[:, None] + j - prompt_)
-    real = j < length_
-    gather = np.where(real, gather, gather[:, :1])  # a pad repeats the path's own first token
-    keep = np.flatnonzero(real & ((j >= prompt_) | (first[:, None] > 0)))
-    return gather, lengths, keep
+    real = j < lengths[:, None]
+    gather = np.where(j < prompt[:, None], offset[:, None] + j, start[:, None] + j - prompt[:, None])
+    gather = np.where(real, gather, offset[:, None])
+    return [(gather, gather, np.zeros_like(prompt), lengths, real)]
+
+
+def _segments(prompt, size, offset, start, row) -> list[Made]:
+    """Prompts and responses in buckets of similar shape."""
+    first = np.flatnonzero(np.diff(row, prepend=-1))
+    none = np.zeros(len(first), dtype=np.int64)
+    prefix, at = np.concatenate([none, prompt]), np.concatenate([none, offset])
+    length, begin = np.concatenate([prompt[first], size]), np.concatenate([offset[first], start])
+    some = length > 0
+    prefix, at, length, begin = prefix[some], at[some], length[some], begin[some]
+    return [_bucket(prefix[g], at[g], length[g], begin[g]) for g in _similar(length, prefix + length)]
+
+
+def _bucket(prefix: np.ndarray, at: np.ndarray, length: np.ndarray, begin: np.ndarray) -> Made:
+    i, j = np.arange(length.max())[None], np.arange((prefix + length).max())[None]
+    prefix_, begin_ = prefix[:, None], begin[:, None]
+    real = i < length[:, None]
+    query = np.where(real, begin_ + i, begin_)
+    own = np.where(j < prefix_ + length[:, None], begin_ + j - prefix_, begin_)
+    return query, np.where(j < prefix_, at[:, None] + j, own), prefix, length, real
+
+
+def _similar(queries: np.ndarray, keys: np.ndarray, *, waste: float = 0.2, small: int = 1 << 15) -> list[np.ndarray]:
+    """Segments sorted by shape and cut where padding would exceed `waste`; tiny buckets are not worth a kernel call."""
+    order = np.lexsort((-keys, -queries))
+    groups, begin, real, widest = [], 0, 0, 0
+    for i, index in enumerate(order):
+        area = queries[index] * keys[index]
+        padded = (i - begin + 1) * queries[order[begin]] * max(widest, keys[index])
+        if i > begin and padded > small and real + area < (1 - waste) * padded:
+            groups.append(order[begin:i])
+            begin, real, widest = i, 0, 0
+        real, widest = real + area, max(widest, keys[index])
+    return [*groups, order[begin:]]

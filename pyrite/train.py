@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pyrite import seeds
+from pyrite.models import recompute
 from pyrite.packing import Row, micro_batches
 from pyrite.processes import world
 from pyrite.progress import progress, say
@@ -55,6 +56,8 @@ class Training:
     clip: float = 1.0
     """Largest gradient norm."""
     precision: Precision = "float32"
+    recompute: bool = False
+    """Gradient checkpointing: layers are computed again for their gradients, which saves memory and costs time."""
     log_every: int = 10
     save_every: int = 200
     """Steps between checkpoints."""
@@ -83,6 +86,11 @@ def order(n: int, epoch: int, *, seed: int) -> list[int]:
     return torch.randperm(n, generator=seeds.generator(seed, "order", epoch)).tolist()
 
 
+def steps(rows: int, training: Training) -> int:
+    """Optimizer steps over `rows` rows."""
+    return math.ceil(rows / training.batch_size) * training.epochs
+
+
 def fit(
     model: nn.Module,
     rows: Sequence[Row],
@@ -94,34 +102,35 @@ def fit(
     run: Run,
     label: str,
     folder: str = "checkpoints",
+    state: Mapping[str, Tensor] | None = None,
+    watch: Callable[[int], None] | None = None,
 ) -> None:
     """Minimize sum(loss) / sum(weights) over batches of `rows`, resuming from the last checkpoint if there is one.
 
-    weights: what each row counts in its batch (response tokens for sft, 1 for a pair).
+    weights: what each row counts in its batch (response tokens for sft, 1 for a pair). state: tensors of the
+    loss's own that belong in a checkpoint (running means, a moving reference), restored in place. watch(step) is
+    called after every step, before its checkpoint; the model is then in evaluation mode.
     Raises TrainingError if the loss or a gradient is not finite.
     """
     world()  # before the accelerator, which would not find siblings without a GPU
     accelerator = Accelerator(mixed_precision="no")  # one process may train in both precisions; we cast ourselves
     model.to(accelerator.device)
+    if training.recompute:
+        recompute(model)  # type: ignore[arg-type]  # policies and reward models are all that is trained
     optimizer = _optimizer(model, training)
-    per_epoch = math.ceil(len(rows) / training.batch_size)
-    total = per_epoch * training.epochs
+    total = steps(len(rows), training)
     torch.manual_seed(seeds.derive(seed, "dropout"))
     checkpoints = run.folder / folder
-    begin = _resume(checkpoints, model, optimizer)
+    begin = _resume(checkpoints, model, optimizer, state or {})
     run.rewind(begin, part=label)
     if begin:
         say(f"  {label}: going on from step {begin} of {total}")
     wrapped = accelerator.prepare(model) if accelerator.num_processes > 1 else model
     model.train()
     log = _Log(run, label, training, checkpoints)
-    visits: dict[int, list[int]] = {}
+    batches = _batches(len(rows), begin, training, seed)
     with progress(label, total, unit="steps", done=begin) as advance:
-        for step in range(begin, total):
-            epoch, place = divmod(step, per_epoch)
-            if epoch not in visits:
-                visits = {epoch: order(len(rows), epoch, seed=seed)}
-            batch = visits[epoch][place * training.batch_size : (place + 1) * training.batch_size]
+        for step, batch in zip(range(begin, total), batches, strict=True):
             lr = learning_rate(step, total, training)
             for group in optimizer.param_groups:
                 group["lr"] = lr
@@ -131,11 +140,25 @@ def fit(
             optimizer.zero_grad(set_to_none=True)
             saves = (step + 1) % training.save_every == 0 and step + 1 < total
             log.add(step + 1, metrics, norm, lr=lr, line=saves or step + 1 == total)
+            if watch:
+                model.eval()
+                watch(step + 1)
+                model.train()
             if saves:
-                _save(checkpoints, step + 1, model, optimizer)
+                _save(checkpoints, step + 1, model, optimizer, state or {})
                 run.pause()
             advance(1)
     model.eval()
+
+
+def _batches(rows: int, begin: int, training: Training, seed: int) -> Iterator[list[int]]:
+    """Row indices of every step from `begin` on."""
+    places = range(0, rows, training.batch_size)
+    first, skipped = divmod(begin, max(len(places), 1))
+    for epoch in range(first, training.epochs):
+        visit = order(rows, epoch, seed=seed)
+        for place in places[skipped if epoch == first else 0 :]:
+            yield visit[place : place + training.batch_size]
 
 
 def discard_checkpoints(run: Run, folder: str = "checkpoints") -> None:
@@ -160,18 +183,18 @@ def _backward(
     idle = not mine  # fewer rows than processes: take part in the gradient sum with weight 0
     mine = mine or by_length[:1]
     groups = list(micro_batches([rows[i] for i in mine], budget=training.micro_tokens))
+    share = 0.0 if idle else accelerator.num_processes / norm  # DDP averages over processes
     sums: dict[str, Tensor] = {}
-    for number, group in enumerate(groups):
-        indices = [mine[i] for i in group]
-        last = number == len(groups) - 1
-        cast = torch.autocast(accelerator.device.type, torch.bfloat16, enabled=training.precision == "bfloat16")
-        with nullcontext() if last else accelerator.no_sync(model):
-            with cast:
+    # one cast of the weights serves all micro-batches: autocast keeps it until the outermost block ends
+    with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=training.precision == "bfloat16"):
+        for number, group in enumerate(groups):
+            indices = [mine[i] for i in group]
+            with nullcontext() if number == len(groups) - 1 else accelerator.no_sync(model):
                 value, metrics = loss(model, [rows[i] for i in indices], indices)
-            share = 0.0 if idle else accelerator.num_processes / norm  # DDP averages over processes
-            accelerator.backward(value * share)
-        for name, amount in {"loss": value.detach(), **metrics}.items():
-            sums[name] = sums.get(name, 0) + amount.detach() * (0.0 if idle else 1.0)
+                with torch.autocast(accelerator.device.type, enabled=False):
+                    accelerator.backward(value * share)
+            for name, amount in {"loss": value.detach(), **metrics}.items():
+                sums[name] = sums.get(name, 0) + amount.detach() * (0.0 if idle else 1.0)
     return {name: accelerator.reduce(amount) / norm for name, amount in sums.items()}  # type: ignore[operator]
 
 
@@ -225,8 +248,13 @@ def _steps(checkpoints: Path) -> list[int]:
     return sorted(int(path.stem.split("-")[1]) for path in checkpoints.glob("step-*.safetensors"))
 
 
-def _save(checkpoints: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Trained weights, optimizer moments and the dropout stream, in one safetensors file; keeps the last two."""
+def _save(
+    checkpoints: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, extra: Mapping[str, Tensor]
+) -> None:
+    """Trained weights, optimizer moments, the dropout stream and the loss's own state, in one safetensors file.
+
+    The last two are kept.
+    """
     if not world().is_main_process:
         return
     names = [name for name, p in model.named_parameters() if p.requires_grad]
@@ -235,6 +263,7 @@ def _save(checkpoints: Path, step: int, model: nn.Module, optimizer: torch.optim
     for name in names:
         for key, value in optimizer.state[params[name]].items():
             state[f"optimizer.{key}.{name}"] = torch.as_tensor(value).clone()
+    state |= {f"state.{name}": value.detach().clone() for name, value in extra.items()}
     state["rng"] = torch.get_rng_state()
     checkpoints.mkdir(parents=True, exist_ok=True)
     beside = checkpoints / f".step-{step}"
@@ -245,7 +274,7 @@ def _save(checkpoints: Path, step: int, model: nn.Module, optimizer: torch.optim
 
 
 @torch.no_grad()
-def _resume(checkpoints: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+def _resume(checkpoints: Path, model: nn.Module, optimizer: torch.optim.Optimizer, extra: Mapping[str, Tensor]) -> int:
     """Restore the newest checkpoint and return its step, or 0."""
     saved = _steps(checkpoints)
     if not saved:
@@ -256,6 +285,8 @@ def _resume(checkpoints: Path, model: nn.Module, optimizer: torch.optim.Optimize
         kind, _, name = key.partition(".")
         if kind == "model":
             params[name].copy_(value)
+        elif kind == "state":
+            extra[name].copy_(value)
         elif kind == "optimizer":
             moment, _, name = name.partition(".")
             parameter = params[name]

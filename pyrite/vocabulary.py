@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
+from pyrite.linears import outer, product
+
+CACHED = 1 << 19  # logits worked on at a time
 KEEP_BYTES = 1 << 30  # logits up to this size are kept for the backward pass instead of being recomputed
 
 
@@ -26,37 +30,73 @@ def selective_logp(
     return _SelectiveLogp.apply(hidden.to(dtype), weight.to(dtype), target, max(step, 1), keep)
 
 
+def logp_details(
+    logits: Callable[[slice], Tensor],
+    target: Tensor,
+    ref: Callable[[slice], Tensor] | None = None,
+    *,
+    chunk: int = 1024,
+) -> Tensor:
+    """What some losses read besides log π(target): (3, R) float32 nats.
+
+    Rows: log π(target), KL(π_ref ‖ π) = Σ_v π_ref(v) log(π_ref(v)/π(v)) (0 without `ref`), log Σ_v π(v)².
+    `logits(rows)` gives the (chunk, V) logits of these rows; only a chunk is in memory at a time, and computed again
+    for the gradient. No gradient goes to `ref`.
+    """
+
+    def some(rows: slice) -> Tensor:
+        logp = torch.log_softmax(logits(rows).float(), -1)
+        picked = logp.gather(1, target[rows, None]).squeeze(1)
+        kl = torch.zeros_like(picked)
+        if ref is not None:
+            with torch.no_grad():
+                theirs = torch.log_softmax(ref(rows).float(), -1)
+            kl = (theirs.exp() * (theirs - logp)).sum(-1)
+        return torch.stack([picked, kl, torch.logsumexp(2 * logp, -1)])
+
+    slices = [slice(begin, begin + chunk) for begin in range(0, len(target), chunk)]
+    return torch.cat([checkpoint(some, rows, use_reentrant=False) for rows in slices], dim=1)
+
+
 class _SelectiveLogp(torch.autograd.Function):
     """d logp / d logits = onehot(target) - softmax, applied chunk by chunk."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, target: Tensor, chunk: int, keep: bool) -> Tensor:
         logp = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
-        lse = torch.empty_like(logp)
         kept = None
         for begin in range(0, hidden.shape[0], chunk):
             rows = slice(begin, begin + chunk)
-            logits = F.linear(hidden[rows], weight)
-            lse[rows] = torch.logsumexp(logits.float(), -1)
-            logp[rows] = logits.gather(1, target[rows, None]).squeeze(1).float() - lse[rows]
+            logits = product(hidden[rows], weight)
+            for part in _blocks(logits):
+                at = target[rows][part, None]
+                logp[rows][part] = torch.log_softmax(logits[part], -1, dtype=torch.float32).gather(1, at).squeeze(1)
             kept = logits if keep else None
-        ctx.save_for_backward(hidden, weight, target, lse, kept)
+        ctx.save_for_backward(hidden, weight, target, kept)
         ctx.chunk = chunk
         return logp
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        hidden, weight, target, lse, kept = ctx.saved_tensors
+        hidden, weight, target, kept = ctx.saved_tensors
         d_hidden = torch.empty_like(hidden)
-        d_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        d_weight = None
         for begin in range(0, hidden.shape[0], ctx.chunk):
             rows = slice(begin, begin + ctx.chunk)
-            logits = F.linear(hidden[rows], weight) if kept is None else kept
-            d = logits.float().sub(lse[rows, None]).exp_().mul_(-grad[rows, None])
-            d.scatter_add_(1, target[rows, None], grad[rows, None])
-            d = d.to(hidden.dtype)
-            torch.mm(d, weight, out=d_hidden[rows])
-            if d_weight is not None:
-                d_weight += torch.mm(d.t(), hidden[rows])
+            logits = product(hidden[rows], weight) if kept is None else kept
+            for part in _blocks(logits):  # the kept logits are not needed again: their gradient takes their place
+                up, at = grad[rows][part, None], target[rows][part, None]
+                logits[part] = torch.softmax(logits[part], -1, dtype=torch.float32).mul_(-up).scatter_add_(1, at, up)
+            d_hidden[rows] = product(logits, weight.t())
+            if ctx.needs_input_grad[1]:
+                more = outer(logits, hidden[rows])
+                d_weight = more if d_weight is None else d_weight.float().add_(more)
         return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), None, None, None
+
+
+def _blocks(logits: Tensor) -> Iterator[slice]:
+    """Rows of about 2 MB in float32: what a processor's cache holds, so that each pass after the first is cheap."""
+    size = max(1, CACHED // logits.shape[1])
+    size = size if logits.device.type == "cpu" else len(logits)
+    return (slice(begin, begin + size) for begin in range(0, len(logits), size))

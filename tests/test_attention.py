@@ -6,9 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from families import build
+from test_packing import paths_of
 from torch import Tensor
 from transformers import AttentionInterface
 
+from pyrite import attention
 from pyrite.attention import attend, packed_attention, packed_forward
 from pyrite.packing import Packed, Row, pack
 
@@ -23,20 +25,23 @@ def inputs(batch: Packed, *, heads: int, groups: int, size: int = 8) -> list[Ten
 def by_mask(query: Tensor, key: Tensor, value: Tensor, batch: Packed, scale: float | None) -> Tensor:
     """Full attention with an explicit mask: what precedes on one of the token's paths."""
     see = torch.zeros(len(batch.ids), len(batch.ids), dtype=torch.bool)
-    for bucket in batch.buckets:
-        for path, length in zip(bucket.gather, bucket.lengths, strict=True):
-            for i in range(int(length)):
-                see[path[i], path[: i + 1]] = True
+    for path in paths_of(batch):
+        for i in range(len(path)):
+            see[path[i], path[: i + 1]] = True
     times = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(times, 1), value.repeat_interleave(times, 1)
     q, k, v = (part.transpose(0, 1) for part in (query, key, value))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=see, scale=scale).transpose(0, 1)
 
 
+@pytest.mark.parametrize("short", [0, 512])
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("scale", [None, 0.3])
 @pytest.mark.parametrize(("heads", "groups"), [(4, 4), (4, 2), (4, 1)])
-def test_attend_is_masked_attention(heads: int, groups: int, scale: float | None, padded: bool) -> None:
+def test_attend_is_masked_attention(
+    heads: int, groups: int, scale: float | None, padded: bool, short: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "SHORT", short)  # both the kept probabilities and torch's kernel
     batch = pack(ROWS, padded=padded)
     parts = inputs(batch, heads=heads, groups=groups)
     got = attend(*parts, batch, scale=scale)

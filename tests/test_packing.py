@@ -17,6 +17,16 @@ rows_of = st.lists(
 )
 
 
+def paths_of(batch: Packed) -> list[torch.Tensor]:
+    """Packed indices of every segment with its prefix, as attention sees it."""
+    found, at = [], 0
+    for bucket in batch.buckets:
+        for prefix, length in zip(bucket.prefix.tolist(), bucket.lengths.tolist(), strict=True):
+            found.append(batch.key[at : at + prefix + length])
+            at += bucket.keys
+    return found
+
+
 def test_worked_example() -> None:
     batch = pack([Row([1, 2], [[3, 4], [5]]), Row([6], [[7]])])
     assert batch.ids.tolist() == [1, 2, 3, 4, 5, 6, 7]
@@ -38,10 +48,10 @@ def test_every_path_can_be_read_back(rows: list[Row], padded: bool) -> None:
     paths = [(row.prompt, response) for row in rows for response in row.responses]
     assert batch.n == len(paths)
     assert batch.padded == padded
-    found = sorted(
-        tuple(batch.ids[g[:n]].tolist()) for b in batch.buckets for g, n in zip(b.gather, b.lengths, strict=True)
-    )
-    assert found == sorted((*prompt, *response) for prompt, response in paths)
+    found = sorted(tuple(batch.ids[path].tolist()) for path in paths_of(batch))
+    whole = [(*prompt, *response) for prompt, response in paths]
+    parts = [tuple(row.prompt) for row in rows] + [path for path, (_, r) in zip(whole, paths, strict=True) if r]
+    assert found == sorted(whole if padded else parts)
     for k, (prompt, response) in enumerate(paths):
         mine = batch.owner == k
         assert batch.target[mine].tolist() == list(response)
@@ -55,16 +65,18 @@ def test_every_path_can_be_read_back(rows: list[Row], padded: bool) -> None:
 @given(rows_of, st.booleans())
 def test_buckets_own_every_token_once(rows: list[Row], padded: bool) -> None:
     batch = pack(rows, padded=padded)
-    kept = torch.cat([bucket.gather.flatten()[bucket.keep] for bucket in batch.buckets])
-    assert torch.equal(kept[batch.restore], torch.arange(len(batch.ids)))
+    assert torch.equal(batch.query[batch.restore], torch.arange(len(batch.ids)))
+    assert len(batch.query) == sum(len(bucket.lengths) * bucket.queries for bucket in batch.buckets)
+    assert len(batch.key) == sum(len(bucket.lengths) * bucket.keys for bucket in batch.buckets)
 
 
 def test_buckets_waste_little_and_stay_few() -> None:
     g = torch.Generator().manual_seed(0)
     rows = [Row([1] * int(torch.randint(1, 200, (), generator=g)), [[2] * 30]) for _ in range(200)]
     batch = pack(rows)
-    padded = sum(bucket.gather.numel() for bucket in batch.buckets)
-    assert padded < 1.25 * sum(row.tokens for row in rows)
+    padded = sum(len(bucket.lengths) * bucket.queries * bucket.keys for bucket in batch.buckets)
+    exact = sum(len(row.prompt) ** 2 + 30 * (len(row.prompt) + 30) for row in rows)
+    assert padded < 1.3 * exact
     assert len(batch.buckets) < 40
 
 
@@ -92,4 +104,5 @@ def test_to_moves_every_tensor() -> None:
     moved = pack([Row([1], [[2], [3, 4]])]).to("meta")
     assert isinstance(moved, Packed)
     assert {value.device.type for value in vars(moved).values() if isinstance(value, torch.Tensor)} == {"meta"}
-    assert {value.device.type for bucket in moved.buckets for value in vars(bucket).values()} == {"meta"}
+    held = [value for bucket in moved.buckets for value in (bucket.prefix, bucket.lengths)]
+    assert {value.device.type for value in held} == {"meta"}

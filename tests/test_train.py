@@ -78,7 +78,7 @@ def assert_equal(got: dict[str, Tensor], want: dict[str, Tensor], tol: float = 0
 def test_the_token_budget_changes_nothing(tiny: Path, tmp_path: Path) -> None:
     whole = fit(tiny, tmp_path / "whole")
     pieces = fit(tiny, tmp_path / "pieces", replace(SMALL, micro_tokens=1))
-    assert_equal(pieces, whole, 1e-6)
+    assert_equal(pieces, whole, 1e-5)  # a thousandth of a step: Adam divides rounding by itself where g is near 0
     rows = [[r["loss"] for r in runs.read_metrics(tmp_path / name)] for name in ("whole", "pieces")]
     assert rows[0] == pytest.approx(rows[1], abs=1e-5)
 
@@ -204,3 +204,36 @@ BAD += [("lr", math.nan), ("clip", -1.0), ("floor", 2.0), ("warmup", -1)]
 def test_options_out_of_range_are_refused(name: str, value: float) -> None:
     with pytest.raises(ValueError, match=name):
         Training(**{name: value})
+
+
+def test_recomputed_layers_change_nothing(tiny: Path, tmp_path: Path) -> None:
+    plain = fit(tiny, tmp_path / "plain")
+    again = fit(tiny, tmp_path / "again", replace(SMALL, recompute=True))
+    assert_equal(again, plain)
+
+
+def test_the_state_of_a_loss_resumes_with_the_model(tiny: Path, tmp_path: Path) -> None:
+    """A running count, killed between two checkpoints, ends where the uninterrupted one does; watch sees each step."""
+
+    def count(folder: Path, *, stop_at: int = -1) -> tuple[float, list[int]]:
+        policy, run, seen = Policy.load(tiny), new_run(folder), []
+        state = {"count": torch.zeros(())}
+
+        def loss(model: nn.Module, rows: list[Row], indices: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
+            state["count"] += len(rows)
+            return -model(policy.pack(rows)).sum(), {}
+
+        def watch(step: int) -> None:
+            assert not policy.training
+            seen.append(step)
+            if step == stop_at:
+                raise KilledError
+
+        kind = {"weights": [1.0] * len(ROWS), "training": SMALL, "seed": 0, "run": run, "label": "test"}
+        train.fit(policy, ROWS, loss, state=state, watch=watch, **kind)
+        return state["count"].item(), seen
+
+    assert count(tmp_path / "whole") == (44.0, [1, 2, 3, 4, 5, 6, 7, 8])
+    with pytest.raises(KilledError):
+        count(tmp_path / "killed", stop_at=5)
+    assert count(tmp_path / "killed") == (44.0, [4, 5, 6, 7, 8])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyrite.vocabulary import selective_logp
+from pyrite.vocabulary import logp_details, selective_logp
 
 
 def inputs(rows: int = 23, size: int = 16, vocabulary: int = 50, dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -87,3 +87,25 @@ def test_autocast_computes_in_its_dtype() -> None:
     got.sum().backward()
     assert hidden.grad is not None
     assert hidden.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("chunk", [5, 100])
+def test_details_are_those_of_the_whole_distribution(chunk: int) -> None:
+    hidden, weight, target = inputs()
+    ref = torch.randn(50, 16, generator=torch.Generator().manual_seed(1))
+    logp, theirs = (hidden @ weight.T).log_softmax(-1), (hidden @ ref.T).log_softmax(-1).detach()
+    want = torch.stack(
+        [logp.gather(1, target[:, None])[:, 0], (theirs.exp() * (theirs - logp)).sum(-1), (2 * logp).logsumexp(-1)]
+    )
+    got = logp_details(lambda rows: hidden[rows] @ weight.T, target, lambda rows: hidden[rows] @ ref.T, chunk=chunk)
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+    up = torch.randn(got.shape, generator=torch.Generator().manual_seed(2))
+    for a, b in zip(
+        torch.autograd.grad(got, [hidden, weight], up), torch.autograd.grad(want, [hidden, weight], up), strict=True
+    ):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+def test_without_a_reference_there_is_no_divergence() -> None:
+    hidden, weight, target = inputs()
+    assert torch.equal(logp_details(lambda rows: hidden[rows] @ weight.T, target)[1], torch.zeros(len(target)))

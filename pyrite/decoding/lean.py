@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyrite.decoding.caches import Columns
+from pyrite.linears import product
 
 FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 ROTARY = frozenset({"default", "linear", "llama3", "yarn"})  # tables that do not depend on the sequence
@@ -29,9 +30,7 @@ class Dense:
     bias: Tensor | None
 
     def __call__(self, x: Tensor) -> Tensor:
-        if _onednn(x):  # on processors MKL does not favor, its float32 product takes twice as long as oneDNN's
-            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-        return F.linear(x, self.weight, self.bias)
+        return product(x, self.weight, self.bias)
 
 
 @dataclass(frozen=True)
@@ -139,7 +138,3 @@ def _qk_norm(attention: Any) -> Tensor | None:
     q, k = norms["q_norm"].weight, norms["k_norm"].weight
     heads, groups = (p.out_features // len(q) for p in (attention.q_proj, attention.k_proj))
     return torch.cat([q.expand(heads, -1), k.expand(groups, -1)])
-
-
-def _onednn(x: Tensor) -> bool:
-    return x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available()
