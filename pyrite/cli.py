@@ -13,26 +13,32 @@ import os
 import pkgutil
 import sys
 from collections.abc import Iterator
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, get_args
 
 import tyro
 import yaml
 from rich.console import Console
 
-from pyrite import jobs, parts, recipes, report, runs
+from pyrite import jobs, parts, recipes, report, runs, sweeps
 from pyrite.progress import say
 from pyrite.train import TrainingError
 
-KINDS = ("ensembles", "golds", "jobs", "judges", "losses", "recipes", "reward_losses")
+KINDS = ("ensembles", "golds", "jobs", "judges", "losses", "recipes", "reward_losses", "samplers")
+PAGES = {
+    "bandit": report.bandit_page,
+    "overoptimization": report.overoptimization_page,
+    "references": report.references_page,
+}
 USAGE = """\
 pyrite {jobs}   run one job; --help lists its options
 pyrite recipe {recipes}   run a whole experiment and write its report
 pyrite list {kinds}   what can be named in an option
 pyrite report DIR   write DIR/report.html for a run or a recipe
-Every job takes --config FILE.yaml (the command line wins) and --dry-run."""
+Every job takes --config FILE.yaml (the command line wins) and --dry-run. Several values for an option that takes
+one make a sweep: one run for each combination, in folders of their own below --out."""
 
 
 def main() -> None:
@@ -68,25 +74,62 @@ def _command(arguments: list[str]) -> None:
 
 def _job(name: str, arguments: list[str]) -> None:
     module = importlib.import_module(f"pyrite.jobs.{name}")
-    dry = "--dry-run" in arguments
-    config = parse(module.Config, [a for a in arguments if a != "--dry-run"], prog=f"pyrite {name}")
+    schema, given, prog = _schema(name, module, [a for a in arguments if a != "--dry-run"])
+    dry, given = "--dry-run" in arguments, with_yaml(schema, given)
+    sweep = sweeps.split(schema, given)
+    if sweep.axes and "out" in _options(schema) and not {"-h", "--help"} & set(given):
+        _sweep(name, module, schema, sweep, dry=dry)
+        return
+    config = parse(schema, given, prog=prog)
     if dry:
-        plan = {"config": runs.plain_config(config), "reads": module.inputs(config), "writes": module.OUTPUTS}
-        _print(json.dumps(plan, indent=1, default=str))
+        _plan(module, config)
         return
     run = module.run(config)
+    if name == "bandit" and run.writes:  # a whole experiment in one job, so it gets its page at once
+        report.save_bandit(runs.read_json(run.folder / "results.json"), run.folder / "figures")
+        say(f"bandit: see {_page(run.folder)}")
     say(json.dumps(run.results, indent=1))
     say(f"{name}: done, in {run.folder}")
 
 
+def _schema(name: str, module: ModuleType, arguments: list[str]) -> tuple[type, list[str], str]:
+    """The options of a job; a job with several commands is told which one first."""
+    commands = {schema.__name__.lower(): schema for schema in get_args(module.Config)}
+    if not commands:
+        return module.Config, arguments, f"pyrite {name}"
+    asked = arguments[0] if arguments else ""
+    if asked in commands:
+        return commands[asked], arguments[1:], f"pyrite {name} {asked}"
+    if asked in ("-h", "--help"):
+        what = "\n".join(
+            f"pyrite {name} {key:8} {(value.__doc__ or '').splitlines()[0]}" for key, value in commands.items()
+        )
+        _print(f"{(module.__doc__ or '').splitlines()[0]}\n\n{what}\n\nEach has --help.")
+        sys.exit()
+    raise ValueError(f"{name}: choose one of {', '.join(commands)}{_nearest(asked, commands)}")
+
+
+def _sweep(name: str, module: ModuleType, schema: type, sweep: sweeps.Sweep, *, dry: bool) -> None:
+    """Every combination parsed before the first one runs."""
+    configs = {point: parse(schema, options, prog=f"pyrite {name}") for point, options in sweep.points()}
+    out = next(iter(configs.values())).out
+    if dry:
+        for point, config in configs.items():
+            _plan(module, replace(config, out=out / point))
+        return
+    table = sweeps.run({point: replace(config, out=out / point) for point, config in configs.items()}, module.run, out)
+    say(json.dumps(table, indent=1))
+    say(f"{name}: {len(table)} runs done, in {out}; results side by side in {out / 'sweep.json'}")
+
+
+def _plan(module: ModuleType, config: Any) -> None:
+    plan = {"config": runs.plain_config(config), "reads": module.inputs(config), "writes": module.OUTPUTS}
+    _print(json.dumps(plan, indent=1, default=str))
+
+
 def parse(schema: type, arguments: list[str], *, prog: str) -> Any:
     """A config from options, over those of `--config FILE.yaml`, over the defaults."""
-    options = [part for a in arguments for part in (a.split("=", 1) if a.startswith("--config=") else [a])]
-    if "--config" in options:
-        at = options.index("--config")
-        if at + 1 >= len(options):
-            raise ValueError("--config needs a YAML file")
-        options = _from_yaml(schema, Path(options[at + 1])) + options[:at] + options[at + 2 :]
+    options = with_yaml(schema, arguments)
     _refuse_unknown(schema, options)
     said = io.StringIO()
     try:
@@ -96,6 +139,17 @@ def parse(schema: type, arguments: list[str], *, prog: str) -> Any:
         if not error.code:
             raise  # --help
         raise ValueError(_unboxed(said.getvalue())) from None
+
+
+def with_yaml(schema: type, arguments: list[str]) -> list[str]:
+    """The arguments with the options of `--config FILE.yaml` before them, so that those given here win."""
+    options = [part for a in arguments for part in (a.split("=", 1) if a.startswith("--config=") else [a])]
+    if "--config" not in options:
+        return options
+    at = options.index("--config")
+    if at + 1 >= len(options):
+        raise ValueError("--config needs a YAML file")
+    return _from_yaml(schema, Path(options[at + 1])) + options[:at] + options[at + 2 :]
 
 
 def _refuse_unknown(schema: type, options: list[str]) -> None:
@@ -192,10 +246,19 @@ def _report(arguments: list[str]) -> None:
     folder = Path(arguments[0])
     if not (folder / "config.json").exists():
         raise ValueError(f"{folder}: no run here (no config.json); give the --out folder of a job or a recipe")
+    _print(f"report: {_page(folder)}")
+
+
+def _page(folder: Path) -> Path:
+    """The page of a run or a recipe, written into its folder."""
     results = folder / "results.json"
-    page = report.overoptimization_page(runs.read_json(results)) if results.exists() else report.run_page(folder)
+    if results.exists():
+        found = runs.read_json(results)
+        page = PAGES[found["recipe"]](found)
+    else:
+        page = report.run_page(folder)
     runs.write_text(folder / "report.html", page)
-    _print(f"report: {folder / 'report.html'}")
+    return folder / "report.html"
 
 
 def _names(package: ModuleType) -> list[str]:

@@ -21,12 +21,18 @@ class Logps:
     length (N,)   tokens
     tokens (N, T) log π(y_t | x, y_<t), 0 off the mask; None where only the sums are known
     mask   (N, T) bool, True at the response's tokens; None together with `tokens`
+    kl     (N,)   Σ_t KL(π_ref ‖ π) at the response's positions, nats; None where it was not asked for
+    collision (N,) Σ_t log Σ_v π(v | x, y_<t)² at the response's positions; None likewise
+    aligned       False where another tokenizer counted: sums compare with the policy's, lengths and tokens do not
     """
 
     sum: Tensor
     length: Tensor
     tokens: Tensor | None = None
     mask: Tensor | None = None
+    kl: Tensor | None = None
+    collision: Tensor | None = None
+    aligned: bool = True
 
     def __post_init__(self) -> None:
         if self.sum.ndim != 1 or self.sum.shape != self.length.shape:
@@ -38,6 +44,9 @@ class Logps:
             raise ValueError(
                 f"Logps: sums are {self.sum.dtype}; use float32 or float64 (bfloat16 rounds -345.678 to -346)"
             )
+        for name, value in (("kl", self.kl), ("collision", self.collision)):
+            if value is not None and value.shape != self.sum.shape:
+                raise ValueError(f"Logps: {name} has shape {tuple(value.shape)}, not ({len(self.sum)},)")
         if (self.tokens is None) != (self.mask is None):
             raise ValueError("Logps: tokens and mask come together; build both with Logps.from_tokens")
         if self.tokens is not None and self.mask is not None:
@@ -61,9 +70,9 @@ class Logps:
         return cls(total.to(torch.promote_types(tokens.dtype, torch.float32)), length, tokens, mask)
 
     @classmethod
-    def from_sums(cls, sum: Tensor, length: Tensor) -> Logps:
-        """N responses known only by log π(y | x), (N,) nats, and their lengths, (N,) tokens."""
-        return cls(sum, length)
+    def from_sums(cls, sum: Tensor, length: Tensor, *, aligned: bool = True) -> Logps:
+        """N responses known only by log π(y | x), (N,) nats, and their lengths, (N,) tokens of their tokenizer."""
+        return cls(sum, length, aligned=aligned)
 
     @property
     def mean(self) -> Tensor:
@@ -89,10 +98,29 @@ class Logps:
 
 
 @dataclass(frozen=True, eq=False)
+class Running:
+    """Statistics that some losses keep over the batches, 0-dim float64 each; a trainer updates and checkpoints them.
+
+    ratio: mean over the batches so far of the batch mean of log π/π_ref over both responses, nats;
+    margin: exponential average (0.9, from 0) of the batch mean of Δ, nats; count: batches so far.
+    """
+
+    ratio: Tensor
+    margin: Tensor
+    count: Tensor
+
+    @classmethod
+    def zero(cls, *, device: torch.device | str = "cpu") -> Running:
+        """Before the first batch."""
+        return cls(*(torch.zeros((), dtype=torch.float64, device=device) for _ in range(3)))
+
+
+@dataclass(frozen=True, eq=False)
 class PairLogps:
     """B preference pairs under the policy and, where there is one, under the reference.
 
     strength (B,): how strongly chosen is preferred, a reward difference or log-odds; None where unknown.
+    running: statistics over the batches, this one included; None where nobody keeps them.
     """
 
     chosen: Logps
@@ -100,6 +128,7 @@ class PairLogps:
     ref_chosen: Logps | None = None
     ref_rejected: Logps | None = None
     strength: Tensor | None = None
+    running: Running | None = None
 
     def __post_init__(self) -> None:
         if (self.ref_chosen is None) != (self.ref_rejected is None):

@@ -37,6 +37,7 @@ from pyrite.loading import (
     tokenizer_of,
 )
 from pyrite.logps import Logps
+from pyrite.members import active_adapter, beside, member_paths, one_trunk
 from pyrite.packing import Packed, Row, longest, micro_batches, pack
 from pyrite.text import Encoded, Prompt, encode_all
 from pyrite.vocabulary import logp_details, selective_logp
@@ -126,10 +127,12 @@ class RewardModel(nn.Module):
         std: float = 1.0,
         max_length: int | None = None,
         max_prompt: int | None = None,
+        adapter: str | None = None,
     ) -> None:
         super().__init__()
         self.model = model
         self.tokenizer = tokenizer
+        self.adapter = adapter or active_adapter(model)
         self.pooling: Pooling = pooling
         self.mean, self.std = mean, std
         self.max_length = max_length or self.context
@@ -137,7 +140,7 @@ class RewardModel(nn.Module):
         score = getattr(backbone(model), "score", None)  # the head transformers gives every decoder classifier
         # a mean-pooled head is not the stock one, so only the trunk can be compared, at the last token
         pooled = isinstance(score, nn.Module)
-        self.packed = pooled and _agrees(lambda b: self._fast(b, "last"), self._plain, backbone(model))
+        self.packed = pooled and _agrees(lambda b: self.read(self.pooled(b, "last")), self._plain, backbone(model))
         if pooling == "mean" and not self.packed:
             raise ValueError("pooling=mean needs a decoder model that can run packed; use pooling=last")
 
@@ -153,24 +156,32 @@ class RewardModel(nn.Module):
         max_prompt: int | None = None,
         head_seed: int | None = None,
         head_std: float = 0.02,
+        sibling: RewardModel | None = None,
     ) -> RewardModel:
-        """From a saved reward model, or from any base model with `head_seed`, which draws a new head."""
+        """From a saved reward model, or from any base model with `head_seed`, which draws a new head.
+
+        sibling: a loaded reward model; what both have in common, an equal trunk or the base below adapters, is kept
+        in memory once, for scoring.
+        """
         tokenizer = tokenizer_of(path)
+        shared = beside(sibling.model, path) if sibling else None
         with torch.random.fork_rng():  # an encoder's pooler, where the base has none, is drawn at loading
             torch.manual_seed(head_seed or 0)
-            model = load_model(AutoModelForSequenceClassification, path, dtype=dtype, num_labels=1)
+            kind = AutoModelForSequenceClassification
+            model, adapter = shared or (load_model(kind, path, dtype=dtype, num_labels=1), None)
         saved = settings(path)
         model.config.pad_token_id = pad_id(tokenizer)
         if head_seed is not None:
             draw_head(model, seed=head_seed, std=head_std)
         return cls(
             adapted(model, lora, task="SEQ_CLS"),
-            tokenizer,
+            sibling.tokenizer if sibling and shared else tokenizer,
             pooling=pooling or saved.get("pooling", "last"),
             mean=saved.get("mean", 0.0),
             std=saved.get("std", 1.0),
             max_length=max_length or saved.get("max_length"),
             max_prompt=max_prompt or saved.get("max_prompt"),
+            adapter=adapter,
         )
 
     @property
@@ -188,7 +199,7 @@ class RewardModel(nn.Module):
 
     def forward(self, batch: Packed) -> Tensor:
         """Raw scores of the N responses, (N,) float32."""
-        return self._plain(batch) if batch.padded else self._fast(batch, self.pooling)
+        return self._plain(batch) if batch.padded else self.read(self.pooled(batch, self.pooling))
 
     def encode(
         self,
@@ -208,23 +219,28 @@ class RewardModel(nn.Module):
         """Standardized scores (N,): (raw - mean) / std with the constants measured after training."""
         return (self.raw_scores(self.encode(prompts, responses, finished=finished)) - self.mean) / self.std
 
-    @torch.inference_mode()
     def raw_scores(
         self, texts: Sequence[Encoded], *, budget: int = 16384, progress: Callable[[int], None] | None = None
     ) -> Tensor:
         """Raw scores (N,) of encoded prompt-response texts; a score does not depend on its neighbors."""
-        self.eval()
-        rows, members = _group(texts)
-        out = torch.empty(len(texts))
-        for group in micro_batches(rows, budget=budget):
-            index = [i for g in group for i in members[g]]
-            out[index] = self(self.pack([rows[g] for g in group])).cpu()
-            if progress:
-                progress(len(index))
-        return out
+        return _raw_scores([self], texts, budget=budget, progress=progress)[0]
+
+    def pooled(self, batch: Packed, pooling: Pooling) -> Tensor:
+        """What the head reads of each of the N responses of a packed batch, (N, H)."""
+        states = _trunk_states(self._active(), batch)
+        if pooling == "last":
+            return states.index_select(0, batch.last)
+        total = states.new_zeros(batch.n, states.shape[1]).index_add(0, batch.owner, states[batch.response])
+        return total / batch.lengths.clamp(min=1)[:, None]
+
+    def read(self, pooled: Tensor) -> Tensor:
+        """The head's scores (N,) float32 of pooled states (N, H)."""
+        return self._active().score(pooled).squeeze(-1).float()
 
     def save(self, folder: str | Path) -> None:
         """Hugging Face layout; pooling and normalization travel in the model's config."""
+        if self.adapter and (others := len(self.model.peft_config) - 1):  # type: ignore[arg-type]
+            raise ValueError(f"this reward model shares its base with {others} others; load it alone to save it")
         config = backbone(self.model).config
         names = ("pooling", "mean", "std", "max_length", "max_prompt")
         config.pyrite = {name: getattr(self, name) for name in names}
@@ -232,19 +248,15 @@ class RewardModel(nn.Module):
         config.save_pretrained(folder)  # adapters alone would leave the constants behind
         self.tokenizer.save_pretrained(folder)
 
-    def _fast(self, batch: Packed, pooling: Pooling) -> Tensor:
-        model: Any = backbone(self.model)
-        states = _trunk_states(model, batch)
-        if pooling == "mean":
-            total = states.new_zeros(batch.n, states.shape[1]).index_add(0, batch.owner, states[batch.response])
-            pooled = total / batch.lengths.clamp(min=1)[:, None]
-        else:
-            pooled = states.index_select(0, batch.last)
-        return model.score(pooled).squeeze(-1).float()
-
     def _plain(self, batch: Packed) -> Tensor:
-        ids, mask = _padded(batch, pad=backbone(self.model).config.pad_token_id)
+        ids, mask = _padded(batch, pad=self._active().config.pad_token_id)
         return self.model(input_ids=ids, attention_mask=mask).logits[:, 0].float()
+
+    def _active(self) -> Any:
+        """The transformers model, with this reward model's adapters where several share it."""
+        if self.adapter and self.model.active_adapter != self.adapter:
+            self.model.set_adapter(self.adapter, inference_mode=True)  # type: ignore[operator,arg-type]
+        return backbone(self.model)
 
 
 def recompute(model: Policy | RewardModel) -> None:
@@ -253,7 +265,7 @@ def recompute(model: Policy | RewardModel) -> None:
 
 
 class RewardEnsemble:
-    """E reward models over the same texts."""
+    """E reward models over the same texts; a trunk or base they share is held once, and a trunk runs once."""
 
     def __init__(self, members: Sequence[RewardModel]) -> None:
         self.members = list(members)
@@ -261,27 +273,48 @@ class RewardEnsemble:
     @classmethod
     def load(cls, folder: str | Path, *, dtype: Dtype = "float32") -> RewardEnsemble:
         """All `member_*` of a reward run, or one reward model folder as an ensemble of one."""
-        paths = member_paths(folder)
-        return cls([RewardModel.load(path, dtype=dtype) for path in paths])
+        first, *others = member_paths(folder)
+        lead = RewardModel.load(first, dtype=dtype)
+        return cls([lead, *(RewardModel.load(path, dtype=dtype, sibling=lead) for path in others)])
 
     def scores(
         self, prompts: Sequence[Prompt], responses: Sequence[str], *, finished: bool | Sequence[bool] = True
     ) -> Tensor:
         """Standardized scores (E, N)."""
-        return torch.stack([member.scores(prompts, responses, finished=finished) for member in self.members])
+        first = self.members[0]
+        if len({(id(m.tokenizer), m.pooling, m.max_length, m.max_prompt, m.packed) for m in self.members}) > 1:
+            return torch.stack([member.scores(prompts, responses, finished=finished) for member in self.members])
+        raw = _raw_scores(self.members, first.encode(prompts, responses, finished=finished))
+        return torch.stack([(row - member.mean) / member.std for member, row in zip(self.members, raw, strict=True)])
 
 
-def member_paths(folder: str | Path) -> list[Path]:
-    """Folders of the members of a reward run, in order."""
-    folder = Path(folder)
-    members = sorted(folder.glob("member_*"), key=lambda path: int(path.name.split("_")[1]))
-    if members and not (folder / "done.json").exists():
-        raise ValueError(f"{folder}: this reward run is not done; run `pyrite reward` again to finish it")
-    if members:
-        return members
-    if (folder / "config.json").exists() and (folder / "tokenizer_config.json").exists():
-        return [folder]
-    raise ValueError(f"{folder}: no reward model here; expected member_0/ ... as `pyrite reward` writes them")
+@torch.inference_mode()
+def _raw_scores(
+    members: Sequence[RewardModel],
+    texts: Sequence[Encoded],
+    *,
+    budget: int = 16384,
+    progress: Callable[[int], None] | None = None,
+) -> Tensor:
+    """Raw scores (E, N) of members that read texts alike, so that each batch is packed once."""
+    for member in members:
+        member.eval()
+    rows, owners = _group(texts)
+    out = torch.empty(len(members), len(texts))
+    for group in micro_batches(rows, budget=budget):
+        index = [i for g in group for i in owners[g]]
+        out[:, index] = _together(members, members[0].pack([rows[g] for g in group])).cpu()
+        if progress:
+            progress(len(index))
+    return out
+
+
+def _together(members: Sequence[RewardModel], batch: Packed) -> Tensor:
+    """Raw scores (E, N) of one batch."""
+    if batch.padded or not one_trunk([member.model for member in members]):
+        return torch.stack([member(batch) for member in members])
+    pooled = members[0].pooled(batch, members[0].pooling)
+    return torch.stack([member.read(pooled) for member in members])
 
 
 def by_response(flat: Tensor, batch: Packed, *, tokens: bool = False) -> Logps:

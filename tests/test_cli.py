@@ -42,12 +42,43 @@ def parsed(schema: type, tmp_path: Path, yaml: str = "", *options: str):
     return cli.parse(schema, [*given, "--config", str(tmp_path / "c.yaml"), *options], prog="x")
 
 
-@pytest.mark.parametrize("job", JOBS)
+@pytest.mark.parametrize("job", [job for job in JOBS if job != "reference"] + ["reference compute", "reference import"])
 def test_every_job_has_help(pyrite: Command, job: str) -> None:
-    status, out, err = pyrite(job, "--help")
+    status, out, err = pyrite(*job.split(), "--help")
     assert (status, err) == (0, "")
     assert "--out" in out
     assert "(required)" in out
+
+
+def test_a_job_with_several_commands(pyrite: Command, tiny: Path, pairs: Path, tmp_path: Path) -> None:
+    status, out, _ = pyrite("reference", "--help")
+    assert status == 0
+    assert all(f"pyrite reference {command}" in out for command in ("compute", "verify", "import"))
+    made = ("reference", "compute", "--model", tiny, "--data", pairs, "--out", tmp_path / "run")
+    status, out, err = pyrite(*made)
+    assert (status, err) == (0, "")
+    status, out, err = pyrite(
+        "reference", "verify", "--table", tmp_path / "run" / "table", "--data", pairs, "--model", tiny
+    )
+    assert (status, err) == (0, "")
+    assert "R6 kept" in out
+
+
+def test_a_sweep_runs_and_reads_one_reference(pyrite: Command, tiny: Path, pairs: Path, tmp_path: Path) -> None:
+    options = ("--batch-size", 40, "--loss", "dpo(beta=0.1)", "dpo(beta=0.5)", "--seed", 0, 1)
+    command = ("dpo", "--model", tiny, "--data", pairs, "--out", tmp_path / "sweep", *options)
+    status, out, _ = pyrite(*command, "--dry-run")
+    assert status == 0
+    assert out.count('"reads"') == 4
+    assert not (tmp_path / "sweep").exists()
+    status, out, err = pyrite(*command)
+    assert (status, err) == (0, "")
+    assert (out.count("reference: computed"), out.count("no forward pass")) == (1, 3)
+    table = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
+    assert next(iter(table)) == "loss=dpo(beta=0.1),seed=0"
+    assert len(table) == 4
+    assert all("accuracy" in row["last"] for row in table.values())
+    assert (tmp_path / "sweep" / "loss=dpo(beta=0.5),seed=1" / "model" / "model.safetensors").exists()
 
 
 def test_usage_names_everything(pyrite: Command) -> None:
@@ -83,6 +114,8 @@ def test_list(pyrite: Command, kind: str, member: str) -> None:
         (["list"], "choose one of"),
         (["recipe", "nothing"], "unknown recipe 'nothing'"),
         (["report"], "give one folder"),
+        (["reference"], "choose one of compute, verify, import"),
+        (["reference", "verfy"], "did you mean 'verify'?"),
         (["sft", "--config"], "--config needs a YAML file"),
         (["sft", "--modle", "x"], "unknown option --modle; did you mean 'model'?"),
         (["sft", "--modle=x"], "unknown option --modle; did you mean 'model'?"),

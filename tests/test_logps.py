@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import pyrite.logps
-from pyrite.logps import Logps, PairLogps
+from pyrite.logps import Logps, PairLogps, Running
 
 
 def rows(*lengths: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
@@ -83,6 +83,8 @@ def test_from_tokens_refuses(bad, message):
             },
             "must both be \\(2, T\\)",
         ),
+        ({"sum": torch.zeros(2), "length": torch.ones(2), "kl": torch.zeros(3)}, "kl has shape \\(3,\\)"),
+        ({"sum": torch.zeros(2), "length": torch.ones(2), "collision": torch.zeros(2, 1)}, "collision has shape"),
     ],
 )
 def test_logps_refuses(fields, message):
@@ -110,3 +112,17 @@ def test_pairs_refuse_what_does_not_match():
         PairLogps(two, two, two)
     with pytest.raises(ValueError, match="strength has shape"):
         PairLogps(two, two, strength=torch.ones(3))
+
+
+def test_sums_of_another_tokenizer_say_so():
+    nats, length = torch.tensor([-1.0, -2.0]), torch.tensor([1, 2])
+    assert Logps.from_sums(nats, length).aligned and Logps.from_tokens(rows(2)).aligned
+    assert not Logps.from_sums(nats, length, aligned=False).aligned
+
+
+def test_statistics_start_at_zero_in_double():
+    first, second = Running.zero(), Running.zero()
+    for name in ("ratio", "margin", "count"):
+        value = getattr(first, name)
+        assert value.shape == () and value.dtype == torch.float64 and value.item() == 0
+        assert value is not getattr(second, name)

@@ -1,11 +1,15 @@
 """Evaluate a policy: gold reward, proxy reward and KL from the reference, always side by side.
 
 Answers are sampled at temperature 1 without truncation and scored under the same distribution, so that
-KL(policy || ref) = E_policy[log pi - log pi_ref] is estimated where it is defined. Natural logarithms.
+KL(policy || ref) = E_policy[log pi - log pi_ref] is estimated where it is defined: by k1 and k3, and by the exact KL
+of every position summed up. With preference pairs, also what training did to the ranking of their answers and to
+single tokens. Natural logarithms.
 """
 
 from __future__ import annotations
 
+import csv
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,15 +18,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyrite import data, ensembles, estimators, golds, parts, runs, seeds, text
-from pyrite.generate import Samples, sample
+from pyrite import analyses, data, estimators, runs
+from pyrite.analyses import TokenRatios
+from pyrite.evaluation import Answers, Evaluation, Evaluator, response_logps
 from pyrite.logps import Logps
-from pyrite.models import Policy, RewardEnsemble, backbone
+from pyrite.models import Policy
 from pyrite.packing import Row, micro_batches
-from pyrite.progress import Advance, progress, say
+from pyrite.preferences import EncodedPairs, encode_pairs, paired
+from pyrite.progress import progress, say
 from pyrite.runs import Run
 
-OUTPUTS = {"answers.parquet": "every answer with its gold, proxy and log-probabilities"}
+OUTPUTS = {
+    "answers.parquet": "every answer with its gold, proxy and log-probabilities",
+    "analyses.json": "degeneration, KL by position, and the analyses of the pairs",
+    "tokens.csv": "with pairs: how far training moved each token, on average",
+}
+BUDGET = 16384  # packed tokens scored at a time
+RANKED = ("accuracy", "policy_accuracy", "margin")  # analyses of the pairs that are results too
 
 
 @dataclass(frozen=True)
@@ -42,6 +54,10 @@ class Config:
     """How its members become one score."""
     ref: str | None = None
     """Folder or Hub name of the reference policy for KL."""
+    pairs: str | None = None
+    """Preference pairs for the analyses against the reference: rankings, tokens, end tokens."""
+    min_count: int = 100
+    """Occurrences a token needs to be listed among those moved most."""
     columns: str | None = None
     limit: int | None = None
     k: int = 1
@@ -52,142 +68,159 @@ class Config:
 
 def inputs(config: Config) -> dict[str, str | Path]:
     """What the job reads."""
-    named = {"model": config.model, "prompts": config.prompts, "ref": config.ref}
+    named = {"model": config.model, "prompts": config.prompts, "ref": config.ref, "pairs": config.pairs}
     return {name: path for name, path in named.items() if path} | (
         {"rewards": Path(config.rewards) / "done.json"} if config.rewards else {}
     )
 
 
 def run(config: Config) -> Run:
-    """Sample, score by everybody, summarize with standard errors over prompts."""
+    """Sample, score by everybody, summarize with standard errors over prompts; analyze the pairs."""
     run = runs.start("evaluate", config, inputs=inputs(config))
     if run.done:
         return run
-    gold = parts.part(config.gold, golds) if config.gold else None
-    combine = parts.part(config.ensemble, ensembles)
-    combine(torch.zeros(2, 1))  # an option out of range is refused now, and so is a scorer that cannot score
-    if gold:
-        golds.check_scores(gold(["Say hi."], ["hello"]), 1, name=str(config.gold))
-    rewards = RewardEnsemble.load(config.rewards) if config.rewards else None
-    prompts = data.load(config.prompts, "prompts", columns=config.columns)[: config.limit]
+    pairs = _pairs(config)
     policy = Policy.load(config.model)
-    ref = _reference(policy, config) if config.ref else None
-    if policy.context <= config.max_new_tokens:
-        raise ValueError(f"--max-new-tokens {config.max_new_tokens}: {config.model} reads {policy.context} at most")
-    ids = text.encode_prompts(
-        policy.tokenizer,
-        [row["prompt"] for row in prompts],
-        max_length=policy.context - config.max_new_tokens,
-        where=lambda i: f"{config.prompts}: prompt {prompts[i]['prompt_id']}",
-    )
-    _sample(policy, prompts[:1], ids[:1], config, new=min(1, config.max_new_tokens))  # refuses options out of range
+    evaluator = Evaluator.load(_options(config), policy, ref=config.ref, seed=config.seed, columns=config.columns)
+    ref, evaluator = evaluator.ref, replace(evaluator, ref=None)  # KL is measured here, more closely
+    made = _encoded(policy, pairs, config)
     run.open()
-    say(f"evaluate: {config.k} answers to each of {len(prompts)} prompts")
-    with progress("evaluate", len(prompts) * config.k, unit="answers") as advance:
-        drawn = _sample(policy, prompts, ids, config, new=config.max_new_tokens, progress=advance)
-    responses = [_tokens(drawn, i) for i in range(len(drawn.length))]
-    answers = _answers(policy, prompts, drawn, responses)
-    asked, said = [row["prompt"] for row in answers], [row["response"] for row in answers]
-    values: dict[str, Tensor] = {}
-    if gold:
-        plain = [text.plain(prompt) for prompt in asked]
-        values["gold"] = golds.check_scores(gold(plain, said), len(said), name=str(config.gold))
-    if rewards:
-        done = drawn.finished.tolist()  # an answer that was cut gets no end token
-        values["proxy"] = combine(rewards.scores(asked, said, finished=done))
+    say(f"evaluate: {config.k} answers to each of {len(evaluator.prompts)} prompts")
+    with progress("evaluate", evaluator.total, unit="answers") as advance:
+        answers = evaluator(policy, progress=advance)
+    found: dict[str, Any] = {"answers": {}}
     if ref:
-        values |= _kl(policy, ref, ids, drawn, responses)
-    values |= {"length": drawn.length.double(), "missing_eos": (~drawn.finished).double()}
+        answers, found["answers"] = _against(policy, ref, evaluator.ids, answers)
+    state = analyses.degeneration(answers.drawn.responses(), answers.drawn.finished.tolist())
+    found["answers"] |= state._asdict()
+    if ref and made:
+        found["pairs"], table = on_pairs(policy, ref, made, min_count=config.min_count)
+        if run.writes:
+            runs.write_text(run.folder / "tokens.csv", _csv(_named(table, policy.tokenizer)))
     if run.writes:
-        rows = [{**row, **{k: v[i].item() for k, v in values.items()}} for i, row in enumerate(answers)]
-        data.write(rows, run.folder / "answers.parquet")
-    summary = {name: _summary(value, drawn.prompt, len(prompts)) for name, value in values.items()}
-    diversity = {f"distinct_{n}": distinct(responses, n) for n in (1, 2)}
-    run.log(step=0, **{name: pair["mean"] for name, pair in summary.items()}, **diversity)
-    return run.finish(answers=len(answers), **summary, **diversity)
+        data.write(_rows(answers), run.folder / "answers.parquet")
+        runs.write_json(run.folder / "analyses.json", found)
+    summary, worth = answers.summary(), answers.diversity()
+    worth |= {"repetition": state.repetition, "degenerate": state.degenerate}
+    run.log(step=0, **{name: pair["mean"] for name, pair in summary.items()}, **worth)
+    ranked = {name: value for name, value in found.get("pairs", {}).items() if name in RANKED}
+    return run.finish(answers=len(answers.rows), **summary, **worth, **ranked)
 
 
-def distinct(responses: Sequence[Sequence[int]], n: int) -> float:
-    """Share of different n-grams among all n-grams of the responses (Li et al. 2016, arXiv:1510.03055)."""
-    grams = [tuple(r[i : i + n]) for r in responses for i in range(len(r) - n + 1)]
-    return len(set(grams)) / len(grams) if grams else 0.0
+def on_pairs(
+    policy: Policy, ref: Policy, made: EncodedPairs, *, min_count: int = 100, k: int = 10
+) -> tuple[dict[str, Any], TokenRatios]:
+    """Every analysis of B encoded pairs, as JSON values, and the table of all tokens."""
+    rows = made.preferences().rows
+    with progress("evaluate pairs", 2 * len(rows), unit="pairs") as advance:
+        ours, theirs = response_logps(policy, rows, progress=advance), response_logps(ref, rows, progress=advance)
+    pair, at_ref = paired(ours, theirs), paired(theirs, None)
+    whole = torch.tensor([not one.truncated for one in made.encoded])
+    finished = whole[::2] & whole[1::2]
+    tokens = torch.tensor([token for one in made.encoded for token in one.response])
+    ratios = analyses.log_ratios(ours, theirs)
+    table = analyses.by_token(tokens, ratios)
+    down, up = analyses.extremes(table, k=k, at_least=min_count)
+    found = {
+        "pairs": len(rows),
+        "dropped": len(made.dropped),
+        **_plain(analyses.ranking(pair)),
+        "end_token": _plain(analyses.ends(pair, finished)),
+        "end_token_ref": _plain(analyses.ends(at_ref, finished)),
+        "tokens": len(ratios),
+        "ratio": analyses.mean(ratios)._asdict(),
+        "tail_mass": analyses.tail_mass(ratios),
+        "histogram": analyses.histogram(table.mean)._asdict(),
+        "down": _named(down, policy.tokenizer),
+        "up": _named(up, policy.tokenizer),
+    }
+    return found, table
 
 
 @torch.inference_mode()
-def response_logps(policy: Policy, rows: Sequence[Row], *, budget: int = 16384) -> Logps:
-    """Token by token log-probabilities of each row's one response."""
+def exact_kl(policy: Policy, ref: Policy, rows: Sequence[Row]) -> tuple[Logps, list[Tensor]]:
+    """Of each row's one response under the reference: its log-probabilities, and KL(policy || ref) at each position.
+
+    KL_t = sum_v pi(v) log(pi(v)/pi_ref(v)) over the whole vocabulary, one (T_i,) tensor a response, nats.
+    """
     policy.eval()
-    flat: list[Tensor] = [torch.empty(0)] * len(rows)
-    for group in micro_batches(rows, budget=budget):
-        batch = policy.pack([rows[i] for i in group])
-        for i, part in zip(group, policy(batch).split(batch.lengths.tolist()), strict=True):
-            flat[i] = part.cpu()
-    return Logps.from_tokens(flat)
+    ref.eval()
+    logps: list[Tensor] = [torch.empty(0)] * len(rows)
+    kl = list(logps)
+    for group in micro_batches(rows, budget=BUDGET):
+        some = [rows[i] for i in group]
+        batch = packed if (packed := ref.pack(some)).padded else policy.pack(some)
+        both = ref(batch, details=True, ref=policy)[:2].cpu().split(batch.lengths.tolist(), dim=1)
+        for i, (logp, details) in zip(group, both, strict=True):
+            logps[i], kl[i] = logp, details
+    return Logps.from_tokens(logps), kl
 
 
-def _reference(policy: Policy, config: Config) -> Policy:
-    ref = Policy.load(str(config.ref))
-    if ref.tokenizer.get_vocab() != policy.tokenizer.get_vocab():
-        raise ValueError(f"{config.ref} and {config.model} have other vocabularies: no KL between them")
-    return ref
-
-
-def _sample(
-    policy: Policy,
-    prompts: list[dict[str, Any]],
-    ids: list[list[int]],
-    config: Config,
-    *,
-    new: int,
-    progress: Advance | None = None,
-) -> Samples:
-    drawn = sample(
-        backbone(policy.model),
-        ids,
-        eos=text.end_id(policy.tokenizer),
-        k=config.k,
-        max_new_tokens=new,
-        seed=seeds.derive(config.seed, "evaluate"),
-        keys=[seeds.derive(0, str(row["prompt_id"])) for row in prompts],
-        progress=progress,
+def _options(config: Config) -> Evaluation:
+    return Evaluation(
+        eval_prompts=config.prompts,
+        gold=config.gold,
+        rewards=config.rewards,
+        ensemble=config.ensemble,
+        eval_limit=config.limit,
+        eval_k=config.k,
+        max_new_tokens=config.max_new_tokens,
     )
-    return replace(drawn, **{name: value.cpu() for name, value in vars(drawn).items() if isinstance(value, Tensor)})
 
 
-def _tokens(drawn: Samples, i: int) -> list[int]:
-    return drawn.tokens[i, : int(drawn.length[i])].tolist()
+def _pairs(config: Config) -> list[dict[str, Any]]:
+    if config.pairs and not config.ref:
+        raise ValueError("--pairs compares the policy with its reference on pairs: give --ref too")
+    if config.min_count < 1:
+        raise ValueError(f"--min-count {config.min_count}: a token that is listed occurs at least once")
+    return data.load(config.pairs, "pairs", on_equal="drop", note=say) if config.pairs else []
 
 
-def _answers(
-    policy: Policy, prompts: list[dict[str, Any]], drawn: Samples, responses: list[list[int]]
-) -> list[dict[str, Any]]:
-    texts = text.decode(policy.tokenizer, responses)
-    return [
-        {
-            "prompt_id": prompts[p]["prompt_id"],
-            "prompt": prompts[p]["prompt"],
-            "sample": s,
-            "response": words,
-            "finished": done,
-        }
-        for p, s, words, done in zip(
-            drawn.prompt.tolist(), drawn.sample.tolist(), texts, drawn.finished.tolist(), strict=True
-        )
-    ]
+def _encoded(policy: Policy, pairs: list[dict[str, Any]], config: Config) -> EncodedPairs | None:
+    if not pairs:
+        return None
+    made = encode_pairs(policy.tokenizer, pairs, max_length=policy.context, source=str(config.pairs))
+    if not made.pairs:
+        reason = made.dropped[0]["reason"]
+        raise ValueError(f"{config.pairs}: none of {len(pairs)} pairs can be scored, the first because {reason}")
+    return made
 
 
-def _kl(
-    policy: Policy, ref: Policy, ids: list[list[int]], drawn: Samples, responses: list[list[int]]
-) -> dict[str, Tensor]:
-    """k1 and k3 of every answer: policy and reference score the very tokens that were sampled."""
-    rows = [Row(ids[p], [r]) for p, r in zip(drawn.prompt.tolist(), responses, strict=True)]
-    ours, theirs = response_logps(policy, rows), response_logps(ref, rows)
-    return {f"kl_{name}": estimators.kl(ours, theirs, estimator=name).double() for name in ("k1", "k3")}
+def _against(policy: Policy, ref: Policy, ids: list[list[int]], answers: Answers) -> tuple[Answers, dict[str, Any]]:
+    """The answers with their KL from the reference, which scores the very tokens that were sampled; KL by position."""
+    drawn = answers.drawn
+    rows = [Row(ids[p], [r]) for p, r in zip(drawn.prompt.tolist(), drawn.responses(), strict=True)]
+    theirs, exact = exact_kl(policy, ref, rows)
+    lengths = drawn.length.tolist()
+    ours = Logps.from_tokens([row[:length] for row, length in zip(drawn.policy_logps, lengths, strict=True)])
+    values = {f"kl_{name}": estimators.kl(ours, theirs, estimator=name).double() for name in ("k1", "k3")}
+    values["kl_exact"] = torch.stack([row.double().sum() for row in exact])
+    nats, reached = analyses.by_position(exact)
+    positions = {"kl_by_position": nats.tolist(), "answers_by_position": reached.tolist()}
+    first = {name: answers.values[name] for name in ("gold", "proxy") if name in answers.values}
+    return replace(answers, values=first | values | answers.values), positions
 
 
-def _summary(values: Tensor, prompt: Tensor, prompts: int) -> dict[str, float]:
-    """Mean and standard error over prompts (answers to one prompt are averaged first)."""
-    total = torch.zeros(prompts, dtype=torch.float64).index_add(0, prompt, values.double())
-    means = total / torch.bincount(prompt, minlength=prompts)
-    error = means.std().item() / prompts**0.5 if prompts > 1 else 0.0
-    return {"mean": means.mean().item(), "se": error}
+def _rows(answers: Answers) -> list[dict[str, Any]]:
+    values = {name: value.tolist() for name, value in answers.values.items()}
+    values["repetition"] = [analyses.repetition(tokens) for tokens in answers.drawn.responses()]
+    return [{**row, **{name: value[i] for name, value in values.items()}} for i, row in enumerate(answers.rows)]
+
+
+def _plain(means: dict[str, analyses.Mean]) -> dict[str, dict[str, float]]:
+    return {name: value._asdict() for name, value in means.items()}
+
+
+def _named(table: TokenRatios, tokenizer: Any) -> list[dict[str, Any]]:
+    """A row a token, the one moved down most first."""
+    texts = tokenizer.convert_ids_to_tokens(table.token.tolist())
+    columns = zip(table.token.tolist(), texts, table.count.tolist(), table.mean.tolist(), strict=True)
+    return [{"token": t, "text": text, "count": count, "ratio": ratio} for t, text, count, ratio in columns]
+
+
+def _csv(rows: list[dict[str, Any]]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, ["token", "text", "count", "ratio"], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(sorted(rows, key=lambda row: row["ratio"]))
+    return text.getvalue()

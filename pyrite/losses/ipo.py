@@ -7,6 +7,8 @@ from torch import Tensor
 from pyrite.logps import PairLogps
 from pyrite.losses.ratios import margin
 
+__all__ = ["ipo"]
+
 
 def ipo(pair: PairLogps, *, tau: float = 0.1, length_norm: bool = False) -> Tensor:
     """Identity preference optimization: a margin to reach, not to exceed.
@@ -15,7 +17,8 @@ def ipo(pair: PairLogps, *, tau: float = 0.1, length_norm: bool = False) -> Tens
 
     PairLogps of B pairs -> (B,), nats²; 1/(4τ²) at policy = reference. With `length_norm` each
     log-ratio is divided by its response's length (nats a token), as some trainers do: the same τ
-    then asks for a margin about a response's length times larger. Raises ValueError without a reference.
+    then asks for a margin about a response's length times larger. Raises ValueError without a reference
+    or, with `length_norm`, for one of another tokenizer.
 
     Azar et al. 2023, arXiv:2310.12036, eq. 17.
     """

@@ -5,9 +5,11 @@
 True
 """
 
+from pyrite.report.bandit import bandit_page, save_bandit
 from pyrite.report.charts import lines, mechanism, overoptimization, save, stages
 from pyrite.report.overoptimization import overoptimization_page
 from pyrite.report.page import page
+from pyrite.report.references import references_page
 from pyrite.report.run import run_page
 from pyrite.report.sections import Claims, Figure, Keys, Numbers, Samples, Table, Text, Views
 
@@ -20,12 +22,15 @@ __all__ = [
     "Table",
     "Text",
     "Views",
+    "bandit_page",
     "lines",
     "mechanism",
     "overoptimization",
     "overoptimization_page",
     "page",
+    "references_page",
     "run_page",
     "save",
+    "save_bandit",
     "stages",
 ]

@@ -52,17 +52,30 @@ def _rest(done: Mapping[str, Any] | None) -> list[Part]:
 
 
 def _curves(rows: Sequence[Row]) -> list[Part]:
-    """One small chart a metric that was logged at least twice."""
+    """One small chart a metric, with a line for each part of the run that logged it at least twice."""
     found = [{"step": i, **row} for i, row in enumerate(rows)]
     names = dict.fromkeys(key for row in found for key, value in row.items() if _numeric(value) and key != "step")
-    logged = {name: [row for row in found if _numeric(row.get(name))] for name in names}
-    logged = {name: rows for name, rows in logged.items() if len(rows) > 1}
+    logged = {name: _by_part(found, name) for name in names}
+    logged = {name: parts for name, parts in logged.items() if parts}
     if not logged:
         return []
-    every = max(1, math.ceil(max(map(len, logged.values())) / MOST))
-    charts = [lines(rows[::every], "step", name, height=150) for name, rows in logged.items()]
+    every = max(1, math.ceil(max(len(rows) for parts in logged.values() for rows in parts.values()) / MOST))
+    charts = [
+        lines([row for rows in parts.values() for row in rows[::every]], "step", list(parts), height=150)
+        for parts in logged.values()
+    ]
     caption = "Every numeric metric, as logged" + (f"; one value in {every} is drawn." if every > 1 else ".")
     return [Figure(charts, caption, names=list(logged), title="Metrics")]
+
+
+def _by_part(rows: Sequence[Row], name: str) -> dict[str, list[Row]]:
+    """The values of one metric by the part of the run that logged them, as rows {step, part: value}."""
+    parts: dict[str, list[Row]] = {}
+    for row in rows:
+        if _numeric(row.get(name)):
+            label = str(row.get("part", name))
+            parts.setdefault(label, []).append({"step": row["step"], label: row[name]})
+    return {label: found for label, found in parts.items() if len(found) > 1}
 
 
 def _numeric(value: object) -> bool:

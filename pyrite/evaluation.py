@@ -1,0 +1,198 @@
+"""Gold reward, proxy reward and KL from the reference, of answers a policy samples: always side by side.
+
+Answers are drawn at temperature 1 without truncation and scored under the same distribution, so that
+KL(policy || ref) = E_policy[log pi - log pi_ref] is estimated where it is defined. Natural logarithms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyrite import analyses, data, ensembles, estimators, golds, parts, seeds, text
+from pyrite.generate import Samples, sample
+from pyrite.logps import Logps
+from pyrite.models import Policy, RewardEnsemble, backbone
+from pyrite.packing import Row, micro_batches
+from pyrite.progress import Advance
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a policy's answers are measured by, at every measurement; nothing without prompts."""
+
+    eval_prompts: str | None = None
+    """Prompts to answer: prompt, prompt_id."""
+    gold: str | None = None
+    """The scorer that plays the truth."""
+    rewards: str | None = None
+    """Folder of a reward run: the proxy."""
+    ensemble: str = "mean()"
+    """How its members become one score."""
+    eval_limit: int | None = 256
+    """Prompts to answer at most."""
+    eval_k: int = 1
+    """Answers a prompt."""
+    max_new_tokens: int = 256
+
+    def inputs(self) -> dict[str, str]:
+        """What is read."""
+        named = {"eval_prompts": self.eval_prompts, "rewards": self.rewards and f"{self.rewards}/done.json"}
+        return {name: path for name, path in named.items() if path}
+
+
+@dataclass(frozen=True)
+class Answers:
+    """N answers to P prompts and what they are worth: `values` are (N,), by name."""
+
+    rows: list[dict[str, Any]]
+    values: dict[str, Tensor]
+    drawn: Samples
+    prompts: int
+
+    def summary(self) -> dict[str, dict[str, float]]:
+        """Means with standard errors over prompts (answers to one prompt are averaged first)."""
+        return {name: _summary(value, self.drawn.prompt, self.prompts) for name, value in self.values.items()}
+
+    def diversity(self) -> dict[str, float]:
+        """Distinct 1-grams and 2-grams of all answers."""
+        responses = self.drawn.responses()
+        return {f"distinct_{n}": analyses.distinct(responses, n) for n in (1, 2)}
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """Prompts and scorers, loaded and checked, ready to measure a policy."""
+
+    prompts: list[dict[str, Any]]
+    ids: list[list[int]]
+    gold: golds.Scorer | None
+    proxy: Callable[[list[Any], list[str], list[bool]], Tensor] | None
+    ref: Policy | None
+    options: Evaluation
+    seed: int
+
+    @classmethod
+    def load(
+        cls, options: Evaluation, policy: Policy, *, ref: str | None, seed: int, columns: str | None = None
+    ) -> Evaluator:
+        """Everything read, and whatever cannot work refused: options, scorers, prompts too long for the policy."""
+        gold = parts.part(options.gold, golds) if options.gold else None
+        prompts = data.load(str(options.eval_prompts), "prompts", columns=columns)[: options.eval_limit]
+        if gold:  # one that cannot score is refused now
+            golds.check_scores(gold([text.plain(prompts[0]["prompt"])], ["hello"]), 1, name=str(options.gold))
+        if policy.context <= options.max_new_tokens:
+            raise ValueError(f"--max-new-tokens {options.max_new_tokens}: the policy reads {policy.context} at most")
+        ids = text.encode_prompts(
+            policy.tokenizer,
+            [row["prompt"] for row in prompts],
+            max_length=policy.context - options.max_new_tokens,
+            where=lambda i: f"{options.eval_prompts}: prompt {prompts[i]['prompt_id']}",
+        )
+        made = cls(prompts, ids, gold, _proxy(options), _reference(policy, ref), options, seed)
+        replace(made, prompts=prompts[:1], ids=ids[:1])._sample(policy, new=1)  # refuses options out of range
+        return made
+
+    def __call__(self, policy: Policy, *, progress: Advance | None = None) -> Answers:
+        """Sample, score by everybody."""
+        drawn = self._sample(policy, new=self.options.max_new_tokens, progress=progress)
+        rows = _rows(policy, self.prompts, drawn)
+        asked, said = [row["prompt"] for row in rows], [row["response"] for row in rows]
+        values: dict[str, Tensor] = {}
+        if self.gold:
+            plain = [text.plain(prompt) for prompt in asked]
+            values["gold"] = golds.check_scores(self.gold(plain, said), len(said), name=str(self.options.gold))
+        if self.proxy:
+            values["proxy"] = self.proxy(asked, said, drawn.finished.tolist())
+        if self.ref:
+            values |= self._kl(self.ref, drawn)
+        values |= {"length": drawn.length.double(), "missing_eos": (~drawn.finished).double()}
+        return Answers(rows, values, drawn, len(self.prompts))
+
+    @property
+    def total(self) -> int:
+        """Answers in one measurement."""
+        return len(self.prompts) * self.options.eval_k
+
+    def _sample(self, policy: Policy, *, new: int, progress: Advance | None = None) -> Samples:
+        drawn = sample(
+            backbone(policy.model),
+            self.ids,
+            eos=text.end_id(policy.tokenizer),
+            k=self.options.eval_k,
+            max_new_tokens=min(new, self.options.max_new_tokens),
+            seed=seeds.derive(self.seed, "evaluate"),
+            keys=[seeds.derive(0, str(row["prompt_id"])) for row in self.prompts],
+            progress=progress,
+        )
+        return replace(drawn, **{name: value.cpu() for name, value in vars(drawn).items() if isinstance(value, Tensor)})
+
+    def _kl(self, ref: Policy, drawn: Samples) -> dict[str, Tensor]:
+        """k1 and k3 of every answer: the reference scores the very tokens that were sampled."""
+        rows = [Row(self.ids[p], [r]) for p, r in zip(drawn.prompt.tolist(), drawn.responses(), strict=True)]
+        mask = torch.arange(drawn.tokens.shape[1]) < drawn.length[:, None]
+        ours = Logps(drawn.policy_logps.double().sum(1), drawn.length, drawn.policy_logps, mask)
+        theirs = response_logps(ref, rows)
+        return {f"kl_{name}": estimators.kl(ours, theirs, estimator=name).double() for name in ("k1", "k3")}
+
+
+@torch.inference_mode()
+def response_logps(
+    policy: Policy, rows: Sequence[Row], *, budget: int = 16384, progress: Advance | None = None
+) -> Logps:
+    """Token by token log-probabilities of all responses, row by row; `progress` is told each number of rows."""
+    policy.eval()
+    parts: list[Sequence[Tensor]] = [()] * len(rows)
+    for group in micro_batches(rows, budget=budget):
+        batch = policy.pack([rows[i] for i in group])
+        flat = iter(policy(batch).cpu().split(batch.lengths.tolist()))
+        for i in group:
+            parts[i] = [next(flat) for _ in rows[i].responses]
+        if progress:
+            progress(len(group))
+    return Logps.from_tokens([part for row in parts for part in row])
+
+
+def _proxy(options: Evaluation) -> Callable[[list[Any], list[str], list[bool]], Tensor] | None:
+    combine = parts.part(options.ensemble, ensembles)
+    combine(torch.zeros(2, 1))  # an option out of range is refused now
+    if not options.rewards:
+        return None
+    rewards = RewardEnsemble.load(options.rewards)
+    # an answer that was cut gets no end token
+    return lambda prompts, responses, finished: combine(rewards.scores(prompts, responses, finished=finished))
+
+
+def _reference(policy: Policy, path: str | None) -> Policy | None:
+    if path is None:
+        return None
+    ref = Policy.load(path)
+    if ref.tokenizer.get_vocab() != policy.tokenizer.get_vocab():
+        raise ValueError(f"{path} and the policy have other vocabularies: no KL between them")
+    return ref.requires_grad_(False)
+
+
+def _rows(policy: Policy, prompts: list[dict[str, Any]], drawn: Samples) -> list[dict[str, Any]]:
+    texts = text.decode(policy.tokenizer, drawn.responses())
+    named = zip(drawn.prompt.tolist(), drawn.sample.tolist(), texts, drawn.finished.tolist(), strict=True)
+    return [
+        {
+            "prompt_id": prompts[p]["prompt_id"],
+            "prompt": prompts[p]["prompt"],
+            "sample": s,
+            "response": words,
+            "finished": done,
+        }
+        for p, s, words, done in named
+    ]
+
+
+def _summary(values: Tensor, prompt: Tensor, prompts: int) -> dict[str, float]:
+    total = torch.zeros(prompts, dtype=torch.float64).index_add(0, prompt, values.double())
+    means = total / torch.bincount(prompt, minlength=prompts)
+    error = means.std().item() / prompts**0.5 if prompts > 1 else 0.0
+    return {"mean": means.mean().item(), "se": error}

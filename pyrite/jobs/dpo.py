@@ -1,0 +1,332 @@
+"""Direct preference optimization: any loss, against any reference.
+
+mean over pairs of loss(log pi(chosen), log pi(rejected), the same two under the reference)
+
+The reference's log-probabilities are computed once, kept in a file and reused by every run that can: a sweep over
+beta, loss and seed reads the reference once. The last policy and the best on held-out pairs are both kept.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import shutil
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from pyrite import data, losses, parts, references, runs, seeds, train
+from pyrite.evaluation import Evaluation, Evaluator
+from pyrite.logps import Logps, Running
+from pyrite.losses.needs import needs
+from pyrite.models import Lora, Policy
+from pyrite.preferences import Loss, OnCut, Preferences, batch_loss, encode_pairs, measure, value_at_ref
+from pyrite.processes import world
+from pyrite.progress import say
+from pyrite.runs import Run
+from pyrite.train import BatchLoss, Training
+
+OUTPUTS = {
+    "model/": "the last policy, Hugging Face layout",
+    "best/": "the policy with the lowest held-out loss",
+    "metrics.jsonl": "loss, accuracies and margins by step; part=held_out on held-out pairs and evaluation prompts",
+    "dropped.jsonl": "pairs that were left out, with the reason",
+}
+WHOLE = 1 << 40  # tokens; no batch is larger
+MEASURED = 512  # training pairs to measure on where none are held out
+
+
+@dataclass(frozen=True)
+class Config:
+    """Train a policy on preference pairs with a direct loss."""
+
+    model: str
+    """Folder or Hub name of the policy to start from."""
+    data: str
+    """Preference pairs: prompt, chosen, rejected."""
+    out: Path
+    columns: str | None = None
+    held_out: float | str = 0.1
+    """Pairs to measure on: a file, or the share of the prompts to keep."""
+    loss: str = "dpo(beta=0.1)"
+    ref: str = "self"
+    """self, none, prior, column, a model, a reference folder, ema(rate=0.01), or a sum: "0.5*self + 0.5*PATH"."""
+    ref_cache: Path | None = None
+    """Where reference files are kept and looked for; "references" beside the run's folder by default."""
+    max_length: int | None = None
+    """Longest prompt + response in tokens; the model's context by default."""
+    max_prompt: int | None = None
+    """Longest prompt in tokens; longer ones keep their end. Three quarters of max_length by default."""
+    on_equal: Literal["error", "drop"] = "error"
+    """What to do with a pair whose answers are equal."""
+    on_cut: OnCut = "drop"
+    """What to do with a pair of which truncation cut one answer only."""
+    measure_every: int | None = None
+    """Steps between measurements on held-out pairs; a tenth of the run by default."""
+    evaluation: Evaluation = Evaluation()
+    lora: Lora = Lora()
+    training: Training = Training(lr=1e-6)
+    seed: int = 0
+
+
+def inputs(config: Config) -> dict[str, str | Path]:
+    """What the job reads."""
+    held = {"held_out": config.held_out} if isinstance(config.held_out, str) else {}
+    refs = {f"ref {source.path}": source.path for source in references.parse(config.ref) if source.path}
+    return {"model": config.model, "data": config.data, **held, **refs, **config.evaluation.inputs()}
+
+
+def run(config: Config) -> Run:
+    """Score the reference once, train, measure the last and the best policy on held-out pairs."""
+    run = runs.start("dpo", config, inputs=inputs(config))
+    if run.done:
+        return run
+    loss = parts.part(config.loss, losses)
+    wanted = needs(loss)
+    _refuse(config, wanted)
+    pairs, held = _read(config)
+    policy = Policy.load(config.model, lora=config.lora)
+    evaluator = _evaluator(config, policy)
+    learn, test, dropped = _prepare(policy, pairs, held, config, wanted)
+    live = Live.of(policy, config, wanted)
+    running = Running.zero(device=policy.device) if "running" in wanted else None
+    whole = bool(wanted & {"batch", "running"})
+    training = replace(config.training, micro_tokens=WHOLE) if whole else config.training
+    of = partial(
+        batch_loss,
+        policy,
+        loss,
+        tokens=bool(wanted & {"tokens", "ref_tokens"}),
+        details=bool(wanted & {"kl", "collision"}),
+        live=live.policy if live else None,
+        running=running,
+    )
+    total = train.steps(len(learn), training)
+    watch = Watch(run, policy, of(test), test, evaluator, training, config.measure_every or max(1, total // 10), total)
+    start = watch.measure()
+    _check_start(start, test, loss, config)
+    run.open()
+    say(f"dpo: {len(learn)} pairs, {len(test)} held out, {len(dropped)} dropped; at the start {_line(start)}")
+    if run.writes:
+        data.write(dropped, run.folder / "dropped.jsonl")
+    watch.begin(start)
+    train.fit(
+        policy,
+        learn.rows,
+        of(learn),
+        weights=[1.0] * len(learn),
+        training=training,
+        seed=config.seed,
+        run=run,
+        label="dpo",
+        state=(dict(vars(running)) if running else {}) | (live.state() if live else {}),
+        watch=lambda step: _after(step, policy, live, watch),
+    )
+    if run.writes:
+        policy.save(run.folder / "model")
+    train.discard_checkpoints(run)
+    return run.finish(pairs=len(learn), dropped=len(dropped), start=start, last=watch.last, best=watch.best)
+
+
+def _refuse(config: Config, wanted: frozenset[str]) -> None:
+    """Whatever the options alone show to be impossible."""
+    if wanted & {"batch", "running"} and world().num_processes > 1:
+        raise ValueError(f"--loss {config.loss} reads the whole batch at once: run it in one process")
+    kinds = {source.kind for source in references.parse(config.ref)}
+    if "kl" in wanted and not kinds <= {"self", "ema"}:
+        raise ValueError(f"--loss {config.loss} reads the reference's whole distribution: use --ref self or ema(...)")
+    if "ref_tokens" in wanted and "column" in kinds:
+        raise ValueError(f"--loss {config.loss} reads the reference token by token; --ref column has sums only")
+    if config.measure_every is not None and config.measure_every < 1:
+        raise ValueError(f"--measure-every {config.measure_every}: give at least 1 step")
+
+
+def _read(config: Config) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    read = partial(data.load, kind="pairs", columns=config.columns, on_equal=config.on_equal, note=say)
+    pairs = read(config.data)
+    if isinstance(config.held_out, str):
+        return pairs, read(config.held_out)
+    return data.split(pairs, fraction=config.held_out, seed=seeds.derive(config.seed, "held out"))
+
+
+def _evaluator(config: Config, policy: Policy) -> Evaluator | None:
+    if config.evaluation.eval_prompts is None:
+        if config.evaluation.gold or config.evaluation.rewards:
+            raise ValueError("--gold and --rewards score answers to --eval-prompts: name that file too")
+        return None
+    return Evaluator.load(config.evaluation, policy, ref=config.model, seed=config.seed)
+
+
+def _prepare(
+    policy: Policy, pairs: list[dict], held: list[dict], config: Config, wanted: frozenset[str]
+) -> tuple[Preferences, Preferences, list[dict[str, Any]]]:
+    """Both sets of pairs as token rows with the reference's log-probabilities, and what was left out of them.
+
+    One reference file covers both, so that it serves every seed's way of dividing the data.
+    """
+    length = config.max_length or policy.context
+    prompt = config.max_prompt if config.max_prompt is not None else length * 3 // 4
+    limits = {"max_length": length, "max_prompt": prompt}
+    made = encode_pairs(policy.tokenizer, pairs + held, on_cut=config.on_cut, source=config.data, **limits)
+    sources = references.parse(config.ref)
+    ref = None
+    if sources[0].kind == "none" and "ref" in wanted:
+        ref = made.zeros(tokens="ref_tokens" in wanted)  # the posterior: a reference that likes all texts alike
+    elif "ref" in wanted and sources[0].kind not in ("none", "ema"):
+        ref, reasons, notes = references.obtain(
+            sources,
+            made.texts,
+            made.encoded,
+            policy=policy,
+            policy_path=config.model,
+            cache=config.ref_cache or Path(config.out).parent / "references",
+            tokens="ref_tokens" in wanted,
+            columns=made.pairs,
+            precision=config.training.precision,
+            **limits,
+        )
+        made = made.without(reasons)
+        for note in notes:
+            say(f"  {note}")
+        ref = _suitable(ref, config, wanted)
+    prefs = made.preferences(ref)
+    if "strength" in wanted and prefs.strength is None:
+        raise ValueError(f"--loss {config.loss} reads how strong a preference is: give {config.data} a strength column")
+    held_ids = {id(pair) for pair in held}
+    test = [i for i, pair in enumerate(made.pairs) if id(pair) in held_ids]
+    learn = [i for i, pair in enumerate(made.pairs) if id(pair) not in held_ids]
+    if not learn:
+        raise ValueError(f"{config.data}: no pair is left to learn from ({len(made.dropped)} dropped)")
+    return prefs.at(learn), prefs.at(test or learn[:MEASURED]), made.dropped
+
+
+def _suitable(ref: Logps | None, config: Config, wanted: frozenset[str]) -> Logps:
+    assert ref is not None  # some source has been asked
+    if "aligned" in wanted and not ref.aligned:
+        raise ValueError(
+            f"R3: --loss {config.loss} divides by lengths or reads tokens, and --ref {config.ref} counts its own "
+            "tokens: choose a loss of sums, or a reference with the policy's tokenizer"
+        )
+    if "ref_tokens" in wanted and ref.tokens is None:
+        raise ValueError(f"--loss {config.loss} reads the reference token by token; --ref {config.ref} has sums only")
+    return ref
+
+
+def _check_start(start: dict[str, float], test: Preferences, loss: Loss, config: Config) -> None:
+    """Rule R6 on the means: before the first step the policy is its reference."""
+    if config.ref.strip() != "self" or test.ref is None:
+        return
+    near = 2e-2 if config.training.precision == "bfloat16" else 1e-3
+    if abs(start["margin"]) > near * max(1.0, test.ref.length.float().mean().item()):
+        raise ValueError(
+            f"R6: before the first step the mean margin is {start['margin']:.4f} nats, and must be 0: the reference "
+            "file is not this policy's; delete it to have it computed again"
+        )
+    want = value_at_ref(test, loss)
+    if want is not None and abs(start["loss"] - want) > 1e-3 * max(1.0, abs(want)):
+        raise ValueError(
+            f"R6: before the first step the loss is {start['loss']:.5f}, and must be {want:.5f} where policy = "
+            "reference: the reference file is not this policy's; delete it to have it computed again"
+        )
+
+
+def _after(step: int, policy: Policy, live: Live | None, watch: Watch) -> None:
+    if live:
+        live.follow(policy, step)
+    watch(step)
+
+
+def _line(measured: dict[str, float]) -> str:
+    names = ("loss", "accuracy", "policy_accuracy", "margin", "gold", "proxy", "kl_k1")
+    return ", ".join(f"{name} {measured[name]:.4g}" for name in names if name in measured)
+
+
+@dataclass
+class Live:
+    """A reference that runs along: a copy of the first policy, or one that follows the policy.
+
+    ref <- (1 - rate) ref + rate policy, every `every` steps (Gorbatovski et al. 2024, arXiv:2404.09656, eq. 5, 6).
+    """
+
+    policy: Policy
+    rate: float
+    every: int
+
+    @classmethod
+    def of(cls, policy: Policy, config: Config, wanted: frozenset[str]) -> Live | None:
+        """None where log-probabilities from a file will do."""
+        (source, *_) = references.parse(config.ref)
+        moves = source.kind == "ema" and "ref" in wanted
+        if not moves and "kl" not in wanted:
+            return None
+        options = {"rate": 0.01, "every": 1, **source.options} if moves else {"rate": 0.0, "every": 1}
+        return cls(copy.deepcopy(policy).eval().requires_grad_(False), **options)
+
+    @torch.no_grad()
+    def follow(self, policy: Policy, step: int) -> None:
+        """Move, when it is time."""
+        if self.rate and step % self.every == 0:
+            for mine, theirs in zip(self.policy.parameters(), policy.parameters(), strict=True):
+                mine.lerp_(theirs, self.rate)
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint must hold."""
+        return {f"ref.{name}": value for name, value in self.policy.named_parameters()} if self.rate else {}
+
+
+@dataclass
+class Watch:
+    """Measures the policy as it learns; keeps the one with the lowest held-out loss."""
+
+    run: Run
+    policy: Policy
+    loss: BatchLoss
+    test: Preferences
+    evaluator: Evaluator | None
+    training: Training
+    every: int
+    total: int
+    last: dict[str, float] = field(default_factory=dict)
+    best: dict[str, float] = field(default_factory=dict)
+
+    def measure(self) -> dict[str, float]:
+        """Loss, accuracies and margin on held-out pairs, in the precision of training; gold, proxy, KL of answers."""
+        precision = self.training.precision == "bfloat16"
+        with torch.autocast(self.policy.device.type, torch.bfloat16, enabled=precision):
+            measured = measure(self.policy, self.loss, self.test.rows, size=self.training.batch_size)
+        if self.evaluator:
+            for name, value in self.evaluator(self.policy).summary().items():
+                measured |= {name: value["mean"], f"{name}_se": value["se"]}
+        return measured
+
+    def begin(self, start: dict[str, float]) -> None:
+        """Write down the start, unless a resumed run finds it written; remember the best so far."""
+        kept = self.run.folder / "best" / "best.json"
+        if kept.exists():
+            self.best = runs.read_json(kept)
+        if not any(row.get("part") == "held_out" for row in runs.read_metrics(self.run.folder)):
+            self.run.log(step=0, part="held_out", **start)
+
+    def __call__(self, step: int) -> None:
+        """Measure after this step, if it is time."""
+        if step % self.every and step != self.total:
+            return
+        self.last = {"step": step, **self.measure()}
+        self.run.rewind(step - 1, part="held_out")  # a resumed run comes here again
+        self.run.log(part="held_out", **self.last)
+        if self.last["loss"] < self.best.get("loss", math.inf):
+            self.best = self.last
+            if self.run.writes:
+                self._keep()
+
+    def _keep(self) -> None:
+        folder, beside = self.run.folder / "best", self.run.folder / ".best"
+        shutil.rmtree(beside, ignore_errors=True)
+        self.policy.save(beside)
+        runs.write_json(beside / "best.json", self.best)
+        shutil.rmtree(folder, ignore_errors=True)
+        beside.replace(folder)

@@ -1,0 +1,241 @@
+"""References: compute the log-probabilities of a data set under a model, verify a file of them, import one.
+
+`pyrite reference compute|verify|import`. One file, made anywhere, serves every loss, beta and seed: --ref PATH.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from pyrite import data, references, runs
+from pyrite.loading import Dtype
+from pyrite.models import Policy
+from pyrite.preferences import EncodedPairs, encode_pairs
+from pyrite.progress import say
+from pyrite.references import BadReference, Table, Text, identity, imports, readings, row_id, scoring
+from pyrite.runs import Run
+
+Pair = dict[str, Any]
+OUTPUTS = {"table/": "the reference: part-*.parquet and manifest.json, to be named in --ref"}
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Score the answers of preference pairs with any model: its own tokenizer, its own chat template."""
+
+    model: str
+    """Folder or Hub name of the model that scores."""
+    data: str
+    """Preference pairs: prompt, chosen, rejected."""
+    out: Path
+    columns: str | None = None
+    conditioning: Literal["prompt", "prior"] = "prompt"
+    """prior scores the answers without their prompts."""
+    tokens: bool = True
+    """Also store token log-probabilities, which some losses and analyses read; False halves the file."""
+    max_length: int | None = None
+    """Longest prompt + response in tokens; the model's context by default. As in training, for the same tokenizer."""
+    max_prompt: int | None = None
+    """Longest prompt in tokens; longer ones keep their end. Three quarters of max_length by default."""
+    dtype: Dtype = "float32"
+    """Of the weights."""
+    precision: Dtype = "float32"
+    """Of the products."""
+    micro_tokens: int = 16384
+    """Packed tokens in one forward pass."""
+    on_equal: Literal["error", "drop"] = "error"
+    """What to do with a pair whose answers are equal."""
+
+
+@dataclass(frozen=True)
+class Verify:
+    """Check a reference against pairs and the policy to be trained on them, rule by rule."""
+
+    table: Path
+    """Folder of the reference."""
+    data: str
+    """Preference pairs: prompt, chosen, rejected."""
+    model: str | None = None
+    """Folder or Hub name of the policy; where it is the model that scored, rows are computed again (R6)."""
+    columns: str | None = None
+    tokens: bool = False
+    """The loss reads token log-probabilities."""
+    own_template: bool = False
+    """The scoring model may have read prompts in another chat template than the policy's."""
+    max_length: int | None = None
+    """Longest prompt + response in tokens, as in training; the model's context by default."""
+    max_prompt: int | None = None
+    """Longest prompt in tokens, as in training; three quarters of max_length by default."""
+    rows: int = 32
+    """Answers to compute again."""
+    on_equal: Literal["error", "drop"] = "error"
+    """What to do with a pair whose answers are equal."""
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Import:
+    """Take in log-probabilities computed elsewhere: prompt, chosen, rejected and one sum (nats) for each answer."""
+
+    file: str
+    """JSONL, CSV, Parquet or a data set."""
+    scorer: str
+    """The model that gave the log-probabilities, in your words."""
+    out: Path
+    columns: str | None = None
+    chosen: str = "chosen_logprob"
+    """Column with the log-probability of the chosen answer."""
+    rejected: str = "rejected_logprob"
+    """Column with the log-probability of the rejected answer."""
+
+
+Config = Compute | Verify | Import
+
+
+def inputs(config: Config) -> dict[str, str | Path]:
+    """What the job reads."""
+    if isinstance(config, Import):
+        return {"file": config.file}
+    if isinstance(config, Compute):
+        return {"model": config.model, "data": config.data}
+    model = {"model": config.model} if config.model else {}
+    return {"table": config.table, "data": config.data, **model}
+
+
+def run(config: Config) -> Run:
+    """Do what the kind of config says."""
+    if isinstance(config, Compute):
+        return compute(config)
+    return verify(config) if isinstance(config, Verify) else import_(config)
+
+
+def compute(config: Compute) -> Run:
+    """Read, score, store; an interrupted run goes on where it stopped."""
+    run = runs.start("reference", config, inputs=inputs(config))
+    if run.done:
+        return run
+    pairs = data.load(config.data, "pairs", columns=config.columns, on_equal=config.on_equal, note=say)
+    texts = _texts(pairs)
+    policy = Policy.load(config.model, dtype=config.dtype)
+    max_length, max_prompt = readings.limits(policy.context, config.max_length, config.max_prompt)
+    reading = readings.read(
+        policy.tokenizer,
+        texts,
+        conditioning=config.conditioning,
+        max_length=max_length,
+        max_prompt=max_prompt,
+        where=lambda i: f"{config.data}: {('chosen', 'rejected')[i % 2]} answer of pair {i // 2 + 1}",
+    )
+    recipe = scoring.recipe_of(policy, reading, tokens=config.tokens, precision=config.precision)
+    run.open()
+    say(f"reference: {len(reading.ids)} different answers of {len(pairs)} pairs, scored by {config.model}")
+    table = scoring.score(
+        policy,
+        reading,
+        recipe,
+        folder=run.folder / "table",
+        scorer=config.model,
+        pairs=texts,
+        files=identity.files_hash(config.model),
+        budget=config.micro_tokens,
+    )
+    return run.finish(**_summary(table))
+
+
+def import_(config: Import) -> Run:
+    """Check every number, then store."""
+    run = runs.start("reference", config, inputs=inputs(config))
+    if run.done:
+        return run
+    sums = imports.read(config.file, names=(config.chosen, config.rejected), columns=config.columns, note=say)
+    run.open()
+    if run.writes:
+        imports.store(sums, folder=run.folder / "table", scorer=config.scorer)
+    run.wait()
+    return run.finish(**_summary(references.load(run.folder / "table")))
+
+
+def verify(config: Verify) -> Run:
+    """Every rule with its outcome, until one is broken, which is the error. Writes nothing."""
+    pairs = data.load(config.data, "pairs", columns=config.columns, on_equal=config.on_equal, note=say)
+    policy = Policy.load(config.model) if config.model else None
+    outcome: dict[str, str] = {}
+
+    def keep(rule: str, result: str) -> None:
+        outcome[rule] = result
+        say(f"  {rule} kept: {result}")
+
+    try:
+        _check(config, pairs, policy, keep)
+    except BadReference as error:
+        say(f"  {str(error)[:2]} broken")
+        raise
+    return Run(config.table, runs.plain_config(config), {}, {"rules": outcome})
+
+
+def _check(config: Verify, pairs: list[Pair], policy: Policy | None, keep: Callable[[str, str], None]) -> None:
+    """The rules in the order in which a reference can break them."""
+    table = references.load(config.table)
+    keep("R7", f"{len(table.manifest['parts'])} parts, whole and unchanged")
+    keep("R5", "sums in float64, " + ("no tokens" if table.token_logp is None else "tokens in float32"))
+    left = _encoded(pairs, policy, config) if policy else None
+    texts = left.texts if left else _texts(pairs)
+    reasons = references.verify(
+        table,
+        texts,
+        left.encoded if left else None,
+        tokenizer=policy.tokenizer if policy else None,
+        tokens=config.tokens,
+        own_template=config.own_template,
+    )
+    keep("R1", f"all {len(texts)} answers are there, finite and at most 0")
+    same = policy is not None and references.same_tokenizer(table, policy.tokenizer)
+    if policy is None:
+        keep("R2", "not checked; name the policy with --model")
+    elif same:
+        keep("R2", "the tokenizer is the policy's, and so are the ids")
+    dropped = Counter([row["reason"] for row in left.dropped] if left else [])
+    dropped += Counter(
+        reason for pair in zip(reasons[::2], reasons[1::2], strict=True) if (reason := pair[0] or pair[1])
+    )
+    lost = ", ".join(f"{count} pairs: {reason}" for reason, count in dropped.items()) or "no pair"
+    if policy is not None and not same:
+        keep("R3", "another tokenizer, or an unknown one: for losses of sums")
+    keep("R4", f"to be dropped: {lost}")
+    if policy is None or table.imported or table.recipe["weights"] != identity.weights_hash(policy.model):
+        keep("R6", "not checked: it needs the model that scored as --model")
+    else:
+        worst = references.spot_check(table, policy, texts, rows=config.rows, seed=config.seed)
+        keep("R6", f"{min(config.rows, len(texts))} answers computed again differ by {worst:.2g} nats at most")
+    keep("R9", _words(references.margins(np.array([table.sum_logp[table.places[row_id(one)]] for one in texts]))))
+
+
+def _encoded(pairs: list[Pair], policy: Policy, config: Verify) -> EncodedPairs:
+    """The pairs as training reads them."""
+    return encode_pairs(
+        policy.tokenizer,
+        pairs,
+        max_length=config.max_length or policy.context,
+        max_prompt=config.max_prompt,
+        source=config.data,
+    )
+
+
+def _texts(pairs: list[Pair]) -> list[Text]:
+    return [Text(pair["prompt"], pair[side]) for pair in pairs for side in ("chosen", "rejected")]
+
+
+def _summary(table: Table) -> dict[str, Any]:
+    fingerprint, margins = table.manifest["fingerprint"], table.manifest["margins"]
+    say(f"reference: {_words(margins)}; use it as --ref {table.folder}")
+    return {"rows": len(table), "fingerprint": fingerprint, "margins": margins}
+
+
+def _words(margins: dict[str, float]) -> str:
+    return f"margins: mean {margins['mean']:.4g}, sd {margins['sd']:.4g} nats; accuracy {margins['accuracy']:.1%}"

@@ -1,0 +1,46 @@
+"""DPO with imitation of the chosen response."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from pyrite.logps import PairLogps
+from pyrite.losses.bco import bco
+from pyrite.losses.dpo import dpo
+
+__all__ = ["dpo_nll", "mpo"]
+
+
+def dpo_nll(pair: PairLogps, *, beta: float = 0.1, alpha: float = 1.0) -> Tensor:
+    """DPO plus the chosen response's negative log-likelihood a token; elsewhere called RPO.
+
+    loss = −log σ(βΔ) − α log π(y_w)/|y_w|,   Δ = log π(y_w)/π_ref(y_w) − log π(y_l)/π_ref(y_l)
+
+    PairLogps of B pairs -> (B,); ln 2 − α log π(y_w)/|y_w| at policy = reference. The likelihood is a mean over each
+    response, so that every pair weighs the same. Raises ValueError without a reference.
+
+    Pang et al. 2024, arXiv:2404.19733, eq. 1.
+    """
+    return dpo(pair, beta=beta) - alpha * pair.chosen.mean
+
+
+def mpo(
+    pair: PairLogps,
+    *,
+    beta: float = 0.1,
+    delta: float | None = 0.0,
+    preference: float = 0.8,
+    quality: float = 0.2,
+    generation: float = 1.0,
+) -> Tensor:
+    """Mixed preference optimization: which is better, how good each is, and how to write the better one.
+
+    loss = w_p · dpo + w_q · bco − w_g · log π(y_w)/|y_w|
+
+    PairLogps of B pairs -> (B,); (w_p + 2 w_q) ln 2 − w_g log π(y_w)/|y_w| at policy = reference and δ = 0.
+    `preference` is w_p, `quality` w_q, `generation` w_g, `delta` bco's. Raises ValueError as dpo and bco do.
+
+    Wang et al. 2024, arXiv:2411.10442.
+    """
+    both = preference * dpo(pair, beta=beta) + quality * bco(pair, beta=beta, delta=delta)
+    return both - generation * pair.chosen.mean

@@ -1,0 +1,85 @@
+"""Which reference, and how strongly: the three questions of RefDPO on a toy world (arXiv:2407.13709).
+
+One policy for every reference and beta: its own, none (posterior), the prior (likelihood), a stronger model of the
+same family, one of another family, one with another tokenizer. Gold, KL, length and degeneration side by side.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from pyrite import runs
+from pyrite.progress import say
+from pyrite.recipes.references import chain, results, settings
+from pyrite.recipes.references.claims import CLAIMS
+from pyrite.recipes.references.settings import Scale, Settings
+from pyrite.report import charts, references_page
+from pyrite.report.references import against_beta
+from pyrite.runs import Run
+
+__all__ = ["CLAIMS", "SETTINGS", "Config", "report", "run"]
+
+SETTINGS: dict[str, Settings] = {"toy": settings.TOY}
+
+
+@dataclass(frozen=True)
+class Config:
+    """References: one or more whole chains."""
+
+    scale: Scale = "toy"
+    """The embedded world in minutes on 2 cores."""
+    out: Path = Path("runs/references")
+    seeds: int = 1
+    """Independent whole chains."""
+    first_seed: int = 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What identifies a run of this recipe: a change of its settings is a change of the run."""
+
+    out: Path
+    scale: Scale
+    seeds: int
+    first_seed: int
+    settings: Settings
+
+
+def run(config: Config) -> Path:
+    """Run every chain and write the page; what is done already is not done again. Returns the page's path."""
+    wanted = SETTINGS[config.scale]
+    run = runs.start("references", Plan(**vars(config), settings=wanted), inputs={})
+    page = config.out / "report.html"
+    if run.done:
+        return page
+    run.open()
+    chains = []
+    for seed in range(config.first_seed, config.first_seed + config.seeds):
+        say(f"references: chain with seed {seed}")
+        chains.append(chain.run(config.out / f"seed_{seed}", wanted, seed=seed))
+    say("references: curves, claims and the page")
+    report(run, chains, config)
+    run.finish(chains=len(chains))
+    return page
+
+
+def report(run: Run, chains: list[chain.Chain], config: Config) -> None:
+    """results.json, a figure and report.html."""
+    found = {
+        "recipe": "references",
+        "scale": config.scale,
+        "seeds": [c.seed for c in chains],
+        "seconds": round(sum(c.seconds for c in chains), 1),
+        **results.collect(chains),
+        "config": asdict(SETTINGS[config.scale]),
+        "manifest": runs.read_json(run.folder / "manifest.json"),
+    }
+    runs.write_json(run.folder / "results.json", found)
+    drawn = against_beta(found["curves"], "gold", refs=("self", "none", "prior"), level=found["start"]["gold"])
+    charts.save(drawn, run.folder / "figures", "gold_against_beta")
+    runs.write_text(run.folder / "report.html", references_page(found))
+    for row in found["claims"]:
+        shown = {True: "holds", False: "does not hold", None: "undecided"}[row["holds"]]
+        interval = " [{:+.2f}, {:+.2f}]".format(*row["interval"]) if row["interval"] else " (one chain)"
+        say(f"  {shown:14} {row['measured']:+.2f}{interval}  {row['statement']}")

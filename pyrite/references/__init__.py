@@ -1,0 +1,29 @@
+"""References: what a policy is compared with, computed once, stored with a fingerprint, verified, mixed, imported.
+
+sources parses a spec; tables is the file; identity says what makes two files the same; scoring makes one, rules says
+which may be used, imports takes in foreign ones; supply gives a trainer what it asked for.
+"""
+
+from pyrite.references.imports import import_table
+from pyrite.references.rules import same_tokenizer, spot_check, verify
+from pyrite.references.scoring import compute
+from pyrite.references.sources import Source, parse
+from pyrite.references.supply import obtain
+from pyrite.references.tables import BadReference, Table, Text, load, margins, row_id
+
+__all__ = [
+    "BadReference",
+    "Source",
+    "Table",
+    "Text",
+    "compute",
+    "import_table",
+    "load",
+    "margins",
+    "obtain",
+    "parse",
+    "row_id",
+    "same_tokenizer",
+    "spot_check",
+    "verify",
+]

@@ -1,0 +1,244 @@
+"""The file of a reference: Parquet parts and, last of all, a manifest; whole and unchanged, or refused.
+
+part-00000.parquet ...  one row a text, its log-probability and what was read; written beside, flushed, then renamed
+manifest.json           the recipe (everything that can change a number), its fingerprint, a checksum a part
+
+A row is known by the hash of its text, never by its place, so one file serves every order and subset of the data.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pyrite import runs
+from pyrite.text import Prompt
+
+FORMAT = "pyrite reference 1"
+MANIFEST, PLAN, FIRST_PART = "manifest.json", "plan.json", "part-00000.parquet"
+SCHEMA = pa.schema(
+    {
+        "row_id": pa.string(),
+        "prompt_ids_sha": pa.string(),
+        "resp_ids_sha": pa.string(),
+        "n_prompt_tokens": pa.int32(),
+        "n_resp_tokens": pa.int32(),  # -1 where unknown, in an imported reference
+        "n_unknown": pa.int32(),  # tokens of the answer that stand for text the tokenizer does not know
+        "resp_utf8_bytes": pa.int64(),
+        "ended_with_eos": pa.bool_(),
+        "truncated": pa.bool_(),
+        "prompt_truncated": pa.bool_(),
+        "sum_logp": pa.float64(),
+    }
+)
+
+
+class BadReference(ValueError):  # noqa: N818, there is a ReferenceError already
+    """A reference that cannot be used; the message begins with the rule, R1 to R9, that it breaks."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """A prompt and one answer to it; `finished` says that the answer ends there, so that its end token counts."""
+
+    prompt: Prompt
+    response: str
+    finished: bool = True
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """N texts scored by one model: a list or an array (N,) a column, log-probabilities in nats.
+
+    token_logp: float32, the rows' tokens one after the other; None where only the sums are known or were read.
+    """
+
+    folder: Path
+    manifest: dict[str, Any]
+    row_id: list[str]
+    prompt_ids_sha: list[str]
+    resp_ids_sha: list[str]
+    n_prompt_tokens: np.ndarray
+    n_resp_tokens: np.ndarray
+    n_unknown: np.ndarray
+    resp_utf8_bytes: np.ndarray
+    ended_with_eos: np.ndarray
+    truncated: np.ndarray
+    prompt_truncated: np.ndarray
+    sum_logp: np.ndarray
+    token_logp: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.row_id)
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """Everything that can change a number: scorer, tokenizer, template, conditioning, truncation, precision."""
+        return self.manifest["recipe"]
+
+    @property
+    def imported(self) -> bool:
+        """Whether the sums came from elsewhere, so that what was read is not known."""
+        return "imported" in self.recipe
+
+    @cached_property
+    def places(self) -> dict[str, int]:
+        """Row of each row_id."""
+        return {name: row for row, name in enumerate(self.row_id)}
+
+    @cached_property
+    def _begins(self) -> np.ndarray:
+        return np.concatenate([[0], np.cumsum(self.n_resp_tokens.astype(np.int64))])
+
+    def tokens(self, row: int) -> np.ndarray:
+        """Token log-probabilities of one row, (T,) float32."""
+        assert self.token_logp is not None
+        return self.token_logp[self._begins[row] : self._begins[row + 1]]
+
+
+def row_id(text: Text) -> str:
+    """sha256 of the canonical JSON of a text's messages.
+
+    A prompt given as a str is the one user message it is rendered as, so both have one id; an answer that was cut
+    before its end differs from the finished one.
+    """
+    prompt = [{"role": "user", "content": text.prompt}] if isinstance(text.prompt, str) else text.prompt
+    answer = {"role": "assistant", "content": text.response} | ({} if text.finished else {"finished": False})
+    return digest([*({"role": turn["role"], "content": turn["content"]} for turn in prompt), answer])
+
+
+def digest(value: Any) -> str:
+    """sha256 of a value's canonical JSON."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def load(path: str | Path, *, tokens: bool = True) -> Table:
+    """A finished reference from its folder, a file in it, or the run that made it; without `tokens`, only its sums.
+
+    Raises BadReference (R7) where it is not finished or was changed since, (R5) where numbers are below float32.
+    """
+    given = Path(path)
+    inner = given / "table"
+    folder = inner if (inner / MANIFEST).exists() else given.parent if given.is_file() else given
+    manifest = read_manifest(folder)
+    if digest(manifest["recipe"]) != manifest["fingerprint"]:
+        raise BadReference(f"R7: {folder / MANIFEST}: the recipe does not match its fingerprint; compute it again")
+    parts = [_read(folder / part["name"], part, tokens=tokens) for part in manifest["parts"]]
+    whole = pa.concat_tables(parts)
+    columns = {name: whole[name].to_numpy() for name in SCHEMA.names}
+    for name in ("row_id", "prompt_ids_sha", "resp_ids_sha"):
+        columns[name] = columns[name].tolist()
+    has_tokens = tokens and "token_logp" in whole.column_names
+    flat = pa.chunked_array([part["token_logp"].combine_chunks().flatten() for part in parts]) if has_tokens else None
+    table = Table(folder, manifest, **columns, token_logp=None if flat is None else flat.to_numpy())
+    if len(table.places) != len(table) or len(table) != manifest["recipe"]["data"]["rows"]:
+        raise BadReference(f"R1: {folder}: {len(table)} rows, {len(table.places)} of them distinct; compute it again")
+    return table
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a finished reference. Raises BadReference (R7) without one."""
+    try:
+        manifest = runs.read_json(folder / MANIFEST)
+    except FileNotFoundError:
+        fault = "is not finished" if (folder / PLAN).exists() else "holds no reference"
+        raise BadReference(f"R7: {folder} {fault} (no {MANIFEST}); run `pyrite reference compute`") from None
+    except (OSError, ValueError) as error:
+        raise BadReference(f"R7: {folder / MANIFEST} cannot be read: {str(error).splitlines()[0]}") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise BadReference(f"R7: {folder / MANIFEST} is not the manifest of a reference ({FORMAT!r}); name its folder")
+    return manifest
+
+
+def write_part(path: Path, part: pa.Table) -> None:
+    """One part, whole or not at all. Raises BadReference (R7) where it cannot be written."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(part, sink, write_page_checksum=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with beside.open("wb") as file:
+            file.write(sink.getvalue())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except OSError as error:
+        raise unwritable(path, error) from error
+    finally:
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
+
+
+def unwritable(path: Path, error: OSError) -> BadReference:
+    """What to tell when a reference cannot be written."""
+    reason = error.strerror or error
+    return BadReference(f"R7: cannot write {path}: {reason}; make room and run again, finished parts are kept")
+
+
+def whole_part(path: Path, ids: Sequence[str]) -> bool:
+    """Whether a part left by an interrupted computation is sound and holds these rows."""
+    try:
+        part = pq.read_table(path, page_checksum_verification=True)
+    except (OSError, pa.ArrowException):
+        return False
+    return "row_id" in part.column_names and part["row_id"].to_pylist() == list(ids)
+
+
+def finish(folder: Path, recipe: Mapping[str, Any], **about: Any) -> None:
+    """The manifest of the parts that lie in `folder`, the last thing written; `about` changes no number."""
+    parts = sorted(folder.glob("part-*.parquet"))
+    listed = [{"name": path.name, "rows": pq.read_metadata(path).num_rows, "sha256": file_hash(path)} for path in parts]
+    created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    manifest = {"format": FORMAT, "fingerprint": digest(recipe), "recipe": recipe, "parts": listed, **about}
+    try:
+        runs.write_json(folder / MANIFEST, {**manifest, "created": created})
+        (folder / PLAN).unlink(missing_ok=True)
+    except OSError as error:
+        raise unwritable(folder / MANIFEST, error) from error
+
+
+def margins(logp: np.ndarray) -> dict[str, Any]:
+    """Of the margins m = log π_ref(chosen) − log π_ref(rejected) of B pairs: mean, sd, quantiles, ranking accuracy.
+
+    logp (2B,): chosen and rejected alternately, nats. Accuracy: the share of pairs with m > 0, ties ½.
+    """
+    m = np.asarray(logp[::2], dtype=np.float64) - np.asarray(logp[1::2], dtype=np.float64)
+    quantiles = {f"q{100 * share:02.0f}": float(np.quantile(m, share)) for share in (0.05, 0.25, 0.5, 0.75, 0.95)}
+    sd = float(m.std(ddof=1)) if len(m) > 1 else 0.0
+    return {"mean": float(m.mean()), "sd": sd, **quantiles, "accuracy": float(((m > 0) + 0.5 * (m == 0)).mean())}
+
+
+def file_hash(path: Path) -> str:
+    """sha256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read(path: Path, listed: Mapping[str, Any], *, tokens: bool) -> pa.Table:
+    """One part, as its manifest has it."""
+    if not path.exists():
+        raise BadReference(f"R7: {path} is missing; copy the whole folder, or compute it again")
+    if file_hash(path) != listed["sha256"]:
+        raise BadReference(f"R7: {path} was changed after it was written (its checksum differs); compute it again")
+    found = pq.read_schema(path)
+    missing = [name for name in SCHEMA.names if name not in found.names]
+    if missing:
+        raise BadReference(f"R7: {path} has no column {missing[0]}; compute it again")
+    kinds = [found.field("sum_logp").type]
+    kinds += [found.field("token_logp").type.value_type] if "token_logp" in found.names else []
+    if any(kind not in (pa.float32(), pa.float64()) for kind in kinds):
+        raise BadReference(f"R5: {path} stores log-probabilities as {kinds[0]}; float32 at least is needed")
+    wanted = [*SCHEMA.names, "token_logp"] if tokens and "token_logp" in found.names else SCHEMA.names
+    return pq.read_table(path, columns=wanted)

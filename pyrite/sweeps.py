@@ -1,0 +1,98 @@
+"""Several values for one option: one run for every combination, each in a folder named after its values."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import types
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from pyrite import runs
+from pyrite.progress import say
+from pyrite.runs import Run
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Options that stay, and the values of those that vary, all as on the command line."""
+
+    fixed: list[str]
+    axes: dict[str, list[str]]
+
+    def points(self) -> Iterator[tuple[str, list[str]]]:
+        """(folder name, arguments) of every combination."""
+        for values in itertools.product(*self.axes.values()):
+            point = dict(zip(self.axes, values, strict=True))
+            name = ",".join(f"{key.replace('-', '_')}={_plain(value)}" for key, value in point.items())
+            options = [part for key, value in point.items() for part in (f"--{key}", value)]
+            yield name, [*self.fixed, *options]
+
+
+def split(schema: type, arguments: list[str]) -> Sweep:
+    """Options that take one value but were given several become axes.
+
+    Raises ValueError where two combinations would share a folder, or `--out` has several values.
+    """
+    single = _single(schema)
+    given = {option.removeprefix("--").replace("_", "-"): (option, values) for option, values in _grouped(arguments)}
+    axes = {name: list(dict.fromkeys(values)) for name, (_, values) in given.items() if name in single and values[1:]}
+    fixed = [part for name, (option, values) in given.items() if name not in axes for part in (option, *values)]
+    if "out" in axes:
+        raise ValueError("--out takes one folder; the runs of a sweep get folders of their own below it")
+    sweep = Sweep(fixed, axes)
+    names = [name for name, _ in sweep.points()]
+    if len(set(names)) < len(names):
+        raise ValueError(f"the values of {', '.join(axes)} give two runs the same folder name: sweep them separately")
+    return sweep
+
+
+def run(configs: dict[str, Any], job: Callable[[Any], Run], out: Path) -> dict[str, Any]:
+    """Every config in turn; their results by name, kept up to date in `out`/sweep.json."""
+    table: dict[str, Any] = {}
+    for number, (name, config) in enumerate(configs.items(), 1):
+        say(f"sweep: run {number} of {len(configs)}, {name}")
+        done = job(config)
+        table[name] = done.results
+        if done.writes:
+            runs.write_json(out / "sweep.json", table)
+    return table
+
+
+def _grouped(arguments: list[str]) -> Iterator[tuple[str, list[str]]]:
+    """Options with the values that follow them."""
+    option, values = "", []
+    for argument in arguments:
+        if re.match(r"--[A-Za-z]", argument):
+            if option or values:
+                yield option, values
+            option, _, value = argument.partition("=") if re.match(r"--[\w-]+=", argument) else (argument, "", "")
+            values = [value] if value else []
+        else:
+            values.append(argument)
+    if option or values:
+        yield option, values
+
+
+def _single(schema: Any) -> set[str]:
+    """Names of the options that take exactly one value."""
+    hints = get_type_hints(schema)
+    names: set[str] = set()
+    for field in fields(schema):
+        kind = hints[field.name]
+        if is_dataclass(kind):
+            names |= _single(kind)
+        elif not any(get_origin(part) in (tuple, list) for part in _alternatives(kind)) and kind is not bool:
+            names.add(field.name.replace("_", "-"))
+    return names
+
+
+def _alternatives(kind: Any) -> tuple[Any, ...]:
+    return get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
+
+
+def _plain(value: str) -> str:
+    """A value as part of a folder's name."""
+    return re.sub(r"[^\w.()=+-]+", "_", value)

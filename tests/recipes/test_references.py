@@ -1,0 +1,120 @@
+"""The recipe end to end on a small chain, and its claims on simulated golds whose truth is known."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from pyrite.recipes import references as recipe
+from pyrite.recipes.references import claims
+from pyrite.recipes.references.settings import TOY, Settings
+from pyrite.train import Training
+
+SMALL = replace(
+    TOY,
+    toy_demos=400,
+    better_demos=100,
+    sft=Training(lr=4e-3, epochs=1, batch_size=32),
+    stronger=Training(lr=2e-3, epochs=1, batch_size=32),
+    vocabulary=300,
+    pair_prompts=20,
+    pair_answers=4,
+    dpo=Training(lr=5e-4, epochs=1, batch_size=16),
+    betas=(0.1, 0.01),
+    other_betas=(0.1,),
+    answer_prompts=6,
+    max_new_tokens=24,
+)
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> Settings:
+    monkeypatch.setitem(recipe.SETTINGS, "toy", SMALL)
+    return SMALL
+
+
+def test_recipe_runs_once_and_is_returned_when_done(
+    small: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = recipe.Config(out=tmp_path / "run")
+    page = recipe.run(config)
+    found = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert "<html" in page.read_text()
+    refs = ["self", "none", "prior", "family", "stranger", "tokenizer"]
+    assert [(row["ref"], row["beta"]) for row in found["curves"]] == [
+        (ref, beta) for ref in refs for beta in (small.betas if ref == "self" else small.other_betas)
+    ]
+    assert [row["id"] for row in found["claims"]] == [claim.id for claim in recipe.CLAIMS]
+    assert all(row["holds"] in (True, False, None) for row in found["claims"])
+    said = capsys.readouterr().out
+    assert said.count("reference: computed") == 5  # self, prior and three models; the second beta computes nothing
+    assert said.count("no forward pass") == 1
+    before = page.stat().st_mtime_ns
+    assert recipe.run(config) == page
+    assert page.stat().st_mtime_ns == before
+    with pytest.raises(ValueError, match="another config"):
+        recipe.run(replace(config, seeds=2))
+
+
+BETAS = [1.0, 0.1, 0.01, 0.001]
+TRUTH = {  # mean gold by beta
+    "self": [1.0, 2.0, 3.0, 0.0],
+    "none": [1.0, 1.5, 2.0, 1.0],
+    "prior": [1.0, 1.5, 2.5, 1.0],
+    "family": [2.0, 4.0, 3.0, 1.0],
+    "stranger": [1.0, 2.0, 2.5, 1.0],
+    "tokenizer": [2.0, 3.5, 2.0, 1.0],
+}
+
+
+def simulated(seed: int, *, noise: float = 1.0, truth: dict[str, list[float]] = TRUTH) -> claims.Measured:
+    g = torch.Generator().manual_seed(seed)
+
+    def drawn(means: list[float]) -> torch.Tensor:
+        return torch.tensor(means).double()[:, None] + noise * torch.randn(len(means), 200, generator=g).double()
+
+    length = {ref: drawn([30.0 if ref == "none" else 20.0] * 4) for ref in truth}
+    accuracy = {ref: torch.tensor([0.45, 0.5, 0.6, 0.62]) for ref in truth}
+    return claims.Measured(dict.fromkeys(truth, BETAS), {r: drawn(m) for r, m in truth.items()}, length, accuracy)
+
+
+def verdicts(chains: list[claims.Measured]) -> dict[str, bool | None]:
+    return {row["id"]: row["holds"] for row in claims.check(chains)}
+
+
+@pytest.mark.parametrize("seeds", [1, 4])
+def test_what_is_true_is_found(seeds: int) -> None:
+    found = verdicts([simulated(seed) for seed in range(seeds)])
+    if seeds == 1:
+        assert found.pop("policy-accuracy") is None  # one number gives no interval
+    assert all(found.values()), found
+
+
+def test_what_is_reversed_is_contradicted() -> None:
+    flipped = {**TRUTH, "none": TRUTH["self"], "self": TRUTH["none"], "family": TRUTH["none"]}
+    found = verdicts([simulated(seed, truth=flipped) for seed in range(4)])
+    assert found["reference-helps"] is False
+    assert found["compatible"] is False
+
+
+def test_without_a_difference_claims_seldom_hold() -> None:
+    """Nothing depends on beta or the reference: looking for the best beta must not create a gain."""
+    flat = {ref: [1.0] * 4 for ref in TRUTH}
+    rows = [row for seed in range(40) for row in claims.check([simulated(seed, truth=flat)])]
+    compared = [row for row in rows if row["id"] not in ("posterior-is-long", "policy-accuracy", "stronger-wants-more")]
+    wrong = sum(row["holds"] is not None for row in compared)
+    assert wrong / len(compared) < 0.12  # intervals of 95 %
+
+
+def test_best_beta_is_measured_on_the_other_half() -> None:
+    chain = simulated(0)
+    halves = claims._halves(chain)
+    gold = chain.gold["family"]
+    even, odd = gold[:, 0::2].mean(1), gold[:, 1::2].mean(1)
+    want = (odd[even.argmax()] + even[odd.argmax()]) / 2
+    assert halves.best("family").item() == pytest.approx(want.item())
+    assert halves.best_beta("family").item() == pytest.approx(-1.0)

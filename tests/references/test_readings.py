@@ -1,0 +1,62 @@
+"""Texts as a scorer reads them: distinct ones once, limits marked, priors without their prompts."""
+
+from __future__ import annotations
+
+import pytest
+
+from pyrite.models import Policy
+from pyrite.references import Text
+from pyrite.references.readings import cut_prompts, limits, read
+
+from .conftest import TEMPLATE, encode
+
+
+def test_limits_are_those_of_training() -> None:
+    assert limits(64, None, None) == (64, 48)
+    assert limits(64, 40, None) == (40, 30)
+    assert limits(64, None, 10) == (64, 10)
+
+
+def test_reading_is_encoding_each_distinct_text_once(policy: Policy, texts: list[Text]) -> None:
+    reading = read(policy.tokenizer, [*texts, *texts[:5]], conditioning="prompt", max_length=64, max_prompt=48)
+    assert reading.encoded == encode(policy.tokenizer, texts)
+    assert reading.texts == texts
+    assert not any(reading.cut)
+    known = read(
+        policy.tokenizer, texts, conditioning="prompt", max_length=64, max_prompt=48, encoded=reading.encoded[:]
+    )
+    assert known == reading
+
+
+def test_cut_prompts_and_answers_are_marked(policy: Policy) -> None:
+    texts = [Text("tell me about the cat", "the cat sat on the mat"), Text("a cat", "a dog")]
+    reading = read(policy.tokenizer, texts, conditioning="prompt", max_length=8, max_prompt=4)
+    assert [len(one.prompt) for one in reading.encoded] == [4, 3]
+    assert reading.cut == [True, False] == cut_prompts(policy.tokenizer, texts, reading.encoded)
+    assert [one.truncated for one in reading.encoded] == [True, False]
+
+
+def test_a_prior_reads_the_answer_alone(policy: Policy) -> None:
+    texts = [Text("a cat", "a dog"), Text("the mat", "a dog"), Text("a cat", "the cat sat on the mat", finished=False)]
+    reading = read(policy.tokenizer, texts, conditioning="prior", max_length=6, max_prompt=4)
+    start = policy.tokenizer.bos_token_id
+    assert [one.prompt for one in reading.encoded] == [[start]] * 3
+    assert [one.prompt for one in reading.texts] == ["a cat", "a cat", "the mat"]  # answers to a prompt side by side
+    assert reading.encoded[0].response == reading.encoded[2].response
+    assert [one.truncated for one in reading.encoded] == [False, True, False]
+    assert reading.recipe["conditioning"] == {"kind": "prior", "header": "<bos>", "ids": [start]}
+    policy.tokenizer.chat_template = TEMPLATE
+    with pytest.raises(ValueError, match="max_prompt 1 leaves no room for the 2 tokens a prior begins with"):
+        read(policy.tokenizer, texts, conditioning="prior", max_length=9, max_prompt=1)
+
+
+def test_a_prompt_that_leaves_no_room_is_named(policy: Policy) -> None:
+    with pytest.raises(ValueError, match="number 1: the prompt has 4 tokens"):
+        read(
+            policy.tokenizer,
+            [Text("a", "b"), Text("a cat sat", "b")],
+            conditioning="prompt",
+            max_length=4,
+            max_prompt=4,
+            where=lambda i: f"number {i}",
+        )

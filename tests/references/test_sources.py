@@ -1,0 +1,93 @@
+"""Specs of references: what each form means, and errors that name the piece."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pyrite.references import Source, parse
+from pyrite.references.tables import FIRST_PART, MANIFEST, PLAN
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        ("self", Source("self")),
+        (" none ", Source("none")),
+        ("prior", Source("prior")),
+        ("column", Source("column")),
+        ("column(chosen=a, rejected=b)", Source("column", options={"chosen": "a", "rejected": "b"})),
+        ("ema", Source("ema", options={"rate": 0.01, "every": 1})),
+        ("ema(rate=0.5,every=4)", Source("ema", options={"rate": 0.5, "every": 4})),
+        ("org/name", Source("model", "org/name")),
+        ("gpt2", Source("model", "gpt2")),
+        ("org/name(dtype=bfloat16)", Source("model", "org/name", options={"dtype": "bfloat16"})),
+        ("prior(org/name, dtype=float32)", Source("prior", "org/name", options={"dtype": "float32"})),
+        ("1e-1*self", Source("self", weight=0.1)),
+    ],
+)
+def test_one_source(spec: str, expected: Source) -> None:
+    assert parse(spec) == [expected]
+
+
+@pytest.mark.parametrize("spec", ["0.5*self + 0.25*org/name+0.25*prior", "0.5 * self  +  .25*org/name + 0.25 *prior"])
+def test_a_sum(spec: str) -> None:
+    assert parse(spec) == [Source("self", weight=0.5), Source("model", "org/name", 0.25), Source("prior", weight=0.25)]
+
+
+def test_paths(tmp_path: Path) -> None:
+    model, table, run, odd = (tmp_path / name for name in ("model", "table", "run", "c++ (2) + x"))
+    for folder in (model, table, run / "table", odd):
+        folder.mkdir(parents=True)
+    for folder in (model, odd):
+        (folder / "config.json").write_text("{}")
+    for folder in (table, run / "table"):
+        (folder / MANIFEST).write_text("{}")
+        (folder / FIRST_PART).write_text("")
+    assert parse(str(model)) == [Source("model", str(model))]
+    assert parse(str(odd)) == [Source("model", str(odd))]
+    assert parse(f"0.5*self + 0.5*{table}")[1] == Source("table", str(table), 0.5)
+    assert parse(str(table / FIRST_PART)) == parse(str(table / MANIFEST)) == [Source("table", str(table))]
+    assert parse(str(run)) == [Source("table", str(run / "table"))]
+    assert parse(f"{table}(own_template=True)")[0].options == {"own_template": True}
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ("slef", r"'slef' is neither .* did you mean 'self'"),
+        ("0.5*slef + 0.5*prior", r"'0.5\*slef' .* did you mean 'self'"),
+        ("self + none", "'none' cannot be part of a sum"),
+        ("0.5*ema", "'ema' cannot be part of a sum"),
+        ("0*self", r"the weight in '0\*self' must be a positive number"),
+        ("-1*self", "must be a positive number"),
+        ("1.2.3*self", "must be a positive number"),
+        ("ema(rate=2)", "'rate=2' in .* at most 1"),
+        ("ema(every=0)", "'every=0' in .* at least 1"),
+        ("ema(speed=1)", "'speed=1' is no option .* it takes rate, every"),
+        ("self(x=1)", "'x=1' is no option .* none at all"),
+        ("prior(a, b)", "'b' is no option"),
+        ("org/name(dtype=int8)", "choose float32 or bfloat16"),
+        ("org/name(own_template=yes)", "write True or False"),
+        ("no where/at all", "neither a model nor a finished reference"),
+        ("0.5*", "names nothing"),
+    ],
+)
+def test_errors_name_the_piece(spec: str, words: str) -> None:
+    with pytest.raises(ValueError, match=words) as error:
+        parse(spec)
+    assert "\n" not in str(error.value)
+
+
+def test_errors_about_folders(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    with pytest.raises(ValueError, match=rf"did you mean {tmp_path}/model\?"):
+        parse(str(tmp_path))
+    (tmp_path / PLAN).write_text("{}")
+    with pytest.raises(ValueError, match="is not finished; run the command"):
+        parse(str(tmp_path))
+    for name in (MANIFEST, FIRST_PART):
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(ValueError, match="knows its conditioning; name it alone"):
+        parse(f"prior({tmp_path})")

@@ -1,0 +1,74 @@
+"""Gold, proxy and KL of a policy's answers; the job's own tests cover the numbers from end to end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from pyrite import data
+from pyrite.evaluation import Evaluation, Evaluator, response_logps
+from pyrite.models import Policy, RewardModel
+from pyrite.packing import Row
+
+
+@pytest.fixture
+def asked(demos: Path, tmp_path: Path) -> Evaluation:
+    data.write(data.load(demos, "demos")[:5], tmp_path / "few.jsonl")
+    return Evaluation(eval_prompts=str(tmp_path / "few.jsonl"), gold="length()", eval_k=3, max_new_tokens=6)
+
+
+@pytest.fixture(scope="module")
+def policy(tiny: Path) -> Policy:
+    return Policy.load(tiny)
+
+
+def test_the_three_numbers(asked: Evaluation, policy: Policy, tiny: Path, tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    RewardModel.load(tiny, head_seed=0).save(tmp_path / "rewards")
+    asked = replace(asked, rewards=str(tmp_path / "rewards"))
+    answers = Evaluator.load(asked, policy, ref=str(tiny), seed=0)(policy)
+    assert len(answers.rows) == 15
+    assert all(len(value) == 15 for value in answers.values.values())
+    assert answers.values["kl_k1"].abs().max() < 1e-4  # against itself
+    want = [float(len(row["response"].split())) for row in answers.rows]
+    assert answers.values["gold"].tolist() == want
+    summary = answers.summary()
+    means = torch.tensor(want, dtype=torch.float64).view(5, 3).mean(1)
+    assert summary["gold"] == pytest.approx({"mean": means.mean().item(), "se": means.std().item() / 5**0.5})
+    assert set(summary) == {"gold", "proxy", "kl_k1", "kl_k3", "length", "missing_eos"}
+
+
+def test_kl_uses_the_sampled_tokens(asked: Evaluation, policy: Policy, tiny: Path, tmp_path: Path) -> None:
+    other = Policy.load(tiny)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.1)
+    other.save(tmp_path / "other")
+    made = Evaluator.load(asked, policy, ref=str(tmp_path / "other"), seed=0)
+    answers = made(policy)
+    rows = [
+        Row(made.ids[p], [r]) for p, r in zip(answers.drawn.prompt.tolist(), answers.drawn.responses(), strict=True)
+    ]
+    ratio = response_logps(policy, rows).sum - response_logps(other, rows).sum
+    torch.testing.assert_close(answers.values["kl_k1"], ratio.double(), atol=1e-3, rtol=1e-3)
+    assert answers.values["kl_k3"].min() >= -1e-6
+
+
+def test_the_same_seed_gives_the_same_answers(asked: Evaluation, policy: Policy) -> None:
+    one, two, other = (Evaluator.load(asked, policy, ref=None, seed=seed)(policy).rows for seed in (0, 0, 1))
+    assert one == two
+    assert one != other
+
+
+def test_a_scorer_is_tried_on_a_real_prompt(asked: Evaluation, policy: Policy, tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    (tmp_path / "picky.py").write_text(
+        "import torch\ndef score(prompts, responses):\n"
+        "    assert all(p.startswith('tell me') for p in prompts), prompts\n    return torch.ones(len(prompts))\n"
+    )
+    made = Evaluator.load(replace(asked, gold=f"{tmp_path}/picky.py:score()"), policy, ref=None, seed=0)
+    assert made(policy).values["gold"].tolist() == [1.0] * 15
