@@ -7,6 +7,7 @@ KL(policy || ref) = E_policy[log pi - log pi_ref] is estimated where it is defin
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -78,11 +79,23 @@ class Evaluator:
 
     @classmethod
     def load(
-        cls, options: Evaluation, policy: Policy, *, ref: str | None, seed: int, columns: str | None = None
+        cls,
+        options: Evaluation,
+        policy: Policy,
+        *,
+        ref: str | Policy | None,
+        seed: int,
+        columns: str | None = None,
+        prompts: list[dict[str, Any]] | None = None,
     ) -> Evaluator:
-        """Everything read, and whatever cannot work refused: options, scorers, prompts too long for the policy."""
+        """Everything read, and whatever cannot work refused: options, scorers, prompts too long for the policy.
+
+        ref: a path, a loaded policy, or `policy` itself, which then is its own reference without its adapters.
+        prompts: rows in place of those in `options.eval_prompts`.
+        """
         gold = parts.part(options.gold, golds) if options.gold else None
-        prompts = data.load(str(options.eval_prompts), "prompts", columns=columns)[: options.eval_limit]
+        rows = prompts or data.load(str(options.eval_prompts), "prompts", columns=columns)
+        prompts = rows[: options.eval_limit]
         if gold:  # one that cannot score is refused now
             golds.check_scores(gold([text.plain(prompts[0]["prompt"])], ["hello"]), 1, name=str(options.gold))
         if policy.context <= options.max_new_tokens:
@@ -109,7 +122,8 @@ class Evaluator:
         if self.proxy:
             values["proxy"] = self.proxy(asked, said, drawn.finished.tolist())
         if self.ref:
-            values |= self._kl(self.ref, drawn)
+            with self.ref.without_adapters() if self.ref is policy else nullcontext():
+                values |= self._kl(self.ref, drawn)
         values |= {"length": drawn.length.double(), "missing_eos": (~drawn.finished).double()}
         return Answers(rows, values, drawn, len(self.prompts))
 
@@ -167,9 +181,9 @@ def _proxy(options: Evaluation) -> Callable[[list[Any], list[str], list[bool]], 
     return lambda prompts, responses, finished: combine(rewards.scores(prompts, responses, finished=finished))
 
 
-def _reference(policy: Policy, path: str | None) -> Policy | None:
-    if path is None:
-        return None
+def _reference(policy: Policy, path: str | Policy | None) -> Policy | None:
+    if path is None or isinstance(path, Policy):
+        return path
     ref = Policy.load(path)
     if ref.tokenizer.get_vocab() != policy.tokenizer.get_vocab():
         raise ValueError(f"{path} and the policy have other vocabularies: no KL between them")

@@ -1,12 +1,11 @@
-"""Sampling from a causal language model: token ids in, tokens and their log-probabilities out.
+"""Sampling from a causal language model, or from two mixed: token ids in, tokens and log-probabilities out.
 
 A sample depends on (seed, key of its prompt, sample number) alone, not on the batch, the order or the machine
-count. The model is run from our own cache where it can be (`pyrite.decoding`), else by transformers' `generate`.
+count. A model is run from our own cache where it can be (`pyrite.decoding`), else by transformers' `generate`.
 """
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,17 +14,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyrite.decoding.engines import Path, evaluating, open_engine
-from pyrite.decoding.sampling import Job, Record, chunks, decode, generate
+from pyrite.decoding.engines import Path, evaluating
+from pyrite.decoding.requests import Group, Request, check_arms, check_reference, groups
+from pyrite.decoding.sampling import Chunk, Job, Record
+from pyrite.decoding.uncached import score
+from pyrite.decoding.voices import Voice, open_reference, open_voice
 
-log = logging.getLogger(__name__)
-
-ROWS, ROWS_CPU = 512, 128  # that decode together by default; on a processor its caches should hold theirs
+SLOWEST: tuple[Path, ...] = ("uncached", "generate", "cached", "lean")
 
 
 @dataclass(frozen=True)
 class Samples:
-    """N sampled responses, prompt by prompt, sample by sample; T is the longest; 0 beyond each length."""
+    """N sampled responses, prompt by prompt, sample by sample; T is the longest; 0 beyond each length.
+
+    path: how the model was run, the slowest way of several: "lean"; "cached"; "generate", transformers' own; or
+    "uncached", where two models are mixed of which one cannot use our cache: the whole text anew at every step.
+    """
 
     prompt: Tensor  # (N,) index of the prompt
     sample: Tensor  # (N,) 0 .. k-1
@@ -33,8 +37,9 @@ class Samples:
     length: Tensor  # (N,) tokens, the end token included
     finished: Tensor  # (N,) bool: ended by an end token, not cut
     logps: Tensor  # (N, T) nats, under the distribution drawn from (0 when greedy)
-    policy_logps: Tensor  # (N, T) nats, under the model: temperature 1, nothing truncated
-    path: Path  # how the model was run: "lean", "cached" or "generate" (transformers' own, slower)
+    policy_logps: Tensor  # (N, T) nats, under the model (of two, the policy): temperature 1, nothing truncated
+    path: Path
+    ref_logps: Tensor | None = None  # (N, T) nats, likewise of the reference; NaN in rows that did not need it
 
     def responses(self) -> list[list[int]]:
         """Token ids of each response, end token included."""
@@ -66,75 +71,101 @@ def sample(
     progress is told each number of rows finished.
     Raises ValueError for an empty prompt, one too long for the context, options out of range, and NaN logits.
     """
-    device = next(model.parameters()).device
-    max_rows = (ROWS_CPU if device.type == "cpu" else ROWS) if max_rows is None else max_rows
-    ends = [eos] if isinstance(eos, int) else list(eos)
-    keys = range(len(prompts)) if keys is None else keys
-    _check_options(k, max_new_tokens, temperature, top_p, top_k, max_rows)
-    _check_prompts(model, prompts, keys, max_new_tokens)
-    columns = max(map(len, prompts)) + max_new_tokens
+    ask = Request(prompts, k, eos, max_new_tokens, temperature, top_p, top_k, seed, keys, max_rows, progress)
+    ask.check(model)
     with torch.inference_mode(), evaluating(model):
-        engine = open_engine(model, columns)
-        if engine is None:
-            log.warning("%s cannot decode from our cache: using transformers' generate", type(model).__name__)
-        job = Job(
-            model=model,
-            engine=engine,
-            eos=torch.tensor(ends, dtype=torch.int64, device=device),
-            steps=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            progress=progress or (lambda _: None),
-        )
-        record = Record.empty(len(prompts) * k, max_new_tokens, device)
-        for chunk in chunks(prompts, torch.tensor(list(keys), device=device), k, seed, max_rows):
-            part = decode(job, chunk) if engine else generate(job, chunk)
-            for whole, piece in zip(vars(record).values(), vars(part).values(), strict=True):
-                whole[chunk.rows] = piece
-    return _samples(job, record, k)  # outside of inference mode, so that the results may enter a loss
+        job = ask.job([open_voice(model, ask.columns)])
+        record = Record.empty(len(prompts) * k, job.steps, job.device)
+        for chunk in ask.chunks(job.device):
+            record.write(chunk.rows, job.run(chunk))
+    return _samples(job, record, k, job.path)  # outside of inference mode, so that the results may enter a loss
 
 
-def _samples(job: Job, record: Record, k: int) -> Samples:
-    ends = job.ends(record.tokens)
-    finished = ends.any(1)
-    length = torch.where(finished, ends.int().argmax(1) + 1, job.steps)
-    width = int(length.max())
-    inside = torch.arange(width, device=length.device) < length[:, None]
-    tokens, logps, policy = (block[:, :width] * inside for block in vars(record).values())
+def sample_mixed(
+    policy_model: Any,
+    ref_model: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    exponents: Tensor,
+    eos: int | Sequence[int],
+    max_new_tokens: int = 256,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    seed: int = 0,
+    keys: Sequence[int] | None = None,
+    max_rows: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Samples:
+    """k responses to each prompt, each from an arm of its own, token by token from softmax of
+
+    (a · logits of the policy + b · logits of the reference) / temperature, cut to top_k, then to top_p,
+
+    with exponents (P, k, 2) float32 the (a, b) of every sample (`samplers.exponents`); other options as in `sample`.
+    ref_model None: the policy with its adapters off, so that one base in memory is both.
+    Only the models of a row's arm decode it: (1, 0) gives what `sample` gives with the policy, (0, 1) what it gives
+    with the reference; such a row's policy_logps are read off afterwards, in one forward over the whole text.
+    Raises ValueError as `sample` does, and for a reference of another vocabulary.
+    """
+    arms = check_arms(exponents, len(prompts))
+    k, ran = arms.shape[1], arms[..., 1].flatten() != 0
+    has_ref = bool(ran.any())
+    ask = Request(prompts, k, eos, max_new_tokens, temperature, top_p, top_k, seed, keys, max_rows, progress)
+    other = check_reference(policy_model, ref_model) if has_ref or ref_model is not None else policy_model
+    ask.check(policy_model, other)
+    with torch.inference_mode(), evaluating(policy_model), evaluating(other):
+        parts = groups(arms)
+        policy, ref = _voices(policy_model, ref_model, parts, ask.columns)
+        jobs = [ask.job([v for v, on in ((policy, part.policy), (ref, part.ref)) if on]) for part in parts]
+        record = Record.empty(len(ran), max_new_tokens, policy.device, ref=has_ref)
+        for part, job in zip(parts, jobs, strict=True):
+            for chunk in ask.chunks(policy.device, part):
+                record.write(chunk.rows, _run(job, chunk, part, policy))
+    path = SLOWEST[min(SLOWEST.index(job.path) for job in jobs)]
+    return _samples(jobs[0], record, k, path, ran.to(policy.device))
+
+
+def _voices(policy_model: Any, ref_model: Any, parts: Sequence[Group], columns: int) -> tuple[Voice, Voice]:
+    """Policy and reference, each made ready to decode only if it will."""
+    decodes = ref_model is None or any(part.policy for part in parts)
+    policy = open_voice(policy_model, columns) if decodes else Voice(policy_model)
+    if not any(part.ref for part in parts):
+        return policy, policy
+    return policy, open_reference(ref_model, policy, columns)
+
+
+def _run(job: Job, chunk: Chunk, part: Group, policy: Voice) -> Record:
+    """Samples of a chunk, with the policy's log-probabilities where the reference alone has drawn."""
+    drawn = job.run(chunk)
+    if part.policy:
+        return drawn
+    read = score(policy, chunk.prompts, drawn.tokens, job.lengths(drawn.tokens))
+    return Record(drawn.tokens, drawn.logps, read, ref_logps=drawn.policy_logps)
+
+
+def _samples(job: Job, record: Record, k: int, path: Path, ran: Tensor | None = None) -> Samples:
+    """Records cut at each row's end; `ran` (N,): rows that the reference ran for, None of one model."""
+    length, finished = job.lengths(record.tokens), job.ends(record.tokens).any(1)
+    inside = torch.arange(int(length.max()), device=length.device) < length[:, None]
+    cut = {
+        name: None if block is None else block[:, : inside.shape[1]].masked_fill(~inside, 0)
+        for name, block in vars(record).items()
+    }
+    record = Record(**cut)  # type: ignore[arg-type]  # what was there still is
+    _check_finite(record, k, "model" if ran is None else "policy")
+    ref = record.ref_logps
+    if ref is not None and ran is not None:
+        ref = ref.masked_fill(inside & ~ran[:, None], math.nan)
     row = torch.arange(len(length), device=length.device)
-    if bool((bad := ~policy.isfinite().all(1)).any()):
-        raise ValueError(f"the model's logits are not finite on prompt {int(bad.nonzero()[0]) // k}: check the weights")
-    path = job.engine.path if job.engine else "generate"
-    return Samples(row // k, row % k, tokens, length, finished, logps, policy, path)
+    drawn = record.tokens, length, finished, record.logps, record.policy_logps
+    return Samples(row // k, row % k, *drawn, path, ref)
 
 
-def _check_options(k: int, max_new_tokens: int, temperature: float, top_p: float, top_k: int, max_rows: int) -> None:
-    for name, value in (("k", k), ("max_new_tokens", max_new_tokens), ("max_rows", max_rows)):
-        if value < 1:
-            raise ValueError(f"{name}={value}: give at least 1")
-    if not (math.isfinite(temperature) and temperature >= 0):
-        raise ValueError(f"temperature={temperature}: give 0 (greedy) or a positive number")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p={top_p}: give a share of probability above 0, at most 1")
-    if top_k < 0:
-        raise ValueError(f"top_k={top_k}: give a number of tokens, or 0 for all")
-
-
-def _check_prompts(model: Any, prompts: Sequence[Sequence[int]], keys: Sequence[int], max_new_tokens: int) -> None:
-    if not len(prompts):
-        raise ValueError("no prompts: give at least one")
-    if len(keys) != len(prompts):
-        raise ValueError(f"{len(keys)} keys for {len(prompts)} prompts: give one key a prompt")
-    text = model.config.get_text_config()
-    context = getattr(text, "max_position_embeddings", None)
-    for index, prompt in enumerate(prompts):
-        if not len(prompt):
-            raise ValueError(f"prompt {index} is empty: give at least one token, such as a start token")
-        if context and len(prompt) + max_new_tokens > context:
-            raise ValueError(
-                f"prompt {index} has {len(prompt)} tokens and max_new_tokens is {max_new_tokens}, beyond the "
-                f"model's context of {context}: shorten one of them"
-            )
-        if min(prompt) < 0 or max(prompt) >= text.vocab_size:
-            raise ValueError(f"prompt {index} has a token outside 0..{text.vocab_size - 1}: wrong tokenizer?")
+def _check_finite(record: Record, k: int, policy: str) -> None:
+    """-inf may stand beside the model drawn from; NaN comes of broken weights, or of options beyond float32."""
+    cause = {policy: "the weights", "reference": "the weights", "arm": "its exponents, and the temperature"}
+    blocks = record.policy_logps, record.ref_logps, record.logps
+    for (whose, what), block in zip(cause.items(), blocks, strict=True):
+        if block is not None and bool((bad := block.isnan().any(1)).any()):
+            index = int(bad.nonzero()[0]) // k
+            raise ValueError(f"the {whose}'s logits are not finite on prompt {index}: check {what}")

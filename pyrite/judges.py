@@ -14,19 +14,31 @@ __all__ = ["bradley_terry"]
 Judge = Callable[[list[str], list[str], list[str]], Tensor]
 
 
-def bradley_terry(*, gold: str, scale: float = 1.0) -> Judge:
-    """Judge: P(a beats b) = sigma((gold(a) - gold(b)) / scale), from any gold named as a spec string.
+def bradley_terry(*, gold: str, scale: float = 1.0, noise: float = 0.0, hard: bool = False) -> Judge:
+    """Judge: P(a beats b) = (1 − noise) σ((gold(a) − gold(b)) / scale) + noise σ((gold(b) − gold(a)) / scale).
+
+    gold: any scorer named as a spec string, a reward model among them; each text is scored once a call. scale: score
+    points to an odds ratio of e. noise in [0, ½]: how often this judge says the opposite. hard: 1, 0, ½ at a tie, in
+    place of σ. Raises ValueError for options out of range.
 
     >>> bradley_terry(gold="length()")(["hi"], ["one two"], ["one two"])
     tensor([0.5000])
     """
     if not scale > 0:
         raise ValueError(f"bradley_terry has scale={scale}; it must be positive")
+    if not 0 <= noise <= 0.5:
+        raise ValueError(f"bradley_terry has noise={noise}; it must be a share from 0 to 0.5")
     scorer = parts.part(gold, golds)
 
     def judge(prompts: list[str], a: list[str], b: list[str]) -> Tensor:
-        first, second = (golds.check_scores(scorer(prompts, x), len(x), name=gold) for x in (a, b))
-        return torch.sigmoid((first - second) / scale)
+        texts = list(dict.fromkeys([*zip(prompts, a, strict=True), *zip(prompts, b, strict=True)]))
+        if not texts:
+            return torch.empty(0)
+        scores = golds.check_scores(scorer([p for p, _ in texts], [y for _, y in texts]), len(texts), name=gold)
+        place = {text: i for i, text in enumerate(texts)}
+        first, second = (scores[[place[text] for text in zip(prompts, side, strict=True)]] for side in (a, b))
+        better = (0.5 + 0.5 * (first - second).sign()) if hard else torch.sigmoid((first - second) / scale)
+        return (1 - noise) * better + noise * (1 - better)
 
     return judge
 

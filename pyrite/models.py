@@ -6,8 +6,8 @@ model's own padded forward; a model that disagrees (an encoder, an unusual mask 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +22,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from pyrite.attention import packed_forward, recompute_layers
+from pyrite.attention import recompute_layers
+from pyrite.forwards import agrees, as_padded, by_prompt, by_response, trunk_states, unpadded
 from pyrite.loading import (
     Dtype,
     Lora,
@@ -52,14 +53,17 @@ class Policy(nn.Module):
         super().__init__()
         self.model = model
         self.tokenizer = tokenizer
-        self.packed = has_bare_head(model) and _agrees(self._fast, self._plain, backbone(model))
+        self.reversible = False  # without its adapters it is the model it was loaded from
+        self.packed = has_bare_head(model) and agrees(self._fast, self._plain, backbone(model))
 
     @classmethod
     def load(cls, path: str | Path, *, lora: Lora | None = None, dtype: Dtype = "float32") -> Policy:
         """From a folder or Hub name; a folder with adapters loads its base below them."""
         tokenizer = tokenizer_of(path)
         model = load_model(AutoModelForCausalLM, path, dtype=dtype)
-        return cls(adapted(model, lora, task="CAUSAL_LM"), tokenizer)
+        made = cls(adapted(model, lora, task="CAUSAL_LM"), tokenizer)
+        made.reversible = isinstance(made.model, PeftModel) and not isinstance(model, PeftModel)
+        return made
 
     @property
     def context(self) -> int:
@@ -87,6 +91,12 @@ class Policy(nn.Module):
         """Log-probabilities of the N responses; `tokens=True` keeps them token by token."""
         return by_response(self(batch), batch, tokens=tokens)
 
+    @contextmanager
+    def without_adapters(self) -> Iterator[Policy]:
+        """Within this block its adapters, if it has any, do nothing."""
+        with self.model.disable_adapter() if isinstance(self.model, PeftModel) else nullcontext():
+            yield self
+
     def save(self, folder: str | Path) -> None:
         """Hugging Face layout, safetensors, tokenizer included."""
         self.model.save_pretrained(str(folder))
@@ -94,7 +104,7 @@ class Policy(nn.Module):
 
     def _fast(self, batch: Packed) -> Tensor:
         model = backbone(self.model)
-        hidden = _trunk_states(model, batch).index_select(0, batch.predictor)
+        hidden = trunk_states(model, batch).index_select(0, batch.predictor)
         head: Any = model.get_output_embeddings()
         return selective_logp(hidden, head.weight, batch.target)
 
@@ -106,11 +116,11 @@ class Policy(nn.Module):
         """The logits that predict some of the R response tokens; on packed rows, only those are ever computed."""
         if not batch.padded:
             model = backbone(self.model)
-            hidden, head = _trunk_states(model, batch).index_select(0, batch.predictor), model.get_output_embeddings()
+            hidden, head = trunk_states(model, batch).index_select(0, batch.predictor), model.get_output_embeddings()
             return lambda rows: F.linear(hidden[rows], head.weight)  # type: ignore[union-attr,arg-type]
-        ids, mask = _padded(batch)
+        ids, mask = as_padded(batch)
         logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-        chosen = _unpad(logits, batch).index_select(0, batch.predictor)
+        chosen = unpadded(logits, batch).index_select(0, batch.predictor)
         return lambda rows: chosen[rows]
 
 
@@ -140,7 +150,7 @@ class RewardModel(nn.Module):
         score = getattr(backbone(model), "score", None)  # the head transformers gives every decoder classifier
         # a mean-pooled head is not the stock one, so only the trunk can be compared, at the last token
         pooled = isinstance(score, nn.Module)
-        self.packed = pooled and _agrees(lambda b: self.read(self.pooled(b, "last")), self._plain, backbone(model))
+        self.packed = pooled and agrees(lambda b: self.read(self.pooled(b, "last")), self._plain, backbone(model))
         if pooling == "mean" and not self.packed:
             raise ValueError("pooling=mean needs a decoder model that can run packed; use pooling=last")
 
@@ -227,7 +237,7 @@ class RewardModel(nn.Module):
 
     def pooled(self, batch: Packed, pooling: Pooling) -> Tensor:
         """What the head reads of each of the N responses of a packed batch, (N, H)."""
-        states = _trunk_states(self._active(), batch)
+        states = trunk_states(self._active(), batch)
         if pooling == "last":
             return states.index_select(0, batch.last)
         total = states.new_zeros(batch.n, states.shape[1]).index_add(0, batch.owner, states[batch.response])
@@ -249,7 +259,7 @@ class RewardModel(nn.Module):
         self.tokenizer.save_pretrained(folder)
 
     def _plain(self, batch: Packed) -> Tensor:
-        ids, mask = _padded(batch, pad=self._active().config.pad_token_id)
+        ids, mask = as_padded(batch, pad=self._active().config.pad_token_id)
         return self.model(input_ids=ids, attention_mask=mask).logits[:, 0].float()
 
     def _active(self) -> Any:
@@ -299,7 +309,7 @@ def _raw_scores(
     """Raw scores (E, N) of members that read texts alike, so that each batch is packed once."""
     for member in members:
         member.eval()
-    rows, owners = _group(texts)
+    rows, owners = by_prompt(texts)
     out = torch.empty(len(members), len(texts))
     for group in micro_batches(rows, budget=budget):
         index = [i for g in group for i in owners[g]]
@@ -317,82 +327,7 @@ def _together(members: Sequence[RewardModel], batch: Packed) -> Tensor:
     return torch.stack([member.read(pooled) for member in members])
 
 
-def by_response(flat: Tensor, batch: Packed, *, tokens: bool = False) -> Logps:
-    """Log-probabilities (R,) of response tokens as those of the N responses; sums are added up in float64."""
-    if tokens:
-        return Logps.from_tokens(list(flat.split(batch.lengths.tolist())))
-    total = flat.new_zeros(batch.n, dtype=torch.float64).index_add(0, batch.owner, flat.double())
-    return Logps.from_sums(total.float(), batch.lengths)
-
-
 def _pack(model: Policy | RewardModel, rows: Sequence[Row]) -> Packed:
     """Packed where the model can; rows longer than a sliding window need the model's own masks."""
     window = getattr(backbone(model.model).config.get_text_config(), "sliding_window", None) or 1 << 30
     return pack(rows, padded=not model.packed or longest(rows) > window).to(model.device)
-
-
-def _trunk_states(model: PreTrainedModel, batch: Packed) -> Tensor:
-    """Hidden states (T, H) of a packed batch after the final norm."""
-    with packed_forward(model):
-        out = model.base_model(
-            input_ids=batch.ids[None], position_ids=batch.positions[None], use_cache=False, packed=batch
-        )
-    return out.last_hidden_state[0]
-
-
-def _padded(batch: Packed, *, pad: int | None = None) -> tuple[Tensor, Tensor]:
-    """Right-padded ids and mask (N, L) of a batch packed as one bucket."""
-    (bucket,) = batch.buckets
-    mask = torch.arange(bucket.queries, device=batch.ids.device) < bucket.lengths[:, None]
-    ids = batch.ids[batch.query].view(mask.shape)
-    return (ids if pad is None else ids.masked_fill(~mask, pad)), mask.long()
-
-
-def _unpad(values: Tensor, batch: Packed) -> Tensor:
-    """(N, L, ...) back to the packed order (T, ...)."""
-    return values.flatten(0, 1).index_select(0, batch.restore)
-
-
-def _group(texts: Sequence[Encoded], *, most: int = 64) -> tuple[list[Row], list[list[int]]]:
-    """Texts with the same prompt share a row, `most` responses at a time."""
-    by_prompt: dict[tuple[int, ...], list[int]] = {}
-    for index, text in enumerate(texts):
-        by_prompt.setdefault(tuple(text.prompt), []).append(index)
-    rows, members = [], []
-    for prompt, indices in by_prompt.items():
-        indices = sorted(indices, key=lambda i: -len(texts[i].response))
-        for begin in range(0, len(indices), most):
-            part = indices[begin : begin + most]
-            rows.append(Row(prompt, [texts[i].response for i in part]))
-            members.append(part)
-    return rows, members
-
-
-@torch.inference_mode()
-def _agrees(
-    fast: Callable[[Packed], Tensor],
-    plain: Callable[[Packed], Tensor],
-    model: PreTrainedModel,
-    *,
-    tol: float = 1e-3,
-) -> bool:
-    """Whether the packed path gives the model's own numbers, on two rows of different shapes."""
-    if getattr(model.config.get_text_config(), "final_logit_softcapping", None):
-        return False  # small logits would hide it from the probe
-    was_training = model.training
-    model.eval()
-    vocab = model.config.get_text_config().vocab_size
-    ids = torch.randint(0, vocab, (40,), generator=torch.Generator().manual_seed(0)).tolist()
-    pad = model.config.get_text_config().pad_token_id
-    ids = [token if token != pad else (token + 1) % vocab for token in ids]
-    rows = [Row(ids[:5], [ids[5:12], ids[12:15]]), Row(ids[15:18], [ids[18:32], ids[32:40]])]
-    try:
-        got = fast(pack(rows).to(model.device))
-        want = plain(pack(rows, padded=True).to(model.device))
-    except (TypeError, RuntimeError, AttributeError, ValueError, KeyError):  # NotImplementedError is a RuntimeError
-        return False
-    finally:
-        model.train(was_training)
-    tolerance = tol if model.dtype == torch.float32 else 50 * tol
-    error = (got.float() - want.float()).abs().max().item()
-    return math.isfinite(error) and error <= tolerance * max(1.0, want.abs().max().item())

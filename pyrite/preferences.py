@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from pyrite import estimators, text
+from pyrite.forwards import by_response
 from pyrite.logps import Logps, PairLogps, Running
 from pyrite.losses import running as statistics
 from pyrite.losses.needs import needs
-from pyrite.models import Policy, by_response
+from pyrite.models import Policy
 from pyrite.packing import Packed, Row, micro_batches
 from pyrite.references import Text
 from pyrite.text import Encoded

@@ -112,46 +112,64 @@ def fit(
     called after every step, before its checkpoint; the model is then in evaluation mode.
     Raises TrainingError if the loss or a gradient is not finite.
     """
-    world()  # before the accelerator, which would not find siblings without a GPU
-    accelerator = Accelerator(mixed_precision="no")  # one process may train in both precisions; we cast ourselves
-    model.to(accelerator.device)
-    if training.recompute:
-        recompute(model)  # type: ignore[arg-type]  # policies and reward models are all that is trained
-    optimizer = _optimizer(model, training)
+    learner = Learner(model, training)
     total = steps(len(rows), training)
     torch.manual_seed(seeds.derive(seed, "dropout"))
     checkpoints = run.folder / folder
-    begin = _resume(checkpoints, model, optimizer, state or {})
+    begin = resume(checkpoints, learner, state or {})
     run.rewind(begin, part=label)
     if begin:
         say(f"  {label}: going on from step {begin} of {total}")
-    wrapped = accelerator.prepare(model) if accelerator.num_processes > 1 else model
     model.train()
     log = _Log(run, label, training, checkpoints)
-    batches = _batches(len(rows), begin, training, seed)
+    order_of = batches(len(rows), training, seed=seed, begin=begin)
     with progress(label, total, unit="steps", done=begin) as advance:
-        for step, batch in zip(range(begin, total), batches, strict=True):
+        for step, batch in zip(range(begin, total), order_of, strict=True):
             lr = learning_rate(step, total, training)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            metrics = _backward(wrapped, batch, rows, loss, weights, accelerator, training)
-            norm = nn.utils.clip_grad_norm_(model.parameters(), training.clip)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            metrics = learner.update(batch, rows, loss, weights=weights, lr=lr)
             saves = (step + 1) % training.save_every == 0 and step + 1 < total
-            log.add(step + 1, metrics, norm, lr=lr, line=saves or step + 1 == total)
+            log.add(step + 1, metrics, lr=lr, line=saves or step + 1 == total)
             if watch:
                 model.eval()
                 watch(step + 1)
                 model.train()
             if saves:
-                _save(checkpoints, step + 1, model, optimizer, state or {})
+                save(checkpoints, step + 1, learner, state or {})
                 run.pause()
             advance(1)
     model.eval()
 
 
-def _batches(rows: int, begin: int, training: Training, seed: int) -> Iterator[list[int]]:
+class Learner:
+    """A model and its optimizer, in all processes: one update at a time."""
+
+    def __init__(self, model: nn.Module, training: Training) -> None:
+        world()  # before the accelerator, which would not find siblings without a GPU
+        self.accelerator = Accelerator(mixed_precision="no")  # one process may train in both precisions; we cast
+        self.model, self.training = model.to(self.accelerator.device), training
+        if training.recompute:
+            recompute(model)  # type: ignore[arg-type]  # policies and reward models are all that is trained
+        self.wrapped = self.accelerator.prepare(model) if self.accelerator.num_processes > 1 else model
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget the optimizer's moments."""
+        self.optimizer = _optimizer(self.model, self.training)
+
+    def update(
+        self, batch: list[int], rows: Sequence[Row], loss: BatchLoss, *, weights: Sequence[float], lr: float
+    ) -> dict[str, Tensor]:
+        """One optimizer step on some of the rows; means of loss and metrics, and the norm of the gradient."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        metrics = _backward(self.wrapped, batch, rows, loss, weights, self.accelerator, self.training)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.training.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return {**metrics, "grad_norm": norm}
+
+
+def batches(rows: int, training: Training, *, seed: int, begin: int = 0) -> Iterator[list[int]]:
     """Row indices of every step from `begin` on."""
     places = range(0, rows, training.batch_size)
     first, skipped = divmod(begin, max(len(places), 1))
@@ -220,8 +238,8 @@ class _Log:
         self.count = 0
         self.bad = torch.zeros(())
 
-    def add(self, step: int, metrics: dict[str, Tensor], norm: Tensor, *, lr: float, line: bool) -> None:
-        for name, value in {**metrics, "grad_norm": norm}.items():
+    def add(self, step: int, metrics: dict[str, Tensor], *, lr: float, line: bool) -> None:
+        for name, value in metrics.items():
             self.sums[name] = self.sums.get(name, 0) + value.detach().float()  # stays on the device: no wait
             wrong = ~torch.isfinite(self.sums[name])
             self.bad = self.bad.to(wrong.device)
@@ -248,17 +266,15 @@ def _steps(checkpoints: Path) -> list[int]:
     return sorted(int(path.stem.split("-")[1]) for path in checkpoints.glob("step-*.safetensors"))
 
 
-def _save(
-    checkpoints: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, extra: Mapping[str, Tensor]
-) -> None:
+def save(checkpoints: Path, step: int, learner: Learner, extra: Mapping[str, Tensor]) -> None:
     """Trained weights, optimizer moments, the dropout stream and the loss's own state, in one safetensors file.
 
     The last two are kept.
     """
     if not world().is_main_process:
         return
-    names = [name for name, p in model.named_parameters() if p.requires_grad]
-    params = dict(model.named_parameters())
+    params, optimizer = dict(learner.model.named_parameters()), learner.optimizer
+    names = [name for name, p in params.items() if p.requires_grad]
     state = {f"model.{name}": params[name].detach().clone() for name in names}
     for name in names:
         for key, value in optimizer.state[params[name]].items():
@@ -274,13 +290,13 @@ def _save(
 
 
 @torch.no_grad()
-def _resume(checkpoints: Path, model: nn.Module, optimizer: torch.optim.Optimizer, extra: Mapping[str, Tensor]) -> int:
+def resume(checkpoints: Path, learner: Learner, extra: Mapping[str, Tensor]) -> int:
     """Restore the newest checkpoint and return its step, or 0."""
     saved = _steps(checkpoints)
     if not saved:
         return 0
     state = load_file(checkpoints / f"step-{saved[-1]}.safetensors")
-    params = dict(model.named_parameters())
+    params, optimizer = dict(learner.model.named_parameters()), learner.optimizer
     for key, value in state.items():
         kind, _, name = key.partition(".")
         if kind == "model":

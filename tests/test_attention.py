@@ -12,7 +12,7 @@ from transformers import AttentionInterface
 
 from pyrite import attention
 from pyrite.attention import attend, packed_attention, packed_forward
-from pyrite.packing import Packed, Row, pack
+from pyrite.packing import Bucket, Packed, Row, pack
 
 ROWS = [Row([1, 2, 3], [[4, 5], [6], [7, 8, 9, 10]]), Row([1], [[2, 3, 4]]), Row([1] * 9, [[2], []])]
 
@@ -34,18 +34,30 @@ def by_mask(query: Tensor, key: Tensor, value: Tensor, batch: Packed, scale: flo
     return F.scaled_dot_product_attention(q, k, v, attn_mask=see, scale=scale).transpose(0, 1)
 
 
-@pytest.mark.parametrize("short", [0, 512])
+class Kernel:
+    """torch's own kernel, which processors use for dropout only, in the place of ours."""
+
+    @staticmethod
+    def apply(q: Tensor, k: Tensor, v: Tensor, bucket: Bucket, scale: float) -> Tensor:
+        return attention._kernel(q, k, v, bucket, scale, 0.0)
+
+
+@pytest.mark.parametrize("way", ["kept", "blocks", "kernel"])
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("scale", [None, 0.3])
 @pytest.mark.parametrize(("heads", "groups"), [(4, 4), (4, 2), (4, 1)])
 def test_attend_is_masked_attention(
-    heads: int, groups: int, scale: float | None, padded: bool, short: int, monkeypatch: pytest.MonkeyPatch
+    heads: int, groups: int, scale: float | None, padded: bool, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention, "SHORT", short)  # both the kept probabilities and torch's kernel
-    batch = pack(ROWS, padded=padded)
+    rows = [*ROWS, Row([1] * 20, [[2] * 37, [3] * 16])]  # several blocks of 16
+    monkeypatch.setattr(attention, "SHORT", 512 if way == "kept" else 0)
+    monkeypatch.setattr(attention, "CACHED", 1)
+    if way == "kernel":
+        monkeypatch.setattr(attention, "_Long", Kernel)
+    batch = pack(rows, padded=padded)
     parts = inputs(batch, heads=heads, groups=groups)
     got = attend(*parts, batch, scale=scale)
-    want = by_mask(*parts, pack(ROWS), scale)
+    want = by_mask(*parts, pack(rows), scale)
     torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-5)
     weight = torch.randn(got.shape, generator=torch.Generator().manual_seed(1))
     for a, b in zip(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,6 +28,27 @@ def test_wrong_verdicts_are_refused_and_none_is_kept() -> None:
         check_verdicts([0.5], 3, name="j")
     with pytest.raises(ValueError, match="must be positive"):
         bradley_terry(gold="length()", scale=0.0)
+
+
+def test_noise_hardness_and_one_score_a_text(tmp_path: Path) -> None:
+    a, b = ["x x x", "x", "x"], ["x", "x x", "x"]
+    noisy = bradley_terry(gold="length()", noise=0.25)(["p"] * 3, a, b)
+    clean = bradley_terry(gold="length()")(["p"] * 3, a, b)
+    torch.testing.assert_close(noisy, 0.75 * clean + 0.25 * (1 - clean))
+    assert bradley_terry(gold="length()", hard=True)(["p"] * 3, a, b).tolist() == [1.0, 0.0, 0.5]
+    assert bradley_terry(gold="length()", hard=True, noise=0.5)(["p"] * 3, a, b).tolist() == [0.5] * 3
+    (tmp_path / "count.py").write_text(
+        "import torch\nasked = []\ndef score(prompts, responses):\n    asked.append(len(responses))\n"
+        "    return torch.tensor([float(len(r) + 100 * (p == 'q')) for p, r in zip(prompts, responses)])\n"
+    )
+    counted = bradley_terry(gold=f"{tmp_path}/count.py:score()", scale=100.0)
+    verdicts = counted(["p", "q", "p"], ["x", "x", "x"], ["y y", "y y", "y y"])
+    assert verdicts[0] == verdicts[2]
+    assert verdicts.tolist() == pytest.approx([0.495] * 3, abs=1e-3)
+    for wrong, words in ((-0.1, "share"), (0.6, "share")):
+        with pytest.raises(ValueError, match=words):
+            bradley_terry(gold="length()", noise=wrong)
+    assert counted([], [], []).shape == (0,)
 
 
 def test_examples() -> None:

@@ -18,11 +18,12 @@ _BITS = 48  # of a uniform: u * total < total in float64, so the last arm is nev
 
 
 class Draw(NamedTuple):
-    """Tokens (N,) and two log-probabilities (N,), nats: as drawn, and of the untruncated logits at temperature 1."""
+    """Tokens (N,) and log-probabilities (N,), nats: as drawn, and of the untruncated logits at temperature 1."""
 
     token: Tensor
     logp: Tensor
     policy_logp: Tensor
+    ref_logp: Tensor | None = None  # where the draw is from two models
 
 
 def streams(seed: int, keys: Tensor, samples: Tensor) -> Tensor:
@@ -37,16 +38,26 @@ def uniforms(streams: Tensor, step: int) -> Tensor:
     return _shift(_hash(state), 64 - _BITS).double() * 2.0**-_BITS
 
 
-def draw(logits: Tensor, uniform: Tensor, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Draw:
+def draw(
+    logits: Tensor,
+    uniform: Tensor,
+    *,
+    policy: Tensor | None = None,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+) -> Draw:
     """Tokens from logits (N, V) by the inverse CDF at uniform (N,), temperature first, then truncation.
 
     Token i is drawn when C(i-1) <= u < C(i), with C the cumulative distribution. Temperature 0 takes the largest
     logit, and its logp is 0. Computed in float32, the cumulative sum in float64.
+    policy: the policy's logits (N, V) where `logits` are not its own.
     """
     raw = logits.float()
+    own = raw if policy is None else policy
     if temperature == 0:
         token = raw.argmax(-1)
-        return Draw(token, torch.zeros_like(uniform, dtype=torch.float32), _logp(raw, token))
+        return Draw(token, torch.zeros_like(uniform, dtype=torch.float32), token_logp(own, token))
     plain = temperature == 1 and top_k == 0 and top_p == 1
     scores = raw if plain else truncate(raw / temperature, top_k=top_k, top_p=top_p)
     peak = scores.amax(-1, keepdim=True)
@@ -56,7 +67,7 @@ def draw(logits: Tensor, uniform: Tensor, *, temperature: float = 1.0, top_k: in
     token = token.clamp_max_(logits.shape[-1] - 1)
     logp = (scores.gather(1, token) - peak - total.log().float()).squeeze(1)
     token = token.squeeze(1)
-    return Draw(token, logp, logp if plain else _logp(raw, token))
+    return Draw(token, logp, logp if plain and policy is None else token_logp(own, token))
 
 
 def truncate(logits: Tensor, *, top_k: int = 0, top_p: float = 1.0) -> Tensor:
@@ -76,8 +87,10 @@ def truncate(logits: Tensor, *, top_k: int = 0, top_p: float = 1.0) -> Tensor:
     return logits
 
 
-def _logp(logits: Tensor, token: Tensor) -> Tensor:
-    return logits.gather(1, token[:, None]).squeeze(1) - logits.logsumexp(-1)
+def token_logp(logits: Tensor, token: Tensor) -> Tensor:
+    """Log-probabilities (..., ) in float32 of tokens (...,) under logits (..., V), nats."""
+    logits = logits.float()
+    return logits.gather(-1, token[..., None]).squeeze(-1) - logits.logsumexp(-1)
 
 
 def _hash(x: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Rows that decode together: prompts prefilled once, then one token a step from a preallocated cache.
 
 `Decoder.step` maps the last token of every row to the logits of the next, `Decoder.keep` drops rows: all that a
-sampling loop needs, so two models can be mixed by an object with the same two methods.
+sampling loop needs, of one model or of two that it mixes.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from pyrite.decoding.adapters import innermost, silent
 from pyrite.decoding.cached_attention import additive, attend, attending
 from pyrite.decoding.caches import Columns
 from pyrite.decoding.lean import Lean, is_lean
@@ -23,7 +24,7 @@ from pyrite.decoding.lean import Lean, is_lean
 TESTED = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "gpt_neox"})
 PREFILL = 16384  # tokens, padding included, of one prefill forward
 
-Path = Literal["lean", "cached", "generate"]
+Path = Literal["lean", "cached", "generate", "uncached"]
 Mask = Tensor | dict[str, Tensor | None] | None
 Forward = Callable[[Tensor, Tensor, Columns, Mask], Tensor]  # tokens, positions (N, T) -> logits (N, V)
 
@@ -44,11 +45,23 @@ def open_engine(model: nn.Module, columns: int) -> Engine | None:
     windows = _windows(model, columns)
     if windows is None:
         return None
-    trusted = isinstance(model, PreTrainedModel) and model.config.model_type in TESTED
-    if trusted and set(windows.values()) == {None} and is_lean(model):
-        return Engine("lean", Lean(model, columns, attend), windows)
+    if set(windows.values()) == {None} and _is_tested(inside := innermost(model)) and is_lean(inside):
+        return Engine("lean", Lean(inside, columns, attend), windows)
     engine = Engine("cached", _stock(model), windows)
-    return engine if trusted or _agrees(model, engine) else None
+    return engine if _is_tested(model) or _agrees(model, engine) else None
+
+
+def without_adapters(engine: Engine, layers: Sequence[Any]) -> Engine:
+    """The same engine, on the same weights, with these adapted layers silent."""
+    whole = engine.forward
+    if isinstance(whole, Lean):
+        return engine._replace(forward=whole.without_adapters())
+
+    def forward(tokens: Tensor, positions: Tensor, cache: Columns, mask: Mask) -> Tensor:
+        with silent(layers):
+            return whole(tokens, positions, cache, mask)
+
+    return engine._replace(forward=forward)
 
 
 @contextmanager
@@ -137,7 +150,11 @@ class Decoder:
 
 def _stock(model: nn.Module) -> Forward:
     """The model's own forward over our cache."""
-    last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(_base(model).forward).parameters else {}
+    last = (
+        {"logits_to_keep": 1}
+        if "logits_to_keep" in inspect.signature(transformers_model(model).forward).parameters
+        else {}
+    )
 
     def forward(tokens: Tensor, positions: Tensor, cache: Columns, mask: Mask) -> Tensor:
         output = model(
@@ -151,6 +168,10 @@ def _stock(model: nn.Module) -> Forward:
         return output.logits[:, -1]
 
     return forward
+
+
+def _is_tested(model: nn.Module) -> bool:
+    return isinstance(model, PreTrainedModel) and model.config.model_type in TESTED
 
 
 def _agrees(model: nn.Module, engine: Engine) -> bool:
@@ -174,12 +195,13 @@ def _repeated(values: Tensor, times: Sequence[int]) -> Tensor:
     return values.repeat_interleave(torch.tensor(times, device=values.device))
 
 
-def _base(model: nn.Module) -> PreTrainedModel:
+def transformers_model(model: nn.Module) -> PreTrainedModel:
+    """The model of transformers inside any wrapper."""
     return next(module for module in model.modules() if isinstance(module, PreTrainedModel))
 
 
 def _text(model: nn.Module) -> Any:
-    return _base(model).config.get_text_config()
+    return transformers_model(model).config.get_text_config()
 
 
 def _windows(model: nn.Module, columns: int) -> dict[str, int | None] | None:

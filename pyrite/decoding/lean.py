@@ -1,19 +1,23 @@
 """The Llama family (Llama, Mistral, Qwen2, Qwen3) as one flat function for decoding.
 
 A step of a small model spends most of its time between the kernels of the stock code. Here the projections are
-fused, the rotary tables computed once and nothing is dispatched. The weights are read, never changed.
+fused, the rotary tables computed once and nothing is dispatched. The weights are read, never changed. Low-rank
+adapters stay beside the weights, so the same engine without them is the base model at no further memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from peft.tuners import lora
 from torch import Tensor, nn
 
+from pyrite.decoding.adapters import adapter_layers
 from pyrite.decoding.caches import Columns
 from pyrite.linears import product
 
@@ -24,13 +28,18 @@ LIMIT = 2**30  # bytes of weights up to which a fused copy is made
 
 @dataclass(frozen=True)
 class Dense:
-    """A linear map: weight (out, in), bias (out,) or None."""
+    """A linear map: weight (out, in), bias (out,) or None, and what adapters add, down (R, in) then up (out, R)."""
 
     weight: Tensor
     bias: Tensor | None
+    adapter: tuple[Tensor, Tensor] | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
-        return product(x, self.weight, self.bias)
+        y = product(x, self.weight, self.bias)
+        if self.adapter is None:
+            return y
+        down, up = self.adapter
+        return y.add_(product(product(x, down), up))
 
 
 @dataclass(frozen=True)
@@ -46,6 +55,11 @@ class Block:
     down: Dense
     act: Callable[[Tensor], Tensor]
 
+    def without_adapters(self) -> Block:
+        """The same weights, not copied."""
+        dense = {f.name: part for f in fields(self) if isinstance(part := getattr(self, f.name), Dense)}
+        return replace(self, **{name: replace(part, adapter=None) for name, part in dense.items()})
+
 
 class Lean:
     """tokens (N, T), positions (N, T), cache, mask -> logits (N, V) of the last column."""
@@ -58,7 +72,7 @@ class Lean:
         self.groups = config.num_key_value_heads
         self.blocks = [_block(layer) for layer in base.layers]
         self.embedding, self.norm = base.embed_tokens.weight, base.norm.weight
-        self.head = Dense(model.lm_head.weight, model.lm_head.bias)
+        self.head = _fused(model.lm_head)
         index = torch.arange(positions, device=self.embedding.device)[None]
         cos, sin = base.rotary_emb(self.embedding[:1], position_ids=index)
         half = self.size // 2
@@ -76,6 +90,13 @@ class Lean:
             x = x + block.down(block.act(gate) * up)
         return self.head(self._rms(x[:, -1], self.norm))
 
+    def without_adapters(self) -> Lean:
+        """The model below the adapters, on the same weights."""
+        base = copy.copy(self)
+        base.blocks = [block.without_adapters() for block in self.blocks]
+        base.head = replace(self.head, adapter=None)
+        return base
+
     def _heads(self, block: Block, x: Tensor, cos: Tensor, sin: Tensor) -> list[Tensor]:
         heads = block.qkv(x).unflatten(-1, (-1, self.size))  # (N, T, H + 2G, D)
         qk, v = heads[:, :, : -self.groups], heads[:, :, -self.groups :]
@@ -89,7 +110,7 @@ class Lean:
 
 
 def is_lean(model: Any) -> bool:
-    """Whether `Lean` can stand in for the model: family, plain linear layers, no hooks, small enough to copy."""
+    """Whether `Lean` can stand in for the model: family, plain linear layers (LoRA too), no hooks, small enough."""
     config = model.config
     if config.model_type not in FAMILIES or not type(model).__name__.endswith("ForCausalLM"):
         return False
@@ -100,8 +121,10 @@ def is_lean(model: Any) -> bool:
         for name, module in part.named_children()
         if name.endswith("_proj")
     ]
+    projections.append(model.lm_head)
     return (
-        all(type(module) is nn.Linear for module in [model.lm_head, *projections])  # no adapter, not quantized
+        all(map(_is_plain, projections))  # not quantized
+        and {*map(id, adapter_layers(model))} <= {*map(id, projections)}
         and not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
         and config.rope_parameters["rope_type"] in ROTARY
         and sum(weight.nbytes for weight in model.parameters()) <= LIMIT
@@ -123,12 +146,43 @@ def _block(layer: Any) -> Block:
     )
 
 
-def _fused(*layers: nn.Linear) -> Dense:
+def _is_plain(layer: nn.Module) -> bool:
+    """A linear layer, with plain low-rank adapters or none."""
+    if type(layer) is not lora.Linear:
+        return type(layer) is nn.Linear
+    parts: list[Any] = [layer.base_layer, *layer.lora_A.values(), *layer.lora_B.values()]
+    linear = all(type(part) is nn.Linear for part in parts) and all(part.bias is None for part in parts[1:])
+    return linear and not (layer.lora_variant or layer.merged or layer.fan_in_fan_out)
+
+
+def _fused(*layers: Any) -> Dense:
+    """Linear layers of one input as one, outputs side by side."""
+    below: list[Any] = [layer.base_layer if isinstance(layer, lora.Linear) else layer for layer in layers]
     if len(layers) == 1:
-        return Dense(layers[0].weight, layers[0].bias)
-    weights: list[Tensor] = [layer.weight for layer in layers]
-    biases: list[Tensor] = [layer.bias for layer in layers if layer.bias is not None]
-    return Dense(torch.cat(weights), torch.cat(biases) if biases else None)
+        return Dense(below[0].weight, below[0].bias, _adapter(layers))
+    biases = [layer.bias for layer in below if layer.bias is not None]
+    weight = torch.cat([layer.weight for layer in below])
+    return Dense(weight, torch.cat(biases) if biases else None, _adapter(layers))
+
+
+def _adapter(layers: tuple[Any, ...]) -> tuple[Tensor, Tensor] | None:
+    """The active adapters of all layers as one: down stacked (R, in), up (out, R), each in its layer's rows."""
+    found = [(index, *pair) for index, layer in enumerate(layers) for pair in _low_rank(layer)]
+    if not found:
+        return None
+    down = torch.cat([part for _, part, _ in found])
+    sizes = [layer.out_features for layer in layers]
+    column = [F.pad(part, (0, 0, sum(sizes[:index]), sum(sizes[index + 1 :]))) for index, _, part in found]
+    return down, torch.cat(column, 1)
+
+
+def _low_rank(layer: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    """Each active adapter's down (r, in) and up (out, r), scale included."""
+    if isinstance(layer, lora.Linear) and not layer.disable_adapters:
+        for name in layer.active_adapters:
+            if name in layer.lora_A:
+                down, up = layer.lora_A[name].weight, layer.lora_B[name].weight
+                yield down, up * layer.scaling[name]  # type: ignore[operator]
 
 
 def _qk_norm(attention: Any) -> Tensor | None:

@@ -158,7 +158,9 @@ def _evaluator(config: Config, policy: Policy) -> Evaluator | None:
         if config.evaluation.gold or config.evaluation.rewards:
             raise ValueError("--gold and --rewards score answers to --eval-prompts: name that file too")
         return None
-    return Evaluator.load(config.evaluation, policy, ref=config.model, seed=config.seed)
+    return Evaluator.load(
+        config.evaluation, policy, ref=policy if policy.reversible else config.model, seed=config.seed
+    )
 
 
 def _prepare(

@@ -25,12 +25,13 @@ GAP = 15  # pixels: the least distance between two labels
 
 @dataclass(frozen=True)
 class Axis:
-    """One axis: its field, title, d3 number format, and whether it is logarithmic (base 2)."""
+    """One axis: its field, title, d3 number format, and whether it is logarithmic, to which base."""
 
     field: str
     title: str
     format: str = ""
     log: bool = False
+    base: int = 2
 
 
 def draw(
@@ -92,7 +93,7 @@ def _layers(x: Axis, tooltip: Mapping[str, str], width: float) -> list[tuple[str
 
 
 def _across(x: Axis) -> alt.X:
-    scale = alt.Scale(type="log", base=2, nice=False) if x.log else alt.Scale(nice=False, zero=False)
+    scale = alt.Scale(type="log", base=x.base, nice=False) if x.log else alt.Scale(nice=False, zero=False)
     return alt.X(
         f"{x.field}:Q", title=x.title, scale=scale, axis=alt.Axis(format=x.format or alt.Undefined, labelFlush=False)
     )

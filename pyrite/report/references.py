@@ -48,7 +48,7 @@ def against_beta(
         points += [{**base, "beta": beta, "dash": DASHED, "shown": f"{level:.3g}", "bad": ""} for beta in ends]
     tops = [{**point, "flag": ""} for point in points if point["bad"]]
     tooltip = {"line": "reference", "beta": "β", "shown": TITLES.get(y, y), "bad": "degenerate"}
-    across = Axis("beta", "β, strength of the reference (log scale)", format="~g", log=True)
+    across = Axis("beta", "β, strength of the reference (log scale)", format="~g", log=True, base=10)
     return draw(points, across, Axis("value", TITLES.get(y, y)), tooltip=tooltip, height=height, peaks=tops)
 
 
@@ -70,6 +70,7 @@ def references_page(results: Results) -> str:
     parts: list[Part] = [
         _headline(tops, start),
         *_questions(curves, start, results["strong"]),
+        *_indicators(results.get("indicators", [])),
         Claims(results["claims"], title="The published claims"),
         *_samples(results.get("samples", [])),
         _table(curves),
@@ -133,6 +134,18 @@ def _questions(curves: Sequence[Row], start: Row, strong: Mapping[str, Row]) -> 
         Text(f"References better than the policy itself. Gold of their own answers: {shown}.", title="3. Better ones"),
         Figure(pair(STRONG, "kl"), f"Gold and KL against β. {dots}", names=("Gold", "KL")),
     ]
+
+
+def _indicators(rows: Sequence[Row]) -> list[Part]:
+    if not rows:
+        return []
+    caption = (
+        "Before anything is trained: the spread of the reference's margins on the training pairs, which β multiplies; "
+        "their correlation with the policy's own margins; how often the reference ranks the chosen answer first."
+    )
+    columns = ("reference", "sd of margins, nats", "correlation with the policy's", "ranks chosen first")
+    cells = [(NAMES[row["ref"]], row["sd"], row["correlation"], percent(row["accuracy"])) for row in rows]
+    return [Table(columns, cells, caption)]
 
 
 def _samples(samples: Sequence[Row]) -> list[Part]:

@@ -104,3 +104,14 @@ def test_temperature_comes_before_truncation() -> None:
     drawn = draw(SCORES, torch.tensor([0.999], dtype=torch.float64), temperature=0.5, top_p=0.6)
     assert drawn.token.item() == 1
     assert drawn.logp.item() == pytest.approx(0.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0, 0.6])
+def test_the_policy_may_have_other_logits(temperature: float) -> None:
+    policy = torch.tensor([[0.3, -1.0, 2.0, 0.5]])
+    u = torch.linspace(0, 0.999, 9, dtype=torch.float64)
+    own = draw(SCORES.expand(9, -1), u, temperature=temperature)
+    mixed = draw(SCORES.expand(9, -1), u, policy=policy.expand(9, -1), temperature=temperature)
+    assert torch.equal(mixed.token, own.token) and torch.equal(mixed.logp, own.logp)
+    torch.testing.assert_close(mixed.policy_logp, policy.log_softmax(-1)[0, own.token])
+    assert mixed.ref_logp is None

@@ -26,6 +26,9 @@ from transformers import (
 )
 
 from pyrite.decoding import engines
+from pyrite.decoding.adapters import adapter_layers
+from pyrite.decoding.cached_attention import attending
+from pyrite.decoding.lean import Lean
 from pyrite.generate import sample
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
@@ -109,17 +112,19 @@ def test_cached_path_equals_lean_path(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # read by peft
-def test_lora_equals_its_merged_model() -> None:
+@pytest.mark.parametrize(("path", "dora"), [("lean", False), ("cached", True)])
+def test_lora_equals_its_merged_model(path: str, dora: bool) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False)
+        targets = ["q_proj", "v_proj", "down_proj"]
+        lora = LoraConfig(r=4, target_modules=targets, init_lora_weights=False, use_dora=dora)
         model = get_peft_model(make(LlamaConfig(**GROUPS)), lora)
     ours = sample(model, PROMPTS, eos=2, k=2, max_new_tokens=STEPS)
     inside = sample(model.get_base_model(), PROMPTS, eos=2, k=2, max_new_tokens=STEPS)
     with model.disable_adapter():
         base = sample(model, PROMPTS, eos=2, k=2, max_new_tokens=STEPS)
     merged = sample(model.merge_and_unload(), PROMPTS, eos=2, k=2, max_new_tokens=STEPS)
-    assert (ours.path, inside.path, merged.path) == ("cached", "cached", "lean")
+    assert (ours.path, inside.path, merged.path) == (path, path, "lean")
     assert ours.responses() == inside.responses() == merged.responses() != base.responses()
 
 
@@ -130,6 +135,33 @@ def test_a_model_that_our_cache_would_change_is_detected() -> None:
         model = get_peft_model(make(LlamaConfig(**GROUPS)), tuned)
     with torch.inference_mode():
         assert engines.open_engine(model, 32) is None
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # read by peft
+@pytest.mark.parametrize("dora", [False, True])
+def test_an_engine_without_adapters_is_the_base_on_the_same_weights(dora: bool) -> None:
+    base = make(LlamaConfig(**GROUPS))
+    prompts, token = engines.Prompts([[5, 6, 7, 8], [4, 9]], [1, 1]), torch.tensor([8, 9])
+
+    def logits(engine: engines.Engine) -> torch.Tensor:
+        with attending(base):
+            decoder = engines.Decoder(engine, prompts, steps=2, device=token.device)
+            return torch.stack([decoder.step(token), decoder.step(token)])
+
+    with torch.inference_mode(), torch.random.fork_rng():
+        bare = engines.open_engine(base, 32)
+        assert bare
+        want = logits(bare)
+        torch.manual_seed(0)
+        model = get_peft_model(base, LoraConfig(target_modules="all-linear", init_lora_weights=False, use_dora=dora))
+        engine = engines.open_engine(model.eval(), 32)
+        assert engine
+        off = engines.without_adapters(engine, adapter_layers(model))
+        torch.testing.assert_close(logits(off), want, atol=1e-5, rtol=0)
+        assert (logits(engine) - want).abs().max() > 0.1  # the one with adapters still has them
+    if isinstance(engine.forward, Lean) and isinstance(off.forward, Lean):
+        for ours, theirs in zip(engine.forward.blocks, off.forward.blocks, strict=True):
+            assert ours.qkv.weight is theirs.qkv.weight and ours.gate_up.weight is theirs.gate_up.weight
 
 
 @pytest.mark.parametrize("change", ["hook", "rope"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import (
     GPTNeoXConfig,
@@ -47,3 +48,48 @@ def test_replaced_linear_layers_are_seen() -> None:
     model = LlamaForCausalLM(LlamaConfig(**SIZES))
     model.model.layers[0].mlp.up_proj = Quantized(16, 24, bias=False)
     assert not is_lean(model)
+
+
+PEFT = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # read by peft
+
+
+@PEFT
+@pytest.mark.parametrize(
+    ("options", "lean"),
+    [
+        ({"target_modules": "all-linear"}, True),
+        ({"target_modules": ["q_proj", "lm_head"], "use_rslora": True, "lora_dropout": 0.5}, True),
+        ({"target_modules": "all-linear", "use_dora": True}, False),
+        ({"target_modules": "all-linear", "lora_bias": True}, False),
+        ({"target_modules": ["q_proj", "embed_tokens"]}, False),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["norm"]}, False),
+        ({"target_modules": ["q_proj"], "trainable_token_indices": [3]}, False),
+    ],
+    ids=str,
+)
+def test_plain_low_rank_adapters_only(options: dict, lean: bool) -> None:
+    base = LlamaForCausalLM(LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True))
+    model = get_peft_model(base, LoraConfig(r=2, **options)).eval()
+    assert is_lean(model.get_base_model()) is lean
+    model.merge_adapter()
+    assert not is_lean(model.get_base_model())
+
+
+@PEFT
+@pytest.mark.parametrize("biased", [False, True])
+def test_adapters_of_several_layers_side_by_side(biased: bool) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = LoraConfig(r=3, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+        base = LlamaForCausalLM(LlamaConfig(**SIZES, attention_bias=biased))
+        model = get_peft_model(base, config)
+        model.add_adapter("other", LoraConfig(r=2, lora_alpha=5, target_modules=["v_proj"], init_lora_weights=False))
+        model.base_model.set_adapter(["default", "other"])
+    attention, x = model.get_base_model().model.layers[0].self_attn.eval(), torch.randn(5, 16)
+    layers = attention.q_proj, attention.k_proj, attention.v_proj
+    with torch.inference_mode():
+        fused = lean._fused(*layers)
+        torch.testing.assert_close(fused(x), torch.cat([layer(x) for layer in layers], -1), atol=1e-5, rtol=1e-5)
+        assert fused.adapter and fused.adapter[0].shape == (8, 16) and fused.adapter[1].shape == (48, 8)
+        with model.disable_adapter():
+            assert lean._fused(*layers).adapter is None

@@ -29,6 +29,18 @@ def test_every_row_once_each_prompt_once_longest_first(max_rows: int) -> None:
         assert torch.equal(part.state, streams(0, keys[part.rows // 3], part.rows % 3))
 
 
+def test_some_rows_with_their_exponents() -> None:
+    keys, arms = torch.tensor([10, 11, 12, 13, 14]), torch.arange(20.0).reshape(5, 2, 2)
+    among = torch.tensor([[True, False], [False, False], [True, True], [False, True], [True, True]])
+    parts = list(chunks(PROMPTS, keys, 2, 0, 3, among=among, exponents=arms))
+    rows = torch.cat([part.rows for part in parts])
+    assert sorted(rows.tolist()) == among.flatten().nonzero().squeeze(1).tolist()
+    for part in parts:
+        assert part.exponents is not None and torch.equal(part.exponents, arms.flatten(0, 1)[part.rows])
+        assert torch.equal(part.state, streams(0, keys[part.rows // 2], part.rows % 2))
+        assert len(part.rows) == sum(part.prompts.repeats)
+
+
 @pytest.mark.parametrize(("check", "compact"), [(1, 1.0), (1, 0.0), (7, 0.8)])
 def test_dropping_rows_changes_nothing(monkeypatch: pytest.MonkeyPatch, check: int, compact: float) -> None:
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}

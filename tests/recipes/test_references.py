@@ -50,6 +50,9 @@ def test_recipe_runs_once_and_is_returned_when_done(
     ]
     assert [row["id"] for row in found["claims"]] == [claim.id for claim in recipe.CLAIMS]
     assert all(row["holds"] in (True, False, None) for row in found["claims"])
+    assert [row["ref"] for row in found["indicators"]] == ["self", "prior", "family", "stranger", "tokenizer"]
+    assert found["indicators"][0]["correlation"] == pytest.approx(1.0)
+    assert all(row["sd"] > 0 for row in found["indicators"])
     said = capsys.readouterr().out
     assert said.count("reference: computed") == 5  # self, prior and three models; the second beta computes nothing
     assert said.count("no forward pass") == 1

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from pyrite.forwards import by_response
 from pyrite.loading import Lora
 from pyrite.logps import Logps
-from pyrite.models import Policy, by_response
+from pyrite.models import Policy
 from pyrite.packing import Row
 from pyrite.references import BadReference, Text, compute, import_table, obtain, parse, tables
 

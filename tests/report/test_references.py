@@ -27,6 +27,7 @@ START = {"gold": 1.2, "length": 18.0, "chains": 2, "degenerate": 0}
 RESULTS = {
     **{"recipe": "references", "scale": "toy", "seeds": [0, 1], "seconds": 12.0, "curves": CURVES, "start": START},
     "strong": {name: START for name in ("family", "stranger", "tokenizer")},
+    "indicators": [{"ref": "tokenizer", "sd": 91.3, "correlation": 0.25, "accuracy": 0.5}],
     "claims": [
         {
             "id": "x",
@@ -49,6 +50,7 @@ def test_the_page_says_what_came_out() -> None:
     assert "Most gold: own reference, β = 0.1." in page
     assert "stronger, other tokenizer" in page
     assert "a &lt;b&gt;" in page
+    assert "91.3" in page
     for verdict in ("holds", "undecided"):
         assert verdict in page
 

@@ -32,6 +32,7 @@ class Chain:
     """The runs of one seed."""
 
     seed: int
+    folder: Path
     runs: dict[str, Run]
     start: Run
     strong: dict[str, Run]
@@ -70,7 +71,7 @@ def run(folder: Path, settings: Settings, *, seed: int) -> Chain:
         for ref, spec in {**OWN, **paths}.items()
         for beta in (settings.betas if ref == "self" else settings.other_betas)
     ]
-    return Chain(seed, done, start, strong, trained)
+    return Chain(seed, folder, done, start, strong, trained)
 
 
 def _sft(out: Path, model: str, demos: str, settings: Settings, seed: int, *, stronger: bool = False) -> Run:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from pyrite import data, estimators
 from pyrite.recipes.references import claims
 from pyrite.recipes.references.chain import Chain, Trained
+from pyrite.references import Text, load, row_id
 from pyrite.runs import Run
 
 NUMBERS = ("gold", "kl", "length", "missing_eos", "repetition", "accuracy", "policy_accuracy", "best_gold")
@@ -23,6 +25,7 @@ def collect(chains: list[Chain]) -> dict[str, Any]:
         "curves": _curves(policies),
         "start": _over_seeds([_answers(chain.start) for chain in chains]),
         "strong": {name: _over_seeds([_answers(chain.strong[name]) for chain in chains]) for name in chains[0].strong},
+        "indicators": _indicators(chains),
         "claims": claims.check([_measured(chain) for chain in chains]),
         "samples": _samples(chains[0]),
         "stages": [{"stage": n, "seconds": (r.results or {})["seconds"]} for n, r in chains[0].runs.items()],
@@ -64,6 +67,37 @@ def _over_seeds(rows: list[dict[str, Any]]) -> dict[str, Any]:
         if values:
             found[name] = sum(values) / len(values)
     return found
+
+
+def _indicators(chains: list[Chain]) -> list[dict[str, Any]]:
+    """How each reference looks at the training pairs, before anything is trained; means over seeds.
+
+    sd: of its margins log pi_ref(chosen) - log pi_ref(rejected), nats: what beta multiplies. correlation: of its
+    margins with the policy's own. accuracy: how often it ranks chosen first.
+    """
+    found: dict[str, list[tuple[float, float, float]]] = {}
+    for chain in chains:
+        margins = _margins(chain)
+        for ref, values in margins.items():
+            both = torch.corrcoef(torch.stack([values, margins["self"]]))[0, 1].item()
+            accuracy = estimators.wins(values, torch.zeros_like(values)).mean().item()
+            found.setdefault(ref, []).append((values.std().item(), both, accuracy))
+    names = ("sd", "correlation", "accuracy")
+    means = {ref: torch.tensor(rows, dtype=torch.float64).mean(0).tolist() for ref, rows in found.items()}
+    return [{"ref": ref, **dict(zip(names, values, strict=True))} for ref, values in means.items()]
+
+
+def _margins(chain: Chain) -> dict[str, Tensor]:
+    """Margins (B,) of the training pairs under every stored reference of a chain."""
+    pairs = data.load(chain.folder / "pairs" / "pairs.parquet", "pairs")
+    ids = [row_id(Text(pair["prompt"], pair[side])) for pair in pairs for side in ("chosen", "rejected")]
+    margins: dict[str, Tensor] = {}
+    for manifest in sorted((chain.folder / "references").glob("*/manifest.json")):
+        table = load(manifest.parent, tokens=False)
+        kind, scorer = table.recipe["conditioning"]["kind"], Path(table.manifest["scorer"]["name"]).parent.name
+        sums = torch.tensor([table.sum_logp[table.places[name]] for name in ids], dtype=torch.float64)
+        margins["prior" if kind == "prior" else "self" if scorer == "sft" else scorer] = sums[::2] - sums[1::2]
+    return {ref: margins[ref] for ref in dict.fromkeys(one.ref for one in chain.trained) if ref in margins}
 
 
 def _measured(chain: Chain) -> claims.Measured:

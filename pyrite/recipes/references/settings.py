@@ -36,7 +36,7 @@ class Settings:
     """Steps between measurements, from which the best checkpoint is chosen."""
     betas: tuple[float, ...] = (1.0, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0003)
     """Of the policy's own reference; the last ones are meant to degenerate."""
-    other_betas: tuple[float, ...] = (10.0, 1.0, 0.1, 0.01)
+    other_betas: tuple[float, ...] = (1.0, 0.1, 0.01, 0.003, 0.001)
     """Of every other reference."""
     answer_prompts: int = 128
     answers: int = 2

@@ -1,0 +1,91 @@
+"""One round: arms, drawn tokens as rows, reference log-probabilities, an optimizer that restarts or lasts."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+
+from pyrite import losses, samplers
+from pyrite.evaluation import response_logps
+from pyrite.labels import Pair
+from pyrite.models import Lora, Policy
+from pyrite.rounds import Drawing, Players, RoundLearner
+from pyrite.samplers import Arm
+from pyrite.train import Training
+
+ROWS = [{"prompt_id": "a"}, {"prompt_id": "b"}]
+IDS = [[1, 20, 21], [1, 22]]
+
+
+@pytest.fixture
+def policy(tiny: Path) -> Policy:
+    return Policy.load(tiny)
+
+
+def test_arms_come_two_by_two_and_belong_to_the_prompt() -> None:
+    how = Drawing(samplers.mixed(on_policy=0.5), k=8, seed=1)
+    first = how.arms(0, "a")
+    assert first == how.arms(0, "a")
+    every = [how.arms(number, name) for number in range(20) for name in ("a", "b", "c")]
+    pairs = [tuple(arms[i : i + 2]) for arms in every for i in range(0, 8, 2)]
+    kinds = {pair: pairs.count(pair) / len(pairs) for pair in set(pairs)}
+    assert set(kinds) == {(Arm(1.5, -0.5), Arm(0.5, 0.5)), (Arm(1.0), Arm(1.0))}
+    assert 0.35 < kinds[Arm(1.0), Arm(1.0)] < 0.65
+
+
+def test_rows_are_the_drawn_tokens_and_the_reference_s_view_of_them(policy: Policy) -> None:
+    other = copy.deepcopy(policy)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.1)
+    players = Players(policy, other)
+    drawn = players.draw(ROWS, IDS, Drawing(samplers.on_policy(), k=2, max_new_tokens=6), number=0)
+    prefs = players.preferences(IDS, drawn, [Pair(3, 2, 0.7)], frozenset({"ref"}))
+    tokens = drawn.responses()
+    assert [list(r) for r in prefs.rows[0].responses] == [tokens[3], tokens[2]]
+    assert list(prefs.rows[0].prompt) == IDS[1]
+    assert prefs.strength is not None and prefs.ref is not None
+    assert prefs.strength.tolist() == pytest.approx([0.7])
+    torch.testing.assert_close(prefs.ref.sum, response_logps(other, prefs.rows).sum)
+    assert players.preferences(IDS, drawn, [Pair(0, 1, 1.0)], frozenset()).ref is None
+
+
+def test_without_its_adapters_the_policy_is_its_reference(tiny: Path) -> None:
+    policy = Policy.load(tiny, lora=Lora(lora_rank=4))
+    assert policy.reversible
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():
+            if "lora_B" in name:
+                parameter.add_(0.5)
+    players = Players(policy, policy)
+    drawn = players.draw(ROWS, IDS, Drawing(samplers.on_policy(), k=2, max_new_tokens=6), number=0)
+    prefs = players.preferences(IDS, drawn, [Pair(0, 1, 1.0)], frozenset({"ref"}))
+    assert prefs.ref is not None
+    torch.testing.assert_close(prefs.ref.sum, response_logps(Policy.load(tiny), prefs.rows).sum, atol=1e-4, rtol=1e-4)
+    assert (response_logps(policy, prefs.rows).sum - prefs.ref.sum).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("restart", [True, False])
+def test_moments_and_schedule_restart_or_last(policy: Policy, restart: bool) -> None:
+    players = Players(policy, copy.deepcopy(policy))
+    drawn = players.draw(ROWS, IDS, Drawing(samplers.on_policy(), k=2, max_new_tokens=6), number=0)
+    prefs = players.preferences(IDS, drawn, [Pair(0, 1, 1.0), Pair(2, 3, 1.0)], frozenset({"ref"}))
+    training = Training(lr=1e-3, batch_size=1, warmup=0)
+    learner = RoundLearner(policy, losses.dpo, training, rounds=2, restart=restart)
+    for number in range(2):
+        learner.learn(prefs, number)
+    assert int(learner.step) == (2 if restart else 4)
+    steps = {int(state["step"]) for state in learner.learner.optimizer.state.values()}
+    assert steps == {2 if restart else 4}
+
+
+def test_an_empty_round_changes_nothing(policy: Policy) -> None:
+    players = Players(policy, copy.deepcopy(policy))
+    drawn = players.draw(ROWS, IDS, Drawing(samplers.on_policy(), k=2, max_new_tokens=6), number=0)
+    before = copy.deepcopy(policy.state_dict())
+    learner = RoundLearner(policy, losses.dpo, Training(), rounds=1)
+    assert learner.learn(players.preferences(IDS, drawn, [], frozenset({"ref"})), 0) == {}
+    assert all(torch.equal(before[name], value) for name, value in policy.state_dict().items())
