@@ -20,6 +20,7 @@ import torch
 
 JUDGED = Path(__file__).parents[2] / "shared" / "data" / "judged_pairs.jsonl.gz"
 PAIRS = 8  # in one optimizer step: the peer's default batch
+SORTED = 50  # batches that group_by_length sorts together
 LONGEST = 1024  # tokens of prompt + response: the peer's default limit
 END = 2
 SIZES = {
@@ -75,14 +76,19 @@ def make_model(case: Case, auto: Any, *, seed: int = 0, **options: Any) -> Any:
 
 def make_pairs(case: Case) -> list[Pair]:
     """A warm-up batch and one for every timed step, in the order in which both sides see them."""
-    count = PAIRS * (case.steps + 1)
-    pairs = (judged if case.data == "judged" else synthetic)(case, count)
-    if case.grouped:  # what group_by_length makes of an epoch: sorted, then whole batches in random order
-        pairs.sort(key=lambda pair: len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)))
-        batches = [pairs[i : i + PAIRS] for i in range(0, count, PAIRS)]
-        random.Random(case.seed).shuffle(batches)
-        pairs = [pair for batch in batches for pair in batch]
-    return pairs
+    draw, count = judged if case.data == "judged" else synthetic, case.steps + 1
+    if not case.grouped:
+        return draw(case, PAIRS * count)
+    # as group_by_length does: 50 batches' pairs, sorted and cut; of these batches some of every length, mixed
+    pairs = sorted(draw(case, PAIRS * SORTED), key=longer)
+    places = [SORTED * (2 * i + 1) // (2 * count) for i in range(count)]
+    random.Random(case.seed).shuffle(places)
+    return [pair for place in places for pair in pairs[PAIRS * place : PAIRS * (place + 1)]]
+
+
+def longer(pair: Pair) -> int:
+    """Tokens of the prompt and the longer answer."""
+    return len(pair.prompt) + max(len(pair.chosen), len(pair.rejected))
 
 
 def synthetic(case: Case, count: int) -> list[Pair]:
@@ -114,7 +120,7 @@ def judged(case: Case, count: int) -> list[Pair]:
         rows = [json.loads(line) for line in file]
     random.Random(case.seed).shuffle(rows)
     pairs = (Pair(ids(r["prompt"]), [*ids(r["chosen"]), END], [*ids(r["rejected"]), END]) for r in rows)
-    short = (pair for pair in pairs if len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)) <= LONGEST)
+    short = (pair for pair in pairs if longer(pair) <= LONGEST)
     return [next(short) for _ in range(count)]
 
 
@@ -139,10 +145,7 @@ def tokens(pairs: Sequence[Pair]) -> dict[str, int]:
     """What the timed batches hold: packed with a shared prompt, as single sequences, padded, and answers alone."""
     timed = pairs[PAIRS:]
     prompts, answers = sum(len(p.prompt) for p in timed), sum(len(p.chosen) + len(p.rejected) for p in timed)
-    widest = [
-        max(len(p.prompt) + max(len(p.chosen), len(p.rejected)) for p in timed[i : i + PAIRS])
-        for i in range(0, len(timed), PAIRS)
-    ]
+    widest = [max(map(longer, timed[i : i + PAIRS])) for i in range(0, len(timed), PAIRS)]
     padded = 2 * PAIRS * sum(widest)
     return {"packed": prompts + answers, "single": 2 * prompts + answers, "padded": padded, "answers": answers}
 

@@ -10,7 +10,8 @@ processor time, which a busy neighbor disturbs less.
 `equal`: the largest difference in log-probability between adapters on and off and two separate models, tokens being
 the same. `second_copy_mib`: weights that the reference of `lora` does not share with the policy. `read_afterwards`: for
 rows of the reference alone, how many times faster one forward over the whole text gives the policy's
-log-probabilities than decoding the policy along.
+log-probabilities than decoding the policy along; below 1 where both rows of a prompt are the reference's and the prompt
+is longer than they are, since decoding reads a prompt once for all of its rows.
 """
 
 from __future__ import annotations

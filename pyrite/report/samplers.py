@@ -144,14 +144,14 @@ def _language_model(results: Results) -> list[Part]:
 
 
 def _ends_table(ends: Results) -> Table:
-    columns = ("method", "scorer", "gold", "KL, nats", "beats start: scorer", "beats start: gold", "tokens", "cut")
+    columns = ("method", "scorer", "gold", "KL, nats", "beats start: scorer", "beats start: gold", "tokens")
     rows = [
         (
             NAMES.get(name, name),
-            *(_with_interval(end[key]) for key in ("proxy", "gold", "kl")),
-            *(_with_interval(end[key], percent) for key in ("win_proxy", "win_gold")),
+            *(_with_interval(end[key]) for key in ("proxy", "gold")),
+            number(end["kl"]["mean"]),
+            *(percent(end[key]["mean"]) for key in ("win_proxy", "win_gold")),
             number(end["length"]["mean"]),
-            percent(end["missing_eos"]["mean"]),
         )
         for name, end in ends.items()
     ]
@@ -160,8 +160,8 @@ def _ends_table(ends: Results) -> Table:
     )
 
 
-def _with_interval(value: Row, show: Any = number) -> str:
-    return f"{show(value['mean'])} [{show(value['lo'])}, {show(value['hi'])}]"
+def _with_interval(value: Row) -> str:
+    return f"{number(value['mean'])} [{number(value['lo'])}, {number(value['hi'])}]"
 
 
 def _rounds_table(curves: Sequence[Row]) -> Table:
@@ -213,7 +213,7 @@ def _floors(races: Results) -> list[Part]:
         for name, row in race["samplers"].items()
         if row["floor"] and key.startswith("floor")
     ]
-    rows = [(o["samples"], n, number(f["measured"]["mean"], 4), number(f["predicted"], 4)) for o, n, f in found]
+    rows = [(o["samples"], n, number(f["measured"]["mean"], 5), number(f["predicted"], 5)) for o, n, f in found]
     caption = "Mean |δ| over the second half of the run, at a tenth of the best rate; predicted from noise alone."
     return (
         [Table(("pairs an update", "sampler", "measured", "predicted"), rows, caption, "Noise floors")] if rows else []

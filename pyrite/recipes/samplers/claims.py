@@ -80,7 +80,7 @@ def _sooner(sampler: str) -> Claim:
     return Claim(
         f"fewer-updates-{sampler.replace('_', '-')}",
         f"{SOURCE}, theorems and figure on exact DPO",
-        f"`{sampler}` needs fewer updates than `uniform` to an error of 1e-6, each at its best constant rate",
+        f"{sampler} needs fewer updates than uniform to an error of 1e-6, each at its best constant rate",
         lambda exact: exact.of("best", "uniform", "steps_to_1e-06") - exact.of("best", sampler, "steps_to_1e-06"),
     )
 
@@ -90,7 +90,7 @@ def _parts_lose(sampler: str) -> Claim:
     return Claim(
         f"both-parts-{sampler.replace('_', '-')}",
         f"{SOURCE}, definition of the samplers",
-        f"`{sampler}` with the weights of the theory needs fewer updates to 1e-6 than its second pair of arms alone",
+        f"{sampler} with the weights of the theory needs fewer updates to 1e-6 than its second pair of arms alone",
         lambda exact: (
             exact.of("best", f"{sampler}(share=1.0)", "steps_to_1e-06") - exact.of("best", sampler, "steps_to_1e-06")
         ),
@@ -98,7 +98,7 @@ def _parts_lose(sampler: str) -> Claim:
 
 
 def _floor_slope(exact: Exact) -> Tensor:
-    """d log error / d log N at the last update, from the fewest pairs to the most, `mix_p` with its cap, (R,)."""
+    """d log error / d log N at the last update, from the fewest pairs to the most, mix_p with its cap, (R,)."""
     races = {int(race.split()[-1]): race for race in exact.races if race.startswith("floor ")}
     few, many = (exact.of(races[n], CAPPED, "last_mean_error") for n in (min(races), max(races)))
     return (many / few).log() / math.log(max(races) / min(races))
@@ -112,13 +112,13 @@ def _early(sampler: str) -> Callable[[Exact], Tensor]:
 
 EXACT = [
     _order("uniform", 1, "DPO with uniform pairs converges linearly (order 1)"),
-    _order("mix_r", 2, "DPO with `mix_r` converges quadratically (order 2)"),
-    _order("mix_p", 2, "DPO with `mix_p` converges quadratically (order 2)"),
+    _order("mix_r", 2, "DPO with mix_r converges quadratically (order 2)"),
+    _order("mix_p", 2, "DPO with mix_p converges quadratically (order 2)"),
     *(
         Claim(
             f"bound-{name.replace('_', '-')}",
             f"{SOURCE}, theorems on exact DPO",
-            f"`{name}`: on every reward table the error stays within the bound of the theorem (share of them)",
+            f"{name}: on every reward table the error stays within the bound of the theorem (share of them)",
             lambda exact, name=name: exact.of("bounds", name, "bound"),
             universal=True,
         )
@@ -131,7 +131,7 @@ EXACT = [
     Claim(
         "fixed-rate",
         f"{SOURCE}, figure on exact DPO: one learning rate, 10, for every sampler",
-        "At that one rate `mix_p` converges quadratically on a typical reward table too (order 2)",
+        "At that one rate mix_p converges quadratically on a typical reward table too (order 2)",
         lambda exact: exact.of("fixed", "mix_p", "order"),
         1.9,
         2.1,
@@ -147,13 +147,13 @@ EXACT = [
     Claim(
         "sooner-mix-r",
         f"{SOURCE}, figure on empirical DPO",
-        "With sampled pairs, `mix_r` has a smaller error than `uniform` after 20 updates at a tenth of the best rate",
+        "With sampled pairs, mix_r has a smaller error than uniform after 20 updates at a tenth of the best rate",
         _early("mix_r"),
     ),
     Claim(
         "sooner-mix-p",
         f"{SOURCE}, figure on empirical DPO",
-        "With sampled pairs, `mix_p` with its cap has a smaller error than `uniform` after those updates",
+        "With sampled pairs, mix_p with its cap has a smaller error than uniform after those updates",
         _early(CAPPED),
     ),
 ]
