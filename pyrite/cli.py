@@ -22,7 +22,7 @@ import tyro
 import yaml
 from rich.console import Console
 
-from pyrite import jobs, parts, recipes, report, runs, sweeps
+from pyrite import jobs, ledger, parts, recipes, report, runs, sweeps
 from pyrite.progress import say
 from pyrite.train import TrainingError
 
@@ -31,12 +31,14 @@ PAGES = {
     "bandit": report.bandit_page,
     "overoptimization": report.overoptimization_page,
     "references": report.references_page,
+    "samplers": report.samplers_page,
 }
 USAGE = """\
 pyrite {jobs}   run one job; --help lists its options
 pyrite recipe {recipes}   run a whole experiment and write its report
 pyrite list {kinds}   what can be named in an option
 pyrite report DIR   write DIR/report.html for a run or a recipe
+pyrite ledger show FILE | export FILE OUT.parquet [--pairs]   what was asked of golds, and what it cost
 Every job takes --config FILE.yaml (the command line wins) and --dry-run. Several values for an option that takes
 one make a sweep: one run for each combination, in folders of their own below --out."""
 
@@ -68,8 +70,11 @@ def _command(arguments: list[str]) -> None:
         _list(rest)
     elif name == "report":
         _report(rest)
+    elif name == "ledger":
+        _ledger(rest)
     else:
-        raise ValueError(f"unknown command {name!r}{_nearest(name, [*_names(jobs), 'recipe', 'list', 'report'])}")
+        known = [*_names(jobs), "recipe", "list", "report", "ledger"]
+        raise ValueError(f"unknown command {name!r}{_nearest(name, known)}")
 
 
 def _job(name: str, arguments: list[str]) -> None:
@@ -247,6 +252,17 @@ def _report(arguments: list[str]) -> None:
     if not (folder / "config.json").exists():
         raise ValueError(f"{folder}: no run here (no config.json); give the --out folder of a job or a recipe")
     _print(f"report: {_page(folder)}")
+
+
+def _ledger(arguments: list[str]) -> None:
+    match [a for a in arguments if a != "--pairs"]:
+        case ["show", path] if "--pairs" not in arguments:
+            _print(ledger.show(path))
+        case ["export", path, out]:
+            rows = ledger.export(path, out, pairs="--pairs" in arguments)
+            _print(f"ledger: {rows} {'pairs' if '--pairs' in arguments else 'questions'} in {out}")
+        case _:
+            raise ValueError("ledger: write `ledger show FILE` or `ledger export FILE OUT.parquet [--pairs]`")
 
 
 def _page(folder: Path) -> Path:

@@ -330,6 +330,7 @@ def test_wins():
     assert wins(ours, theirs).tolist() == [1.0, 0.5, 0.0, 1.0]
     assert win_rate(ours, theirs).item() == 0.625
     assert win_rate(ours, ours).item() == 0.5
+    assert win_rate(theirs, ours).item() == 1 - 0.625
     with pytest.raises(ValueError, match="not finite"):
         wins(ours, tensor(math.nan, 1.0, 1.0, 1.0))
 

@@ -72,3 +72,33 @@ def test_a_scorer_is_tried_on_a_real_prompt(asked: Evaluation, policy: Policy, t
     )
     made = Evaluator.load(replace(asked, gold=f"{tmp_path}/picky.py:score()"), policy, ref=None, seed=0)
     assert made(policy).values["gold"].tolist() == [1.0] * 15
+
+
+def test_kl_is_unbiased_on_an_enumerable_model(asked: Evaluation, policy: Policy, tiny: Path, tmp_path: Path) -> None:
+    """Every answer of at most two tokens; the control is a known mistake, answers drawn colder than they are scored."""
+    from dataclasses import replace
+
+    other, sharp = Policy.load(tiny), Policy.load(tiny)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.5)
+        sharp.model.get_output_embeddings().weight.mul_(2)  # type: ignore[union-attr,operator]
+    asked = replace(asked, eval_limit=1, eval_k=3000, max_new_tokens=2)
+    made = Evaluator.load(asked, policy, ref=other, seed=0)
+    exact = _exact_kl(policy, other, made.ids[0])
+    assert exact > 0.1
+    for name in ("kl_k1", "kl_k3"):
+        values = made(policy).values[name]
+        assert abs(values.mean().item() - exact) < 3 * values.std().item() / 3000**0.5
+    drawn = made(sharp).drawn.responses()
+    ours, theirs = (response_logps(model, [Row(made.ids[0], drawn)]).sum.double() for model in (policy, other))
+    values = ours - theirs
+    assert abs(values.mean().item() - exact) > 5 * values.std().item() / 3000**0.5
+
+
+def _exact_kl(policy: Policy, ref: Policy, prompt: list[int]) -> float:
+    size, eos = len(policy.tokenizer), policy.tokenizer.eos_token_id
+    every = [[eos]] + [[a, b] for a in range(size) if a != eos for b in range(size)]
+    ours, theirs = (response_logps(model, [Row(prompt, every)]).sum.double() for model in (policy, ref))
+    assert ours.exp().sum().item() == pytest.approx(1, abs=1e-5)
+    return (ours.exp() * (ours - theirs)).sum().item()

@@ -11,6 +11,7 @@ from pyrite.report.overoptimization import overoptimization_page
 from pyrite.report.page import page
 from pyrite.report.references import references_page
 from pyrite.report.run import run_page
+from pyrite.report.samplers import samplers_page
 from pyrite.report.sections import Claims, Figure, Keys, Numbers, Samples, Table, Text, Views
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "page",
     "references_page",
     "run_page",
+    "samplers_page",
     "save",
     "save_bandit",
     "stages",

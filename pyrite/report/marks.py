@@ -25,13 +25,14 @@ GAP = 15  # pixels: the least distance between two labels
 
 @dataclass(frozen=True)
 class Axis:
-    """One axis: its field, title, d3 number format, and whether it is logarithmic, to which base."""
+    """One axis: its field, title, d3 number format; whether it is logarithmic, to which base, or counts something."""
 
     field: str
     title: str
     format: str = ""
     log: bool = False
     base: int = 2
+    whole: bool = False
 
 
 def draw(
@@ -94,9 +95,12 @@ def _layers(x: Axis, tooltip: Mapping[str, str], width: float) -> list[tuple[str
 
 def _across(x: Axis) -> alt.X:
     scale = alt.Scale(type="log", base=x.base, nice=False) if x.log else alt.Scale(nice=False, zero=False)
-    return alt.X(
-        f"{x.field}:Q", title=x.title, scale=scale, axis=alt.Axis(format=x.format or alt.Undefined, labelFlush=False)
+    axis = alt.Axis(
+        format="d" if x.whole else x.format or alt.Undefined,
+        labelFlush=False,
+        tickMinStep=1 if x.whole else alt.Undefined,
     )
+    return alt.X(f"{x.field}:Q", title=x.title, scale=scale, axis=axis)
 
 
 def _up(y: Axis, domain: tuple[float, float]) -> alt.Y:

@@ -48,7 +48,7 @@ def over(curves: Sequence[Row], x: str, y: str, *, height: int = 300) -> alt.Lay
         raise ValueError(f"over: no row has both {x} and {y}")
     tooltip = {"line": "method", "round": "round", "across": TITLES.get(x, x), "shown": TITLES.get(y, y)}
     dots = [{**point, "flag": ""} for point in points] if x == "kl" else []
-    across, up = Axis(x, TITLES.get(x, x)), Axis("value", TITLES.get(y, y))
+    across, up = Axis(x, TITLES.get(x, x), whole=x == "round"), Axis("value", TITLES.get(y, y))
     return draw(points, across, up, tooltip=tooltip, height=height, peaks=dots)
 
 
