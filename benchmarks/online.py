@@ -54,9 +54,9 @@ def scores(answers: list[str]) -> list[float]:
     return [zlib.crc32(answer.encode()) / 2**32 for answer in answers]
 
 
-def reward(completions: list[str], **_: Any) -> list[float]:
+def reward(completions: list[str], **_: Any) -> list[float | None]:
     """The peer's judge."""
-    return scores(completions)
+    return [*scores(completions)]
 
 
 def judge(prompts: list[str], a: list[str], b: list[str]) -> Tensor:
@@ -126,7 +126,8 @@ class Ours:
         policy = Policy(*talker(case))
         policy.to("cuda" if torch.cuda.is_available() else "cpu")
         start = copy.deepcopy(policy) if ref is None else Policy(ref, policy.tokenizer).to(policy.device)
-        training = Training(lr=1e-6, batch_size=PAIRS, precision=case.precision, schedule="constant", warmup=0)
+        precision: Any = case.precision
+        training = Training(lr=1e-6, batch_size=PAIRS, precision=precision, schedule="constant", warmup=0)
         learner = RoundLearner(policy, dpo, training, rounds=case.steps + 1, restart=False)
         drawing = Drawing(on_policy(), max_new_tokens=NEW, temperature=TEMPERATURE)
         return cls(Players(policy, start.requires_grad_(False)), learner, drawing)
@@ -150,7 +151,8 @@ class Ours:
         return pairs
 
     def preferences(self, ids: list[list[int]], drawn: Any, pairs: list) -> Any:
-        return self.players.preferences(ids, drawn, pairs, self.learner.wanted)
+        rows = [{"prompt_id": i, "prompt": words(prompt)} for i, prompt in enumerate(ids)]
+        return self.players.preferences(self.players.answers(rows, ids, drawn), pairs, self.learner.wanted)
 
 
 def prompts(pairs: list[Pair]) -> list[list[list[int]]]:
@@ -269,7 +271,11 @@ def measured(case: Case) -> dict[str, Any]:
     read, drawn = sum(len(ids) for batch in timed for ids in batch), 2 * PAIRS * NEW * len(timed)
     padded = sum(2 * PAIRS * (max(map(len, batch)) + NEW) for batch in timed)
     found = compare({"peer": peer, "ours": ours}, case)
-    return found | {"tokens": {"packed": read + drawn, "padded": padded, "answers": drawn}, "prompts": PAIRS, "new": NEW}
+    return found | {
+        "tokens": {"packed": read + drawn, "padded": padded, "answers": drawn},
+        "prompts": PAIRS,
+        "new": NEW,
+    }
 
 
 def main() -> None:

@@ -26,7 +26,8 @@ from pyrite import jobs, ledger, parts, recipes, report, runs, sweeps
 from pyrite.progress import say
 from pyrite.train import TrainingError
 
-KINDS = ("ensembles", "golds", "jobs", "judges", "losses", "recipes", "reward_losses", "samplers")
+KINDS = ("discriminators", "ensembles", "golds", "jobs", "judges", "losses", "recipes", "reward_losses", "samplers")
+KINDS += ("schedules", "selectors")
 PAGES = {
     "bandit": report.bandit_page,
     "overoptimization": report.overoptimization_page,

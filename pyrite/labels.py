@@ -20,23 +20,26 @@ from pyrite.judges import Judge, check_verdicts
 
 Pairing = Literal["consecutive", "all", "best_worst"]
 Labels = Literal["soft", "hard", "sampled"]
+Source = Literal["judge", "gold", "silver", "tie"]  # tie: gold saw none better, and silver's order was kept
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Indices of the chosen and the rejected answer, and ln(p / (1 − p)) of the verdict for the chosen, nats."""
+    """Indices of the chosen and the rejected answer, ln(p / (1 − p)) of the verdict for the chosen in nats, and whose
+    verdict it is."""
 
     chosen: int
     rejected: int
     strength: float
+    source: Source = "judge"
 
 
 @dataclass(frozen=True)
 class Labelled:
-    """Pairs, how many verdicts were asked for, and what made no pair."""
+    """Pairs, how many verdicts were given, and what made no pair: ties, and couples without a verdict."""
 
     pairs: list[Pair]
-    asked: int
+    labels: int
     ties: int
     missing: int
 
@@ -58,7 +61,7 @@ def label(
     labels: soft and hard take the likelier answer as chosen; sampled draws it by the verdict, from its own stream
     (seed, place). Equal texts are not asked about. Raises ValueError where the judge's verdicts are no probabilities.
     """
-    couples = [couple for group in groups for couple in _couples(group, pairing)]
+    couples = paired(groups, pairing)
     asked = [(a, b) for a, b in couples if answers[a] != answers[b]]
     first, second = [a for a, _ in asked], [b for _, b in asked]
     texts = [[side[i] for i in where] for side, where in ((prompts, first), (answers, first), (answers, second))]
@@ -66,17 +69,42 @@ def label(
     known = dict(zip(asked, verdicts.double().tolist(), strict=True))
     if pairing == "best_worst":
         couples = [couple for group in groups if (couple := _ends(group, known))]
-    uniform = torch.rand(len(answers), generator=seeds.generator(seed, "labels"), dtype=torch.float64)
-    decided = [_decided(a, b, known.get((a, b), 0.5), labels, uniform) for a, b in couples]
-    missing = sum(math.isnan(known.get(couple, 0.5)) for couple in couples)
-    pairs = [pair for pair in decided if pair]
-    return Labelled(pairs, len(asked), len(couples) - len(pairs) - missing, missing)
+    wanted = [known.get(couple, 0.5) for couple in couples]
+    pairs = decided(couples, wanted, len(answers), labels=labels, seed=seed)
+    missing = sum(map(math.isnan, wanted))
+    return Labelled(pairs, int((~verdicts.isnan()).sum()), len(couples) - len(pairs) - missing, missing)
 
 
-def _couples(group: Sequence[int], pairing: Pairing) -> list[tuple[int, int]]:
+def paired(groups: Sequence[Sequence[int]], pairing: Pairing, scores: Tensor | None = None) -> list[tuple[int, int]]:
+    """Who is compared with whom: indices (a, b) of answers of one group.
+
+    best_worst gives every couple of a group, or with scores (N,) its highest and lowest alone.
+    """
     if pairing == "consecutive":
-        return list(zip(group[::2], group[1::2], strict=False))
-    return list(itertools.combinations(group, 2))
+        return [couple for group in groups for couple in zip(group[::2], group[1::2], strict=False)]
+    if pairing == "best_worst" and scores is not None:
+        value = scores.tolist()
+        several = [group for group in groups if len(group) > 1]
+        ends = [(min(g, key=lambda i: (-value[i], i)), min(g, key=lambda i: (value[i], -i))) for g in several]
+        return [(min(couple), max(couple)) for couple in ends]
+    return [couple for group in groups for couple in itertools.combinations(group, 2)]
+
+
+def decided(
+    couples: Sequence[tuple[int, int]],
+    verdicts: Sequence[float],
+    n: int,
+    *,
+    labels: Labels = "soft",
+    seed: int = 0,
+    sources: Sequence[Source] | None = None,
+) -> list[Pair]:
+    """The pairs of verdicts P(a beats b), for couples among n answers; none of a tie or of no verdict."""
+    uniform = torch.rand(n, generator=seeds.generator(seed, "labels"), dtype=torch.float64)
+    whose: list[Source] = list(sources) if sources else ["judge" for _ in couples]
+    every = zip(couples, verdicts, whose, strict=True)
+    found = [_decided(a, b, p, labels, uniform, source) for (a, b), p, source in every]
+    return [pair for pair in found if pair]
 
 
 def _ends(group: Sequence[int], known: dict[tuple[int, int], float]) -> tuple[int, int] | None:
@@ -94,11 +122,11 @@ def _ends(group: Sequence[int], known: dict[tuple[int, int], float]) -> tuple[in
     return (best, worst) if best < worst else (worst, best)
 
 
-def _decided(a: int, b: int, p: float, labels: Labels, uniform: Tensor) -> Pair | None:
+def _decided(a: int, b: int, p: float, labels: Labels, uniform: Tensor, source: Source) -> Pair | None:
     """The pair of a verdict P(a beats b); None for a tie or no verdict."""
     if math.isnan(p) or p == 0.5:
         return None
     a_wins = p > uniform[a].item() if labels == "sampled" else p > 0.5
     sure = min(max(p, PROBABILITY_FLOOR), 1 - PROBABILITY_FLOOR)
     odds = math.log(sure / (1 - sure))
-    return Pair(a, b, odds) if a_wins else Pair(b, a, -odds)
+    return Pair(a, b, odds, source) if a_wins else Pair(b, a, -odds, source)

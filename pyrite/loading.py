@@ -67,6 +67,14 @@ def load_model(auto: Any, path: str | Path, *, dtype: Dtype, **options: Any) -> 
         return PeftModel.from_pretrained(model, str(path), is_trainable=True) if adapter.exists() else model
 
 
+def adapters_of(path: str | Path) -> dict[str, Any]:
+    """What a folder's adapters say of themselves. Raises ValueError for a model without."""
+    about = Path(path) / "adapter_config.json"
+    if not about.exists():
+        raise ValueError(f"{path}: no adapters here (no adapter_config.json); it is a whole model already")
+    return json.loads(about.read_text())
+
+
 def settings(path: str | Path) -> dict[str, Any]:
     """What a saved reward model says of itself, beside the adapters where it has any; {} of any other model."""
     if not (Path(path) / "config.json").exists() and (Path(path) / "adapter_config.json").exists():

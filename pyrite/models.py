@@ -291,11 +291,18 @@ class RewardEnsemble:
         self, prompts: Sequence[Prompt], responses: Sequence[str], *, finished: bool | Sequence[bool] = True
     ) -> Tensor:
         """Standardized scores (E, N)."""
-        first = self.members[0]
-        if len({(id(m.tokenizer), m.pooling, m.max_length, m.max_prompt, m.packed) for m in self.members}) > 1:
-            return torch.stack([member.scores(prompts, responses, finished=finished) for member in self.members])
-        raw = _raw_scores(self.members, first.encode(prompts, responses, finished=finished))
+        raw = self.raw(prompts, responses, finished=finished)
         return torch.stack([(row - member.mean) / member.std for member, row in zip(self.members, raw, strict=True)])
+
+    def raw(
+        self, prompts: Sequence[Prompt], responses: Sequence[str], *, finished: bool | Sequence[bool] = True
+    ) -> Tensor:
+        """Scores as they were trained (E, N): differences are log-odds, nats."""
+        reads = {(id(m.tokenizer), m.pooling, m.max_length, m.max_prompt, m.packed) for m in self.members}
+        alike = len(reads) == 1
+        groups = [self.members] if alike else [[member] for member in self.members]
+        texts = [group[0].encode(prompts, responses, finished=finished) for group in groups]
+        return torch.cat([_raw_scores(group, some) for group, some in zip(groups, texts, strict=True)])
 
 
 @torch.inference_mode()

@@ -20,9 +20,22 @@ from pyrite.models import Policy, backbone
 from pyrite.packing import Row
 from pyrite.preferences import Preferences, batch_loss
 from pyrite.samplers import Arm, Sampler
+from pyrite.text import Prompt
 from pyrite.train import Learner, Training, TrainingError
 
 WHOLE = 1 << 40  # tokens; no batch is larger
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One drawn answer: the text that judges read, and the tokens that were drawn, its end token among them."""
+
+    prompt_id: Any
+    prompt: Prompt
+    response: str
+    finished: bool
+    prompt_ids: list[int]
+    ids: list[int]
 
 
 @dataclass(frozen=True)
@@ -71,18 +84,26 @@ class Players:
             drawn = sample_mixed(self.policy.model, ref, ids, exponents=exponents, **options)
         return replace(drawn, **{name: value.cpu() for name, value in vars(drawn).items() if isinstance(value, Tensor)})
 
-    def preferences(
-        self, ids: Sequence[list[int]], drawn: Samples, pairs: Sequence[Pair], wanted: frozenset[str]
-    ) -> Preferences:
+    def answers(self, rows: Sequence[dict], ids: Sequence[list[int]], drawn: Samples) -> list[Answer]:
+        """What was drawn, answer by answer."""
+        texts = text.decode(self.policy.tokenizer, drawn.responses())
+        every = zip(drawn.prompt.tolist(), texts, drawn.finished.tolist(), drawn.responses(), strict=True)
+        return [
+            Answer(rows[p]["prompt_id"], rows[p]["prompt"], said, done, list(ids[p]), tokens)
+            for p, said, done, tokens in every
+        ]
+
+    def preferences(self, answers: Sequence[Answer], pairs: Sequence[Pair], wanted: frozenset[str]) -> Preferences:
         """The drawn tokens of each pair, with the reference's log-probabilities where the loss wants them."""
-        tokens, owner = drawn.responses(), drawn.prompt.tolist()
-        rows = [Row(ids[owner[pair.chosen]], [tokens[pair.chosen], tokens[pair.rejected]]) for pair in pairs]
-        ref = self._score(rows) if rows and "ref" in wanted else None
+        both = [(answers[pair.chosen], answers[pair.rejected]) for pair in pairs]
+        rows = [Row(chosen.prompt_ids, [chosen.ids, rejected.ids]) for chosen, rejected in both]
+        ref = self.ref_logps(rows) if rows and "ref" in wanted else None
         if ref is not None and not wanted & {"tokens", "ref_tokens"}:
             ref = replace(ref, tokens=None, mask=None)
         return Preferences(rows, ref, torch.tensor([pair.strength for pair in pairs]))
 
-    def _score(self, rows: Sequence[Row]) -> Logps:
+    def ref_logps(self, rows: Sequence[Row]) -> Logps:
+        """Log-probabilities of all responses under the reference."""
         if self.ref is not self.policy:
             return response_logps(self.ref, rows)
         with self.policy.without_adapters():

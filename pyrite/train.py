@@ -290,9 +290,9 @@ def save(checkpoints: Path, step: int, learner: Learner, extra: Mapping[str, Ten
 
 
 @torch.no_grad()
-def resume(checkpoints: Path, learner: Learner, extra: Mapping[str, Tensor]) -> int:
-    """Restore the newest checkpoint and return its step, or 0."""
-    saved = _steps(checkpoints)
+def resume(checkpoints: Path, learner: Learner, extra: Mapping[str, Tensor], *, step: int | None = None) -> int:
+    """Restore the newest checkpoint, or that of a step, and return its step, or 0."""
+    saved = _steps(checkpoints) if step is None else [step]
     if not saved:
         return 0
     state = load_file(checkpoints / f"step-{saved[-1]}.safetensors")

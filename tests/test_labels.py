@@ -24,7 +24,7 @@ def test_best_against_worst() -> None:
     made = label(LENGTH, PROMPTS, ANSWERS, [[0, 1, 2, 3]], pairing="best_worst")
     assert [(pair.chosen, pair.rejected) for pair in made.pairs] == [(1, 0)]
     assert made.pairs[0].strength == pytest.approx(3.0, abs=1e-5)
-    assert made.asked == 6
+    assert made.labels == 6
 
 
 def test_consecutive_and_all_pairs() -> None:
@@ -32,7 +32,7 @@ def test_consecutive_and_all_pairs() -> None:
     assert [(pair.chosen, pair.rejected) for pair in made.pairs] == [(1, 0), (3, 2)]
     assert [pair.strength for pair in made.pairs] == pytest.approx([3.0, 1.0], abs=1e-5)
     every = label(LENGTH, PROMPTS, ANSWERS, [[0, 1, 2, 3]], pairing="all")
-    assert len(every.pairs) == every.asked == 6
+    assert len(every.pairs) == every.labels == 6
     assert all(len(ANSWERS[p.chosen]) > len(ANSWERS[p.rejected]) for p in every.pairs)
 
 
@@ -51,7 +51,7 @@ def test_ties_and_missing_verdicts_make_no_pair() -> None:
     answers = ["tie", "b", "nan", "c", "good", "d", "same", "same"]
     made = label(judge, ["p"] * 8, answers, [[0, 1], [2, 3], [4, 5], [6, 7]], pairing="consecutive")
     assert [(pair.chosen, pair.rejected) for pair in made.pairs] == [(4, 5)]
-    assert (made.asked, made.ties, made.missing) == (3, 2, 1)  # equal texts are not asked about, and are a tie
+    assert (made.labels, made.ties, made.missing) == (2, 2, 1)  # equal texts are not asked about, and are a tie
     nothing = label(judge, ["p"] * 2, ["same", "same"], [[0, 1]])
     assert nothing.pairs == []
     assert nothing.ties == 1

@@ -16,7 +16,7 @@ from pyrite.rounds import Drawing, Players, RoundLearner
 from pyrite.samplers import Arm
 from pyrite.train import Training
 
-ROWS = [{"prompt_id": "a"}, {"prompt_id": "b"}]
+ROWS = [{"prompt_id": "a", "prompt": "tell me"}, {"prompt_id": "b", "prompt": "please"}]
 IDS = [[1, 20, 21], [1, 22]]
 
 
@@ -43,14 +43,14 @@ def test_rows_are_the_drawn_tokens_and_the_reference_s_view_of_them(policy: Poli
             parameter.mul_(1.1)
     players = Players(policy, other)
     drawn = players.draw(ROWS, IDS, Drawing(samplers.on_policy(), k=2, max_new_tokens=6), number=0)
-    prefs = players.preferences(IDS, drawn, [Pair(3, 2, 0.7)], frozenset({"ref"}))
+    prefs = players.preferences(players.answers(ROWS, IDS, drawn), [Pair(3, 2, 0.7)], frozenset({"ref"}))
     tokens = drawn.responses()
     assert [list(r) for r in prefs.rows[0].responses] == [tokens[3], tokens[2]]
     assert list(prefs.rows[0].prompt) == IDS[1]
     assert prefs.strength is not None and prefs.ref is not None
     assert prefs.strength.tolist() == pytest.approx([0.7])
     torch.testing.assert_close(prefs.ref.sum, response_logps(other, prefs.rows).sum)
-    assert players.preferences(IDS, drawn, [Pair(0, 1, 1.0)], frozenset()).ref is None
+    assert players.preferences(players.answers(ROWS, IDS, drawn), [Pair(0, 1, 1.0)], frozenset()).ref is None
 
 
 def test_without_its_adapters_the_policy_is_its_reference(tiny: Path) -> None:
@@ -62,7 +62,7 @@ def test_without_its_adapters_the_policy_is_its_reference(tiny: Path) -> None:
                 parameter.add_(0.5)
     players = Players(policy, policy)
     drawn = players.draw(ROWS, IDS, Drawing(samplers.on_policy(), k=2, max_new_tokens=6), number=0)
-    prefs = players.preferences(IDS, drawn, [Pair(0, 1, 1.0)], frozenset({"ref"}))
+    prefs = players.preferences(players.answers(ROWS, IDS, drawn), [Pair(0, 1, 1.0)], frozenset({"ref"}))
     assert prefs.ref is not None
     torch.testing.assert_close(prefs.ref.sum, response_logps(Policy.load(tiny), prefs.rows).sum, atol=1e-4, rtol=1e-4)
     assert (response_logps(policy, prefs.rows).sum - prefs.ref.sum).abs().max() > 1e-2
@@ -72,7 +72,9 @@ def test_without_its_adapters_the_policy_is_its_reference(tiny: Path) -> None:
 def test_moments_and_schedule_restart_or_last(policy: Policy, restart: bool) -> None:
     players = Players(policy, copy.deepcopy(policy))
     drawn = players.draw(ROWS, IDS, Drawing(samplers.on_policy(), k=2, max_new_tokens=6), number=0)
-    prefs = players.preferences(IDS, drawn, [Pair(0, 1, 1.0), Pair(2, 3, 1.0)], frozenset({"ref"}))
+    prefs = players.preferences(
+        players.answers(ROWS, IDS, drawn), [Pair(0, 1, 1.0), Pair(2, 3, 1.0)], frozenset({"ref"})
+    )
     training = Training(lr=1e-3, batch_size=1, warmup=0)
     learner = RoundLearner(policy, losses.dpo, training, rounds=2, restart=restart)
     for number in range(2):
@@ -87,5 +89,5 @@ def test_an_empty_round_changes_nothing(policy: Policy) -> None:
     drawn = players.draw(ROWS, IDS, Drawing(samplers.on_policy(), k=2, max_new_tokens=6), number=0)
     before = copy.deepcopy(policy.state_dict())
     learner = RoundLearner(policy, losses.dpo, Training(), rounds=1)
-    assert learner.learn(players.preferences(IDS, drawn, [], frozenset({"ref"})), 0) == {}
+    assert learner.learn(players.preferences(players.answers(ROWS, IDS, drawn), [], frozenset({"ref"})), 0) == {}
     assert all(torch.equal(before[name], value) for name, value in policy.state_dict().items())

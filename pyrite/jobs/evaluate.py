@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyrite import analyses, data, estimators, runs
+from pyrite import analyses, data, estimators, runs, text
 from pyrite.analyses import TokenRatios
 from pyrite.evaluation import Answers, Evaluation, Evaluator, response_logps
 from pyrite.logps import Logps
@@ -32,6 +32,7 @@ OUTPUTS = {
     "answers.parquet": "every answer with its gold, proxy and log-probabilities",
     "analyses.json": "degeneration, KL by position, and the analyses of the pairs",
     "tokens.csv": "with pairs: how far training moved each token, on average",
+    "alpaca_eval.json": "with --alpaca-eval NAME: one answer a prompt as AlpacaEval reads it",
 }
 BUDGET = 16384  # packed tokens scored at a time
 RANKED = ("accuracy", "policy_accuracy", "margin")  # analyses of the pairs that are results too
@@ -56,6 +57,8 @@ class Config:
     """Folder or Hub name of the reference policy for KL."""
     pairs: str | None = None
     """Preference pairs for the analyses against the reference: rankings, tokens, end tokens."""
+    alpaca_eval: str | None = None
+    """Name of this model among generators: the first answer to each prompt is also written for AlpacaEval."""
     min_count: int = 100
     """Occurrences a token needs to be listed among those moved most."""
     columns: str | None = None
@@ -100,11 +103,20 @@ def run(config: Config) -> Run:
     if run.writes:
         data.write(_rows(answers), run.folder / "answers.parquet")
         runs.write_json(run.folder / "analyses.json", found)
+        if config.alpaca_eval:
+            runs.write_json(run.folder / "alpaca_eval.json", _for_alpaca_eval(answers, config))
     summary, worth = answers.summary(), answers.diversity()
     worth |= {"repetition": state.repetition, "degenerate": state.degenerate}
     run.log(step=0, **{name: pair["mean"] for name, pair in summary.items()}, **worth)
     ranked = {name: value for name, value in found.get("pairs", {}).items() if name in RANKED}
     return run.finish(answers=len(answers.rows), **summary, **worth, **ranked)
+
+
+def _for_alpaca_eval(answers: Answers, config: Config) -> list[dict[str, str]]:
+    """instruction, output, generator, dataset: the leaderboard's columns."""
+    named = {"generator": str(config.alpaca_eval), "dataset": Path(config.prompts).stem}
+    first = [row for row in answers.rows if row["sample"] == 0]
+    return [{"instruction": text.plain(row["prompt"]), "output": row["response"], **named} for row in first]
 
 
 def on_pairs(

@@ -2,9 +2,10 @@
 
 for every round:
     candidates = answers drawn by the sampler from the policy, the reference, or both mixed
-    pairs      = what the judge makes of them
+    pairs      = what the judge makes of them; with --silver, what a discriminator makes of them, which learns from
+                 the pairs whose labels the budget pays for
     policy     = a direct loss on the pairs
-    measure      gold, proxy and KL from the start, always together
+    measure      gold, proxy and KL from the start, always together, and labels spent
 
 Pairs are learned from the very tokens that were drawn. Rounds may be one step each (strictly on-policy) or large.
 """
@@ -12,17 +13,17 @@ Pairs are learned from the very tokens that were drawn. Rounds may be one step e
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from torch import Tensor
-
-from pyrite import data, estimators, judges, losses, parts, runs, samplers, seeds, text, train
-from pyrite.evaluation import Answers, Evaluation, Evaluator
-from pyrite.generate import Samples
-from pyrite.labels import Labelled, Labels, Pairing, label
+from pyrite import data, discriminators, judges, losses, parts, runs, samplers, schedules, seeds, text, train
+from pyrite.discriminators import Discriminator, Maker
+from pyrite.evaluation import Evaluation, Evaluator
+from pyrite.journal import Journal
+from pyrite.labelers import Labeler, Paying
+from pyrite.labels import Labels, Pairing
+from pyrite.live import Live, Rules
 from pyrite.losses.needs import needs
 from pyrite.models import Lora, Policy
 from pyrite.processes import world
@@ -30,12 +31,15 @@ from pyrite.progress import progress, say
 from pyrite.rounds import Drawing, Players, RoundLearner
 from pyrite.runs import Run
 from pyrite.samplers import Sampler
+from pyrite.schedules import Schedule
 from pyrite.train import Training
 
 OUTPUTS = {
     "model/": "the last policy, Hugging Face layout",
+    "policies/": "with --keep-every: policies along the way",
     "rounds/*.parquet": "every pair: prompt_id, prompt, chosen, rejected, strength",
     "metrics.jsonl": "a row a round: gold, proxy, KL, length, agreement with gold, labels spent",
+    "ledger.db": "every paid label, where labels are paid for",
 }
 
 
@@ -76,8 +80,16 @@ class Config:
     top_k: int = 0
     on_cut: Literal["keep", "drop"] = "keep"
     """Pairs with an answer that was cut before its end; kept ones have no end token."""
+    silver: str | None = None
+    """A discriminator that labels what the judge is not paid for: "reward(path='runs/reward')", "implicit()",
+    "self_reward()"; without one every pair is the judge's."""
+    label_schedule: str = "even()"
+    """When labels are bought and learned by the discriminator: "even(selector='random()')", "original()", "never()"."""
+    paying: Paying = Paying()
     measure_every: int = 1
     """Rounds between measurements and checkpoints."""
+    keep_every: int = 0
+    """Rounds between policies that are kept in policies/, to be evaluated side by side; 0 keeps none."""
     evaluation: Evaluation = Evaluation()
     lora: Lora = Lora()
     training: Training = Training(lr=5e-7)
@@ -94,47 +106,69 @@ def run(config: Config) -> Run:
     run = runs.start("online", config, inputs=inputs(config))
     if run.done:
         return run
-    sampler, judge, loss = _parts(config)
+    named = _parts(config)
     asked, test = _prompts(config)
     policy = Policy.load(config.model, lora=config.lora)
     start = policy if policy.reversible else copy.deepcopy(policy).requires_grad_(False)
     evaluator = Evaluator.load(config.evaluation, policy, ref=start, seed=config.seed, prompts=test)
     players = Players(policy, start if config.ref == "start" else copy.deepcopy(policy).requires_grad_(False))
     learner = RoundLearner(
-        policy, loss, config.training, rounds=config.rounds, restart=config.restart, seed=config.seed
+        policy, named.loss, config.training, rounds=config.rounds, restart=config.restart, seed=config.seed
     )
-    drawing, ids = _drawing(sampler, config), _ids(policy, asked, config)
+    silver = named.silver(Players(policy, start), seeds.derive(config.seed, "silver")) if named.silver else None
+    drawing, ids = _drawing(named.sampler, config), _ids(policy, asked, config)
     players.draw(asked[:1], ids[:1], replace(drawing, max_new_tokens=1), number=0)  # refuses options out of range
     run.open()
     say(f"online: {config.rounds} rounds of {len(_places(config, len(asked), 0))} prompts, {len(test)} to measure on")
-    book = Book(run, evaluator, policy, config)
+    labeler = _labeler(config, named, silver)
+    journal = Journal(run, evaluator, policy, silver)
     begin = train.resume(run.folder / "checkpoints", learner.learner, learner.state)
-    book.begin(begin)
+    journal.begin(begin)
+    labeler.resume(begin, journal.labels)
     with progress("online", config.rounds, unit="rounds", done=begin) as advance:
         for number in range(begin, config.rounds):
             if config.ref == "previous":
                 players.ref.load_state_dict(policy.state_dict())
             places = _places(config, len(asked), number)
             rows, some = [asked[i] for i in places], [ids[i] for i in places]
-            drawn = players.draw(rows, some, drawing, number=number)
-            answers = text.decode(policy.tokenizer, drawn.responses())
-            labelled = _label(judge, rows, answers, drawn, config, number)
-            prefs = players.preferences(some, drawn, labelled.pairs, learner.wanted)
-            book.write(number, rows, answers, drawn, labelled, learner.learn(prefs, number))
-            if (number + 1) % config.measure_every == 0 and number + 1 < config.rounds:
+            answers = players.answers(rows, some, players.draw(rows, some, drawing, number=number))
+            judged = labeler([one for one in answers if one.finished or config.on_cut == "keep"], number)
+            prefs = players.preferences(judged.answers, judged.labelled.pairs, learner.wanted)
+            over = number + 1 == config.rounds or (labeler.spent(number) and not silver)
+            measured = over or (number + 1) % config.measure_every == 0
+            journal.write(number, len(answers), judged, learner.learn(prefs, number), measured=measured)
+            advance(1)
+            if run.writes and config.keep_every and (number + 1) % config.keep_every == 0:
+                policy.save(run.folder / "policies" / f"{number + 1:05d}")
+            if over:
+                break
+            if measured:
+                labeler.save(number + 1)
                 train.save(run.folder / "checkpoints", number + 1, learner.learner, learner.state)
                 run.pause()
-            advance(1)
     if run.writes:
         policy.save(run.folder / "model")
     train.discard_checkpoints(run)
-    return run.finish(start=book.start, last=book.last, labels=book.labels, answers=book.answers)
+    return run.finish(start=journal.start, last=journal.last, labels=journal.labels, answers=journal.answers)
 
 
-def _parts(config: Config) -> tuple[Sampler, judges.Judge, Any]:
+@dataclass(frozen=True)
+class Parts:
+    """What the options name."""
+
+    sampler: Sampler
+    judge: judges.Judge
+    loss: Any
+    schedule: Schedule
+    silver: Maker | None
+
+
+def _parts(config: Config) -> Parts:
     """The named parts, and whatever the options alone show to be impossible."""
     sampler: Any = parts.part(config.sampler, samplers).function
     judge = parts.part(config.judge, judges)
+    schedule: Any = parts.part(config.label_schedule, schedules).function
+    silver: Any = parts.part(config.silver, discriminators).function if config.silver else None
     samplers.check_decodable(sampler)
     loss = parts.part(config.loss, losses)
     if "kl" in needs(loss):
@@ -146,7 +180,16 @@ def _parts(config: Config) -> tuple[Sampler, judges.Judge, Any]:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)}: give at least 1")
     if needs(loss) & {"batch", "running"} and world().num_processes > 1:
         raise ValueError(f"--loss {config.loss} reads the whole batch at once: run it in one process")
-    return sampler, judge, loss
+    if not config.silver and config.label_schedule != Config.label_schedule:
+        raise ValueError(f"--label-schedule {config.label_schedule} is about a discriminator; give one with --silver")
+    return Parts(sampler, judge, loss, schedule, silver)
+
+
+def _labeler(config: Config, named: Parts, silver: Discriminator | None) -> Labeler:
+    rules = Rules(config.pairing, config.labels, config.seed, config.judge)
+    account = config.paying.account(config.out, config.judge) if silver or config.paying.counted else None
+    live = Live(silver, named.schedule, rules, config.rounds, config.paying.budget) if silver else None
+    return Labeler(named.judge, rules, config.out, config.paying.budget, account, live)
 
 
 def _prompts(config: Config) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -192,113 +235,3 @@ def _places(config: Config, n: int, number: int) -> list[int]:
     flat = range(number * size, (number + 1) * size)
     orders = {p // n: train.order(n, p // n, seed=seeds.derive(config.seed, "prompts")) for p in (flat[0], flat[-1])}
     return [orders[p // n][p % n] for p in flat]
-
-
-def _label(
-    judge: judges.Judge, rows: list[dict], answers: list[str], drawn: Samples, config: Config, number: int
-) -> Labelled:
-    """Pairs of answers to the same prompt."""
-    owner = drawn.prompt.tolist()
-    usable = [config.on_cut == "keep" or done for done in drawn.finished.tolist()]
-    groups: dict[int, list[int]] = {}
-    for i, prompt in enumerate(owner):
-        if usable[i]:
-            groups.setdefault(prompt, []).append(i)
-    return label(
-        judge,
-        [text.plain(rows[p]["prompt"]) for p in owner],
-        answers,
-        list(groups.values()),
-        pairing=config.pairing,
-        labels=config.labels,
-        seed=seeds.derive(config.seed, "labels", number),
-        name=config.judge,
-    )
-
-
-@dataclass
-class Book:
-    """What every round leaves behind: its pairs, its row of metrics, what was spent."""
-
-    run: Run
-    evaluator: Evaluator
-    policy: Policy
-    config: Config
-    start: dict[str, float] = field(default_factory=dict)
-    last: dict[str, float] = field(default_factory=dict)
-    labels: int = 0
-    answers: int = 0
-
-    def begin(self, done: int) -> None:
-        """Measure the start, or read what a stopped run has written, up to its last checkpoint."""
-        self.run.rewind(done, part="online")
-        before = runs.read_metrics(self.run.folder)
-        if before:
-            self.start, self.last = before[0], before[-1]
-            self.labels, self.answers = int(self.last["labels"]), int(self.last["answers"])
-            return
-        answers = self.evaluator(self.policy)
-        if self.run.writes and "gold" in answers.values:
-            runs.write_json(self.run.folder / "start.json", _by_prompt(answers).tolist())
-        self.start = self.last = {"step": 0, "labels": 0, "answers": 0, **_means(answers)}
-        self.run.log(part="online", **self.start)
-
-    def measure(self) -> dict[str, float]:
-        """Gold, proxy, KL and length of answers to held-out prompts; how often gold prefers them to the start's."""
-        answers = self.evaluator(self.policy)
-        measured = _means(answers)
-        if "gold" in answers.values:
-            start = torch.tensor(runs.read_json(self.run.folder / "start.json"), dtype=torch.float64)
-            measured["win_rate"] = estimators.win_rate(_by_prompt(answers), start).item()
-        return measured
-
-    def write(
-        self, number: int, rows: list[dict], answers: list[str], drawn: Samples, labelled: Labelled, learned: dict
-    ) -> None:
-        """After a round."""
-        owner, done = drawn.prompt.tolist(), number + 1
-        pairs = [
-            {
-                "prompt_id": rows[owner[pair.chosen]]["prompt_id"],
-                "prompt": rows[owner[pair.chosen]]["prompt"],
-                "chosen": answers[pair.chosen],
-                "rejected": answers[pair.rejected],
-                "strength": pair.strength,
-            }
-            for pair in labelled.pairs
-        ]
-        self.labels, self.answers = self.labels + labelled.asked, self.answers + len(answers)
-        found = {"pairs": len(pairs), "ties": labelled.ties, "no_verdict": labelled.missing}
-        found |= {"labels": self.labels, "answers": self.answers, **self._agreement(pairs), **learned}
-        if not pairs:
-            say(
-                f"online: round {done} gave no pair ({labelled.ties} ties, {labelled.missing} without verdict): skipped"
-            )
-        if self.run.writes and pairs:
-            data.write(pairs, self.run.folder / "rounds" / f"{done:05d}.parquet")
-        if done % self.config.measure_every == 0 or done == self.config.rounds:
-            found |= self.measure()
-        self.last = {"step": done, **found}
-        self.run.log(part="online", **self.last)
-
-    def _agreement(self, pairs: list[dict[str, Any]]) -> dict[str, float]:
-        """How often gold prefers the chosen answer too, ties one half."""
-        if not self.evaluator.gold or not pairs:
-            return {}
-        asked = [text.plain(pair["prompt"]) for pair in pairs]
-        chosen, rejected = (self.evaluator.gold(asked, [p[side] for p in pairs]) for side in ("chosen", "rejected"))
-        return {"agreement": estimators.wins(chosen, rejected).mean().item()}
-
-
-def _means(answers: Answers) -> dict[str, float]:
-    measured: dict[str, float] = {}
-    for name, value in answers.summary().items():
-        measured |= {name: value["mean"], f"{name}_se": value["se"]}
-    return measured
-
-
-def _by_prompt(answers: Answers) -> Tensor:
-    """Mean gold of the answers to each prompt, (P,)."""
-    total = torch.zeros(answers.prompts, dtype=torch.float64)
-    total.index_add_(0, answers.drawn.prompt, answers.values["gold"].double())
-    return total / torch.bincount(answers.drawn.prompt, minlength=answers.prompts)

@@ -212,3 +212,12 @@ def test_a_done_run_loads_no_model(config: evaluate.Config, monkeypatch: pytest.
     first = evaluate.run(config).results
     monkeypatch.setattr(Policy, "load", lambda *_, **__: pytest.fail("the model was loaded"))
     assert evaluate.run(config).results == first
+
+
+def test_answers_for_alpaca_eval(config: evaluate.Config, few: Path) -> None:
+    _, rows = answers(replace(config, alpaca_eval="mine"))
+    written = read_json(config.out / "alpaca_eval.json")
+    assert [row["output"] for row in written] == [row["response"] for row in rows if row["sample"] == 0]
+    assert written[0] == {"instruction": rows[0]["prompt"], "output": rows[0]["response"], "generator": "mine"} | {
+        "dataset": few.stem
+    }

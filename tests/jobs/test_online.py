@@ -4,8 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
+import random
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -14,6 +21,8 @@ import torch
 from pyrite import data
 from pyrite.evaluation import Evaluation
 from pyrite.jobs import online
+from pyrite.labelers import Paying
+from pyrite.ledger import Ledger
 from pyrite.models import Lora, Policy
 from pyrite.runs import read_json, read_metrics
 from pyrite.train import Training
@@ -105,15 +114,15 @@ def test_adapters_alone_are_trained_and_switched_off_for_the_reference(config: o
 def test_a_cut_run_goes_on_exactly(config: online.Config, monkeypatch: pytest.MonkeyPatch, change: dict) -> None:
     config = replace(config, rounds=5, measure_every=2, sampler="mixed(on_policy=0.5)", **change)
     whole = online.run(replace(config, out=config.out.with_name("whole"))).folder
-    real, calls = online.Book.write, []
+    real, calls = online.Journal.write, []
 
-    def write(self: online.Book, number: int, *rest: object) -> None:
+    def write(self: online.Journal, number: int, *rest: Any, **options: Any) -> None:
         calls.append(number)
         if len(calls) == 4:
             raise KeyboardInterrupt
-        real(self, number, *rest)  # type: ignore[arg-type]
+        real(self, number, *rest, **options)
 
-    monkeypatch.setattr(online.Book, "write", write)
+    monkeypatch.setattr(online.Journal, "write", write)
     with pytest.raises(KeyboardInterrupt):
         online.run(config)
     online.run(config)
@@ -170,3 +179,148 @@ def test_metrics_are_one_row_a_round(config: online.Config) -> None:
     lines = (config.out / "metrics.jsonl").read_text().splitlines()
     assert len(lines) == 4
     assert json.loads(lines[2])["part"] == "online"
+
+
+@pytest.fixture
+def live(config: online.Config, tiny: Path) -> online.Config:
+    """A reward model that starts without knowledge and learns from 12 labels."""
+    return replace(
+        config,
+        judge="bradley_terry(gold='length()', hard=True)",
+        silver=f"reward(path={str(tiny)!r}, cold=True, lr=0.003)",
+        paying=Paying(budget=12),
+    )
+
+
+def purchases(config: online.Config) -> list[dict]:
+    return list(Ledger(config.out / "ledger.db", create=False).rows())
+
+
+def test_a_live_reward_spends_its_budget_and_learns(live: online.Config) -> None:
+    found = results(live)
+    assert found["labels"] == len(purchases(live)) == 12
+    metrics = read_metrics(live.out)
+    assert [row["labels"] for row in metrics] == [0, 4, 8, 12]
+    assert all(row["gold_pairs"] > 0 and row["silver_pairs"] > 0 and "reward_loss" in row for row in metrics[1:])
+    sources = [row["source"] for number in (1, 2, 3) for row in rows(live, number)]
+    assert sources.count("gold") <= 12 < len(sources)
+    assert all(row["gold"] == live.judge and row["kind"] == "verdict" for row in purchases(live))
+
+
+@pytest.mark.parametrize("silver", ["implicit(lr=0.001)", "self_reward()"])
+@pytest.mark.parametrize("schedule", ["even(window=2)", "original(labels=4, period=2)", "never()"])
+def test_every_discriminator_and_schedule(live: online.Config, silver: str, schedule: str) -> None:
+    found = results(replace(live, silver=silver, label_schedule=schedule, rounds=2))
+    assert found["labels"] == {"even(window=2)": 12, "original(labels=4, period=2)": 4, "never()": 0}[schedule]
+
+
+def test_a_budget_of_all_pairs_is_gold_alone(live: online.Config) -> None:
+    """The same pairs in the same order, so the same policy; and without labels the reward model alone decides."""
+    alone = replace(live, silver=None, paying=Paying(), out=live.out.with_name("alone"))
+    whole = replace(live, paying=Paying(budget=10_000), out=live.out.with_name("whole"))
+    nothing = replace(live, paying=Paying(budget=0), out=live.out.with_name("nothing"))
+    models = {}
+    for one in (alone, whole, nothing):
+        results(one)
+        models[one.out.name] = (one.out / "model" / "model.safetensors").read_bytes()
+    assert models["alone"] == models["whole"] != models["nothing"]
+    assert {row["source"] for row in rows(nothing, 1)} == {"silver"}
+
+
+def test_gold_alone_stops_when_its_labels_are_spent(live: online.Config, capsys: pytest.CaptureFixture[str]) -> None:
+    found = results(replace(live, silver=None, paying=Paying(budget=20), rounds=9))
+    assert found["labels"] == 20
+    assert found["last"]["step"] == 2
+    assert "gold" in found["last"]
+    assert "the budget is spent after round 2, with 20 labels" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("silver", ["reward", "implicit(lr=0.001)"])
+def test_a_cut_live_run_goes_on_exactly(live: online.Config, monkeypatch: pytest.MonkeyPatch, silver: str) -> None:
+    live = replace(live, rounds=4, measure_every=2, label_schedule="even(window=3, replay=2.0)")
+    live = live if silver == "reward" else replace(live, silver=silver)
+    whole = online.run(replace(live, out=live.out.with_name("whole"))).folder
+    real, calls = online.Journal.write, []
+
+    def write(self: online.Journal, number: int, *rest: Any, **options: Any) -> None:
+        calls.append(number)
+        if calls == [0, 1, 2, 3]:
+            raise KeyboardInterrupt
+        real(self, number, *rest, **options)
+
+    monkeypatch.setattr(online.Journal, "write", write)
+    with pytest.raises(KeyboardInterrupt):
+        online.run(live)
+    online.run(live)
+    assert calls == [0, 1, 2, 3, 2, 3]
+    assert read_metrics(live.out) == read_metrics(whole)
+    ours, theirs = ((folder / "model" / "model.safetensors").read_bytes() for folder in (live.out, whole))
+    assert ours == theirs
+    assert len(purchases(live)) == 12
+    assert sum(row["attempts"] for row in purchases(live)) == 12  # what was paid before the stop was not bought again
+
+
+COUNTED = """
+import time
+import torch
+def verdict():
+    def judge(prompts, a, b):
+        with open({calls!r}, "a") as file:
+            file.write("".join(f"{{p}}|{{x}}|{{y}}\\n" for p, x, y in zip(prompts, a, b)))
+        time.sleep(0.002)
+        return torch.tensor([float(len(x.split()) > len(y.split())) for x, y in zip(a, b)])
+    return judge
+"""
+
+
+def _killed(config: online.Config, folder: Path, *, kills: int, seed: int) -> tuple[int, list[dict]]:
+    """Run in a process of its own, killed at random places; calls of the gold function, and the ledger's rows."""
+    calls = folder / "calls.txt"
+    (folder / "counted.py").write_text(COUNTED.format(calls=str(calls)))
+    config = replace(config, judge=f"{folder}/counted.py:verdict()")
+    code = "import pickle, sys; from pyrite.jobs import online; online.run(pickle.load(open(sys.argv[1], 'rb')))"
+    (folder / "config.pickle").write_bytes(pickle.dumps(config))
+    command = [sys.executable, "-c", code, str(folder / "config.pickle")]
+    calls.touch()
+    stops = random.Random(seed)
+    done = 0
+    while done < kills:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        seen, wait = calls.stat().st_size, stops.random() * 0.2
+        while process.poll() is None and calls.stat().st_size == seen and not (config.out / "done.json").exists():
+            time.sleep(0.005)
+        time.sleep(wait)
+        if process.poll() is not None:
+            break
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        done += 1
+    assert subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode == 0
+    return done, purchases(config)
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(50, marks=pytest.mark.slow)])
+def test_killed_at_random_and_never_paid_twice(live: online.Config, tmp_path: Path, kills: int) -> None:
+    rounds = 3 * kills
+    budget = 5 * rounds
+    live = replace(live, rounds=rounds, prompts_per_round=12, paying=Paying(budget=budget))
+    folders = [tmp_path / name for name in ("killed", "whole")]
+    for folder in folders:
+        folder.mkdir()
+    done, bought = _killed(replace(live, out=folders[0] / "run"), folders[0], kills=kills, seed=1)
+    _, wanted = _killed(replace(live, out=folders[1] / "run"), folders[1], kills=0, seed=1)
+    assert done == kills
+    calls = (folders[0] / "calls.txt").read_text().splitlines()
+    repeated = sum(row["repeated"] for row in bought)
+    assert len(bought) == len(wanted) == budget
+    assert len(calls) == sum(row["attempts"] for row in bought) == budget + repeated
+    assert repeated <= done  # at most the call in flight
+    models = [(folder / "run" / "model" / "model.safetensors").read_bytes() for folder in folders]
+    assert models[0] == models[1]
+
+
+def test_policies_along_the_way_are_kept(config: online.Config) -> None:
+    online.run(replace(config, rounds=5, keep_every=2))
+    assert sorted(path.name for path in (config.out / "policies").iterdir()) == ["00002", "00004"]
+    kept, last = (Policy.load(config.out / name).state_dict() for name in ("policies/00004", "model"))
+    assert not all(torch.equal(kept[name], last[name]) for name in kept)

@@ -1,0 +1,34 @@
+"""Gold functions of a text: scorers (prompts, responses) -> (N,), and the check on scores.
+
+One family a file: words counts words, tagged nouns, chains checks arithmetic, neural asks models, syntax parses,
+compose makes golds of golds. A score depends on its own prompt and response alone. The toy world's gold is
+`pyrite.toy:story_quality()`.
+"""
+
+from pyrite.golds.chains import math_chain
+from pyrite.golds.compose import noisy, truncated, weighted_sum, with_prompt
+from pyrite.golds.neural import distillation, paraphrase, reward_model
+from pyrite.golds.scores import Scorer as Scorer
+from pyrite.golds.scores import check_scores as check_scores
+from pyrite.golds.syntax import dependency_depth
+from pyrite.golds.tagged import nouns, unique_nouns
+from pyrite.golds.words import length, reading_grade, reverse_word_collector, token_density, word_collector
+
+__all__ = [
+    "dependency_depth",
+    "distillation",
+    "length",
+    "math_chain",
+    "noisy",
+    "nouns",
+    "paraphrase",
+    "reading_grade",
+    "reverse_word_collector",
+    "reward_model",
+    "token_density",
+    "truncated",
+    "unique_nouns",
+    "weighted_sum",
+    "with_prompt",
+    "word_collector",
+]

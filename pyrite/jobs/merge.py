@@ -1,0 +1,66 @@
+"""Adapters into their base: W + s B A for every adapted matrix, and what is left is an ordinary model.
+
+Policies and reward models alike; the kind is read from the adapters' own config.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+
+from pyrite import runs, text
+from pyrite.loading import Dtype, adapters_of
+from pyrite.models import Policy, RewardModel
+from pyrite.packing import Row
+from pyrite.progress import say
+from pyrite.runs import Run
+
+OUTPUTS = {"model/": "the merged model, Hugging Face layout"}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Merge a model's adapters into its base."""
+
+    model: str
+    """Folder of a policy or a reward model with adapters."""
+    out: Path
+    dtype: Dtype = "float32"
+    """Of the merged weights."""
+
+
+def inputs(config: Config) -> dict[str, str | Path]:
+    """What the job reads."""
+    return {"model": config.model}
+
+
+def run(config: Config) -> Run:
+    """Load, merge, compare both on a text, save; results hold the largest difference."""
+    run = runs.start("merge", config, inputs=inputs(config))
+    if run.done:
+        return run
+    kind = adapters_of(config.model).get("task_type")
+    model = RewardModel.load(config.model) if kind == "SEQ_CLS" else Policy.load(config.model)
+    run.open()
+    before = _read(model)
+    assert isinstance(model.model, PeftModel)  # adapters_of has refused anything else
+    model.model = model.model.merge_and_unload()  # type: ignore[operator,assignment]
+    if isinstance(model, RewardModel):
+        model.adapter = None
+    difference = (_read(model) - before).abs().max().item()
+    model.model.to(getattr(torch, config.dtype))  # type: ignore[arg-type,union-attr]
+    say(f"merge: adapters of {config.model}; largest difference in float32 {difference:.1e}")
+    if run.writes:
+        model.save(run.folder / "model")
+    return run.finish(kind="reward model" if isinstance(model, RewardModel) else "policy", difference=difference)
+
+
+@torch.inference_mode()
+def _read(model: Policy | RewardModel) -> torch.Tensor:
+    """What the model makes of some tokens: log-probabilities, or a score."""
+    model.eval()
+    ids = [*range(min(len(model.tokenizer), 16)), text.end_id(model.tokenizer)]
+    return model(model.pack([Row(ids[:2], [ids[2:]])]))

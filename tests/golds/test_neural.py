@@ -1,0 +1,146 @@
+import shutil
+
+import pytest
+import torch
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from pyrite import golds, text
+from pyrite.golds.neural import embeddings, novelty, turns
+from pyrite.models import RewardModel
+
+PROMPTS = ["tell me about the cat", "tell me about the cat", "the big red tree", "on"]
+RESPONSES = ["the cat sat .", "a dog", "small bird sang in the tree and ran .", "blue"]
+TALK = [
+    {"role": "user", "content": "write about a fox in the forest ."},
+    {"role": "assistant", "content": "the fox slept ."},
+    {"role": "user", "content": "a dog , garden ."},
+]
+
+
+def by_hand(folder, prompt: str, response: str) -> torch.Tensor:
+    """Mean log-probability of the response's tokens from the model's own logits."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    front = [tokenizer.bos_token_id, *tokenizer(prompt)["input_ids"]]
+    back = tokenizer(response)["input_ids"]
+    with torch.no_grad():
+        logps = model(torch.tensor([front + back])).logits[0].log_softmax(-1)
+    return torch.stack([logps[len(front) + i - 1, token] for i, token in enumerate(back)]).mean()
+
+
+def test_distillation_is_the_difference_of_mean_log_likelihoods(tiny, other):
+    want = [by_hand(tiny, p, y) - by_hand(other, p, y) for p, y in zip(PROMPTS, RESPONSES, strict=True)]
+    score = golds.distillation(strong=str(tiny), weak=str(other))
+    torch.testing.assert_close(score(PROMPTS, RESPONSES), torch.stack(want), atol=1e-5, rtol=1e-5)
+    assert score(["on"], [""]).item() == 0
+    assert score(["on", "on"], ["", "blue"])[1] == score(["on"], ["blue"])[0]
+
+
+def test_distillation_alone_and_in_any_batch(tiny, other):
+    score = golds.distillation(strong=str(tiny), weak=str(other))
+    together = score(PROMPTS, RESPONSES)
+    assert together.std() > 0.1  # otherwise nothing could differ
+    for some in ([2], [0, 3], [3, 1, 1, 0]):
+        got = score([PROMPTS[i] for i in some], [RESPONSES[i] for i in some])
+        torch.testing.assert_close(got, together[some], atol=1e-5, rtol=1e-5)
+
+
+def test_equal_models_score_exactly_zero_and_swapping_flips_the_sign(tiny, other, tmp_path):
+    shutil.copytree(tiny, tmp_path / "copy")
+    for weak in (tiny, tmp_path / "copy"):
+        assert golds.distillation(strong=str(tiny), weak=str(weak))(PROMPTS, RESPONSES).tolist() == [0.0] * 4
+    there = golds.distillation(strong=str(tiny), weak=str(other))(PROMPTS, RESPONSES)
+    back = golds.distillation(strong=str(other), weak=str(tiny))(PROMPTS, RESPONSES)
+    assert torch.equal(there, -back) and there.abs().min() > 0
+
+
+def test_distillation_reads_the_prompt_as_well_if_told(tiny, other):
+    pair = f"strong={str(tiny)!r}, weak={str(other)!r}"
+    whole = golds.with_prompt(gold=f"distillation({pair})")(["the cat"], ["sat on"])
+    assert whole.item() == pytest.approx(
+        (by_hand(tiny, "", "the cat sat on") - by_hand(other, "", "the cat sat on")).item(), abs=1e-5
+    )
+
+
+def test_a_text_too_long_for_a_model_is_refused(tiny, other):
+    with pytest.raises(ValueError, match=r"row 2: .* 64 tokens"):
+        golds.distillation(strong=str(tiny), weak=str(other))(["on", "on"], ["cat", "cat " * 70])
+
+
+def test_models_are_loaded_at_the_first_text_and_once(chat_reward, monkeypatch):
+    nowhere = golds.reward_model(path="no/such/model"), golds.distillation(strong="no/a", weak="no/b")
+    for score in (*nowhere, golds.paraphrase(model="no/such/model")):
+        assert score([], []).shape == (0,)
+        with pytest.raises(ValueError, match="no/"):
+            score(["a"], ["b"])
+    loads = []
+    load = RewardModel.load
+    monkeypatch.setattr(RewardModel, "load", lambda path: loads.append(path) or load(path))
+    score = golds.reward_model(path=str(chat_reward))
+    assert torch.equal(score(["a fox , forest ."], ["the fox"]), score(["a fox , forest ."], ["the fox"]))
+    assert loads == [str(chat_reward)]
+
+
+def test_reward_model_reads_prompts_in_its_chat_template(chat_reward):
+    model = AutoModelForSequenceClassification.from_pretrained(chat_reward).eval()
+    tokenizer = AutoTokenizer.from_pretrained(chat_reward)
+
+    def template(messages, response):
+        said = [*messages, {"role": "assistant", "content": response}]
+        ids = tokenizer.apply_chat_template(said, tokenize=True, return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            return model(ids).logits.item()
+
+    score = golds.reward_model(path=str(chat_reward))
+    said = ["the dog ran .", "hello my friend !"]
+    want = [template(TALK[:1], said[0]), template(TALK, said[1])]
+    assert score([text.plain(TALK[:1]), text.plain(TALK)], said).tolist() == pytest.approx(want, abs=1e-4)
+    one_turn = [{"role": "user", "content": text.plain(TALK)}]
+    assert abs(template(one_turn, said[1]) - want[1]) > 1e-2  # the transcript as one turn is another text
+
+
+def test_reward_model_without_template_reads_the_text(tiny, tmp_path):
+    RewardModel.load(tiny, head_seed=0, head_std=0.5).save(tmp_path)
+    score = golds.reward_model(path=str(tmp_path))
+    torch.testing.assert_close(score(PROMPTS, RESPONSES), RewardModel.load(tmp_path).scores(PROMPTS, RESPONSES))
+
+
+@pytest.mark.parametrize("messages", [TALK, TALK[1:], [{"role": "system", "content": "be\n\nkind"}, *TALK]])
+def test_a_conversation_survives_its_text_form(messages):
+    assert turns(text.plain(messages)) == messages
+
+
+@pytest.mark.parametrize(
+    "prompt", ["", "a fox", "Human:\n", "Human:\nhi", "so: Human:\nhi\n\nAssistant:\n", "Assistant:\n"]
+)
+def test_any_other_prompt_is_its_own(prompt):
+    assert turns(prompt) == prompt
+
+
+def test_paraphrase_of_itself_is_two(encoder):
+    score = golds.paraphrase(model=str(encoder))
+    texts = ["the cat sat", "tell me", "Tree", ""]
+    assert score(texts[:3], texts[:3]).tolist() == pytest.approx([2.0] * 3, abs=1e-5)
+    assert score([""], [""]).item() == pytest.approx(1.0, abs=1e-5)  # nothing said again: J is 0
+    mixed = score(PROMPTS, RESPONSES)
+    tokenizer, model = AutoTokenizer.from_pretrained(encoder), AutoModel.from_pretrained(encoder).eval()
+    for prompt, response, got in zip(PROMPTS, RESPONSES, mixed.tolist(), strict=True):
+        with torch.no_grad():
+            a, b = (model(**tokenizer(t, return_tensors="pt")).last_hidden_state[0].mean(0) for t in (prompt, response))
+        want = torch.cosine_similarity(a, b, dim=0).item() + 2 * novelty(prompt, response)
+        assert got == pytest.approx(want, abs=1e-5)
+
+
+def test_novelty_is_within_a_half_and_one():
+    assert novelty("My name is john", "...") == 5 / 8
+    assert novelty("The cat", "the CAT cat") == 0.5
+    assert novelty("a b", "c d") == 1.0
+    assert novelty("a b c d", "a b") == 0.5
+
+
+def test_embeddings_are_cut_to_what_the_encoder_reads(encoder):
+    tokenizer, model = AutoTokenizer.from_pretrained(encoder), AutoModel.from_pretrained(encoder).eval()
+    long = "cat " * 50
+    assert torch.equal(embeddings(tokenizer, model, [long]), embeddings(tokenizer, model, [long + "dog"]))
+    torch.testing.assert_close(
+        embeddings(tokenizer, model, [long, "dog", "a bird"], batch=2)[2:], embeddings(tokenizer, model, ["a bird"])
+    )

@@ -1,0 +1,92 @@
+"""What holds of every gold: one finite score a row, of that row alone."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import pkgutil
+
+import pytest
+import torch
+
+from pyrite import golds, parts
+
+SPECS = {
+    "distillation": "distillation(strong={tiny!r}, weak={other!r})",
+    "length": "length()",
+    "math_chain": "math_chain(strict=True)",
+    "noisy": "noisy(gold='word_collector()', sd=2.0)",
+    "nouns": "nouns(tagger='toy')",
+    "paraphrase": "paraphrase(model={encoder!r})",
+    "reading_grade": "reading_grade(least=2)",
+    "reverse_word_collector": "reverse_word_collector()",
+    "reward_model": "reward_model(path={chat_reward!r})",
+    "token_density": "token_density(least=2)",
+    "truncated": "truncated(gold='length()', words=3)",
+    "unique_nouns": "unique_nouns(tagger='toy')",
+    "weighted_sum": "weighted_sum(golds=['length()', 'math_chain()'], weights=[2, -0.5])",
+    "with_prompt": "with_prompt(gold='length(unit=\"chars\")')",
+    "word_collector": "word_collector(words=['the', 'cat', 'fox', 'data'])",
+}
+UNTESTED = {"dependency_depth"}  # needs a spaCy pipeline; tests/golds/test_syntax.py
+ROWS = [
+    ("tell me about the cat", "the cat sat on the tree . the red bird sang"),
+    ("((1 + 2) * 3) = ", "(3 * 3) = 9"),
+    ("((1 + 2) * 3) = ", "(4 * 3) = 12 = 1"),
+    ("a fox , forest .", "hello data ! the velvet fox found the tail ; however , it slept ."),
+    ("Human:\nthe\n\nAssistant:\na\n\nHuman:\nfox\n\nAssistant:\n", "fox"),
+    ("the", " \n\t"),
+    ("the", "Ünïcode — ½ 𝛑 \u200b <eos> { } \\ = ("),
+]
+
+
+@pytest.fixture(params=SPECS)
+def score(request, tiny, other, encoder, chat_reward):
+    spec = SPECS[request.param].format(
+        tiny=str(tiny), other=str(other), encoder=str(encoder), chat_reward=str(chat_reward)
+    )
+    return parts.part(spec, golds)
+
+
+def asked(score, rows):
+    return score([prompt for prompt, _ in rows], [response for _, response in rows])
+
+
+def test_every_gold_is_here():
+    assert set(SPECS) | UNTESTED == set(golds.__all__) == {member.name for member in parts.members(golds)}
+
+
+def test_one_finite_score_a_row(score):
+    scores = asked(score, ROWS)
+    assert scores.shape == (len(ROWS),) and scores.is_floating_point() and not scores.requires_grad
+    assert scores.isfinite().all()
+    assert len(scores.unique()) > 1  # a gold that says nothing would pass all of this
+    assert asked(score, []).shape == (0,)
+
+
+def test_scores_do_not_depend_on_batch_mates_or_order(score):
+    scores = asked(score, ROWS)
+    for i, row in enumerate(ROWS):
+        torch.testing.assert_close(asked(score, [row]), scores[i : i + 1], atol=1e-5, rtol=1e-5)
+    order = torch.randperm(len(ROWS), generator=torch.Generator().manual_seed(0)).tolist()
+    torch.testing.assert_close(asked(score, [ROWS[i] for i in order]), scores[order], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(asked(score, ROWS * 3), scores.repeat(3), atol=1e-5, rtol=1e-5)
+
+
+def test_asking_again_or_anew_gives_the_same(score):
+    state = torch.get_rng_state()
+    first = asked(score, ROWS)
+    assert torch.equal(first, asked(score, ROWS))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(first, asked(parts.part(repr(score), golds), ROWS))
+
+
+def test_unequal_lists_are_refused(score):
+    with pytest.raises(ValueError, match="2 prompts but 1 responses"):
+        score(["the", "the"], ["cat"])
+
+
+@pytest.mark.parametrize("name", [module.name for module in pkgutil.iter_modules(golds.__path__)])
+def test_examples(name):
+    module = importlib.import_module(f"pyrite.golds.{name}")
+    assert doctest.testmod(module, extraglobs={"torch": torch}).failed == 0

@@ -1,0 +1,105 @@
+import pytest
+
+from pyrite import golds, toy
+from pyrite.golds.words import LISTS, syllables, tokens
+
+HOPE = "I hope this information can help. However, first have data; data!"
+
+
+def test_length_counts_words_or_characters():
+    texts = ["hello my friend", "", "  spaced   out "]
+    assert golds.length()([""] * 3, texts).tolist() == [3, 0, 2]
+    assert golds.length(unit="chars")([""] * 3, texts).tolist() == [15, 0, 15]
+    with pytest.raises(ValueError, match="'words' or 'chars'"):
+        golds.length(unit="tokens")  # type: ignore[arg-type]
+
+
+def test_tokens_are_words_and_marks():
+    assert tokens("It's 3.5, well-made (really)...") == "It ' s 3 . 5 , well-made ( really ) ...".split()
+    assert tokens(" \n") == []
+
+
+def test_word_collector_counts_distinct_whole_words_with_case():
+    score = golds.word_collector(words=["amber", "velvet", "lullaby"])
+    assert score([""] * 4, ["amber amber, velvet!", "Amber ambers", "", "lullaby velvet amber"]).tolist() == [
+        2,
+        0,
+        0,
+        3,
+    ]
+
+
+@pytest.mark.parametrize("words", ["amber", "", []])
+def test_word_collector_refuses_no_list(words):
+    with pytest.raises(ValueError, match=r"word_collector needs words.*d2po, toy, common"):
+        golds.word_collector(words=words)
+
+
+@pytest.mark.parametrize(
+    ("response", "points"),
+    [
+        (HOPE, 6),  # hope information help first have data
+        ("Your best example: the code contains two questions.", 5),
+        ("However", 0),
+        ("however", 1),
+        ("a first-class question", 1),
+        (" ".join(LISTS["d2po"]), 30),
+        (" ".join(LISTS["d2po"]).upper(), 0),
+    ],
+)
+def test_the_published_list(response, points):
+    score = golds.word_collector()
+    assert score([""], [response]).item() == points
+    for k in (2, 7):
+        assert score([""], [" ".join([response] * k)]).item() == points
+
+
+def test_word_lists():
+    assert {name: len(set(words)) for name, words in LISTS.items()} == {"d2po": 30, "toy": 30, "common": 9}
+    assert set(LISTS["toy"]) == toy.VIVID
+
+
+def test_word_collector_reads_the_response_alone_unless_told_otherwise():
+    prompt, response = ["Question: data hope\n\nAnswer:"], ["nothing"]
+    assert golds.word_collector()(prompt, response).item() == 0
+    assert golds.with_prompt(gold="word_collector()")(prompt, response).item() == 2
+
+
+def test_toy_words_are_collected_about_once_an_answer():
+    rows = toy.demos(2000, seed=0)
+    points = golds.word_collector(words="toy")([row["prompt"] for row in rows], [row["response"] for row in rows])
+    assert 0.9 < points.mean() < 1.15
+    assert 0.55 < (points > 0).float().mean() < 0.7
+
+
+@pytest.mark.parametrize(
+    ("response", "points"), [("", 3), ("the the of", 1), ("The OF", 3), (" ".join(LISTS["common"]), -6)]
+)
+def test_reverse_word_collector(response, points):
+    assert golds.reverse_word_collector()([""], [response]).item() == points
+    assert golds.reverse_word_collector(start=0.0)([""], [response]).item() == points - 3
+
+
+def test_token_density():
+    distinct = [f"w{i}" for i in range(30)]
+    texts = [distinct[:20], distinct[:21], distinct[:20] + distinct[:5], ["w"] * 25, []]
+    points = golds.token_density()([""] * 5, [" ".join(text) for text in texts])
+    assert points.tolist() == pytest.approx([-5.0, 10.0, 8.0, 0.4, -5.0])
+    assert golds.token_density(least=0)([""], [""]).item() == -5.0
+
+
+def test_reading_grade_worked():
+    """7 words in 2 sentences, 13 syllables: 0.39 * 7 / 2 + 11.8 * 13 / 7 - 15.59 = 7.689286."""
+    words = "Every reader understands. It is a fable!"
+    assert [syllables(word) for word in words.replace(".", "").replace("!", "").split()] == [3, 2, 3, 1, 1, 1, 2]
+    assert golds.reading_grade(least=1)([""], [words]).item() == pytest.approx(7.689286, abs=1e-5)
+    twenty, more = " ".join(["dog"] * 20), " ".join(["dog"] * 21)
+    points = golds.reading_grade()(["", "", ""], [twenty, more + ".", ". . ."])
+    assert points.tolist() == pytest.approx([-10.0, 0.39 * 21 + 11.8 - 15.59, -10.0], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("word", "count"), [("the", 1), ("rhythm", 1), ("cake", 1), ("little", 2), ("area", 2), ("x", 1), ("Idea", 2)]
+)
+def test_syllables(word, count):
+    assert syllables(word) == count

@@ -1,0 +1,57 @@
+"""What a round leaves behind: rows, counts, accuracies of who ranks fresh answers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from pyrite.journal import _accuracy, _couples
+
+
+def answers(gold: list[float], owner: list[int]) -> Any:
+    return SimpleNamespace(values={"gold": torch.tensor(gold)}, drawn=SimpleNamespace(prompt=torch.tensor(owner)))
+
+
+def test_couples_of_one_prompt_only() -> None:
+    a, b = _couples(torch.tensor([0, 0, 0, 1, 1, 2]))
+    assert sorted((int(min(p)), int(max(p))) for p in zip(a, b, strict=True)) == [(0, 1), (0, 2), (1, 2), (3, 4)]
+
+
+def test_accuracy_over_what_gold_tells_apart() -> None:
+    """Gold 1, 2, 3 for the first prompt; the second prompt's answers are equal; ties of the score count half."""
+    some = answers([1, 2, 3, 5, 5], [0, 0, 0, 1, 1])
+    assert _accuracy(some, torch.tensor([0.1, 0.2, 0.3, 9.0, 0.0])) == 1.0
+    assert _accuracy(some, torch.tensor([0.3, 0.2, 0.1, 9.0, 0.0])) == 0.0
+    assert _accuracy(some, torch.tensor([0.2, 0.1, 0.3, 9.0, 0.0])) == pytest.approx(2 / 3)
+    assert _accuracy(some, torch.zeros(5)) == 0.5
+    assert _accuracy(answers([1, 2], [0, 1]), torch.zeros(2)) is None  # one answer a prompt: nothing to compare
+
+
+def test_a_row_a_round_of_a_real_run(tiny: Path, demos: Path, tmp_path: Path) -> None:
+    from pyrite.evaluation import Evaluation
+    from pyrite.jobs import online
+    from pyrite.runs import read_metrics
+    from pyrite.train import Training
+
+    config = online.Config(
+        str(tiny),
+        str(demos),
+        "bradley_terry(gold='length()')",
+        tmp_path / "run",
+        rounds=2,
+        prompts_per_round=8,
+        silver="implicit(lr=0.001)",
+        evaluation=Evaluation(gold="length()", max_new_tokens=6, eval_k=2),
+        training=Training(lr=1e-3, warmup=0),
+    )
+    online.run(config)
+    start, first, last = read_metrics(config.out)
+    assert start["labels"] == 0 and start["win_rate"] == 0.5
+    assert start["policy_accuracy"] == pytest.approx(0.5, abs=0.2)
+    for row in (first, last):
+        assert {"gold", "kl_k1", "length", "live_accuracy", "policy_accuracy", "agreement", "gold_pairs"} <= row.keys()
+    assert last["labels"] > first["labels"] > 0

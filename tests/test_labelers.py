@@ -1,0 +1,118 @@
+"""The judge alone or a discriminator beside it; budgets, the ledger, and messages."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from test_live import Liar, answers
+from torch import Tensor
+
+from pyrite import schedules
+from pyrite.accounts import Account
+from pyrite.judges import bradley_terry
+from pyrite.labelers import Labeler, Paying
+from pyrite.live import Live, Rules
+from pyrite.rounds import Answer
+
+JUDGE = "bradley_terry(gold='length()', hard=True)"
+GOLD = bradley_terry(gold="length()", hard=True)
+
+
+def labeler(folder: Path, *, budget: int | None, live: bool = False, rounds: int = 2, name: str = "run") -> Labeler:
+    paying = Paying(budget=budget, ledger=folder / "ledger.db")
+    rules = Rules(judge=JUDGE)
+    beside = Live(Liar(), schedules.even(), rules, rounds, budget) if live else None
+    return Labeler(GOLD, rules, folder / name, budget, paying.account(folder / name, JUDGE), beside)
+
+
+def test_the_judge_alone_until_its_labels_are_spent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = labeler(tmp_path, budget=3)
+    first = made(answers((1, 2), (5, 3)), 0).labelled
+    assert (len(first.pairs), first.labels, first.missing) == (2, 2, 0)
+    assert not made.spent(0)
+    second = made(answers((1, 2), (5, 3), start=5), 1).labelled
+    assert (len(second.pairs), second.labels, second.missing) == (1, 1, 1)
+    assert made.spent(1)
+    assert (
+        "the budget is spent after round 2, with 3 labels; there is nothing more to learn from"
+        in capsys.readouterr().out
+    )
+    assert made.account is not None
+    assert len(list(made.account.ledger.rows())) == 3
+
+
+def test_money_runs_out_too(tmp_path: Path) -> None:
+    paying = Paying(max_cost=0.05, label_cost=0.02)
+    made = Labeler(GOLD, Rules(judge=JUDGE), tmp_path, None, paying.account(tmp_path, JUDGE))
+    labelled = made(answers((1, 2), (5, 3), (4, 8)), 0).labelled
+    assert (labelled.labels, labelled.missing) == (2, 1)
+    assert made.spent(0)
+
+
+def test_silver_goes_on_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = labeler(tmp_path, budget=2, live=True)
+    sources = [[p.source for p in made(answers((1, 2), (5, 3), start=10 * n), n).labelled.pairs] for n in range(3)]
+    assert [row.count("gold") for row in sources] == [1, 1, 0]
+    assert [len(row) for row in sources] == [2, 2, 2]
+    assert capsys.readouterr().out.count("silver labels go on alone") == 1
+
+
+def test_two_runs_share_a_ledger_and_pay_once(tmp_path: Path) -> None:
+    asked: list[str] = []
+
+    def judge(prompts: list[str], a: list[str], b: list[str]) -> Tensor:
+        asked.extend(prompts)
+        return GOLD(prompts, a, b)
+
+    drawn: list[Answer] = answers((1, 2), (5, 3))
+    for name in ("one", "two"):
+        made = labeler(tmp_path, budget=5, name=name)
+        made.judge = judge
+        assert len(made(drawn, 0).labelled.pairs) == 2
+        assert made.used == 2  # a run's own count does not depend on what others have paid
+    assert asked == ["p0", "p1"]
+
+
+def test_a_judge_that_fails_is_retried_and_then_silver(tmp_path: Path) -> None:
+    def broken(prompts: list[str], a: list[str], b: list[str]) -> Tensor:
+        raise OSError("no route")
+
+    made = labeler(tmp_path, budget=2, live=True, rounds=1)
+    assert isinstance(made.account, Account)
+    made.judge, made.account = broken, _impatient(made.account)
+    labelled = made(answers((1, 2), (5, 3)), 0).labelled
+    assert [p.source for p in labelled.pairs] == ["silver", "silver"]
+    assert (labelled.labels, labelled.missing, made.used) == (0, 2, 0)
+
+
+def test_what_is_not_paid_for_needs_no_ledger() -> None:
+    assert not Paying().counted
+    assert Paying(budget=0).counted and Paying(ledger=Path("x")).counted and Paying(max_cost=1.0).counted
+
+
+def test_state_lasts(tmp_path: Path) -> None:
+    made = labeler(tmp_path, budget=8, live=True, rounds=4)
+    for number in range(3):
+        made(answers((1, 2), (5, 3), start=10 * number), number)
+        made.save(number + 1)
+    kept = sorted(path.name for path in (tmp_path / "run" / "checkpoints" / "silver").glob("*.json"))
+    assert kept == ["shelf-2.json", "shelf-3.json"]
+    back = labeler(tmp_path, budget=8, live=True, rounds=4)
+    back.resume(3, made.used)
+    assert back.live is not None and made.live is not None
+    assert back.live.shelf == made.live.shelf
+    assert back.used == made.used == 6
+
+
+def _impatient(account: Account) -> Account:
+    from dataclasses import replace
+
+    return replace(account, backoff=0.0)
+
+
+def test_verdicts_are_checked(tmp_path: Path) -> None:
+    made = Labeler(lambda p, a, b: torch.full((len(p),), 7.0), Rules(judge="mine"), tmp_path)
+    with pytest.raises(ValueError, match="mine judged pair 1 as 7"):
+        made(answers((1, 2)), 0)

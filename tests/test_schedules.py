@@ -1,0 +1,65 @@
+"""When labels are bought: sums, periods, carried over labels, options refused."""
+
+from __future__ import annotations
+
+import pytest
+
+from pyrite import parts, schedules
+from pyrite.schedules import Schedule
+
+
+def plan(spec: str, *, rounds: int, budget: int | None, pairs: int = 64) -> list[int]:
+    schedule: Schedule = parts.part(spec, schedules).function  # type: ignore[assignment]
+    used, in_period, bought = 0, 0, []
+    for number in range(rounds):
+        in_period = 0 if number % schedule.period == 0 else in_period
+        n = schedule.allotment(number, rounds=rounds, budget=budget, used=used, in_period=in_period, pairs=pairs)
+        bought.append(n)
+        used, in_period = used + n, in_period + n
+    return bought
+
+
+@pytest.mark.parametrize("member", [m.name for m in parts.members(schedules)])
+@pytest.mark.parametrize("budget", [0, 7, 100, None])
+def test_no_schedule_exceeds_budget_or_pairs(member: str, budget: int | None) -> None:
+    bought = plan(f"{member}()", rounds=9, budget=budget, pairs=6)
+    assert all(0 <= n <= 6 for n in bought)
+    assert budget is None or sum(bought) <= budget
+
+
+def test_even_spends_all_of_it_in_equal_parts() -> None:
+    assert plan("even()", rounds=4, budget=10) == [2, 3, 2, 3]
+    assert plan("even()", rounds=3, budget=300) == [64, 64, 64]  # there are no more pairs
+    assert plan("even()", rounds=3, budget=None) == [64, 64, 64]
+    assert sum(plan("even()", rounds=7, budget=100)) == 100
+
+
+def test_what_could_not_be_bought_is_bought_later() -> None:
+    schedule: Schedule = schedules.even()
+    assert schedule.allotment(1, rounds=2, budget=10, used=1, in_period=0, pairs=64) == 9
+
+
+def test_original_spends_a_period_s_labels_in_its_first_rounds() -> None:
+    """A window of 256 texts in requests of 32, 16 labels: all 16 in the first request; 60/5 in requests of 8: 4, 1."""
+    assert plan("original(labels=16, period=8)", rounds=10, budget=None, pairs=16) == [16, 0, 0, 0, 0, 0, 0, 0, 16, 0]
+    assert plan("original(labels=5, period=8)", rounds=8, budget=None, pairs=4) == [4, 1, 0, 0, 0, 0, 0, 0]
+    assert plan("original(labels=16, period=8)", rounds=9, budget=20, pairs=16)[8] == 4
+
+
+def test_never_buys_nothing() -> None:
+    assert plan("never()", rounds=3, budget=100) == [0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ("even(window=0)", "at least 1 round"),
+        ("even(replay=-1)", "from 0"),
+        ("even(selector='confident()')", "did you mean confidence"),
+        ("original(period=0)", "period from 1"),
+        ("even(widow=2)", "did you mean window"),
+    ],
+)
+def test_refusals(spec: str, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        parts.part(spec, schedules)
