@@ -5,8 +5,7 @@ A step draws two answers to each of 8 prompts, judges them, learns from the 8 pa
 as the same token ids, 64 new tokens an answer on both sides (the tokenizer's end token lies beyond the model's
 vocabulary, so none is ever drawn, and both look for it at every step), temperature 0.9, same reward (a checksum of the
 answer's text: no ties, no cost), same reference, a copy of the first policy that runs in every step, fused AdamW,
-clipping at 1. With bfloat16 the peer is under autocast all along; ours learns under autocast and draws in float32.
-The peer's set-ups:
+clipping at 1. With bfloat16 both sides draw, score and learn under autocast. The peer's set-ups:
 
 best     no gradient checkpointing, hence its key-value cache
 default  what OnlineDPOTrainer does unless told otherwise: gradient checkpointing, which switches its cache off
@@ -130,7 +129,7 @@ class Ours:
         training = Training(lr=1e-6, batch_size=PAIRS, precision=precision, schedule="constant", warmup=0)
         learner = RoundLearner(policy, dpo, training, rounds=case.steps + 1, restart=False)
         drawing = Drawing(on_policy(), max_new_tokens=NEW, temperature=TEMPERATURE)
-        return cls(Players(policy, start.requires_grad_(False)), learner, drawing)
+        return cls(Players(policy, start.requires_grad_(False), precision), learner, drawing)
 
     def draw(self, number: int, ids: list[list[int]]) -> Any:
         rows = [{"prompt_id": f"{number}-{i}"} for i in range(PAIRS)]

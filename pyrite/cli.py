@@ -30,6 +30,7 @@ KINDS = ("discriminators", "ensembles", "golds", "jobs", "judges", "losses", "re
 KINDS += ("schedules", "selectors")
 PAGES = {
     "bandit": report.bandit_page,
+    "live_reward": report.live_reward_page,
     "overoptimization": report.overoptimization_page,
     "references": report.references_page,
     "samplers": report.samplers_page,

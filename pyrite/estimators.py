@@ -5,6 +5,7 @@ Axes: Q prompts, N answers a prompt, M values of n. Estimates are float64; KL is
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple, TypeAlias, overload
 
@@ -26,6 +27,7 @@ __all__ = [
     "fit_rl",
     "kl",
     "t_interval",
+    "where",
     "win_rate",
     "wins",
 ]
@@ -221,6 +223,22 @@ def _check_scores(proxy: Tensor, gold: Tensor) -> None:
                     f"best_of_n: {name} score of prompt {start + row}, answer {answer} is "
                     f"{rows[row, answer].item()}; score it again or drop the prompt"
                 )
+
+
+def where(along: Tensor, values: Tensor, at: float) -> float:
+    """The value where a curve first reaches `at` along an axis, linear between its points; nan where it never does.
+
+    Along and values (P,), in the order of the curve, which may turn back.
+
+    >>> where(torch.tensor([0.0, 1.0, 3.0]), torch.tensor([0.0, 10.0, 20.0]), 2.0)
+    15.0
+    """
+    x, y = along.double().tolist(), values.double().tolist()
+    for i, here in enumerate(x):
+        if here >= at:
+            share = 0.0 if i == 0 else (at - x[i - 1]) / (here - x[i - 1])
+            return y[i] if i == 0 else y[i - 1] + share * (y[i] - y[i - 1])
+    return math.nan
 
 
 def _gold_by_rank(proxy: Tensor, gold: Tensor) -> Iterator[Tensor]:

@@ -2,6 +2,8 @@
 
 A sample depends on (seed, key of its prompt, sample number) alone, not on the batch, the order or the machine
 count. A model is run from our own cache where it can be (`pyrite.decoding`), else by transformers' `generate`.
+Under `torch.autocast` models compute in its precision; log-probabilities, mixtures and draws are float32 all the same.
+Rounding may then differ with the batch, so that once in a while a token does: it is drawn from the same stream.
 """
 
 from __future__ import annotations

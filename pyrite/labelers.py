@@ -115,6 +115,7 @@ class Labeler:
             groups(answers),
             pairing=self.rules.pairing,
             labels=self.rules.labels,
+            gap=self.rules.gap,
             seed=self.rules.stream("labels", number),
             name=self.rules.judge,
         )

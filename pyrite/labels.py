@@ -52,6 +52,7 @@ def label(
     *,
     pairing: Pairing = "best_worst",
     labels: Labels = "soft",
+    gap: float = 0.0,
     seed: int = 0,
     name: str = "judge",
 ) -> Labelled:
@@ -59,7 +60,8 @@ def label(
 
     pairing: consecutive (0 1, 2 3, ...); all; best_worst, by mean probability of winning against the group's others.
     labels: soft and hard take the likelier answer as chosen; sampled draws it by the verdict, from its own stream
-    (seed, place). Equal texts are not asked about. Raises ValueError where the judge's verdicts are no probabilities.
+    (seed, place). gap: log-odds, nats, that a pair must exceed, or it is a tie. Equal texts are not asked about.
+    Raises ValueError where the judge's verdicts are no probabilities.
     """
     couples = paired(groups, pairing)
     asked = [(a, b) for a, b in couples if answers[a] != answers[b]]
@@ -70,7 +72,7 @@ def label(
     if pairing == "best_worst":
         couples = [couple for group in groups if (couple := _ends(group, known))]
     wanted = [known.get(couple, 0.5) for couple in couples]
-    pairs = decided(couples, wanted, len(answers), labels=labels, seed=seed)
+    pairs = decided(couples, wanted, len(answers), labels=labels, gap=gap, seed=seed)
     missing = sum(map(math.isnan, wanted))
     return Labelled(pairs, int((~verdicts.isnan()).sum()), len(couples) - len(pairs) - missing, missing)
 
@@ -96,6 +98,7 @@ def decided(
     n: int,
     *,
     labels: Labels = "soft",
+    gap: float = 0.0,
     seed: int = 0,
     sources: Sequence[Source] | None = None,
 ) -> list[Pair]:
@@ -104,7 +107,7 @@ def decided(
     whose: list[Source] = list(sources) if sources else ["judge" for _ in couples]
     every = zip(couples, verdicts, whose, strict=True)
     found = [_decided(a, b, p, labels, uniform, source) for (a, b), p, source in every]
-    return [pair for pair in found if pair]
+    return [pair for pair in found if pair and abs(pair.strength) > gap]
 
 
 def _ends(group: Sequence[int], known: dict[tuple[int, int], float]) -> tuple[int, int] | None:

@@ -44,6 +44,7 @@ class Rules:
 
     pairing: Pairing = "best_worst"
     labels: Labels = "soft"
+    gap: float = 0.0
     seed: int = 0
     judge: str = "judge"
     """Its name, for messages."""
@@ -105,6 +106,7 @@ class Live:
             verdicts,
             len(every),
             labels=self.rules.labels,
+            gap=self.rules.gap,
             seed=self.rules.stream("labels", number),
             sources=sources,
         )

@@ -37,31 +37,39 @@ class Task:
     pool_prompts: Path
 
 
-def expression(rng: np.random.Generator, *, depth: int, spine: bool = True) -> str:
-    """A random expression in parentheses: + − *, numbers 1 … 9, at most `depth` levels below the first.
+def expression(
+    rng: np.random.Generator, *, depth: int, operators: str = OPERATORS, largest: int = 9, spine: bool = True
+) -> str:
+    """A random expression in parentheses: + − *, numbers 1 … `largest`, at most `depth` levels below the first.
 
     The left side goes on to the full depth; any other side goes on with probability ½ a level, else it is a number.
     """
 
     def side(*, always: bool) -> str:
         if depth and (always or rng.random() < 0.5):
-            return expression(rng, depth=depth - 1, spine=always)
-        return str(1 + int(rng.random() * 9))
+            return expression(rng, depth=depth - 1, operators=operators, largest=largest, spine=always)
+        return str(1 + int(rng.random() * largest))
 
-    return f"({side(always=spine)} {OPERATORS[int(rng.random() * 3)]} {side(always=False)})"
+    return f"({side(always=spine)} {operators[int(rng.random() * len(operators))]} {side(always=False)})"
 
 
-def demos(n: int, *, seed: int, depths: Sequence[int] = (1, 2)) -> list[dict[str, str]]:
+def demos(
+    n: int, *, seed: int, depths: Sequence[int] = (1, 2), operators: str = OPERATORS, largest: int = 9
+) -> list[dict[str, str]]:
     """n demonstration rows {prompt_id, prompt, response} of distinct expressions whose values lie within ±98.
 
-    depths: of the expressions, equally often. Raises ValueError where n is below 1, or there are not so many.
+    depths: of the expressions, equally often; operators and largest number in them. Raises ValueError where n is
+    below 1, there are not so many, or operators or numbers are others than + - * and 1 to 9.
     """
+    if not operators or set(operators) - set(OPERATORS) or not 1 <= largest <= 9:
+        raise ValueError(f"the math task knows + - * and 1 to 9, not operators={operators!r}, largest={largest}")
     if n < 1 or not depths or min(depths) < 0:
         raise ValueError(f"the math task makes {n} rows of depths {list(depths)}; give 1 or more, of depths from 0 up")
     rng = np.random.default_rng(derive(seed, "math"))
     rows: dict[str, dict[str, str]] = {}
     for _ in range(100 * n + 10_000):
-        asked, *steps = chain(expression(rng, depth=depths[int(rng.random() * len(depths))]))
+        depth = depths[int(rng.random() * len(depths))]
+        asked, *steps = chain(expression(rng, depth=depth, operators=operators, largest=largest))
         if abs(int(steps[-1])) <= LARGEST:
             prompt = f"{asked} = "
             rows[asked] = {"prompt_id": data.prompt_id(prompt), "prompt": prompt, "response": " = ".join(steps)}
@@ -106,6 +114,8 @@ def write(
     n_prompts: int = 4_000,
     n_pool: int = 256,
     depths: Sequence[int] = (1, 2),
+    operators: str = OPERATORS,
+    largest: int = 9,
 ) -> Task:
     """The task in a folder: a random model with its tokenizer, demonstrations, prompts to train on, prompts for a pool.
 
@@ -115,7 +125,7 @@ def write(
     for name, count in counts.items():
         if count < 1:
             raise ValueError(f"{name} is {count}; the math task needs at least 1")
-    rows = demos(sum(counts.values()), seed=seed, depths=depths)
+    rows = demos(sum(counts.values()), seed=seed, depths=depths, operators=operators, largest=largest)
     asked = [{"prompt_id": row["prompt_id"], "prompt": row["prompt"]} for row in rows]
     root = Path(folder)
     task = Task(root / "model", root / "demos.parquet", root / "prompts.parquet", root / "pool_prompts.parquet")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,7 +22,7 @@ from pyrite.packing import Row
 from pyrite.preferences import Preferences, batch_loss
 from pyrite.samplers import Arm, Sampler
 from pyrite.text import Prompt
-from pyrite.train import Learner, Training, TrainingError
+from pyrite.train import Learner, Precision, Training, TrainingError
 
 WHOLE = 1 << 40  # tokens; no batch is larger
 
@@ -59,10 +60,15 @@ class Drawing:
 
 @dataclass(frozen=True)
 class Players:
-    """Who answers: the policy, and its reference, which is the policy itself where adapters can be switched off."""
+    """Who answers: the policy, and its reference, which is the policy itself where adapters can be switched off.
+
+    precision: of what both compute here, as `Training.precision` is of learning. With "bfloat16" a step's reference and
+    policy are rounded alike; the softmax, the mixing of two models and the draws are float32 all the same.
+    """
 
     policy: Policy
     ref: Policy
+    precision: Precision = "float32"
 
     def draw(self, rows: Sequence[dict], ids: Sequence[list[int]], how: Drawing, *, number: int) -> Samples:
         """k answers to each prompt {prompt_id}; a sample's stream belongs to (seed, round, prompt_id, sample)."""
@@ -76,12 +82,13 @@ class Players:
             "keys": [seeds.derive(0, str(row["prompt_id"])) for row in rows],
         }
         arms = [how.arms(number, str(row["prompt_id"])) for row in rows]
-        if all(arm == Arm(policy=1.0) for some in arms for arm in some):
-            drawn = sample(backbone(self.policy.model), ids, k=how.k, **options)
-        else:
-            exponents = torch.stack([samplers.exponents(some) for some in arms])
-            ref = None if self.ref is self.policy else self.ref.model
-            drawn = sample_mixed(self.policy.model, ref, ids, exponents=exponents, **options)
+        with self._computing():
+            if all(arm == Arm(policy=1.0) for some in arms for arm in some):
+                drawn = sample(backbone(self.policy.model), ids, k=how.k, **options)
+            else:
+                exponents = torch.stack([samplers.exponents(some) for some in arms])
+                ref = None if self.ref is self.policy else self.ref.model
+                drawn = sample_mixed(self.policy.model, ref, ids, exponents=exponents, **options)
         return replace(drawn, **{name: value.cpu() for name, value in vars(drawn).items() if isinstance(value, Tensor)})
 
     def answers(self, rows: Sequence[dict], ids: Sequence[list[int]], drawn: Samples) -> list[Answer]:
@@ -104,10 +111,12 @@ class Players:
 
     def ref_logps(self, rows: Sequence[Row]) -> Logps:
         """Log-probabilities of all responses under the reference."""
-        if self.ref is not self.policy:
+        off = self.policy.without_adapters() if self.ref is self.policy else nullcontext()
+        with self._computing(), off:
             return response_logps(self.ref, rows)
-        with self.policy.without_adapters():
-            return response_logps(self.policy, rows)
+
+    def _computing(self) -> torch.autocast:
+        return torch.autocast(self.policy.device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
 
 
 class RoundLearner:

@@ -21,6 +21,7 @@ from pyrite.estimators import (
     effective_samples,
     kl,
     t_interval,
+    where,
     win_rate,
     wins,
 )
@@ -403,3 +404,12 @@ def test_t_interval_matches_scipy_and_covers() -> None:
     assert ((lo < 0.5) & (hi > 0.5)).double().mean() < 0.9  # a wrong mean is found out
     with pytest.raises(ValueError, match="at least 2"):
         t_interval(torch.tensor([1.0]))
+
+
+def test_where_a_curve_first_reaches_a_level():
+    along, values = tensor(0.0, 2.0, 1.0, 4.0), tensor(0.0, 10.0, 20.0, 40.0)
+    assert where(along, values, 1.0) == 5.0
+    assert where(along, values, 2.0) == 10.0
+    assert where(along, values, 3.0) == pytest.approx(20 + 20 * 2 / 3)
+    assert where(along, values, -1.0) == 0.0
+    assert math.isnan(where(along, values, 5.0))

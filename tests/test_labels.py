@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyrite.judges import bradley_terry
-from pyrite.labels import Pair, label
+from pyrite.labels import Pair, decided, label, paired
 
 PROMPTS = ["p"] * 4
 ANSWERS = ["x", "x x x x", "x x", "x x x"]  # lengths 1 4 2 3
@@ -85,3 +85,25 @@ def test_certain_verdicts_have_finite_strength() -> None:
 def test_wrong_verdicts_are_refused() -> None:
     with pytest.raises(ValueError, match="mine returned verdicts of shape"):
         label(lambda *_: torch.ones(3), PROMPTS[:2], ANSWERS[:2], [[0, 1]], name="mine")
+
+
+def test_highest_against_lowest_score() -> None:
+    """Published cases: two of two; a tie, which keeps two different answers; the ends of four."""
+    assert paired([[0, 1], [2, 3]], "best_worst", torch.tensor([3.0, 1.0, 2.0, 2.0])) == [(0, 1), (2, 3)]
+    (pair,) = decided([(0, 1), (2, 3)], [0.88, 0.5], 4)
+    assert (pair.chosen, pair.rejected, pair.strength) == (0, 1, pytest.approx(odds(0.88)))
+    assert paired([[0, 1, 2, 3]], "best_worst", torch.tensor([0.1, 0.9, -0.5, 0.3])) == [(1, 2)]
+    assert paired([[5]], "best_worst", torch.zeros(6)) == []
+
+
+@pytest.mark.parametrize(("gap", "kept"), [(0.0, 2), (1.0, 2), (1.1, 1), (3.0, 1), (3.1, 0)])
+def test_pairs_closer_than_the_gap_are_ties(gap: float, kept: int) -> None:
+    """Log-odds of 3 and 1: a pair is kept if and only if it exceeds the gap."""
+    made = label(exact, PROMPTS, ANSWERS, [[0, 1, 2, 3]], pairing="consecutive", gap=gap)
+    assert (len(made.pairs), made.ties) == (kept, 2 - kept)
+
+
+def exact(prompts: list[str], a: list[str], b: list[str]) -> Tensor:
+    """Log-odds of a little more than the difference of lengths."""
+    difference = [len(x.split()) - len(y.split()) for x, y in zip(a, b, strict=True)]
+    return torch.tensor([1 / (1 + math.exp(-1.001 * d)) for d in difference])

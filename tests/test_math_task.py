@@ -107,3 +107,12 @@ def test_models_follow_their_seed_and_leave_the_global_stream_alone():
     first, again, other = (math_task.model(seed).lm_head.weight for seed in (0, 0, 1))
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_easier_expressions() -> None:
+    rows = math_task.demos(300, seed=1, depths=(1,), operators="+-", largest=5)
+    assert not set("".join(row["prompt"] for row in rows)) & set("*6789")
+    with pytest.raises(ValueError, match="knows"):
+        math_task.demos(3, seed=1, operators="+/")
+    with pytest.raises(ValueError, match="knows"):
+        math_task.demos(3, seed=1, largest=10)

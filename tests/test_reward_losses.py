@@ -34,6 +34,8 @@ def test_examples():
         (2.0, 1.0, {"center": 0.001}, 0.315762),
         (2.0, 1.0, {"margin": 1.0}, 0.693147),
         (1.0, 0.0, {"label_smoothing": 0.1}, 0.9 * 0.313262 + 0.1 * 1.313262),
+        (1.2, 0.7, {}, 0.474077),
+        (1.2, 0.7, {"margin": 0.3}, 0.598139),
     ],
 )
 def test_worked_values(chosen, rejected, options, value):

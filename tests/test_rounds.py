@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import copy
+import math
 from pathlib import Path
 
 import pytest
 import torch
 
-from pyrite import losses, samplers
+from pyrite import losses, parts, samplers
 from pyrite.evaluation import response_logps
+from pyrite.generate import Samples
 from pyrite.labels import Pair
+from pyrite.logps import Logps
 from pyrite.models import Lora, Policy
+from pyrite.packing import Row
 from pyrite.rounds import Drawing, Players, RoundLearner
 from pyrite.samplers import Arm
-from pyrite.train import Training
+from pyrite.train import Precision, Training
 
 ROWS = [{"prompt_id": "a", "prompt": "tell me"}, {"prompt_id": "b", "prompt": "please"}]
 IDS = [[1, 20, 21], [1, 22]]
@@ -66,6 +70,59 @@ def test_without_its_adapters_the_policy_is_its_reference(tiny: Path) -> None:
     assert prefs.ref is not None
     torch.testing.assert_close(prefs.ref.sum, response_logps(Policy.load(tiny), prefs.rows).sum, atol=1e-4, rtol=1e-4)
     assert (response_logps(policy, prefs.rows).sum - prefs.ref.sum).abs().max() > 1e-2
+
+
+def drawn_logps(drawn: Samples) -> torch.Tensor:
+    """Of all drawn tokens, under the policy, as drawing has seen them."""
+    return torch.cat([row[:n] for row, n in zip(drawn.policy_logps, drawn.length.tolist(), strict=True)])
+
+
+def read_logps(read: Logps) -> torch.Tensor:
+    assert read.tokens is not None and read.mask is not None
+    return read.tokens[read.mask]
+
+
+@pytest.mark.parametrize("lora", [None, Lora(lora_rank=4)])
+@pytest.mark.parametrize("sampler", ["on_policy()", "mixed(on_policy=0.5)", "reference()"])
+def test_bfloat16_draws_and_scores_are_a_forward_s_under_autocast(tiny: Path, sampler: str, lora: Lora | None) -> None:
+    policy = Policy.load(tiny, lora=lora)
+    ref = policy if lora else copy.deepcopy(policy).requires_grad_(False)
+    how = Drawing(parts.part(sampler, samplers).function, k=8, max_new_tokens=12)
+    for precision in ("float32", "bfloat16"):
+        players = Players(policy, ref, precision)
+        drawn = players.draw(ROWS, IDS, how, number=0)
+        rows = [Row(IDS[p], [response]) for p, response in zip(drawn.prompt.tolist(), drawn.responses(), strict=True)]
+        exact = response_logps(policy, rows)
+        with torch.autocast("cpu", torch.bfloat16):
+            half = response_logps(policy, rows)
+        noise = (read_logps(half) - read_logps(exact)).abs().mean()
+        assert noise > 1e-3
+        if precision == "float32":
+            torch.testing.assert_close(drawn_logps(drawn), read_logps(exact), atol=1e-4, rtol=0)
+            assert torch.equal(players.ref_logps(rows).sum, exact.sum)
+        else:
+            assert (drawn_logps(drawn) - read_logps(half)).abs().mean() < 2 * noise
+            assert (drawn_logps(drawn) - read_logps(exact)).abs().mean() > noise / 4  # not float32 after all
+            assert torch.equal(players.ref_logps(rows).sum, half.sum)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_the_first_margin_is_zero_where_learning_and_reference_are_rounded_alike(
+    policy: Policy, precision: Precision
+) -> None:
+    """Policy = reference; with one in float32 and one in bfloat16 the loss would begin off ln 2."""
+    start = copy.deepcopy(policy).requires_grad_(False)
+    margins, first = {}, {}
+    for ref in ("float32", "bfloat16"):
+        players = Players(copy.deepcopy(policy), start, ref)
+        drawn = players.draw(ROWS, IDS, Drawing(samplers.on_policy(), k=2, max_new_tokens=12), number=0)
+        answers = players.answers(ROWS, IDS, drawn)
+        prefs = players.preferences(answers, [Pair(0, 1, 1.0), Pair(3, 2, 1.0)], frozenset({"ref"}))
+        learner = RoundLearner(players.policy, losses.dpo, Training(warmup=0, precision=precision), rounds=1)
+        found = learner.learn(prefs, 0)
+        margins[ref], first[ref] = abs(found["margin"]), abs(found["loss"] - math.log(2))
+    assert margins.pop(precision) < 1e-4 < min(margins.values())
+    assert first.pop(precision) < 1e-5 < min(first.values())
 
 
 @pytest.mark.parametrize("restart", [True, False])

@@ -64,19 +64,26 @@ def _attention(
     softcap: float | None = None,
     **_: object,  # transformers hands every attention function its own extras
 ) -> tuple[Tensor, None]:
-    """The form transformers calls."""
+    """The form transformers calls; under autocast too in the cache's precision, or all of it is cast at every step."""
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    if softcap is None:
-        return attend(query, key, value, attention_mask, scale=scale), None
+    with torch.autocast(query.device.type, enabled=False):
+        query = query.to(key.dtype)
+        if softcap is None:
+            return attend(query, key, value, attention_mask, scale=scale), None
+        return _capped(query, key, value, attention_mask, scale, softcap), None
+
+
+def _capped(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, softcap: float) -> Tensor:
+    """`attend` with scores brought between -softcap and softcap."""
     rows, heads, length, size = query.shape
     grouped = query.reshape(rows, key.shape[1], -1, length, size)
     scores = torch.tanh((grouped @ key.mT[:, :, None]) * (scale / softcap)) * softcap
-    if attention_mask is None and length > 1:
-        attention_mask = additive(torch.ones_like(scores[:1, 0, :1], dtype=torch.bool).triu(1))
-    if attention_mask is not None:
-        scores = scores + attention_mask[:, :, None]
+    if mask is None and length > 1:
+        mask = additive(torch.ones_like(scores[:1, 0, :1], dtype=torch.bool).triu(1))
+    if mask is not None:
+        scores = scores + mask[:, :, None]
     weights = scores.softmax(-1, dtype=torch.float32).to(value.dtype)
-    return (weights @ value[:, :, None]).reshape(rows, heads, length, size).transpose(1, 2), None
+    return (weights @ value[:, :, None]).reshape(rows, heads, length, size).transpose(1, 2)
 
 
 def additive(hidden: Tensor) -> Tensor:

@@ -40,7 +40,8 @@ class Engine(NamedTuple):
 def open_engine(model: nn.Module, columns: int) -> Engine | None:
     """The fastest way to run a causal LM over up to `columns` tokens from our cache; None where there is none.
 
-    Families outside `TESTED`, and wrapped models, are compared with the stock forward on a few tokens first.
+    Families outside `TESTED`, and wrapped models, are compared with the stock forward on a few tokens first, in their
+    own precision. Under autocast the engine computes in that of autocast.
     """
     windows = _windows(model, columns)
     if windows is None:
@@ -178,9 +179,11 @@ def _agrees(model: nn.Module, engine: Engine) -> bool:
     """Whether a ragged batch of two prompts decodes to the stock forward's logits, taken one row at a time."""
     device = next(model.parameters()).device
     rows = torch.tensor([[1, 2, 3, 4, 5], [0, 0, 4, 3, 2]], device=device) % _text(model).vocab_size
-    stock = [model(row[None]).logits[0, -1].float() for row in (rows[0], rows[1, 2:])]
+    off = torch.autocast(device.type, enabled=False)  # where there is less rounding to tell from a mistake
+    with off:
+        stock = [model(row[None]).logits[0, -1].float() for row in (rows[0], rows[1, 2:])]
     try:
-        with attending(model):
+        with off, attending(model):
             decoder = Decoder(
                 engine, Prompts([rows[0, :3].tolist(), rows[1, 2:3].tolist()], [1, 1]), steps=3, device=device
             )

@@ -3,6 +3,10 @@
 A step of a small model spends most of its time between the kernels of the stock code. Here the projections are
 fused, the rotary tables computed once and nothing is dispatched. The weights are read, never changed. Low-rank
 adapters stay beside the weights, so the same engine without them is the base model at no further memory.
+
+Opened under autocast, it multiplies in autocast's precision: every weight is cast once, then, instead of at every step.
+Norms, rotations and the residual stream stay in the weights' own precision, as does attention on a processor, where a
+query over its keys in bfloat16 is slower.
 """
 
 from __future__ import annotations
@@ -35,6 +39,7 @@ class Dense:
     adapter: tuple[Tensor, Tensor] | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
+        x = x.to(self.weight.dtype)
         y = product(x, self.weight, self.bias)
         if self.adapter is None:
             return y
@@ -70,15 +75,21 @@ class Lean:
         attention = base.layers[0].self_attn
         self.size, self.scale = attention.head_dim, attention.scaling
         self.groups = config.num_key_value_heads
-        self.blocks = [_block(layer) for layer in base.layers]
         self.embedding, self.norm = base.embed_tokens.weight, base.norm.weight
-        self.head = _fused(model.lm_head)
+        dtype = _computes(self.embedding)
+        self.kept = self.embedding.dtype if self.embedding.device.type == "cpu" else dtype  # queries, keys and values
+        self.blocks = [_block(layer, dtype) for layer in base.layers]
+        self.head = _fused(model.lm_head, dtype=dtype)
         index = torch.arange(positions, device=self.embedding.device)[None]
         cos, sin = base.rotary_emb(self.embedding[:1], position_ids=index)
         half = self.size // 2
         self.cos, self.sin = cos[0], torch.cat([-sin[0, :, :half], sin[0, :, half:]], -1)
 
     def __call__(self, tokens: Tensor, positions: Tensor, cache: Columns, mask: Any) -> Tensor:
+        with torch.autocast(tokens.device.type, enabled=False):  # all casts are here
+            return self._logits(tokens, positions, cache, mask)
+
+    def _logits(self, tokens: Tensor, positions: Tensor, cache: Columns, mask: Any) -> Tensor:
         x = F.embedding(tokens, self.embedding)
         cos, sin = self.cos[positions][:, :, None], self.sin[positions][:, :, None]
         for index, block in enumerate(self.blocks):
@@ -98,12 +109,13 @@ class Lean:
         return base
 
     def _heads(self, block: Block, x: Tensor, cos: Tensor, sin: Tensor) -> list[Tensor]:
-        heads = block.qkv(x).unflatten(-1, (-1, self.size))  # (N, T, H + 2G, D)
+        heads = block.qkv(x).to(cos.dtype).unflatten(-1, (-1, self.size))  # (N, T, H + 2G, D)
         qk, v = heads[:, :, : -self.groups], heads[:, :, -self.groups :]
         if block.qk_norm is not None:
             qk = self._rms(qk, None) * block.qk_norm
         qk = torch.addcmul(qk * cos, qk.roll(self.size // 2, -1), sin)
-        return [part.transpose(1, 2) for part in (qk[:, :, : -self.groups], qk[:, :, -self.groups :], v)]
+        parts = qk[:, :, : -self.groups], qk[:, :, -self.groups :], v
+        return [part.transpose(1, 2).to(self.kept) for part in parts]
 
     def _rms(self, x: Tensor, weight: Tensor | None) -> Tensor:
         return F.rms_norm(x, (x.shape[-1],), weight, self.eps)
@@ -132,16 +144,16 @@ def is_lean(model: Any) -> bool:
     )
 
 
-def _block(layer: Any) -> Block:
+def _block(layer: Any, dtype: torch.dtype) -> Block:
     attention, mlp = layer.self_attn, layer.mlp
     return Block(
         norm=layer.input_layernorm.weight,
-        qkv=_fused(attention.q_proj, attention.k_proj, attention.v_proj),
+        qkv=_fused(attention.q_proj, attention.k_proj, attention.v_proj, dtype=dtype),
         qk_norm=_qk_norm(attention),
-        out=_fused(attention.o_proj),
+        out=_fused(attention.o_proj, dtype=dtype),
         mlp_norm=layer.post_attention_layernorm.weight,
-        gate_up=_fused(mlp.gate_proj, mlp.up_proj),
-        down=_fused(mlp.down_proj),
+        gate_up=_fused(mlp.gate_proj, mlp.up_proj, dtype=dtype),
+        down=_fused(mlp.down_proj, dtype=dtype),
         act=mlp.act_fn,
     )
 
@@ -155,14 +167,24 @@ def _is_plain(layer: nn.Module) -> bool:
     return linear and not (layer.lora_variant or layer.merged or layer.fan_in_fan_out)
 
 
-def _fused(*layers: Any) -> Dense:
-    """Linear layers of one input as one, outputs side by side."""
+def _fused(*layers: Any, dtype: torch.dtype) -> Dense:
+    """Linear layers of one input as one, outputs side by side, to multiply in this precision."""
     below: list[Any] = [layer.base_layer if isinstance(layer, lora.Linear) else layer for layer in layers]
-    if len(layers) == 1:
-        return Dense(below[0].weight, below[0].bias, _adapter(layers))
-    biases = [layer.bias for layer in below if layer.bias is not None]
-    weight = torch.cat([layer.weight for layer in below])
-    return Dense(weight, torch.cat(biases) if biases else None, _adapter(layers))
+    biases = [layer.bias.to(dtype) for layer in below if layer.bias is not None]
+    weights = [layer.weight.to(dtype) for layer in below]
+    adapter = _adapter(layers)
+    return Dense(
+        weights[0] if len(weights) == 1 else torch.cat(weights),
+        torch.cat(biases) if biases else None,
+        adapter and (adapter[0].to(dtype), adapter[1].to(dtype)),
+    )
+
+
+def _computes(weight: Tensor) -> torch.dtype:
+    """What autocast, if it is on, has products of this weight computed in; else the weight's own precision."""
+    kind = weight.device.type
+    cast = torch.is_autocast_enabled(kind) and weight.dtype == torch.float32
+    return torch.get_autocast_dtype(kind) if cast else weight.dtype
 
 
 def _adapter(layers: tuple[Any, ...]) -> tuple[Tensor, Tensor] | None:

@@ -70,6 +70,8 @@ class Config:
     pairing: Pairing = "best_worst"
     labels: Labels = "soft"
     """soft and hard: the likelier answer is chosen; sampled: drawn by the judge's probability."""
+    gap: float = 0.0
+    """Log-odds, nats, by which a pair's answers must differ; closer ones are ties."""
     ref: Literal["start", "previous"] = "start"
     """The reference of loss and sampler: the first policy, or the one each round begins with."""
     restart: bool = True
@@ -111,7 +113,8 @@ def run(config: Config) -> Run:
     policy = Policy.load(config.model, lora=config.lora)
     start = policy if policy.reversible else copy.deepcopy(policy).requires_grad_(False)
     evaluator = Evaluator.load(config.evaluation, policy, ref=start, seed=config.seed, prompts=test)
-    players = Players(policy, start if config.ref == "start" else copy.deepcopy(policy).requires_grad_(False))
+    ref = start if config.ref == "start" else copy.deepcopy(policy).requires_grad_(False)
+    players = Players(policy, ref, config.training.precision)
     learner = RoundLearner(
         policy, named.loss, config.training, rounds=config.rounds, restart=config.restart, seed=config.seed
     )
@@ -186,7 +189,7 @@ def _parts(config: Config) -> Parts:
 
 
 def _labeler(config: Config, named: Parts, silver: Discriminator | None) -> Labeler:
-    rules = Rules(config.pairing, config.labels, config.seed, config.judge)
+    rules = Rules(config.pairing, config.labels, config.gap, config.seed, config.judge)
     account = config.paying.account(config.out, config.judge) if silver or config.paying.counted else None
     live = Live(silver, named.schedule, rules, config.rounds, config.paying.budget) if silver else None
     return Labeler(named.judge, rules, config.out, config.paying.budget, account, live)

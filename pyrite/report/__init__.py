@@ -7,6 +7,7 @@ True
 
 from pyrite.report.bandit import bandit_page, save_bandit
 from pyrite.report.charts import lines, mechanism, overoptimization, save, stages
+from pyrite.report.live_reward import live_reward_page
 from pyrite.report.overoptimization import overoptimization_page
 from pyrite.report.page import page
 from pyrite.report.references import references_page
@@ -25,6 +26,7 @@ __all__ = [
     "Views",
     "bandit_page",
     "lines",
+    "live_reward_page",
     "mechanism",
     "overoptimization",
     "overoptimization_page",

@@ -29,7 +29,7 @@ from pyrite.decoding import engines
 from pyrite.decoding.adapters import adapter_layers
 from pyrite.decoding.cached_attention import attending
 from pyrite.decoding.lean import Lean
-from pyrite.generate import sample
+from pyrite.generate import Samples, sample
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
 IDS = {"vocab_size": 67, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -82,8 +82,14 @@ def greedy(model: nn.Module, prompt: list[int]) -> list[int]:
 def uncached(model: nn.Module, prompt: list[int], response: list[int]) -> torch.Tensor:
     """Log-probabilities of the response by one full forward."""
     with torch.no_grad():
-        logp = model(torch.tensor([prompt + response])).logits[0].log_softmax(-1)
+        logp = model(torch.tensor([prompt + response])).logits[0].float().log_softmax(-1)
     return logp[len(prompt) - 1 : -1].gather(1, torch.tensor(response)[:, None]).squeeze(1)
+
+
+def forced(model: nn.Module, drawn: Samples) -> torch.Tensor:
+    """Log-probabilities (N, T) of all responses, each by one full forward."""
+    rows = zip(drawn.prompt.tolist(), drawn.responses(), strict=True)
+    return torch.stack([uncached(model, PROMPTS[prompt], response) for prompt, response in rows])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -180,6 +186,52 @@ def test_prefill_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = sample(model, PROMPTS, eos=2, k=2, max_new_tokens=STEPS)
     monkeypatch.setattr(engines, "PREFILL", 8)
     assert sample(model, PROMPTS, eos=2, k=2, max_new_tokens=STEPS).responses() == whole.responses()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_autocast_draws_are_those_of_a_stock_forward_under_autocast(family: str) -> None:
+    """Within twice the rounding of the stock forward itself, which another model's is not: weights 3 % larger."""
+    path, config = FAMILIES[family]
+    model = make(config())
+    with torch.autocast("cpu", torch.bfloat16):
+        drawn = sample(model, PROMPTS, eos=[], k=4, max_new_tokens=STEPS, seed=1)
+    with torch.autocast("cpu", enabled=False):
+        exact = forced(model, drawn)
+    with torch.autocast("cpu", torch.bfloat16):
+        stock = forced(model, drawn)
+        for weight in model.parameters():
+            weight.data.mul_(1.03)
+        other = forced(model, drawn)
+    assert drawn.path == path and drawn.logps.dtype == torch.float32
+    assert not torch.equal(drawn.policy_logps, exact)
+    noise = (stock - exact).abs().mean()
+    assert 1e-4 < noise < 0.03
+    assert (drawn.policy_logps - stock).abs().mean() < 2 * noise < (drawn.policy_logps - other).abs().mean()
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
+def test_autocast_rows_are_drawn_alike_alone_and_together(family: str) -> None:
+    """As far as rounding allows: the shape of a product may change a logit's last bit, and with it a rare token."""
+    model = make(FAMILIES[family][1]())
+    with torch.autocast("cpu", torch.bfloat16):
+        together = sample(model, PROMPTS, eos=[], k=4, max_new_tokens=STEPS, seed=1).responses()
+        alone = [
+            response
+            for index, prompt in enumerate(PROMPTS)
+            for response in sample(model, [prompt], eos=[], k=4, max_new_tokens=STEPS, seed=1, keys=[index]).responses()
+        ]
+        others = sample(model, PROMPTS, eos=[], k=4, max_new_tokens=STEPS, seed=2).responses()
+    same, chance = (sum(map(list.__eq__, together, rows)) / len(together) for rows in (alone, others))
+    assert same >= 0.8 and chance == 0
+
+
+def test_agreement_with_the_stock_forward_is_told_in_float32() -> None:
+    seen = []
+    model = make(FAMILIES["gpt2"][1]())
+    model.register_forward_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        assert engines.open_engine(model, 32)
+    assert seen and not any(seen)
 
 
 def test_bfloat16_runs_close_to_float32() -> None:

@@ -16,7 +16,9 @@ from transformers import (
 )
 
 from pyrite.decoding import lean
-from pyrite.decoding.lean import Dense, is_lean
+from pyrite.decoding.cached_attention import attend
+from pyrite.decoding.caches import Columns
+from pyrite.decoding.lean import Dense, Lean, is_lean
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24, "vocab_size": 9}
 
@@ -88,8 +90,28 @@ def test_adapters_of_several_layers_side_by_side(biased: bool) -> None:
     attention, x = model.get_base_model().model.layers[0].self_attn.eval(), torch.randn(5, 16)
     layers = attention.q_proj, attention.k_proj, attention.v_proj
     with torch.inference_mode():
-        fused = lean._fused(*layers)
+        fused = lean._fused(*layers, dtype=torch.float32)
         torch.testing.assert_close(fused(x), torch.cat([layer(x) for layer in layers], -1), atol=1e-5, rtol=1e-5)
         assert fused.adapter and fused.adapter[0].shape == (8, 16) and fused.adapter[1].shape == (48, 8)
         with model.disable_adapter():
-            assert lean._fused(*layers).adapter is None
+            assert lean._fused(*layers, dtype=torch.float32).adapter is None
+        half = lean._fused(*layers, dtype=torch.bfloat16)
+        assert half.adapter and {part.dtype for part in (half.weight, *half.adapter)} == {torch.bfloat16}
+        assert (half(x) - fused(x)).norm() < 0.02 * fused(x).norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_autocast_casts_float32_weights_once_and_nothing_else(dtype: torch.dtype) -> None:
+    model = LlamaForCausalLM(LlamaConfig(**SIZES)).to(dtype).eval()
+    tokens, cache = torch.tensor([[3, 4, 5], [6, 7, 8]]), Columns()
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        engine = Lean(model, 8, attend)
+        logits = engine(tokens, torch.arange(3).expand(2, 3), cache, None)
+    products = torch.bfloat16 if dtype == torch.float32 else dtype
+    block = engine.blocks[0]
+    dense = engine.head, block.qkv, block.out, block.gate_up, block.down
+    assert {part.weight.dtype for part in dense} == {logits.dtype} == {products}
+    assert {part.dtype for layer in cache.parts for part in layer.blocks} == {dtype}  # on a processor
+    assert engine.embedding is model.model.embed_tokens.weight and block.norm.dtype == engine.cos.dtype == dtype
+    with torch.inference_mode():
+        assert Lean(model, 8, attend).head.weight is model.lm_head.weight  # no autocast, no copy

@@ -103,6 +103,27 @@ def test_the_reference_stays_or_moves(config: online.Config) -> None:
     assert start[-1]["kl_k1"] == moves["last"]["kl_k1"]  # KL is from the start in both
 
 
+@pytest.mark.parametrize("ref", ["start", "previous"])
+def test_bfloat16_rounds_begin_at_ln_2_and_are_measured_in_float32(
+    config: online.Config, monkeypatch: pytest.MonkeyPatch, ref: Any
+) -> None:
+    """Soft labels or not, a policy that is its reference has loss ln 2; one step later, with ref=start, it has not."""
+    real, drawn = online.Players.draw, []
+
+    def draw(self: online.Players, *args: Any, **options: Any) -> Any:
+        drawn.append(self.precision)
+        return real(self, *args, **options)
+
+    monkeypatch.setattr(online.Players, "draw", draw)
+    training = replace(TRAINING, lr=3e-2, batch_size=16, precision="bfloat16")
+    found = results(replace(config, training=training, ref=ref, loss="dpo(beta=1.0)", rounds=2))
+    assert drawn and set(drawn) == {"bfloat16"}
+    first, second = (abs(row["loss"] - math.log(2)) for row in read_metrics(config.out)[1:])
+    assert first < 1e-2
+    assert (second < 1e-2) == (ref == "previous")
+    assert found["start"]["kl_k1"] == pytest.approx(0, abs=1e-5)
+
+
 def test_adapters_alone_are_trained_and_switched_off_for_the_reference(config: online.Config) -> None:
     found = results(replace(config, lora=Lora(lora_rank=4), sampler="mixed()", rounds=2))
     assert found["start"]["kl_k1"] == pytest.approx(0, abs=1e-4)

@@ -220,3 +220,24 @@ def test_masks_and_shift() -> None:
     values = {"dpo()": 0.694056, "tdpo(version=1)": 0.693272, "tdpo(version=2)": 0.693664, "wpo()": 0.023590}
     for spec, value in values.items():
         assert loss(spec)(pair).item() == pytest.approx(value, abs=1e-6), spec
+
+
+def sums(chosen: float, ref_chosen: float, rejected: float, ref_rejected: float) -> PairLogps:
+    """One pair known by its sums."""
+    values = [torch.tensor([v], dtype=F64) for v in (chosen, rejected, ref_chosen, ref_rejected)]
+    return PairLogps(*(Logps.from_sums(v, torch.tensor([10])) for v in values))
+
+
+def test_published_values_of_online_dpo() -> None:
+    """Log-ratio 8 at beta .05: .513015; the square of 8 − 10; log-ratios 8 and −4 summed; two equal answers: ln 2."""
+    eight, minus_four = sums(-40, -44, -50, -46), sums(-50, -46, -40, -40)
+    dpo = parts.part("dpo(beta=0.05)", losses)
+    assert dpo(eight).item() == pytest.approx(0.513015, abs=1e-6)
+    assert parts.part("ipo(tau=0.05)", losses)(eight).item() == pytest.approx(4.0)
+    assert (dpo(eight) + dpo(minus_four)).item() == pytest.approx(1.311154, abs=1e-6)
+    logp = torch.tensor([-40.0], dtype=F64, requires_grad=True)
+    same = Logps.from_sums(logp, torch.tensor([10]))
+    loss = dpo(PairLogps(same, same, same, same))
+    loss.sum().backward()
+    assert loss.item() == pytest.approx(math.log(2))
+    assert logp.grad is not None and logp.grad.item() == 0
