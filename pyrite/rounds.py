@@ -62,8 +62,8 @@ class Drawing:
 class Players:
     """Who answers: the policy, and its reference, which is the policy itself where adapters can be switched off.
 
-    precision: of what both compute here, as `Training.precision` is of learning. With "bfloat16" a step's reference and
-    policy are rounded alike; the softmax, the mixing of two models and the draws are float32 all the same.
+    precision: of drawing and scoring, best that of learning: reference and learner are then rounded alike, so that a
+    policy that is still its reference has margins of 0. Softmax, mixtures and draws are float32 in any case.
     """
 
     policy: Policy

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pyrite import losses, parts, samplers
+from pyrite import losses, samplers
 from pyrite.evaluation import response_logps
 from pyrite.generate import Samples
 from pyrite.labels import Pair
@@ -17,7 +17,7 @@ from pyrite.logps import Logps
 from pyrite.models import Lora, Policy
 from pyrite.packing import Row
 from pyrite.rounds import Drawing, Players, RoundLearner
-from pyrite.samplers import Arm
+from pyrite.samplers import Arm, Sampler
 from pyrite.train import Precision, Training
 
 ROWS = [{"prompt_id": "a", "prompt": "tell me"}, {"prompt_id": "b", "prompt": "please"}]
@@ -83,11 +83,13 @@ def read_logps(read: Logps) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("lora", [None, Lora(lora_rank=4)])
-@pytest.mark.parametrize("sampler", ["on_policy()", "mixed(on_policy=0.5)", "reference()"])
-def test_bfloat16_draws_and_scores_are_a_forward_s_under_autocast(tiny: Path, sampler: str, lora: Lora | None) -> None:
+@pytest.mark.parametrize("sampler", [samplers.on_policy(), samplers.mixed(on_policy=0.5), samplers.reference()])
+def test_bfloat16_draws_and_scores_are_a_forward_s_under_autocast(
+    tiny: Path, sampler: Sampler, lora: Lora | None
+) -> None:
     policy = Policy.load(tiny, lora=lora)
     ref = policy if lora else copy.deepcopy(policy).requires_grad_(False)
-    how = Drawing(parts.part(sampler, samplers).function, k=8, max_new_tokens=12)
+    how = Drawing(sampler, k=8, max_new_tokens=12)
     for precision in ("float32", "bfloat16"):
         players = Players(policy, ref, precision)
         drawn = players.draw(ROWS, IDS, how, number=0)

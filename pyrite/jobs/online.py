@@ -118,6 +118,7 @@ def run(config: Config) -> Run:
     learner = RoundLearner(
         policy, named.loss, config.training, rounds=config.rounds, restart=config.restart, seed=config.seed
     )
+    # a discriminator reads its own policy in float32, so its start too
     silver = named.silver(Players(policy, start), seeds.derive(config.seed, "silver")) if named.silver else None
     drawing, ids = _drawing(named.sampler, config), _ids(policy, asked, config)
     players.draw(asked[:1], ids[:1], replace(drawing, max_new_tokens=1), number=0)  # refuses options out of range
