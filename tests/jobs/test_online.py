@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import launch
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -345,3 +346,22 @@ def test_policies_along_the_way_are_kept(config: online.Config) -> None:
     assert sorted(path.name for path in (config.out / "policies").iterdir()) == ["00002", "00004"]
     kept, last = (Policy.load(config.out / name).state_dict() for name in ("policies/00004", "model"))
     assert not all(torch.equal(kept[name], last[name]) for name in kept)
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(live: online.Config, tmp_path: Path) -> None:
+    """The reward model too; the judge is asked once, by one of them."""
+
+    def command(out: Path) -> list[str]:
+        named = {"--model": live.model, "--prompts": live.prompts, "--judge": live.judge, "--silver": str(live.silver)}
+        options = {"--budget": "8", "--rounds": "2", "--prompts-per-round": "12", "--max-new-tokens": "8"}
+        last = {"--gold": "length()", "--lr": "3e-3", "--batch-size": "5", "--warmup": "0", "--out": str(out)}
+        return ["online", *(part for option in (named | options | last).items() for part in option)]
+
+    launch.launch([command(tmp_path / "one")], processes=1)
+    launch.launch([command(tmp_path / "two")], processes=2)
+    one, two = (Policy.load(tmp_path / name / "model").state_dict() for name in ("one", "two"))
+    assert all(torch.allclose(one[name], two[name], atol=1e-4) for name in one)
+    for name in ("one", "two"):
+        bought = purchases(replace(live, out=tmp_path / name))
+        assert len(bought) == sum(row["attempts"] for row in bought) == 8
