@@ -335,7 +335,8 @@ def test_killed_at_random_and_never_paid_twice(live: online.Config, tmp_path: Pa
     calls = (folders[0] / "calls.txt").read_text().splitlines()
     repeated = sum(row["repeated"] for row in bought)
     assert len(bought) == len(wanted) == budget
-    assert len(calls) == sum(row["attempts"] for row in bought) == budget + repeated
+    # a call is written down before it is made: one that was killed in between was recorded and not made
+    assert budget <= len(calls) <= sum(row["attempts"] for row in bought) == budget + repeated
     assert repeated <= done  # at most the call in flight
     models = [(folder / "run" / "model" / "model.safetensors").read_bytes() for folder in folders]
     assert models[0] == models[1]
