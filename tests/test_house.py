@@ -15,7 +15,17 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "pyrite"
 FILES = sorted(PACKAGE.rglob("*.py"))
 FLOOR_0 = {"seeds", "logps", "losses", "reward_losses", "ensembles", "estimators", "fits", "parts"}
-FLOOR_0 |= {"analyses", "samplers", "schedules", "selectors", "tabular", "winrates"}
+FLOOR_0 |= {
+    "analyses",
+    "kl_control",
+    "moments",
+    "policy_gradient",
+    "samplers",
+    "schedules",
+    "selectors",
+    "tabular",
+    "winrates",
+}
 FLOOR_3 = {"recipes", "report", "sweeps", "cli", "__main__"}
 FILE_LINES, FUNCTION_LINES = 400, 60
 SCHEMAS = ("Config", "Training", "Lora", "Evaluation", "Paying", "Compute", "Verify", "Import")

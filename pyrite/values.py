@@ -1,0 +1,244 @@
+"""Value models: what is still to come of the reward before every token, in units of the reward.
+
+`ValueModel` has a trunk of its own, begun from any model or from a reward model; `WithValue` is a policy with a head on
+its trunk, so that one forward gives both. A value is read where the token is predicted: it has not seen the token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
+
+from pyrite.forwards import agrees, as_padded, trunk_states, unpadded
+from pyrite.loading import (
+    Dtype,
+    Lora,
+    adapted,
+    backbone,
+    context_of,
+    draw_head,
+    load_model,
+    pad_id,
+    settings,
+    tokenizer_of,
+)
+from pyrite.models import Policy
+from pyrite.packing import Packed, Row, longest, micro_batches, pack
+from pyrite.vocabulary import selective_logp
+
+HEAD = "value_head.safetensors"
+
+
+class Critic(Protocol):
+    """What gives values: a `ValueModel` or a `WithValue`."""
+
+    def pack(self, rows: Sequence[Row]) -> Packed: ...
+
+    def values(self, batch: Packed) -> Tensor: ...
+
+    def eval(self) -> Any: ...
+
+
+class ValueModel(nn.Module):
+    """A sequence classifier with one output, read before every response token: (score − mean) / std."""
+
+    def __init__(
+        self, model: PreTrainedModel | PeftModel, tokenizer: Any, *, mean: float = 0.0, std: float = 1.0
+    ) -> None:
+        super().__init__()
+        self.model, self.tokenizer = model, tokenizer
+        self.mean, self.std = mean, std
+        if not isinstance(getattr(backbone(model), "score", None), nn.Module) or not _causal(backbone(model)):
+            raise ValueError(f"{type(backbone(model)).__name__} reads ahead: a value model needs a decoder model")
+        self.packed = agrees(self._fast, self._plain, backbone(model))
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        lora: Lora | None = None,
+        top: int | None = None,
+        dtype: Dtype = "float32",
+    ) -> ValueModel:
+        """From a reward model, whose head and standardization it takes over; or from any other model, at 0 everywhere.
+
+        top: layers that are trained, the last ones, beside the final norm and the head; None trains all. Raises
+        ValueError for a model that is no decoder, for `top` with adapters or beyond the model's layers.
+        """
+        tokenizer, about = tokenizer_of(path), settings(path)
+        model = load_model(AutoModelForSequenceClassification, path, dtype=dtype, num_labels=1)
+        backbone(model).config.pad_token_id = pad_id(tokenizer)
+        if not about and not _is_classifier(path):
+            draw_head(model, seed=0, std=0.0)
+        adapters = isinstance(model, PeftModel) or (lora is not None and lora.lora_rank > 0)
+        if top is not None and adapters:
+            raise ValueError(f"{path}: train the {top} top layers or adapters, not both")
+        made = cls(
+            adapted(model, lora, task="SEQ_CLS"), tokenizer, mean=about.get("mean", 0.0), std=about.get("std", 1.0)
+        )
+        if top is not None:
+            _train_top(backbone(made.model), top)
+        return made
+
+    @property
+    def context(self) -> int:
+        """Longest prompt + response in tokens."""
+        return context_of(backbone(self.model))
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def pack(self, rows: Sequence[Row]) -> Packed:
+        """Rows as this model reads them, on its device."""
+        return _pack(self.model, rows, packed=self.packed)
+
+    def forward(self, batch: Packed) -> Tensor:
+        """The value before each of the R response tokens, (R,) float32."""
+        return self._plain(batch) if batch.padded else self._fast(batch)
+
+    def values(self, batch: Packed) -> Tensor:
+        return self(batch)
+
+    def save(self, folder: str | Path) -> None:
+        """Hugging Face layout; the standardization travels in the model's config."""
+        config = backbone(self.model).config
+        config.pyrite = {**(getattr(config, "pyrite", None) or {}), "mean": self.mean, "std": self.std}
+        self.model.save_pretrained(str(folder))
+        config.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+    def _fast(self, batch: Packed) -> Tensor:
+        return self._read(trunk_states(backbone(self.model), batch), batch)
+
+    def _plain(self, batch: Packed) -> Tensor:
+        ids, mask = as_padded(batch)
+        states = backbone(self.model).base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        return self._read(unpadded(states, batch), batch)
+
+    def _read(self, states: Tensor, batch: Packed) -> Tensor:
+        score: Any = backbone(self.model).score
+        return (score(states.index_select(0, batch.predictor)).squeeze(-1).float() - self.mean) / self.std
+
+
+class WithValue(nn.Module):
+    """A policy and a linear head on its trunk, 0 at first and float32 throughout.
+
+    detach: the values' gradient stops at the head, so that the trunk is the policy's alone.
+    """
+
+    def __init__(self, policy: Policy, *, detach: bool = False) -> None:
+        super().__init__()
+        self.policy, self.detach = policy, detach
+        size = backbone(policy.model).config.get_text_config().hidden_size
+        self.head = nn.Linear(size, 1, device=policy.device)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    @property
+    def model(self) -> PreTrainedModel | PeftModel:
+        """The policy's."""
+        return self.policy.model
+
+    def pack(self, rows: Sequence[Row]) -> Packed:
+        """Rows as the policy reads them, on its device."""
+        return self.policy.pack(rows)
+
+    def forward(self, batch: Packed) -> Tensor:
+        """(2, R) float32: log-probability of each of the R response tokens, nats, and the value before it."""
+        hidden, logp = self._plain(batch) if batch.padded else self._fast(batch)
+        return torch.stack([logp, self._value(hidden)])
+
+    def values(self, batch: Packed) -> Tensor:
+        """The values alone, (R,)."""
+        if batch.padded:
+            return self(batch)[1]
+        return self._value(trunk_states(backbone(self.policy.model), batch).index_select(0, batch.predictor))
+
+    def save(self, folder: str | Path) -> None:
+        """The policy as it saves itself, and the head beside it."""
+        self.policy.save(folder)
+        save_file({name: value.contiguous() for name, value in self.head.state_dict().items()}, Path(folder) / HEAD)
+
+    def restore_head(self, folder: str | Path) -> None:
+        """The head that `save` left in a folder. Raises ValueError where there is none."""
+        if not (Path(folder) / HEAD).exists():
+            raise ValueError(
+                f"{folder}: no {HEAD} here; it is written beside a policy that was trained with a value head"
+            )
+        self.head.load_state_dict(load_file(Path(folder) / HEAD))
+
+    def _value(self, hidden: Tensor) -> Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.head((hidden.detach() if self.detach else hidden).float()).squeeze(-1)
+
+    def _fast(self, batch: Packed) -> tuple[Tensor, Tensor]:
+        model = backbone(self.policy.model)
+        hidden = trunk_states(model, batch).index_select(0, batch.predictor)
+        vocabulary: Any = model.get_output_embeddings()
+        return hidden, selective_logp(hidden, vocabulary.weight, batch.target)
+
+    def _plain(self, batch: Packed) -> tuple[Tensor, Tensor]:
+        ids, mask = as_padded(batch)
+        out = self.policy.model(input_ids=ids, attention_mask=mask, use_cache=False, output_hidden_states=True)
+        hidden, logits = (
+            unpadded(x, batch).index_select(0, batch.predictor) for x in (out.hidden_states[-1], out.logits)
+        )
+        return hidden, torch.log_softmax(logits.float(), -1).gather(1, batch.target[:, None]).squeeze(1)
+
+
+@torch.no_grad()
+def response_values(critic: Critic, rows: Sequence[Row], *, budget: int = 16384) -> Tensor:
+    """Values (N, T) of all responses, row by row, 0 behind their ends; on the processor."""
+    critic.eval()
+    parts: list[Sequence[Tensor]] = [()] * len(rows)
+    for group in micro_batches(rows, budget=budget):
+        batch = critic.pack([rows[i] for i in group])
+        flat = iter(critic.values(batch).cpu().split(batch.lengths.tolist()))
+        for i in group:
+            parts[i] = [next(flat) for _ in rows[i].responses]
+    return pad_sequence([part for row in parts for part in row], batch_first=True)
+
+
+def _pack(model: Any, rows: Sequence[Row], *, packed: bool) -> Packed:
+    window = getattr(backbone(model).config.get_text_config(), "sliding_window", None) or 1 << 30
+    return pack(rows, padded=not packed or longest(rows) > window).to(next(model.parameters()).device)
+
+
+def _is_classifier(path: str | Path) -> bool:
+    names = getattr(AutoConfig.from_pretrained(str(path)), "architectures", None) or []
+    return any(name.endswith("ForSequenceClassification") for name in names)
+
+
+@torch.inference_mode()
+def _causal(model: PreTrainedModel) -> bool:
+    """Whether another last token leaves the states before it as they are."""
+    was_training = model.training
+    model.eval()
+    vocab = model.config.get_text_config().vocab_size
+    ids = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 5]], device=model.device) % vocab
+    states = model.base_model(input_ids=ids).last_hidden_state[:, :3].float()
+    model.train(was_training)
+    return torch.allclose(states[0], states[1], atol=1e-3 * states.abs().max().item())
+
+
+def _train_top(model: PreTrainedModel, top: int) -> None:
+    """Only the last `top` layers, what comes behind them, and the head keep their gradients."""
+    trunk = model.base_model
+    stacks = [m for m in trunk.children() if isinstance(m, nn.ModuleList)]
+    layers = max(stacks, key=len, default=nn.ModuleList())
+    if not 0 <= top <= len(layers):
+        raise ValueError(f"top = {top}: the value model has {len(layers)} layers; give 0, for the head alone, or more")
+    trunk.requires_grad_(False)
+    behind = [m for m in trunk.children() if m is not layers and not isinstance(m, nn.Embedding)]
+    for module in [*list(layers)[len(layers) - top :], *(behind if top else [])]:
+        module.requires_grad_(True)

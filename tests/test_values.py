@@ -1,0 +1,159 @@
+"""Values: packed, padded and one by one agree; nothing is read ahead; where they begin, what is trained and kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from families import PACKED, build, random_rows
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from pyrite.loading import Lora
+from pyrite.models import Policy, RewardModel
+from pyrite.packing import Row
+from pyrite.values import ValueModel, WithValue, response_values
+
+SHAPES = [(4, [3, 5, 1]), (1, [2]), (7, [6, 6])]
+
+
+@pytest.fixture
+def tokenizer(tiny: Path) -> PreTrainedTokenizerFast:
+    return AutoTokenizer.from_pretrained(tiny)
+
+
+def one_by_one(model: ValueModel, rows: list[Row]) -> Tensor:
+    """The head on the states of each whole text alone."""
+    found = []
+    for row in rows:
+        for response in row.responses:
+            ids = torch.tensor([[*row.prompt, *response]])
+            states = model.model.base_model(input_ids=ids).last_hidden_state[0]
+            scores = model.model.score(states[len(row.prompt) - 1 : -1])[:, 0]
+            found.append((scores - model.mean) / model.std)
+    return torch.cat(found)
+
+
+def gradients(model: torch.nn.Module, values: Tensor) -> dict[str, Tensor]:
+    model.zero_grad(set_to_none=True)
+    (values * torch.linspace(0.5, 1.5, len(values))).sum().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("family", [*PACKED, "gemma2", "phi", "windowed"])
+def test_values_and_gradients_are_those_of_single_texts(family: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    model, rows = ValueModel(build(family, classifier=True), tokenizer, mean=0.3, std=2.0), random_rows(SHAPES)
+    batch = model.pack(rows)
+    assert batch.padded == (family == "gemma2")
+    found, expected = model(batch), one_by_one(model, rows)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    mine, other = gradients(model, found), gradients(model, expected)
+    assert mine.keys() == other.keys()
+    for name, gradient in other.items():
+        scale = max(1.0, gradient.abs().max().item())
+        torch.testing.assert_close(mine[name] / scale, gradient / scale, atol=1e-5, rtol=0, msg=name)
+
+
+def test_a_value_has_not_seen_its_token(tiny: Path) -> None:
+    model = ValueModel(build("llama", classifier=True), AutoTokenizer.from_pretrained(tiny))
+    first, other = (model(model.pack([Row([1, 5, 6], [[7, 8, token]])])) for token in (9, 10))
+    assert torch.equal(first, other)
+    moved = model(model.pack([Row([1, 5, 6], [[7, 11, 9]])]))
+    assert torch.equal(moved[:2], first[:2]) and (moved[2] - first[2]).abs() > 1e-4
+
+
+@pytest.mark.parametrize("family", ["llama", "phi"])
+def test_one_forward_gives_both(family: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    policy, rows = Policy(build(family), tokenizer), random_rows(SHAPES)
+    both, batch = WithValue(policy), policy.pack(random_rows(SHAPES))
+    logp, values = both(batch)
+    torch.testing.assert_close(logp, policy(batch))
+    assert not values.any()
+    torch.nn.init.normal_(both.head.weight, generator=torch.Generator().manual_seed(0))
+    logp, values = both(batch)
+    torch.testing.assert_close(both.values(batch), values)
+    expected = []
+    for row in rows:
+        for response in row.responses:
+            ids = torch.tensor([[*row.prompt, *response]])
+            states = policy.model.base_model(input_ids=ids).last_hidden_state[0]
+            expected.append(states[len(row.prompt) - 1 : -1] @ both.head.weight[0])
+    torch.testing.assert_close(values, torch.cat(expected), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("detach", [False, True])
+def test_a_detached_head_leaves_the_trunk_to_the_policy(detach: bool, tokenizer: PreTrainedTokenizerFast) -> None:
+    both = WithValue(Policy(build("llama"), tokenizer), detach=detach)
+    torch.nn.init.ones_(both.head.weight)
+    moved = gradients(both, both(both.pack(random_rows(SHAPES)))[1])
+    assert {name.startswith("head.") for name, gradient in moved.items() if gradient.any()} == (
+        {True} if detach else {True, False}
+    )
+
+
+@pytest.mark.parametrize("lora", [None, Lora(lora_rank=2)])
+def test_it_begins_at_0_from_a_policy_and_at_the_score_from_a_reward_model(
+    tiny: Path, tmp_path: Path, lora: Lora | None
+) -> None:
+    rows = [Row([1, 5, 6], [[7, 8, 9, 2], [10, 2]])]
+    fresh = ValueModel.load(tiny, lora=lora)
+    assert not fresh(fresh.pack(rows)).any()
+    reward = RewardModel.load(tiny, head_seed=3, head_std=0.5, lora=lora)
+    reward.mean, reward.std = 0.7, 1.9
+    reward.save(tmp_path / "reward")
+    model = ValueModel.load(tmp_path / "reward")
+    found = model(model.pack(rows))[:4]
+    prefixes = [Row([1, 5, 6], [[7, 8, 9][:n]]) for n in range(1, 4)]
+    expected = torch.cat([(reward(reward.pack([row])) - 0.7) / 1.9 for row in prefixes])
+    torch.testing.assert_close(found[1:], expected, atol=1e-5, rtol=1e-5)
+    assert found.abs().max() > 0.05
+
+
+def test_what_is_trained(tiny: Path) -> None:
+    def trained(**options: object) -> set[str]:
+        model = ValueModel.load(tiny, **options)  # type: ignore[arg-type]
+        return {name for name, p in model.named_parameters() if p.requires_grad}
+
+    whole, last, head = trained(), trained(top=1), trained(top=0)
+    assert head == {"model.score.weight"} and head < last < whole
+    assert {name.split(".layers.")[1][0] for name in last if ".layers." in name} == {"1"}
+    assert "model.model.norm.weight" in last and not any("embed" in name for name in last)
+    adapters = trained(lora=Lora(lora_rank=2))
+    assert adapters and all("lora_" in name or "score" in name for name in adapters)
+
+
+def test_saved_and_loaded_it_is_the_same(tiny: Path, tmp_path: Path) -> None:
+    rows = [Row([1, 5], [[6, 7], [8, 2]])]
+    model = ValueModel.load(tiny)
+    torch.nn.init.normal_(model.model.score.weight, generator=torch.Generator().manual_seed(1))  # type: ignore[union-attr,arg-type]
+    model.mean, model.std = 0.2, 3.0
+    model.save(tmp_path / "value")
+    again = ValueModel.load(tmp_path / "value")
+    torch.testing.assert_close(again(again.pack(rows)), model(model.pack(rows)))
+    both = WithValue(Policy.load(tiny))
+    torch.nn.init.normal_(both.head.weight, generator=torch.Generator().manual_seed(1))
+    both.save(tmp_path / "both")
+    other = WithValue(Policy.load(tmp_path / "both"))
+    other.restore_head(tmp_path / "both")
+    torch.testing.assert_close(other(other.pack(rows)), both(both.pack(rows)))
+    with pytest.raises(ValueError, match="no value_head"):
+        other.restore_head(tmp_path / "value")
+
+
+@pytest.mark.parametrize("budget", [1, 20, 10_000])
+def test_values_of_answers_come_in_their_order(budget: int, tokenizer: PreTrainedTokenizerFast) -> None:
+    model, rows = ValueModel(build("llama", classifier=True), tokenizer), random_rows(SHAPES)
+    found, lengths = response_values(model, rows, budget=budget), [3, 5, 1, 2, 6, 6]
+    flat = torch.cat([row[:length] for row, length in zip(found, lengths, strict=True)])
+    torch.testing.assert_close(flat, one_by_one(model, rows).detach(), atol=1e-5, rtol=1e-5)
+    assert found.shape == (6, 6) and not found[2, 1:].any() and not found.requires_grad
+
+
+def test_refusals(tiny: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(ValueError, match="reads ahead"):
+        ValueModel(build("bert", classifier=True), tokenizer)
+    with pytest.raises(ValueError, match="has 2 layers"):
+        ValueModel.load(tiny, top=3)
+    with pytest.raises(ValueError, match="not both"):
+        ValueModel.load(tiny, top=1, lora=Lora(lora_rank=2))
