@@ -26,6 +26,7 @@ class Journal:
     evaluator: Evaluator
     policy: Policy
     discriminator: Discriminator | None = None
+    part: str = "online"
     start: dict[str, float] = field(default_factory=dict)
     last: dict[str, float] = field(default_factory=dict)
     labels: int = 0
@@ -33,7 +34,7 @@ class Journal:
 
     def begin(self, done: int) -> None:
         """Measure the start, or read what a stopped run has written, up to its last checkpoint."""
-        self.run.rewind(done, part="online")
+        self.run.rewind(done, part=self.part)
         before = runs.read_metrics(self.run.folder)
         if before:
             self.start, self.last = before[0], before[-1]
@@ -41,7 +42,7 @@ class Journal:
             return
         measured = self.measure()
         self.start = self.last = {"step": 0, "labels": 0, "answers": 0, **measured}
-        self.run.log(part="online", **self.start)
+        self.run.log(part=self.part, **self.start)
 
     def measure(self) -> dict[str, float]:
         """Gold, proxy, KL and length of answers to held-out prompts; how often gold prefers them to the start's; how
@@ -66,10 +67,9 @@ class Journal:
         """After a round that drew so many answers."""
         labelled, answers = judged.labelled, judged.answers
         pairs = [_row(answers[p.chosen], answers[p.rejected], p.strength, p.source) for p in labelled.pairs]
-        self.labels, self.answers = self.labels + labelled.labels, self.answers + drawn
+        self.labels += labelled.labels
         found = {"pairs": len(pairs), "ties": labelled.ties, "no_verdict": labelled.missing}
-        found |= {"labels": self.labels, "answers": self.answers, **judged.found}
-        found |= {**self._agreement(pairs), **learned}
+        found |= {**judged.found, **self._agreement(pairs), **learned}
         if not pairs:
             say(
                 f"online: round {number + 1} gave no pair ({labelled.ties} ties, {labelled.missing} without verdict): "
@@ -77,10 +77,14 @@ class Journal:
             )
         if self.run.writes and pairs:
             data.write(pairs, self.run.folder / "rounds" / f"{number + 1:05d}.parquet")
-        if measured:
-            found |= self.measure()
-        self.last = {"step": number + 1, **found}
-        self.run.log(part="online", **self.last)
+        self.log(number, drawn, found, measured=measured)
+
+    def log(self, number: int, drawn: int, found: dict[str, float], *, measured: bool) -> None:
+        """The row of a round, after what it measures."""
+        self.answers += drawn
+        counts = {"step": number + 1, "labels": self.labels, "answers": self.answers}
+        self.last = counts | found | (self.measure() if measured else {})
+        self.run.log(part=self.part, **self.last)
 
     def _agreement(self, pairs: list[dict[str, Any]]) -> dict[str, float]:
         """How often gold prefers the chosen answer too, ties one half."""

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from pyrite import data, discriminators, judges, losses, parts, runs, samplers, schedules, seeds, text, train
+from pyrite import discriminators, judges, losses, parts, prompts, runs, samplers, schedules, seeds, train
 from pyrite.discriminators import Discriminator, Maker
 from pyrite.evaluation import Evaluation, Evaluator
 from pyrite.journal import Journal
@@ -28,6 +28,7 @@ from pyrite.losses.needs import needs
 from pyrite.models import Lora, Policy
 from pyrite.processes import world
 from pyrite.progress import progress, say
+from pyrite.prompts import Turns
 from pyrite.rounds import Drawing, Players, RoundLearner
 from pyrite.runs import Run
 from pyrite.samplers import Sampler
@@ -109,7 +110,10 @@ def run(config: Config) -> Run:
     if run.done:
         return run
     named = _parts(config)
-    asked, test = _prompts(config)
+    asked, test = prompts.split(
+        config.prompts, config.evaluation, columns=config.columns, held_out=config.held_out, seed=config.seed
+    )
+    turns = Turns(len(asked), min(config.prompts_per_round or len(asked), len(asked)), config.fresh, config.seed)
     policy = Policy.load(config.model, lora=config.lora)
     start = policy if policy.reversible else copy.deepcopy(policy).requires_grad_(False)
     evaluator = Evaluator.load(config.evaluation, policy, ref=start, seed=config.seed, prompts=test)
@@ -120,10 +124,11 @@ def run(config: Config) -> Run:
     )
     # a discriminator reads its own policy in float32, so its start too
     silver = named.silver(Players(policy, start), seeds.derive(config.seed, "silver")) if named.silver else None
-    drawing, ids = _drawing(named.sampler, config), _ids(policy, asked, config)
+    drawing = _drawing(named.sampler, config)
+    ids = prompts.encoded(policy, asked, new=config.evaluation.max_new_tokens, source=config.prompts)
     players.draw(asked[:1], ids[:1], replace(drawing, max_new_tokens=1), number=0)  # refuses options out of range
     run.open()
-    say(f"online: {config.rounds} rounds of {len(_places(config, len(asked), 0))} prompts, {len(test)} to measure on")
+    say(f"online: {config.rounds} rounds of {turns.size} prompts, {len(test)} to measure on")
     labeler = _labeler(config, named, silver)
     journal = Journal(run, evaluator, policy, silver)
     begin = train.resume(run.folder / "checkpoints", learner.learner, learner.state)
@@ -133,7 +138,7 @@ def run(config: Config) -> Run:
         for number in range(begin, config.rounds):
             if config.ref == "previous":
                 players.ref.load_state_dict(policy.state_dict())
-            places = _places(config, len(asked), number)
+            places = turns(number)
             rows, some = [asked[i] for i in places], [ids[i] for i in places]
             answers = players.answers(rows, some, players.draw(rows, some, drawing, number=number))
             judged = labeler([one for one in answers if one.finished or config.on_cut == "keep"], number)
@@ -196,20 +201,6 @@ def _labeler(config: Config, named: Parts, silver: Discriminator | None) -> Labe
     return Labeler(named.judge, rules, config.out, config.paying.budget, account, live)
 
 
-def _prompts(config: Config) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Prompts to learn from and prompts to measure on; none in both."""
-    rows = data.load(config.prompts, "prompts", columns=config.columns, note=say)
-    if config.evaluation.eval_prompts:
-        test = data.load(config.evaluation.eval_prompts, "prompts", columns=config.columns)
-        kept = {row["prompt_id"] for row in test}
-        asked = [row for row in rows if row["prompt_id"] not in kept]
-    else:
-        asked, test = data.split(rows, fraction=config.held_out, seed=seeds.derive(config.seed, "held out"))
-    if not asked or not test:
-        raise ValueError(f"{config.prompts}: {len(asked)} prompts to learn from and {len(test)} to measure on")
-    return asked, test
-
-
 def _drawing(sampler: Sampler, config: Config) -> Drawing:
     return Drawing(
         sampler,
@@ -220,22 +211,3 @@ def _drawing(sampler: Sampler, config: Config) -> Drawing:
         top_k=config.top_k,
         seed=config.seed,
     )
-
-
-def _ids(policy: Policy, rows: list[dict[str, Any]], config: Config) -> list[list[int]]:
-    return text.encode_prompts(
-        policy.tokenizer,
-        [row["prompt"] for row in rows],
-        max_length=policy.context - config.evaluation.max_new_tokens,
-        where=lambda i: f"{config.prompts}: prompt {rows[i]['prompt_id']}",
-    )
-
-
-def _places(config: Config, n: int, number: int) -> list[int]:
-    """Indices of the prompts of a round: the same ones, or the next ones of one shuffled order after another."""
-    size = min(config.prompts_per_round or n, n)
-    if not config.fresh:
-        return train.order(n, 0, seed=seeds.derive(config.seed, "prompts"))[:size]
-    flat = range(number * size, (number + 1) * size)
-    orders = {p // n: train.order(n, p // n, seed=seeds.derive(config.seed, "prompts")) for p in (flat[0], flat[-1])}
-    return [orders[p // n][p % n] for p in flat]

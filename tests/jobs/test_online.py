@@ -19,7 +19,6 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from pyrite import data
 from pyrite.evaluation import Evaluation
 from pyrite.jobs import online
 from pyrite.labelers import Paying
@@ -78,20 +77,6 @@ def test_every_method_has_the_same_budget_and_prompts(config: online.Config, sam
     metrics = read_metrics(config.out)
     assert [row["step"] for row in metrics] == [0, 1, 2]
     assert all({"gold", "kl_k1", "length"} <= row.keys() for row in metrics)
-
-
-def test_prompts_the_same_or_fresh_and_never_those_to_measure_on(config: online.Config, demos: Path) -> None:
-    asked = {row["prompt_id"] for row in data.load(demos, "prompts")}
-    _, test = online._prompts(config)
-    held = {row["prompt_id"] for row in test}
-    same = [online._places(config, 48, number) for number in range(3)]
-    assert same[0] == same[1] == same[2]
-    fresh = [online._places(replace(config, fresh=True), 48, number) for number in range(4)]
-    assert sorted(fresh[0] + fresh[1] + fresh[2]) == list(range(48))
-    assert sorted(fresh[3]) != sorted(fresh[0])  # a new order after all have been asked
-    learned, _ = online._prompts(config)
-    assert {row["prompt_id"] for row in learned} | held == asked
-    assert not {row["prompt_id"] for row in learned} & held
 
 
 def test_the_reference_stays_or_moves(config: online.Config) -> None:

@@ -1,0 +1,383 @@
+"""Policy optimization against one reward or an ensemble: PPO with a critic, or RLOO, GRPO and REINFORCE without.
+
+for every step:
+    answers    = drawn by the policy
+    rewards    = what the proxy makes of them, less the price beta of every token's log-ratio to the reference
+    advantages = against a critic (gae), or against the prompt's other answers
+    policy     = clipped policy gradient, a few passes; the critic learns the returns
+    measure      gold, proxy and KL from the start, always together
+
+Answers are drawn at temperature 1 without truncation. The first step must find KL 0 and ratio 1, or the run stops.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from pyrite import estimators, prompts, runs, seeds, train
+from pyrite.evaluation import Evaluation, Evaluator, response_logps
+from pyrite.journal import Journal
+from pyrite.kl_control import KLControl, controlled
+from pyrite.models import Lora, Policy
+from pyrite.moments import Moments, merged, moments, normalized
+from pyrite.policy_gradient import Estimates, explained_variance, token_rewards, whiten
+from pyrite.progress import progress, say
+from pyrite.prompts import Turns
+from pyrite.rollouts import Method, Reward, Rollouts, batch_loss, collect, estimates
+from pyrite.rounds import Players
+from pyrite.runs import Run
+from pyrite.train import Learner, Training, TrainingError
+from pyrite.values import ValueModel, WithValue
+
+OUTPUTS = {
+    "model/": "the last policy, Hugging Face layout; a value head on its trunk beside it",
+    "value/": "a value model of its own",
+    "metrics.jsonl": "a row a step: scores, KL, ratio, clip fraction, explained variance; gold and proxy when measured",
+}
+START = 0.01  # nats: what an answer's log-probability may change by reading it again, and its KL at the start
+
+
+@dataclass(frozen=True)
+class Config:
+    """Train a policy on rewards of its own answers."""
+
+    model: str
+    """Folder or Hub name of the policy to start from; it is the reference too."""
+    prompts: str
+    """Prompts: prompt, prompt_id."""
+    reward: tuple[str, ...]
+    """Folders of reward runs, or scorers such as "length()"; "0.5*runs/b" weighs one of several."""
+    out: Path
+    columns: str | None = None
+    held_out: float = 0.1
+    """Share of the prompts kept for measuring, where no --eval-prompts are given."""
+    objective: str = "mean()"
+    """How the members of a reward run become one score: mean(), wco(), uwo(weight=0.5)."""
+    method: Method = "gae"
+    """gae (PPO, with a critic); rloo, group (GRPO), center, reinforce (without)."""
+    value: str = "shared"
+    """The critic: shared or detached, a head on the policy's trunk; or a folder, a model or reward model of its own."""
+    value_top: int | None = None
+    """Layers of a critic of its own that are trained, the last ones; all by default."""
+    value_lr: float | None = None
+    """Learning rate of a critic of its own; the policy's by default."""
+    steps: int = 100
+    """Batches of answers."""
+    prompts_per_step: int = 32
+    k: int = 1
+    """Answers a prompt; rloo, group and center need 2."""
+    beta: float = 0.05
+    """Price of a nat of KL from the reference, in units of the reward."""
+    kl: Literal["k1", "k3", "none"] = "k1"
+    kl_control: Literal["fixed", "adaptive", "target"] = "fixed"
+    kl_target: float | None = None
+    """Nats an answer."""
+    kl_horizon: float = 10_000.0
+    stop_kl: float | None = None
+    """Nats a token from the policy that drew: beyond it a batch is not learned any further."""
+    clip: float = 0.2
+    value_clip: float | None = 0.2
+    value_weight: float = 0.1
+    gamma: float = 1.0
+    lam: float = 0.95
+    whiten: bool = True
+    """Advantages get mean 0 and variance 1 over the tokens of a batch."""
+    normalize: bool = False
+    """Scores are divided by their running standard deviation, and centered."""
+    reward_clip: float | None = 10.0
+    missing_eos: float | None = None
+    """Taken off the score of an answer that was cut."""
+    measure_every: int = 10
+    """Steps between measurements and checkpoints."""
+    evaluation: Evaluation = Evaluation()
+    lora: Lora = Lora()
+    training: Training = Training(lr=1e-6, epochs=4)
+    """epochs: passes over a batch of answers; batch_size: prompts in an update."""
+    seed: int = 0
+
+
+def inputs(config: Config) -> dict[str, str | Path]:
+    """What the job reads."""
+    found: dict[str, str | Path] = {"model": config.model, "prompts": config.prompts, **config.evaluation.inputs()}
+    folders = [Path(name) for _, name in map(_weighed, config.reward)]
+    return found | {
+        f"reward {i}": path / "done.json" for i, path in enumerate(folders) if (path / "done.json").exists()
+    }
+
+
+def run(config: Config) -> Run:
+    """Step after step; goes on from the last checkpoint."""
+    run = runs.start("ppo", config, inputs=inputs(config))
+    if run.done:
+        return run
+    control, rewards = _checked(config), _rewards(config)
+    asked, test = prompts.split(
+        config.prompts, config.evaluation, columns=config.columns, held_out=config.held_out, seed=config.seed
+    )
+    policy = Policy.load(config.model, lora=config.lora)
+    start = policy if policy.reversible else copy.deepcopy(policy).requires_grad_(False)
+    evaluator = Evaluator.load(config.evaluation, policy, ref=start, seed=config.seed, prompts=test)
+    ids = prompts.encoded(policy, asked, new=config.evaluation.max_new_tokens, source=config.prompts)
+    learners = Learners.make(policy, config)
+    players = Players(policy, start, config.training.precision)
+    run.open()
+    turns = Turns(len(asked), min(config.prompts_per_step, len(asked)), True, config.seed)
+    say(f"ppo: {config.steps} steps of {turns.size * config.k} answers, {len(test)} prompts to measure on")
+    state = State.of(control)
+    journal = Journal(run, evaluator, policy, part="ppo")
+    begin = learners.resume(run.folder, state)
+    journal.begin(begin)
+    with progress("ppo", config.steps, unit="steps", done=begin) as advance:
+        for number in range(begin, config.steps):
+            places = turns(number)
+            drawn = collect(
+                players,
+                rewards,
+                [asked[i] for i in places],
+                [ids[i] for i in places],
+                k=config.k,
+                max_new_tokens=config.evaluation.max_new_tokens,
+                seed=config.seed,
+                number=number,
+                critic=learners.critic,
+                reread=config.training.precision == "bfloat16",
+            )
+            if number == 0:
+                _check_start(policy, drawn)
+            shaped = _shaped(drawn, state, config)
+            made = _advantages(drawn, shaped, state, config)
+            seen = learners.learn(drawn, made, config, number)
+            seen |= _summary(drawn, shaped, made, state)
+            state.follow(control, seen["rollout_kl"], answers=len(drawn.answers))
+            over = number + 1 == config.steps
+            measured = over or (number + 1) % config.measure_every == 0
+            journal.log(number, len(drawn.answers), seen, measured=measured)
+            advance(1)
+            if measured and not over:
+                learners.save(run.folder, number + 1, state)
+                run.pause()
+    learners.finish(run)
+    return run.finish(start=journal.start, last=journal.last, answers=journal.answers)
+
+
+# What lasts from step to step -------------------------------------------------------------------------------------
+
+
+@dataclass
+class State:
+    """0-dim tensors that belong in a checkpoint: the price of KL, moments of scores and of shaped returns, updates."""
+
+    beta: Tensor
+    scores: Moments
+    returns: Moments
+    updates: Tensor
+
+    @classmethod
+    def of(cls, control: KLControl) -> State:
+        beta = torch.tensor(control.beta, dtype=torch.float64)
+        return cls(beta, Moments.zero(), Moments.zero(), torch.zeros((), dtype=torch.int64))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """By name; the state itself is restored through them."""
+        parts = {"scores": self.scores, "returns": self.returns}
+        both = {f"{name}.{field}": value for name, part in parts.items() for field, value in vars(part).items()}
+        return {"beta": self.beta, "updates": self.updates, **both}
+
+    def follow(self, control: KLControl, kl: float, *, answers: int) -> None:
+        """Move beta, once a batch."""
+        self.beta.fill_(controlled(replace(control, beta=self.beta.item()), kl, answers=answers).beta)
+
+    def see(self, name: Literal["scores", "returns"], values: Tensor) -> Moments:
+        """Merge new values into the moments, in place; returns those before."""
+        mine: Moments = getattr(self, name)
+        before = Moments(*(value.clone() for value in vars(mine).values()))
+        for field, new in vars(merged(mine, moments(values))).items():
+            getattr(mine, field).copy_(new)
+        return before
+
+
+@dataclass
+class Learners:
+    """The policy's optimizer, with the value head on its trunk if it has one, or beside it the critic's."""
+
+    config: Config
+    policy: Learner
+    critic: ValueModel | WithValue | None = None
+    value: Learner | None = None
+
+    @classmethod
+    def make(cls, policy: Policy, config: Config) -> Learners:
+        """As the options say. Raises ValueError where a critic cannot be loaded."""
+        torch.manual_seed(seeds.derive(config.seed, "dropout"))
+        if config.method != "gae":
+            return cls(config, Learner(policy, config.training))
+        if config.value in ("shared", "detached"):
+            both = WithValue(policy, detach=config.value == "detached")
+            return cls(config, Learner(both, config.training), both)
+        critic = ValueModel.load(config.value, top=config.value_top)
+        if critic.tokenizer.get_vocab() != policy.tokenizer.get_vocab():
+            raise ValueError(f"--value {config.value}: its vocabulary is not the policy's, whose tokens it reads")
+        training = replace(config.training, lr=config.value_lr or config.training.lr)
+        return cls(config, Learner(policy, config.training), critic, Learner(critic, training))
+
+    def learn(self, drawn: Rollouts, made: Estimates, config: Config, number: int) -> dict[str, float]:
+        """A few passes over a batch; means over the updates. Raises TrainingError where one is not finite."""
+        seen: list[dict[str, Tensor]] = []
+        order = train.batches(len(drawn.rows), config.training, seed=seeds.derive(config.seed, "order", number))
+        total = config.steps * train.steps(len(drawn.rows), config.training)
+        done = number * train.steps(len(drawn.rows), config.training)
+        options: dict[str, Any] = {"value_clip": config.value_clip, "value_weight": config.value_weight}
+        for update, batch in enumerate(order):
+            found: dict[str, Tensor] = {}
+            for learner in (self.policy, self.value):
+                if learner is None:
+                    continue
+                loss = batch_loss(learner.model, drawn, made, clip=config.clip, **options)  # type: ignore[arg-type]
+                lr = train.learning_rate(done + update, total, learner.training)
+                new = learner.update(batch, drawn.rows, loss, weights=drawn.weights, lr=lr)
+                found |= new if learner is self.policy else {f"critic_{name}": value for name, value in new.items()}
+            seen.append(found)
+            if config.stop_kl is not None and found["step_kl"].item() > config.stop_kl:
+                break
+        means = {name: torch.stack([row[name].float() for row in seen]).mean().item() for name in seen[0]}
+        if not all(torch.tensor(list(means.values())).isfinite()):
+            raise TrainingError(
+                f"step {number + 1}: loss or gradient not finite; the last good checkpoint is in checkpoints/; "
+                "lower --lr, or raise --beta"
+            )
+        return {**means, "updates": len(seen)}
+
+    def save(self, folder: Path, number: int, state: State) -> None:
+        """The critic's checkpoint first: that of the policy is the one that counts."""
+        if self.value:
+            train.save(folder / "checkpoints" / "value", number, self.value, {})
+        train.save(folder / "checkpoints", number, self.policy, state.tensors())
+
+    def resume(self, folder: Path, state: State) -> int:
+        """Steps done."""
+        begin = train.resume(folder / "checkpoints", self.policy, state.tensors())
+        if self.value and begin:
+            train.resume(folder / "checkpoints" / "value", self.value, {}, step=begin)
+        return begin
+
+    def finish(self, run: Run) -> None:
+        """Save what was learned."""
+        if run.writes:
+            self.policy.model.save(run.folder / "model")  # type: ignore[operator]
+            if self.value:
+                self.value.model.save(run.folder / "value")  # type: ignore[operator]
+        train.discard_checkpoints(run)
+
+
+# One step ---------------------------------------------------------------------------------------------------------
+
+
+def _check_start(policy: Policy, drawn: Rollouts) -> None:
+    """Policy, reference and the policy read again must be one at the start. Raises TrainingError."""
+    again = response_logps(policy, drawn.rows)
+    for name, other in (("the policy read again", again), ("the reference", drawn.ref)):
+        assert drawn.logps.tokens is not None and other.tokens is not None
+        off = ((drawn.logps.tokens - other.tokens).abs() * drawn.mask).max().item()
+        if not off < (START if policy.model.dtype == torch.float32 else 10 * START):  # type: ignore[union-attr]
+            raise TrainingError(
+                f"step 1: a token's log-probability under {name} is {off:.3g} nats off what it was drawn with; "
+                "at the start both are one model, so something is wrong with it: use another model or report this"
+            )
+
+
+def _shaped(drawn: Rollouts, state: State, config: Config) -> Tensor:
+    """Token rewards (N, T): the score at the end, the price of KL on the way."""
+    scores = drawn.scores.total
+    state.see("scores", scores)
+    if config.normalize:
+        scores = normalized(scores, state.scores)
+    assert drawn.logps.tokens is not None and drawn.ref.tokens is not None
+    return token_rewards(
+        scores.float(),
+        drawn.logps.tokens,
+        drawn.ref.tokens,
+        drawn.mask,
+        beta=state.beta.item(),
+        kl=config.kl,
+        finished=drawn.finished,
+        missing_eos=config.missing_eos,
+        clip=config.reward_clip,
+    )
+
+
+def _advantages(drawn: Rollouts, shaped: Tensor, state: State, config: Config) -> Estimates:
+    """Against the critic, the prompt's other answers, or the mean of earlier batches."""
+    before = state.see("returns", shaped.sum(1))
+    baseline = before.mean if before.count else None
+    made = estimates(drawn, shaped, method=config.method, gamma=config.gamma, lam=config.lam, baseline=baseline)
+    return made._replace(advantages=whiten(made.advantages, drawn.mask)) if config.whiten else made
+
+
+def _summary(drawn: Rollouts, shaped: Tensor, made: Estimates, state: State) -> dict[str, float]:
+    """What a batch was like: its KL by two estimators with a standard error, entropy, length, scores by member."""
+    k1 = estimators.kl(drawn.logps, drawn.ref, estimator="k1").double()
+    k3 = estimators.kl(drawn.logps, drawn.ref, estimator="k3").double()
+    assert drawn.logps.tokens is not None
+    found = {
+        "score": drawn.scores.total.mean().item(),
+        "shaped": shaped.sum(1).mean().item(),
+        "rollout_kl": k1.mean().item(),
+        "rollout_kl_se": (k1.std() / len(k1) ** 0.5).item() if len(k1) > 1 else 0.0,
+        "rollout_kl_k3": k3.mean().item(),
+        "entropy": (-drawn.logps.tokens[drawn.mask]).mean().item(),
+        "rollout_length": drawn.logps.length.double().mean().item(),
+        "cut": (~drawn.finished).double().mean().item(),
+        "beta": state.beta.item(),
+        **drawn.scores.summary(),
+    }
+    if drawn.values is not None:
+        explained = explained_variance(drawn.values, made.returns, drawn.mask).item()
+        found |= {"explained_variance": explained} if explained == explained else {}
+    return found
+
+
+# Options ----------------------------------------------------------------------------------------------------------
+
+
+def _checked(config: Config) -> KLControl:
+    """Whatever the options alone show to be impossible."""
+    if config.method in ("rloo", "group", "center") and config.k < 2:
+        raise ValueError(f"--method {config.method} compares the answers to a prompt: give --k 2 or more")
+    for name in ("steps", "prompts_per_step", "k", "measure_every"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)}: give at least 1")
+    if config.method != "gae" and (config.value, config.value_top, config.value_lr) != ("shared", None, None):
+        raise ValueError(f"--method {config.method} has no critic: leave --value, --value-top and --value-lr out")
+    if config.value in ("shared", "detached") and (config.value_top, config.value_lr) != (None, None):
+        raise ValueError(f"--value {config.value} learns with the policy: leave --value-top and --value-lr out")
+    return KLControl(config.beta, config.kl_control, config.kl_target, config.kl_horizon)
+
+
+def _rewards(config: Config) -> list[Reward]:
+    """Every reward, loaded."""
+    return [
+        Reward.of_models(name, ensemble=config.objective, weight=weight)
+        if Path(name).is_dir()
+        else Reward.of_scorer(name, weight=weight)
+        for weight, name in _each(config.reward)
+    ]
+
+
+def _each(rewards: Sequence[str]) -> list[tuple[float, str]]:
+    if not rewards:
+        raise ValueError("--reward: give at least one reward run or scorer")
+    return [_weighed(reward) for reward in rewards]
+
+
+def _weighed(reward: str) -> tuple[float, str]:
+    """ "0.5*runs/b" is (0.5, "runs/b")."""
+    match = re.fullmatch(r"\s*([-+]?[\d.]+(?:e[-+]?\d+)?)\s*\*\s*(.+)", reward)
+    return (float(match[1]), match[2]) if match else (1.0, reward)

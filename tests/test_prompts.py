@@ -1,0 +1,51 @@
+"""Whose turn it is; prompts to learn from and to measure on never meet."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pyrite import data, prompts
+from pyrite.evaluation import Evaluation
+from pyrite.models import Policy
+from pyrite.prompts import Turns
+
+
+def test_the_same_prompts_or_fresh_ones() -> None:
+    turns = Turns(48, 16, False, 0)
+    same = [turns(number) for number in range(3)]
+    assert same[0] == same[1] == same[2]
+    fresh = [replace(turns, fresh=True)(number) for number in range(4)]
+    assert sorted(fresh[0] + fresh[1] + fresh[2]) == list(range(48))
+    assert sorted(fresh[3]) != sorted(fresh[0])  # a new order after all have been asked
+    assert replace(turns, seed=1)(0) != same[0]
+
+
+def test_a_round_may_reach_into_the_next_order() -> None:
+    fresh = [Turns(10, 4, True, 3)(number) for number in range(5)]
+    assert sorted(i for turn in fresh for i in turn) == sorted([*range(10), *range(10)])
+
+
+def test_none_is_learned_from_and_measured_on(demos: Path, tmp_path: Path) -> None:
+    asked = {row["prompt_id"] for row in data.load(demos, "prompts")}
+    learned, test = prompts.split(str(demos), Evaluation(), columns=None, held_out=0.2, seed=0)
+    names = [{row["prompt_id"] for row in some} for some in (learned, test)]
+    assert names[0] | names[1] == asked
+    assert not names[0] & names[1]
+    data.write(test[:3], tmp_path / "test.jsonl")
+    named = Evaluation(eval_prompts=str(tmp_path / "test.jsonl"))
+    others, kept = prompts.split(str(demos), named, columns=None, held_out=0.0, seed=0)
+    assert len(kept) == 3
+    assert not {row["prompt_id"] for row in others} & {row["prompt_id"] for row in kept}
+    with pytest.raises(ValueError, match="0 to measure on"):
+        prompts.split(str(demos), Evaluation(), columns=None, held_out=0.0, seed=0)
+
+
+def test_room_for_the_answer(tiny: Path) -> None:
+    policy = Policy.load(tiny)
+    rows = [{"prompt_id": "a", "prompt": "tell me " * 20}]
+    assert len(prompts.encoded(policy, rows, new=8, source="file")[0]) >= 40
+    with pytest.raises(ValueError, match="file: prompt a"):
+        prompts.encoded(policy, rows, new=60, source="file")
