@@ -83,7 +83,8 @@ class Config:
     kl_horizon: float = 10_000.0
     stop_kl: float | None = None
     """Nats a token from the policy that drew: beyond it a batch is not learned any further."""
-    clip: float = 0.2
+    ratio_clip: float = 0.2
+    """How far a token's probability ratio may move in a batch and still be rewarded for it."""
     value_clip: float | None = 0.2
     value_weight: float = 0.1
     gamma: float = 1.0
@@ -240,7 +241,7 @@ class Learners:
             for learner in (self.policy, self.value):
                 if learner is None:
                     continue
-                loss = batch_loss(learner.model, drawn, made, clip=config.clip, **options)  # type: ignore[arg-type]
+                loss = batch_loss(learner.model, drawn, made, clip=config.ratio_clip, **options)  # type: ignore[arg-type]
                 lr = train.learning_rate(done + update, total, learner.training)
                 new = learner.update(batch, drawn.rows, loss, weights=drawn.weights, lr=lr)
                 found |= new if learner is self.policy else {f"critic_{name}": value for name, value in new.items()}
