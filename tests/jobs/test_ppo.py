@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import launch
 import pytest
 import torch
 
@@ -183,3 +185,35 @@ def test_weights_of_rewards() -> None:
     assert ppo._weighed("-1e-1 * length()") == (-0.1, "length()")
     assert ppo._weighed("length()") == (1.0, "length()")
     assert torch.tensor(ppo._weighed("2*x:y(z=3*4)")[0]) == 2
+
+
+def _command(config: ppo.Config, out: Path, **more: str) -> list[str]:
+    named = {"--model": config.model, "--prompts": config.prompts, "--reward": "length()", "--out": str(out)}
+    options = {"--steps": "4", "--prompts-per-step": "6", "--k": "2", "--max-new-tokens": "8", "--gold": "length()"}
+    last = {"--lr": "3e-3", "--batch-size": "5", "--epochs": "2", "--warmup": "0", "--measure-every": "1", **more}
+    return ["ppo", *(part for option in (named | options | last).items() for part in option)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("value", ["shared", "own"])
+def test_two_processes_equal_one(config: ppo.Config, tmp_path: Path, value: str) -> None:
+    more = {"--value": config.model if value == "own" else value}
+    for name, processes in (("one", 1), ("two", 2)):
+        launch.launch([_command(config, tmp_path / name, **more)], processes=processes)
+    one, two = (Policy.load(tmp_path / name / "model").state_dict() for name in ("one", "two"))
+    assert all(torch.allclose(one[name], two[name], atol=1e-4) for name in one)
+
+
+@pytest.mark.slow
+def test_a_killed_run_ends_where_another_does(config: ppo.Config, tmp_path: Path) -> None:
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    launch.launch([_command(config, whole, **{"--steps": "12"})], processes=1)
+    process = launch.start(_command(config, cut, **{"--steps": "12"}))
+    while not list((cut / "checkpoints").glob("step-3.safetensors")) and process.poll() is None:
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    assert not (cut / "done.json").exists()
+    launch.launch([_command(config, cut, **{"--steps": "12"})], processes=1)
+    ours, theirs = ((folder / "model" / "model.safetensors").read_bytes() for folder in (cut, whole))
+    assert ours == theirs
