@@ -136,8 +136,10 @@ def test_moments_and_schedule_restart_or_last(policy: Policy, restart: bool) -> 
     )
     training = Training(lr=1e-3, batch_size=1, warmup=0)
     learner = RoundLearner(policy, losses.dpo, training, rounds=2, restart=restart)
+    before = {name: value.clone() for name, value in players.ref.state_dict().items()}
     for number in range(2):
         learner.learn(prefs, number)
+    assert all(torch.equal(before[name], value) for name, value in players.ref.state_dict().items())
     assert int(learner.step) == (2 if restart else 4)
     steps = {int(state["step"]) for state in learner.learner.optimizer.state.values()}
     assert steps == {2 if restart else 4}

@@ -234,6 +234,17 @@ def test_a_budget_of_all_pairs_is_gold_alone(live: online.Config) -> None:
     assert {row["source"] for row in rows(nothing, 1)} == {"silver"}
 
 
+def test_the_seed_decides_everything(live: online.Config) -> None:
+    runs = {
+        name: replace(live, out=live.out.with_name(name), seed=seed) for name, seed in {"a": 1, "b": 1, "c": 2}.items()
+    }
+    models = {}
+    for name, one in runs.items():
+        results(one)
+        models[name] = (one.out / "model" / "model.safetensors").read_bytes()
+    assert models["a"] == models["b"] != models["c"]
+
+
 def test_gold_alone_stops_when_its_labels_are_spent(live: online.Config, capsys: pytest.CaptureFixture[str]) -> None:
     found = results(replace(live, silver=None, paying=Paying(budget=20), rounds=9))
     assert found["labels"] == 20
