@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyrite import data, estimators, runs, text
+from pyrite import data, estimators, runs, text, watch
 from pyrite.discriminators import Discriminator
 from pyrite.evaluation import Answers, Evaluator
 from pyrite.live import Judged
@@ -16,6 +16,7 @@ from pyrite.models import Policy
 from pyrite.progress import say
 from pyrite.rounds import Answer
 from pyrite.runs import Run
+from pyrite.watch import Stopping
 
 
 @dataclass
@@ -27,6 +28,7 @@ class Journal:
     policy: Policy
     discriminator: Discriminator | None = None
     part: str = "online"
+    stopping: Stopping = Stopping()
     start: dict[str, float] = field(default_factory=dict)
     last: dict[str, float] = field(default_factory=dict)
     labels: int = 0
@@ -43,6 +45,7 @@ class Journal:
         measured = self.measure()
         self.start = self.last = {"step": 0, "labels": 0, "answers": 0, **measured}
         self.run.log(part=self.part, **self.start)
+        self._keep_best()
 
     def measure(self) -> dict[str, float]:
         """Gold, proxy, KL and length of answers to held-out prompts; how often gold prefers them to the start's; how
@@ -85,6 +88,25 @@ class Journal:
         counts = {"step": number + 1, "labels": self.labels, "answers": self.answers}
         self.last = counts | found | (self.measure() if measured else {})
         self.run.log(part=self.part, **self.last)
+        if measured:
+            self._keep_best()
+
+    def parted(self) -> bool:
+        """Whether the proxy has parted from gold, where that is watched; said once it has."""
+        found = self.stopping.parted(runs.read_metrics(self.run.folder))
+        if found:
+            say(
+                f"{self.part}: the proxy has parted from gold at KL = {found['kl_k1']:.1f} (step {found['step']}: gold "
+                f"{found['gold']:.3g}, now {self.last['gold']:.3g}); stopped, best/ holds that policy"
+            )
+        return found is not None
+
+    def _keep_best(self) -> None:
+        """Save the policy where this measurement is the best so far and a best one is wanted."""
+        top = watch.best(runs.read_metrics(self.run.folder)) if self.stopping.stop_when_parted else None
+        if top and top["step"] == self.last["step"] and self.run.writes:
+            self.policy.save(self.run.folder / "best")
+            runs.write_json(self.run.folder / "best.json", top)
 
     def _agreement(self, pairs: list[dict[str, Any]]) -> dict[str, float]:
         """How often gold prefers the chosen answer too, ties one half."""

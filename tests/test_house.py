@@ -28,7 +28,7 @@ FLOOR_0 |= {
 }
 FLOOR_3 = {"recipes", "report", "sweeps", "cli", "__main__"}
 FILE_LINES, FUNCTION_LINES = 400, 60
-SCHEMAS = ("Config", "Training", "Lora", "Evaluation", "Paying", "Compute", "Verify", "Import")
+SCHEMAS = ("Config", "Training", "Lora", "Evaluation", "Stopping", "Paying", "Compute", "Verify", "Import")
 
 
 def module_name(path: Path) -> str:

@@ -34,11 +34,13 @@ from pyrite.runs import Run
 from pyrite.samplers import Sampler
 from pyrite.schedules import Schedule
 from pyrite.train import Training
+from pyrite.watch import Stopping
 
 OUTPUTS = {
     "model/": "the last policy, Hugging Face layout",
     "policies/": "with --keep-every: policies along the way",
     "rounds/*.parquet": "every pair: prompt_id, prompt, chosen, rejected, strength",
+    "best/": "with --stop-when-parted: the policy with the most gold",
     "metrics.jsonl": "a row a round: gold, proxy, KL, length, agreement with gold, labels spent",
     "ledger.db": "every paid label, where labels are paid for",
 }
@@ -93,6 +95,7 @@ class Config:
     """Rounds between measurements and checkpoints."""
     keep_every: int = 0
     """Rounds between policies that are kept in policies/, to be evaluated side by side; 0 keeps none."""
+    stopping: Stopping = Stopping()
     evaluation: Evaluation = Evaluation()
     lora: Lora = Lora()
     training: Training = Training(lr=5e-7)
@@ -130,7 +133,7 @@ def run(config: Config) -> Run:
     run.open()
     say(f"online: {config.rounds} rounds of {turns.size} prompts, {len(test)} to measure on")
     labeler = _labeler(config, named, silver)
-    journal = Journal(run, evaluator, policy, silver)
+    journal = Journal(run, evaluator, policy, silver, stopping=config.stopping)
     begin = train.resume(run.folder / "checkpoints", learner.learner, learner.state)
     journal.begin(begin)
     labeler.resume(begin, journal.labels)
@@ -149,7 +152,7 @@ def run(config: Config) -> Run:
             advance(1)
             if run.writes and config.keep_every and (number + 1) % config.keep_every == 0:
                 policy.save(run.folder / "policies" / f"{number + 1:05d}")
-            if over:
+            if over or (measured and journal.parted()):
                 break
             if measured:
                 labeler.save(number + 1)

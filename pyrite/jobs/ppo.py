@@ -36,10 +36,12 @@ from pyrite.rounds import Players
 from pyrite.runs import Run
 from pyrite.train import Learner, Training, TrainingError
 from pyrite.values import ValueModel, WithValue
+from pyrite.watch import Stopping
 
 OUTPUTS = {
     "model/": "the last policy, Hugging Face layout; a value head on its trunk beside it",
     "value/": "a value model of its own",
+    "best/": "with --stop-when-parted: the policy with the most gold",
     "metrics.jsonl": "a row a step: scores, KL, ratio, clip fraction, explained variance; gold and proxy when measured",
 }
 START = 0.01  # nats: what an answer's log-probability may change by reading it again, and its KL at the start
@@ -98,6 +100,7 @@ class Config:
     """Taken off the score of an answer that was cut."""
     measure_every: int = 10
     """Steps between measurements and checkpoints."""
+    stopping: Stopping = Stopping()
     evaluation: Evaluation = Evaluation()
     lora: Lora = Lora()
     training: Training = Training(lr=1e-6, epochs=4)
@@ -133,7 +136,7 @@ def run(config: Config) -> Run:
     turns = Turns(len(asked), min(config.prompts_per_step, len(asked)), True, config.seed)
     say(f"ppo: {config.steps} steps of {turns.size * config.k} answers, {len(test)} prompts to measure on")
     state = State.of(control)
-    journal = Journal(run, evaluator, policy, part="ppo")
+    journal = Journal(run, evaluator, policy, part="ppo", stopping=config.stopping)
     begin = learners.resume(run.folder, state)
     journal.begin(begin)
     with progress("ppo", config.steps, unit="steps", done=begin) as advance:
@@ -162,7 +165,9 @@ def run(config: Config) -> Run:
             measured = over or (number + 1) % config.measure_every == 0
             journal.log(number, len(drawn.answers), seen, measured=measured)
             advance(1)
-            if measured and not over:
+            if over or (measured and journal.parted()):
+                break
+            if measured:
                 learners.save(run.folder, number + 1, state)
                 run.pause()
     learners.finish(run)

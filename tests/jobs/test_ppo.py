@@ -19,6 +19,7 @@ from pyrite.rollouts import Rollouts
 from pyrite.runs import read_json, read_metrics
 from pyrite.train import Training, TrainingError
 from pyrite.values import HEAD, ValueModel
+from pyrite.watch import Stopping
 
 TRAINING = Training(lr=3e-3, epochs=2, batch_size=8, warmup=0)
 
@@ -161,6 +162,33 @@ def test_inner_passes_stop_where_the_policy_has_moved_enough(config: ppo.Config)
     ppo.run(eager)
     updates = [row["updates"] for row in read_metrics(eager.out)[1:]]
     assert all(n < 8 * 2 for n in updates)
+
+
+@pytest.mark.parametrize(
+    ("golds", "last", "best"), [([0, 1, 3, 1, 1, 9], 4, 2), ([3, 1, 1, 9], 2, 0), ([0, 1, 2, 3], 6, 6)]
+)
+def test_it_stops_where_the_proxy_has_parted_from_gold(
+    config: ppo.Config,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    golds: list[float],
+    last: int,
+    best: int,
+) -> None:
+    """Measurements as given; the policies, checkpoints and what is kept are real."""
+    told = iter(enumerate([*golds, *range(10, 20)]))
+
+    def measure(_: ppo.Journal) -> dict[str, float]:
+        number, gold = next(told)
+        return {"gold": float(gold), "gold_se": 0.1, "proxy": float(number), "kl_k1": float(number)}
+
+    monkeypatch.setattr(ppo.Journal, "measure", measure)
+    found = results(replace(config, steps=6, measure_every=1, stopping=Stopping(stop_when_parted=True)))
+    assert found["last"]["step"] == last
+    assert read_json(config.out / "best.json")["step"] == best
+    assert ("the proxy has parted from gold at KL" in capsys.readouterr().out) == (last < 6)
+    kept, ended = (Policy.load(config.out / name).state_dict() for name in ("best", "model"))
+    assert all(torch.equal(kept[name], ended[name]) for name in kept) == (best == last)
 
 
 def test_refusals_before_work(config: ppo.Config) -> None:
