@@ -24,8 +24,10 @@ check: install ## lint, types, fast tests
 	$(BIN)/pyright
 	$(BIN)/python -m pytest -m "not slow"
 
-bench: install ## against the peers, interleaved; JSON on the last line of each
-	@for b in benchmarks/[a-z]*.py; do $(BIN)/python $$b --quick || exit 1; done
+bench: install ## against the peers, interleaved; JSON on the last line of each (ppo: PPO_PEER=python of an old trl)
+	@for b in benchmarks/[a-z]*.py; do \
+	  case $$b in *ppo.py) [ -n "$(PPO_PEER)" ] || continue; more="--peer-python $(PPO_PEER)";; *) more=;; esac; \
+	  $(BIN)/python $$b --quick $$more || exit 1; done
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
