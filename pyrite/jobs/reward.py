@@ -7,16 +7,15 @@ Afterwards each member's mean and standard deviation over answers are measured, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
 
 from pyrite import data, estimators, parts, reward_losses, runs, seeds, text, train
+from pyrite.discriminators import pair_loss
 from pyrite.models import Lora, Pooling, RewardModel
 from pyrite.packing import Row
 from pyrite.progress import say
@@ -84,7 +83,7 @@ def run(config: Config) -> Run:
         train.fit(
             model,
             batches,
-            partial(_loss, model.pack, loss),
+            partial(pair_loss, model.pack, loss),
             weights=[1.0] * len(batches),
             training=config.training,
             seed=seeds.derive(config.seed, "member", member),
@@ -99,16 +98,6 @@ def run(config: Config) -> Run:
         run.wait()
     train.discard_checkpoints(run)
     return run.finish(members=_results(run, config), pairs=len(batches), **_baseline(clean or batches))
-
-
-def _loss(
-    pack: Callable, loss: Callable[..., Tensor], model: nn.Module, rows: list[Row], _: list[int]
-) -> tuple[Tensor, dict[str, Tensor]]:
-    chosen, rejected = model(pack(rows)).view(-1, 2).unbind(1)
-    return loss(chosen, rejected).sum(), {
-        "accuracy": estimators.wins(chosen.detach(), rejected.detach()).sum().float(),
-        "margin": (chosen - rejected).sum(),
-    }
 
 
 def _read(config: Config) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

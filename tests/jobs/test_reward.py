@@ -55,7 +55,7 @@ def test_members_differ_by_head_and_order_only(config: reward.Config, monkeypatc
 
 def test_a_cut_ensemble_goes_on_exactly(config: reward.Config, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = reward.run(replace(config, out=config.out.with_name("whole"))).folder
-    real, calls = reward._loss, []
+    real, calls = reward.pair_loss, []
 
     def loss(*arguments):
         calls.append(1)
@@ -63,7 +63,7 @@ def test_a_cut_ensemble_goes_on_exactly(config: reward.Config, monkeypatch: pyte
             raise KeyboardInterrupt
         return real(*arguments)
 
-    monkeypatch.setattr(reward, "_loss", loss)
+    monkeypatch.setattr(reward, "pair_loss", loss)
     with pytest.raises(KeyboardInterrupt):
         reward.run(config)
     with pytest.raises(ValueError, match="is not done"):
