@@ -26,7 +26,7 @@ FLOOR_0 |= {
     "tabular",
     "winrates",
 }
-FLOOR_3 = {"recipes", "report", "sweeps", "cli", "__main__"}
+FLOOR_3 = {"experiments", "recipes", "report", "sweeps", "cli", "__main__"}
 FILE_LINES, FUNCTION_LINES = 400, 60
 SCHEMAS = ("Config", "Training", "Lora", "Evaluation", "Stopping", "Paying", "Compute", "Verify", "Import")
 

@@ -5,10 +5,10 @@ SFT, candidates, gold labels with noise, reward models, best-of-n: gold, proxy a
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
-from pyrite import runs
+from pyrite import experiments, runs
 from pyrite.progress import say
 from pyrite.recipes.overoptimization import chain, results, settings
 from pyrite.recipes.overoptimization.claims import CLAIMS
@@ -33,30 +33,21 @@ class Config:
     first_seed: int = 0
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What identifies a run of this recipe: a change of its settings is a change of the run."""
-
-    out: Path
-    scale: Scale
-    seeds: int
-    first_seed: int
-    settings: Settings
-
-
 def run(config: Config) -> Path:
     """Run every chain and write the page; what is done already is not done again. Returns the page's path."""
     wanted = SETTINGS[config.scale]
-    run = runs.start("overoptimization", Plan(**vars(config), settings=wanted), inputs={})
+    run = experiments.start("overoptimization", config, wanted)
     page = config.out / "report.html"
     if run.done:
         return page
     run.open()
-    chains = []
-    for seed in range(config.first_seed, config.first_seed + config.seeds):
-        say(f"overoptimization: chain with seed {seed}")
-        chains.append(chain.run(config.out / f"seed_{seed}", wanted, seed=seed))
-    say("overoptimization: curves, claims and the page")
+    chains = experiments.chains(
+        "overoptimization",
+        config.out,
+        config.first_seed,
+        config.seeds,
+        lambda folder, seed: chain.run(folder, wanted, seed=seed),
+    )
     seconds = sum(done.results["seconds"] for c in chains for done in c.runs.values() if done.results)
     report(run, chains, config, seconds)
     run.finish(chains=len(chains))
@@ -66,16 +57,9 @@ def run(config: Config) -> Path:
 def report(run: Run, chains: list[chain.Chain], config: Config, seconds: float) -> None:
     """results.json, figures and report.html."""
     wanted = SETTINGS[config.scale]
-    found = {
-        "recipe": "overoptimization",
-        "scale": config.scale,
-        "seeds": [c.seed for c in chains],
-        "seconds": round(seconds, 1),
-        **results.collect(chains, wanted),
-        "config": asdict(wanted),
-        "manifest": runs.read_json(run.folder / "manifest.json"),
-    }
-    runs.write_json(run.folder / "results.json", found)
+    found = experiments.results(
+        "overoptimization", run, config, wanted, seconds=seconds, found=results.collect(chains, wanted)
+    )
     for noise in wanted.noise:
         for x in ("sqrt_kl", "n"):
             drawn = charts.overoptimization([row for row in found["curves"] if row["noise"] == noise], x=x)

@@ -6,10 +6,10 @@ same family, one of another family, one with another tokenizer. Gold, KL, length
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
-from pyrite import runs
+from pyrite import experiments, runs
 from pyrite.progress import say
 from pyrite.recipes.references import chain, results, settings
 from pyrite.recipes.references.claims import CLAIMS
@@ -35,30 +35,21 @@ class Config:
     first_seed: int = 0
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What identifies a run of this recipe: a change of its settings is a change of the run."""
-
-    out: Path
-    scale: Scale
-    seeds: int
-    first_seed: int
-    settings: Settings
-
-
 def run(config: Config) -> Path:
     """Run every chain and write the page; what is done already is not done again. Returns the page's path."""
     wanted = SETTINGS[config.scale]
-    run = runs.start("references", Plan(**vars(config), settings=wanted), inputs={})
+    run = experiments.start("references", config, wanted)
     page = config.out / "report.html"
     if run.done:
         return page
     run.open()
-    chains = []
-    for seed in range(config.first_seed, config.first_seed + config.seeds):
-        say(f"references: chain with seed {seed}")
-        chains.append(chain.run(config.out / f"seed_{seed}", wanted, seed=seed))
-    say("references: curves, claims and the page")
+    chains = experiments.chains(
+        "references",
+        config.out,
+        config.first_seed,
+        config.seeds,
+        lambda folder, seed: chain.run(folder, wanted, seed=seed),
+    )
     report(run, chains, config)
     run.finish(chains=len(chains))
     return page
@@ -66,16 +57,10 @@ def run(config: Config) -> Path:
 
 def report(run: Run, chains: list[chain.Chain], config: Config) -> None:
     """results.json, a figure and report.html."""
-    found = {
-        "recipe": "references",
-        "scale": config.scale,
-        "seeds": [c.seed for c in chains],
-        "seconds": round(sum(c.seconds for c in chains), 1),
-        **results.collect(chains),
-        "config": asdict(SETTINGS[config.scale]),
-        "manifest": runs.read_json(run.folder / "manifest.json"),
-    }
-    runs.write_json(run.folder / "results.json", found)
+    wanted = SETTINGS[config.scale]
+    found = experiments.results(
+        "references", run, config, wanted, seconds=sum(c.seconds for c in chains), found=results.collect(chains)
+    )
     drawn = against_beta(found["curves"], "gold", refs=("self", "none", "prior"), level=found["start"]["gold"])
     charts.save(drawn, run.folder / "figures", "gold_against_beta")
     runs.write_text(run.folder / "report.html", references_page(found))
