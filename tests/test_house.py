@@ -23,6 +23,7 @@ FLOOR_0 |= {
     "samplers",
     "schedules",
     "selectors",
+    "soups",
     "tabular",
     "winrates",
 }

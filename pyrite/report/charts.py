@@ -211,15 +211,16 @@ def lines(
 ) -> alt.LayerChart:
     """Columns `y` of any rows against column `x`; rows that lack a finite value are left out of that line.
 
-    `titles` names the horizontal and the vertical axis.
+    A column's standard error, where the rows have it as NAME_se, is drawn as a band of one either way. `titles` names
+    the horizontal and the vertical axis.
     """
     columns = [y] if isinstance(y, str) else list(y)
     rows = [row for row in rows if _finite(row.get(x))]
     points = [
         {
-            **{x: row[x], "value": row[column], "lo": None, "hi": None, "line": column, "dash": SOLID},
+            **{x: row[x], "value": row[column], "line": column, "dash": SOLID},
+            **_spread(row, column),
             **{"label": column if len(columns) > 1 else "", "color": SERIES[i % len(SERIES)]},
-            "shown": f"{row[column]:.5g}",
         }
         for i, column in enumerate(columns)
         for row in rows
@@ -229,6 +230,14 @@ def lines(
         raise ValueError(f"lines: no row has finite {x} and {' or '.join(columns)}")
     across, up = Axis(x, titles[0] or x), Axis("value", titles[1])
     return draw(points, across, up, tooltip={"line": "metric", x: x, "shown": "value"}, height=height)
+
+
+def _spread(row: Row, column: str) -> dict[str, Any]:
+    """A value as text, and the ends of its band, where its standard error is known."""
+    value, error = row[column], row.get(f"{column}_se")
+    if not _finite(error):
+        return {"lo": None, "hi": None, "shown": f"{value:.5g}"}
+    return {"lo": value - error, "hi": value + error, "shown": f"{value:.5g} ± {error:.2g}"}
 
 
 def _finite(value: object) -> bool:

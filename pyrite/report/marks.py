@@ -47,10 +47,12 @@ def draw(
     thin: Sequence[Row] = (),
     peaks: Sequence[Row] = (),
     notes: Sequence[Row] = (),
+    order: str = "",
 ) -> alt.LayerChart:
     """Lines with bands and a label at each end; `thin` lines behind, dots at `peaks`, `notes` along the top.
 
-    `gap` is an area {lo, hi} to shade; `tooltip` maps fields to their titles; `domain` fixes the vertical axis.
+    `gap` is an area {lo, hi} to shade; `tooltip` maps fields to their titles; `domain` fixes the vertical axis. Lines
+    run from left to right, or by the field `order` where they may turn back.
     """
     low, high = domain = domain or span([*points, *thin])
     ends = [line[-1] for line in split(points)]
@@ -66,20 +68,21 @@ def draw(
     }
     tables = {name: [dict(row) for row in rows] for name, rows in tables.items() if rows}
     width = 2.5 if max(map(len, split(points))) <= 60 else 1.25
-    layers = [layer for name, layer in _layers(x, tooltip, width) if name in tables]
+    layers = [layer for name, layer in _layers(x, tooltip, width, order) if name in tables]
     color = alt.Color("color:N", scale=None)
     chart = alt.layer(*layers).encode(_across(x), _up(y, domain), color, detail="line:N")
     return styled(chart, tables, describe(points, x), height=height)
 
 
-def _layers(x: Axis, tooltip: Mapping[str, str], width: float) -> list[tuple[str, alt.Chart]]:
+def _layers(x: Axis, tooltip: Mapping[str, str], width: float, order: str) -> list[tuple[str, alt.Chart]]:
     """Each layer and the table it needs; the first is drawn first."""
     dashes = alt.StrokeDash("dash:N", scale=None, legend=None)
+    path = [dashes, alt.Order(f"{order}:Q")] if order else [dashes]
     layers = [
         ("gap", alt.MarkDef("area", opacity=0.1), [alt.Y("lo:Q"), alt.Y2("hi:Q")]),
         ("bands", alt.MarkDef("area", opacity=0.13), [alt.Y("lo:Q"), alt.Y2("hi:Q")]),
-        ("thin", alt.MarkDef("line", strokeWidth=1, opacity=0.35), [dashes]),
-        ("points", alt.MarkDef("line", strokeWidth=width, strokeJoin="round"), [dashes]),
+        ("thin", alt.MarkDef("line", strokeWidth=1, opacity=0.35), path),
+        ("points", alt.MarkDef("line", strokeWidth=width, strokeJoin="round"), path),
         ("peaks", alt.MarkDef("point", size=90, filled=True, opacity=1, stroke="white", strokeWidth=1.5), []),
         ("peaks", alt.MarkDef("text", align="right", dx=18, dy=24, fontSize=12, fontWeight=600), [alt.Text("flag:N")]),
         ("notes", alt.MarkDef("text", baseline="bottom", dy=-5, fontSize=11), [alt.Text("note:N"), TOP]),

@@ -6,6 +6,7 @@ from typing import Any
 from pyrite.report.charts import NAMES, OBJECTIVES, mechanism, overoptimization, reach, stages
 from pyrite.report.markup import number, percent
 from pyrite.report.page import page
+from pyrite.report.policies import policy_sections
 from pyrite.report.sections import (
     Chart,
     Claims,
@@ -36,6 +37,7 @@ def overoptimization_page(results: Results) -> str:
         _headline(story),
         _gap(results["curves"], noises),
         *_ensembles(results["curves"], noises),
+        *policy_sections(results),
         *_mechanism(results, noises),
         *_samples(results),
         *([Claims(results["claims"], title="The published claims")] if results.get("claims") else []),

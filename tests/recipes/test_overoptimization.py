@@ -13,8 +13,9 @@ from torch import Tensor
 from pyrite import estimators
 from pyrite.jobs import best_of_n, sft
 from pyrite.recipes import overoptimization as recipe
-from pyrite.recipes.overoptimization import chain, claims, results
+from pyrite.recipes.overoptimization import chain, claims, ppo, ppo_claims, results
 from pyrite.recipes.overoptimization.settings import TOY, Settings
+from pyrite.runs import Run
 from pyrite.train import Training
 
 SMALL = replace(
@@ -28,6 +29,9 @@ SMALL = replace(
     members=2,
     reward=Training(lr=5e-4, epochs=1, batch_size=16),
     n=(1, 2, 4, 8),
+    ppo=replace(TOY.ppo, betas=((0.25, (0.0, 0.05)),), prompts_per_step=16, steps=4, measure_every=2, eval_k=2),
+    shares=(0.5,),
+    sizes=("small",),
 )
 
 
@@ -48,16 +52,29 @@ def test_recipe_runs_once_and_is_returned_when_done(small: Settings, tmp_path: P
     assert {row["noise"] for row in found["curves"]} == {0.25, 0.0}
     assert {row["objective"] for row in found["curves"]} == {"single", "mean", "wco", "uwo", "member"}
     missing = {claim.id for claim in recipe.CLAIMS} - {row["id"] for row in found["claims"]}
-    assert missing == {"four-members-beat-three-25", "five-members-like-four-25"}  # two members were trained
+    few = {"four-members-beat-three-25", "five-members-like-four-25"}  # two members were trained
+    assert missing == few | {f"ppo-{name}-best-beta" for name in ("mean", "wco", "uwo")}  # and two betas tried
     assert all(row["holds"] in (True, False, None) for row in found["claims"])
     assert all(row["interval"] is None or row["interval"][0] <= row["interval"][1] for row in found["claims"])
     assert found["mechanism"]["truncated"]["share_among_winners"] == 0.0
+    _check_policies(found)
     assert len(found["reward_models"]) == 2 * SMALL.members
     assert {path.suffix for path in (tmp_path / "run" / "figures").iterdir()} == {".svg", ".png"}
     before = page.stat().st_mtime_ns
     assert recipe.run(config) == page and page.stat().st_mtime_ns == before
     with pytest.raises(ValueError, match="another config"):
         recipe.run(replace(config, seeds=2))
+
+
+def _check_policies(found: dict) -> None:
+    """Every objective at every KL strength starts at the same gold and KL 0; one chain decides nothing about PPO."""
+    trained = {(row["beta"], row["objective"]) for row in found["policies"]}
+    assert trained == {(beta, name) for beta in (0.0, 0.05) for name in ("single", "mean", "wco", "uwo")}
+    starts = [row for row in found["policies"] if row["step"] == 0]
+    assert len({row["gold"] for row in starts}) == 1 and all(abs(row["kl"]) < 1e-3 for row in starts)
+    assert all(row["kl"] > 0 for row in found["policies"] if row["step"] == 4)
+    assert all(row["holds"] is None for row in found["claims"] if row["id"].startswith("ppo-"))
+    assert {row["group"] for row in found["bars"]} == {"weight", "members", "pairs", "size"}
 
 
 def test_recipe_goes_on_after_a_stop(small: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,8 +177,7 @@ def test_bootstrap_of_the_gain_covers_its_truth() -> None:
     ],
 )
 def test_verdicts(rule: claims.Rule, interval: tuple[float, float], want: bool | None) -> None:
-    claim = claims.Claim("id", "source", "statement", 0.25, claims.gain("wco"), rule, 0.75)
-    assert claims.verdict(claim, *interval) is want
+    assert claims.verdict(rule, *interval, published=0.75) is want
 
 
 def test_win_rates_are_counted_against_every_member() -> None:
@@ -200,3 +216,56 @@ def test_toy_scale_shows_overoptimization(tmp_path: Path) -> None:
     assert risen["proxy"] > 0.3 and risen["gold"] < 0.2 * risen["proxy"]
     assert {row["id"]: row["holds"] for row in found["claims"]}["gain-uwo-25"] is True
     assert found["mechanism"]["truncated"]["rate"] < 0.001
+
+
+def policies(gold: Tensor, *, objective: str = "single", beta: float = 0.0) -> list[list[ppo.Optimized]]:
+    """One policy a chain, with these measurements of gold (C, M)."""
+    target = ppo.Target(objective, member=0 if objective == "single" else None)
+    run = Run(Path("unused"), {}, {})
+    rows = [[{"step": i, "gold": g, "variance": 1.0 + i} for i, g in enumerate(line)] for line in gold.tolist()]
+    return [[ppo.Optimized(0.25, beta, target, run, line)] for line in rows]
+
+
+def test_a_policy_that_rises_and_falls_is_overoptimized() -> None:
+    rise = torch.tensor([0.0, 1.0, 2.0, 2.5, 2.0, 1.0, 0.0, -1.0])
+    chains = policies(rise + 0.1 * torch.randn(5, 8, generator=torch.Generator().manual_seed(0)))
+    (row,) = [row for row in ppo_claims.check(chains) if row["id"] == "ppo-single-overoptimizes"]
+    assert row["holds"] is True and len(row["by_seed"]) == 5
+    assert row["measured"] == pytest.approx(2.5 - 1 / 3 + 0.5, abs=0.2)  # smoothed over three: 6.5 / 3 and -1 / 2
+    assert ppo_claims.check(chains[:1])[0]["holds"] is None
+
+
+def test_a_peak_of_policies_is_not_created_by_looking_for_it() -> None:
+    """On noise alone the fall at the others' peak is zero on average; at a chain's own peak it is not."""
+    noise = torch.randn(3000, 5, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    fair = torch.stack([ppo_claims.fall(curves).mean() for curves in noise])
+    naive = (noise.amax(2) - noise[:, :, -1]).mean(1)
+    error = (fair.std() / len(fair) ** 0.5).item()
+    assert abs(fair.mean().item()) < 4 * error < 0.1
+    assert naive.mean().item() > 10 * error
+
+
+def test_the_gain_of_an_ensemble_is_taken_at_the_end_and_needs_both() -> None:
+    flat = torch.zeros(4, 6)
+    better = [a + b for a, b in zip(policies(flat), policies(flat + 1.0, objective="wco"), strict=True)]
+    found = {row["id"]: row for row in ppo_claims.check(better)}
+    assert found["ppo-wco-gain-free"]["measured"] == 1.0 and found["ppo-wco-gain-free"]["holds"] is True
+    assert "ppo-uwo-gain-free" not in found and "ppo-wco-gain-small" not in found
+
+
+def test_smoothing_averages_neighbors() -> None:
+    got = ppo_claims.smoothed(torch.tensor([[0.0, 3.0, 6.0, 0.0]]))
+    assert got.tolist() == [[1.5, 3.0, 3.0, 3.0]]
+
+
+def test_the_best_kl_strength_is_chosen_on_other_chains() -> None:
+    """Each chain likes another beta by luck: chosen on the others, the luck does not count."""
+    ends = {0.0: [1.0, 0.0, 0.0], 0.1: [0.0, 1.0, 0.0], 0.2: [0.0, 0.0, 1.0]}
+    chains: list[list[ppo.Optimized]] = [[], [], []]
+    for beta, values in ends.items():
+        for objective in ("single", "uwo"):
+            gold = torch.tensor(values)[:, None].expand(3, 4) * (objective == "uwo")
+            for chain_, more in zip(chains, policies(gold, objective=objective, beta=beta), strict=True):
+                chain_ += more
+    (row,) = [row for row in ppo_claims.check(chains) if row["id"] == "ppo-uwo-best-beta"]
+    assert row["measured"] < 0.4  # on its own best each chain would have 1

@@ -1,6 +1,6 @@
-"""Overoptimization of a reward model by best-of-n, and what ensembles do about it (arXiv:2310.02743).
+"""Overoptimization of a reward model by best-of-n and PPO, and what ensembles do about it (arXiv:2310.02743).
 
-SFT, candidates, gold labels with noise, reward models, best-of-n: gold, proxy and KL on one page.
+SFT, candidates, gold labels with noise, reward models, best-of-n, PPO: gold, proxy and KL on one page.
 """
 
 from __future__ import annotations
@@ -9,16 +9,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pyrite import experiments, runs
-from pyrite.progress import say
-from pyrite.recipes.overoptimization import chain, results, settings
-from pyrite.recipes.overoptimization.claims import CLAIMS
+from pyrite.recipes.overoptimization import chain, claims, ppo_claims, results, settings
 from pyrite.recipes.overoptimization.settings import Scale, Settings
 from pyrite.report import charts, overoptimization_page
+from pyrite.report.policies import policies
 from pyrite.runs import Run
 
 __all__ = ["CLAIMS", "SETTINGS", "Config", "report", "run"]
 
-SETTINGS: dict[str, Settings] = {"toy": settings.TOY, "small": settings.SMALL, "paper": settings.PAPER}
+CLAIMS = [*claims.CLAIMS, *ppo_claims.CLAIMS]
+SETTINGS: dict[str, Settings] = {
+    "toy": settings.TOY,
+    "toy_wide": settings.TOY_WIDE,
+    "small": settings.SMALL,
+    "paper": settings.PAPER,
+}
 
 
 @dataclass(frozen=True)
@@ -64,12 +69,10 @@ def report(run: Run, chains: list[chain.Chain], config: Config, seconds: float) 
         for x in ("sqrt_kl", "n"):
             drawn = charts.overoptimization([row for row in found["curves"] if row["noise"] == noise], x=x)
             charts.save(drawn, run.folder / "figures", f"overoptimization_{x}_noise_{100 * noise:g}")
+    for noise, beta in dict.fromkeys((row["noise"], row["beta"]) for row in found["policies"]):
+        rows = [row for row in found["policies"] if (row["noise"], row["beta"]) == (noise, beta)]
+        for y in ("gold", "proxy"):
+            name = f"ppo_{y}_noise_{100 * noise:g}_beta_{beta:g}"
+            charts.save(policies(rows, y=y), run.folder / "figures", name)
     runs.write_text(run.folder / "report.html", overoptimization_page(found))
-    for row in found["claims"]:
-        shown = {True: "holds", False: "does not hold", None: "undecided"}[row["holds"]]
-        figures = (
-            "no gold to compare"
-            if row["interval"] is None
-            else "{:+.2f} [{:+.2f}, {:+.2f}]".format(row["measured"], *row["interval"])
-        )
-        say(f"  {shown:14} {figures}  {row['statement']}")
+    experiments.tell(found["claims"])

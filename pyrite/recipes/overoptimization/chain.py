@@ -1,4 +1,4 @@
-"""One whole chain: world, SFT, candidates, labels, reward models at every noise level, best-of-n."""
+"""One whole chain: world, SFT, candidates, labels, reward models at every noise level, best-of-n, PPO."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pyrite import data, ensembles, estimators, parts, toy
 from pyrite.jobs import best_of_n, generate, label, reward, sft
+from pyrite.recipes.overoptimization.ppo import Optimized, optimize, told
 from pyrite.recipes.overoptimization.settings import Settings
 from pyrite.runs import Run
 from pyrite.seeds import derive
@@ -34,11 +35,13 @@ class Scores:
 
 @dataclass(frozen=True)
 class Chain:
-    """The runs of one seed, and their scores by noise level."""
+    """The runs of one seed; their scores by noise level, and those of further reward models; the policies trained."""
 
     seed: int
     runs: dict[str, Run]
     scores: dict[float, Scores]
+    variants: dict[str, Scores]
+    optimized: list[Optimized]
 
 
 def run(folder: Path, settings: Settings, *, seed: int) -> Chain:
@@ -81,8 +84,11 @@ def run(folder: Path, settings: Settings, *, seed: int) -> Chain:
     scores = {}
     for noise in settings.noise:
         done |= _at_noise(folder, settings, noise, policy, seed=seed)
-        scores[noise] = _scores(folder, settings, noise)
-    return Chain(seed, done, scores)
+        scores[noise] = _scores(folder, settings, f"best_of_n_noise_{100 * noise:g}")
+    variants, trained = _variants(folder, settings, world, policy, seed=seed)
+    optimized = optimize(folder, settings, world, seed=seed)
+    later = trained | {told(one): one.run for one in optimized}
+    return Chain(seed, done | later, scores, variants, optimized)
 
 
 def _at_noise(folder: Path, settings: Settings, noise: float, policy: str, *, seed: int) -> dict[str, Run]:
@@ -97,14 +103,23 @@ def _at_noise(folder: Path, settings: Settings, noise: float, policy: str, *, se
         seed=derive(seed, "pairs"),
         out=folder / f"pairs_noise_{percent}",
     )
+    done = {f"pairs, noise {percent} %": label.run(labelled)}
+    start = settings.reward_model or policy
+    return done | _rewarded(folder, settings, f"noise_{percent}", f"noise {percent} %", start, labelled.out, seed=seed)
+
+
+def _rewarded(
+    folder: Path, settings: Settings, name: str, told: str, start: str, pairs: Path, *, seed: int
+) -> dict[str, Run]:
+    """Reward models trained from `start` on a folder of pairs, and best-of-n against them."""
     trained = reward.Config(
-        model=settings.reward_model or policy,
-        data=str(labelled.out / "pairs.parquet"),
-        held_out=str(labelled.out / "held_out.parquet"),
+        model=start,
+        data=str(pairs / "pairs.parquet"),
+        held_out=str(pairs / "held_out.parquet"),
         members=settings.members,
         head_std=settings.head_std,
         training=settings.reward,
-        out=folder / f"reward_noise_{percent}",
+        out=folder / f"reward_{name}",
         seed=derive(seed, "reward"),
     )
     chosen = best_of_n.Config(
@@ -112,13 +127,47 @@ def _at_noise(folder: Path, settings: Settings, noise: float, policy: str, *, se
         rewards=str(trained.out),
         objectives=settings.objectives,
         n=settings.n,
-        out=folder / f"best_of_n_noise_{percent}",
+        out=folder / f"best_of_n_{name}",
     )
-    return {
-        f"pairs, noise {percent} %": label.run(labelled),
-        f"reward models, noise {percent} %": reward.run(trained),
-        f"best of n, noise {percent} %": best_of_n.run(chosen),
-    }
+    return {f"reward models, {told}": reward.run(trained), f"best of n, {told}": best_of_n.run(chosen)}
+
+
+def _variants(
+    folder: Path, settings: Settings, world: dict[str, str], policy: str, *, seed: int
+) -> tuple[dict[str, Scores], dict[str, Run]]:
+    """Best-of-n against reward models of fewer pairs and of other sizes, at the first level of noise."""
+    pairs = folder / f"pairs_noise_{100 * settings.noise[0]:g}"
+    done: dict[str, Run] = {}
+    found: dict[str, Scores] = {}
+    for share in settings.shares:
+        name = f"{100 * share:g}_percent_of_pairs"
+        fewer = folder / f"pairs_{name}"
+        if not (fewer / "held_out.parquet").exists():
+            rows = data.load(pairs / "pairs.parquet", "pairs")
+            kept, _ = data.split(rows, fraction=1 - share, seed=derive(seed, "share"))
+            data.write(kept, fewer / "pairs.parquet")
+            data.write(data.load(pairs / "held_out.parquet", "pairs"), fewer / "held_out.parquet")
+        start = settings.reward_model or policy
+        done |= _rewarded(folder, settings, name, f"{100 * share:g} % of the pairs", start, fewer, seed=seed)
+        found[name] = _scores(folder, settings, f"best_of_n_{name}")
+    for size in settings.sizes:
+        done |= _sized(folder, settings, size, world["demos"], pairs, seed=seed)
+        found[f"size_{size}"] = _scores(folder, settings, f"best_of_n_size_{size}")
+    return found, done
+
+
+def _sized(folder: Path, settings: Settings, size: toy.Size, demos: str, pairs: Path, *, seed: int) -> dict[str, Run]:
+    """Reward models of another size of the toy world, from a model of that size tuned on the demonstrations."""
+    blank = folder / f"{size}_model"
+    if not (blank / "tokenizer.json").exists():
+        toy.model(derive(seed, size), size=size).save_pretrained(blank)
+        toy.tokenizer().save_pretrained(blank)
+    tuned = sft.Config(
+        model=str(blank), data=demos, training=settings.sft, out=folder / f"sft_{size}", seed=derive(seed, "sft", size)
+    )
+    done = {f"sft, size {size}": sft.run(tuned)}
+    start = str(tuned.out / "model")
+    return done | _rewarded(folder, settings, f"size_{size}", f"size {size}", start, pairs, seed=seed)
 
 
 def gold_at(scores: Scores, settings: Settings) -> dict[str, Tensor]:
@@ -164,8 +213,9 @@ def _world(folder: Path, settings: Settings, seed: int) -> dict[str, str]:
     }
 
 
-def _scores(folder: Path, settings: Settings, noise: float) -> Scores:
-    tensors = load_file(folder / f"best_of_n_noise_{100 * noise:g}" / "scores.safetensors")
+def _scores(folder: Path, settings: Settings, name: str) -> Scores:
+    """What a best-of-n run has stored."""
+    tensors = load_file(folder / name / "scores.safetensors")
     rows = data.load(folder / "pool_labels" / "candidates.parquet", "candidates")
     gold = tensors["gold"].double()
     picked = [rows[i]["response"] for i in tensors["row"].flatten().tolist()]

@@ -182,7 +182,11 @@ def check(chains: list[dict[float, dict[str, Tensor]]], *, end: int) -> list[dic
         measured, lo, hi = _over_chains(points) if len(points) > 1 else _over_prompts(claim, golds[0], end)
         known = {"id": claim.id, "source": claim.source, "statement": claim.statement}
         known |= {"measured": measured, "interval": [lo, hi], "by_seed": points}
-        rows.append({**known, "holds": verdict(claim, lo, hi)} if math.isfinite(lo + hi) else _undefined(known))
+        rows.append(
+            {**known, "holds": verdict(claim.rule, lo, hi, published=claim.published)}
+            if math.isfinite(lo + hi)
+            else _undefined(known)
+        )
     return rows
 
 
@@ -202,11 +206,11 @@ def _undefined(known: dict[str, Any]) -> dict[str, Any]:
     return {**known, "measured": None, "interval": None, "by_seed": None, "holds": None}
 
 
-def verdict(claim: Claim, lo: float, hi: float) -> bool | None:
+def verdict(rule: Rule, lo: float, hi: float, *, published: float | None = None) -> bool | None:
     """Whether an interval supports a claim, contradicts it, or leaves it open (None)."""
-    if claim.rule == "published":
-        return lo <= (claim.published or 0.0) <= hi
-    if claim.rule == "negligible":
+    if rule == "published":
+        return lo <= (published or 0.0) <= hi
+    if rule == "negligible":
         return True if hi < NEGLIGIBLE else False if lo > 0 else None
     return True if lo > 0 else False if hi < 0 else None
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyrite import estimators, toy, toy_words
-from pyrite.recipes.overoptimization import claims
+from pyrite.recipes.overoptimization import claims, ppo_claims, ppo_results
 from pyrite.recipes.overoptimization.chain import Chain, Scores, gold_at, objectives
 from pyrite.recipes.overoptimization.settings import Settings
 
@@ -32,11 +32,16 @@ def collect(chains: list[Chain], settings: Settings) -> dict[str, Any]:
     end = end_index(settings, chains)
     golds = [{noise: gold_at(scores, settings) for noise, scores in chain.scores.items()} for chain in chains]
     curves = [row for noise in settings.noise for row in _curves([c.scores[noise] for c in chains], settings, noise)]
+    optimized = [chain.optimized for chain in chains]
+    policies = ppo_results.curves(optimized)
     found: dict[str, Any] = {
         "end_n": settings.n[end],
         "curves": curves,
         "fits": [fit for noise in settings.noise for fit in _fits(curves, noise, settings.n[end])],
-        "claims": claims.check(golds, end=end),
+        "policies": policies,
+        "policy_fits": ppo_results.fits(policies),
+        "bars": ppo_results.bars(chains, settings, end=end),
+        "claims": [*claims.check(golds, end=end), *ppo_claims.check(optimized)],
         "reward_models": [row for chain in chains for row in _reward_models(chain, settings)],
         "samples": _samples(chains[0], settings),
         "stages": [{"stage": n, "seconds": (r.results or {})["seconds"]} for n, r in chains[0].runs.items()],

@@ -2,17 +2,36 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from pyrite import toy
 from pyrite.train import Training
 
-Scale = Literal["toy", "small", "paper"]
+Scale = Literal["toy", "toy_wide", "small", "paper"]
+
+
+@dataclass(frozen=True)
+class Optimizing:
+    """Policies trained by PPO against the reward models: one for every label noise, KL strength and objective."""
+
+    betas: tuple[tuple[float, tuple[float, ...]], ...] = ((0.25, (0.0, 0.05)),)
+    """Label noise, and the KL strengths tried at it."""
+    singles: int = 1
+    """Members that are optimized against alone."""
+    prompts_per_step: int = 64
+    steps: int = 60
+    measure_every: int = 6
+    eval_k: int = 4
+    """Answers to each pool prompt at a measurement."""
+    missing_eos: float = 3.0
+    """Taken off the score of an answer that was cut, standard deviations of the reward model."""
+    training: Training = field(default_factory=lambda: Training(lr=1e-6, epochs=4, batch_size=32, clip=1.0))
 
 
 @dataclass(frozen=True)
 class Settings:
-    """One chain: SFT, candidates, labels, reward models at every noise level, best-of-n."""
+    """One chain: SFT, candidates, labels, reward models at every noise level, best-of-n, PPO."""
 
     gold: str
     model: str = ""
@@ -45,6 +64,11 @@ class Settings:
     head_std: float = 0.02
     objectives: tuple[str, ...] = ("mean()", "wco()", "uwo(weight=0.5)")
     n: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+    ppo: Optimizing = Optimizing()
+    shares: tuple[float, ...] = ()
+    """Shares of the pairs on which further reward models are trained, at the first level of noise."""
+    sizes: tuple[toy.Size, ...] = ()
+    """Toy sizes of further reward models, tuned on the demonstrations first, at the first level of noise."""
 
 
 TOY = Settings(
@@ -56,6 +80,15 @@ TOY = Settings(
     reward=Training(lr=5e-4, epochs=2, batch_size=32, weight_decay=0.01, micro_tokens=1 << 16),
     head_std=0.1,
     objectives=("mean()", "wco()", "uwo(weight=1.0)"),
+    ppo=Optimizing(training=Training(lr=3e-4, epochs=2, batch_size=32, schedule="constant", micro_tokens=1 << 16)),
+)
+
+# What a whole study adds: every KL strength, labels without noise, fewer pairs, larger reward models.
+TOY_WIDE = replace(
+    TOY,
+    ppo=replace(TOY.ppo, betas=((0.25, (0.0, 0.01, 0.02, 0.05, 0.1, 0.2)), (0.0, (0.0, 0.05)))),
+    shares=(0.25, 0.5),
+    sizes=("base",),
 )
 
 # Neither of the following has been run by us: they need a GPU and the Hub.
@@ -72,6 +105,9 @@ SMALL = Settings(
     answers=1100,
     max_new_tokens=256,
     reward=Training(lr=2e-5, epochs=2, batch_size=64, warmup=50, precision="bfloat16"),
+    ppo=Optimizing(
+        prompts_per_step=256, steps=100, training=Training(lr=1e-6, epochs=4, batch_size=64, precision="bfloat16")
+    ),
 )
 
 # Models and data as their authors published them (sections 3 and 4 of arXiv:2310.02743).
@@ -91,4 +127,14 @@ PAPER = Settings(
     max_new_tokens=256,
     reward=Training(lr=1e-5, epochs=5, batch_size=32, schedule="linear", warmup=50, clip=2.0, precision="bfloat16"),
     n=(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 6144, 8192, 12_500),
+    ppo=Optimizing(  # table 3 and section 4: 3,000 optimizer steps on 256 answers at a time
+        betas=((0.25, (0.0, 0.01, 0.1, 0.2)), (0.0, (0.0, 0.01, 0.1, 0.2))),
+        singles=5,
+        prompts_per_step=256,
+        steps=94,
+        measure_every=3,
+        eval_k=1,
+        missing_eos=0.0,
+        training=Training(lr=1e-6, epochs=4, batch_size=32, betas=(0.9, 0.95), weight_decay=1e-6, precision="bfloat16"),
+    ),
 )
