@@ -210,16 +210,15 @@ def peer(python: str, by: Updates, turn: Turn, case: Case) -> None:
 class Ours:
     """What our steps are made of."""
 
-    config: Any
     players: Any
     rewards: list
     learners: Any
 
     @classmethod
     def make(cls, case: Case, critic: str, by: Updates, *, ref: Any | None = None) -> Ours:
-        from pyrite.jobs.ppo import Config, Learners
+        from pyrite.actors import Learners, Passes
         from pyrite.models import Policy, RewardEnsemble, RewardModel
-        from pyrite.rollouts import Reward
+        from pyrite.rollouts import Reward, standardized
         from pyrite.rounds import Players
         from pyrite.train import Learner, Training
         from pyrite.values import ValueModel, WithValue
@@ -227,19 +226,19 @@ class Ours:
         reads = tokenizer(case)
         same: dict[str, Any] = {"lr": by.lr, "betas": (0.9, 0.999), "schedule": "constant", "warmup": 0, "clip": 1e9}
         training = Training(batch_size=ANSWERS // by.minibatches, epochs=by.passes, **same)
-        config = Config("", "", (), Path(), training=training, steps=case.steps + 1, beta=BETA, reward_clip=None)
+        passes = Passes(steps=case.steps + 1)
         policy = Policy(talker(case), reads)
         policy.to("cuda" if torch.cuda.is_available() else "cpu")
         start = copy.deepcopy(policy) if ref is None else Policy(ref, reads).to(policy.device)
         members = RewardEnsemble([RewardModel(classifier(case, seed=3), reads).to(policy.device)])
-        reward = Reward("model", lambda p, y, done: members.scores(p, y, finished=list(done)))
+        reward = Reward("model", standardized(members))
         if critic == "shared":
             both = WithValue(policy)
-            learners = Learners(config, Learner(both, training), both)
+            learners = Learners(passes, Learner(both, training), both)
         else:
             value = ValueModel(classifier(case, seed=2), reads).to(policy.device)
-            learners = Learners(config, Learner(policy, training), value, Learner(value, training))
-        return cls(config, Players(policy, start.requires_grad_(False)), [reward], learners)
+            learners = Learners(passes, Learner(policy, training), value, Learner(value, training))
+        return cls(Players(policy, start.requires_grad_(False)), [reward], learners)
 
     def collect(self, number: int, ids: list[list[int]], *, reread: bool = False) -> Any:
         from pyrite.rollouts import collect
@@ -264,7 +263,7 @@ class Ours:
         from pyrite.policy_gradient import whiten
 
         made = made._replace(advantages=whiten(made.advantages, drawn.mask))
-        self.learners.learn(drawn, made, self.config, number)
+        self.learners.learn(drawn, made, number)
 
 
 def our_loop(turn: Any, case: Case, critic: str, by: Updates, lap: Callable[[str], None]) -> None:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from pyrite import runs
-from pyrite.ledger import Books, Ledger
+from pyrite.ledger import Books, GoldStopped, Ledger
 
 DOWN = 8  # questions in a row without an answer: the gold is taken to be down
 LOOK = 0.05  # seconds between looks at what another process is asking
@@ -142,7 +142,7 @@ class Account:
         once, up to `limit` labels for this round. A run that goes on from a checkpoint sees what it saw before: the
         round's own labels and earlier ones, not those that it had bought in a later round.
         `functools.partial(account.ask, judge, round=3)` is a judge itself. Raises ValueError for texts that are not
-        N each.
+        N each, and lets GoldStopped pass: its questions are anybody's to ask again.
         """
         questions = self._questions(prompts, answers)
         request = Request(deque({question.key: question for question in questions}.values()), {}, round, limit)
@@ -166,6 +166,13 @@ class Account:
     def books(self, *, round: int | None = None) -> Books:
         """What this run has spent on this gold, up to a round."""
         return self.ledger.books(gold=self.gold, kind=self.kind, run=self.run, round=round)
+
+    def wanting(self, prompts: Sequence[str], *answers: Sequence[str], round: int = 0) -> int:
+        """Labels that `ask` would still have to buy, had it room for all: what is answered or in flight is not."""
+        keys = {question.key for question in self._questions(prompts, answers)}
+        with self.ledger.write() as db:
+            found = [db.execute(FIND, (key,)).fetchone() for key in keys]
+            return sum(self._wanted(Row(*row) if row else None, round) for row in found)
 
     @property
     def left(self) -> float:
@@ -230,6 +237,11 @@ class Account:
             return "failed" if (row.run, row.round) == (self.run, round) else "open"
         return "busy" if self.ledger.alive(row.owner) else "open"
 
+    def _wanted(self, row: Row | None, round: int) -> bool:
+        """Whether a question needs a label that is not counted yet."""
+        counted = row is not None and row.state == "asked" and (row.run == self.run or self.budget.scope == "file")
+        return self._standing(row, round) in ("open", "later") and not counted
+
     def _room(self, round: int, limit: int | None) -> Room:
         budget = self.budget
         whose, values = ("run = ?", [self.run]) if budget.scope == "run" else ("TRUE", [])
@@ -292,6 +304,8 @@ class Account:
             given = torch.as_tensor(gold(*columns)).double()
             if given.shape != (len(keys),):
                 raise ValueError(f"{len(keys)} questions got answers of shape {tuple(given.shape)}")
+        except GoldStopped:
+            raise
         except Exception as error:  # whatever a gold raises, it has given no answer
             return dict.fromkeys(keys, f"{type(error).__name__}: {error}")
         values = dict(zip(keys, given.tolist(), strict=True))

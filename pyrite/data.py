@@ -2,7 +2,8 @@
 
 Kinds and their columns (`prompt` is a text or a list of messages, `response` a text):
 prompts {prompt_id, prompt}; demos {.., response}; pairs {.., chosen, rejected, [strength], [flipped]};
-candidates {.., sample, response, finished, length, logp}, one row a response.
+candidates {.., sample, response, finished, length, logp}, one row a response. Rows of any kind may carry what their
+prompt was made from: asked, the raw prompt, asked_id, and preferences, a list of ids (`pyrite.dimensions`).
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from pyrite.text import plain
 
 Kind = Literal["prompts", "demos", "pairs", "candidates"]
 
+CONDITIONED = ("asked", "asked_id", "preferences")  # what a prompt under preferences was made from
 PROBABILITY_FLOOR = 1e-4  # a judge's certainty becomes at most ln(9999) = 9.21 nats
 _TEXTS = {"prompts": (), "demos": ("response",), "pairs": ("chosen", "rejected"), "candidates": ("response",)}
 _NONEMPTY = {"demos": "response", "pairs": "chosen"}
@@ -85,11 +87,18 @@ def prompt_id(prompt: Any) -> str:
     return hashlib.sha256(plain(prompt).encode()).hexdigest()[:16]
 
 
-def split(rows: Sequence[Row], *, fraction: float, seed: int, by: str = "prompt_id") -> tuple[list[Row], list[Row]]:
+def origin(row: Row) -> tuple[str, str]:
+    """Id and text of the raw prompt of a row: what splits go by, whatever preferences made of it."""
+    raw = all(name in row for name in CONDITIONED)
+    return str(row["asked_id" if raw else "prompt_id"]), plain(row["asked" if raw else "prompt"])
+
+
+def split(rows: Sequence[Row], *, fraction: float, seed: int, by: str | None = None) -> tuple[list[Row], list[Row]]:
     """(train, held), round(fraction · groups) groups of equal `by`, at least one, held; no prompt in both.
 
-    Which groups depends on the seed and their ids only, never on the order of rows. Rows with the same
-    prompt under two ids stay together. Raises DataError where there is nothing to divide.
+    by: a column; by default asked_id where a row has it, else prompt_id. Which groups depends on the seed and their
+    ids only, never on the order of rows. Rows with the same prompt under two ids stay together. Raises DataError
+    where there is nothing to divide.
     """
     if not 0 <= fraction < 1:
         raise DataError(f"the held-out fraction is {fraction}; it must be at least 0 and below 1")
@@ -98,7 +107,8 @@ def split(rows: Sequence[Row], *, fraction: float, seed: int, by: str = "prompt_
     groups = _groups(rows, by)
     distinct = sorted(set(groups), key=lambda group: hashlib.sha256(f"{seed}\0{group}".encode()).digest())
     if len(distinct) < 2:
-        raise DataError(f"cannot hold out rows by {by}: there are {len(distinct)} distinct ones, two are needed")
+        name = by or "prompt_id"
+        raise DataError(f"cannot hold out rows by {name}: there are {len(distinct)} distinct ones, two are needed")
     held = set(distinct[: min(max(1, round(fraction * len(distinct))), len(distinct) - 1)])
     sides: tuple[list[Row], list[Row]] = ([], [])
     for row, group in zip(rows, groups, strict=True):
@@ -246,31 +256,48 @@ def _checked(raw: Row, kind: Kind, layout: Layout) -> Row:
             raise ValueError(f"{name} must be text, not {ours[name]!r:.60}")
     if kind in _NONEMPTY and not ours[_NONEMPTY[kind]].strip():
         raise ValueError(f"{_NONEMPTY[kind]} is empty")
-    named = raw.get("prompt_id")
-    named = prompt_id(prompt) if named is None else named
-    if isinstance(named, bool) or not isinstance(named, (str, int)):
-        raise ValueError(f"prompt_id must be text or a whole number, not {named!r:.60}")
+    named = _named(raw, "prompt_id", prompt)
     if kind == "prompts":
-        return {"prompt_id": named, "prompt": prompt}
+        return {"prompt_id": named, "prompt": prompt, **_asked(raw)}
     used = {"prompt_id", *ours, *layout.needs, *layout.reads}
     others = {name: value for name, value in raw.items() if name not in used and value is not None}
-    row = {"prompt_id": named, **ours, **others}
+    row = {"prompt_id": named, **ours, **others, **_asked(raw)}
     _check_numbers(row, kind)
     if kind == "pairs" and "probability" in row and "strength" not in row:
         row["strength"] = _log_odds(row["probability"])
     return row
 
 
-def _checked_prompt(prompt: Any) -> Any:
+def _asked(raw: Row) -> Row:
+    """What a prompt was made from; nothing unless both the raw prompt and its preferences are there."""
+    if raw.get("asked") is None or raw.get("preferences") is None:
+        return {}
+    asked, ids = _checked_prompt(raw["asked"], "asked"), raw["preferences"]
+    if not isinstance(ids, list) or not all(isinstance(one, str) for one in ids):
+        raise ValueError(f"preferences must be a list of texts, not {ids!r:.60}")
+    return {"asked": asked, "asked_id": _named(raw, "asked_id", asked), "preferences": ids}
+
+
+def _named(raw: Row, name: str, prompt: Any) -> str | int:
+    """The id in a column, else one derived from the prompt."""
+    given = raw.get(name)
+    if given is None:
+        return prompt_id(prompt)
+    if isinstance(given, bool) or not isinstance(given, (str, int)):
+        raise ValueError(f"{name} must be text or a whole number, not {given!r:.60}")
+    return given
+
+
+def _checked_prompt(prompt: Any, name: str = "prompt") -> Any:
     if isinstance(prompt, str):
         if not prompt.strip():
-            raise ValueError("prompt is empty")
+            raise ValueError(f"{name} is empty")
         return prompt
-    turns = messages(prompt, "prompt") if isinstance(prompt, list) else None
+    turns = messages(prompt, name) if isinstance(prompt, list) else None
     if turns is None:
-        raise ValueError(f"prompt must be text or a list of messages, not {prompt!r:.60}")
+        raise ValueError(f"{name} must be text or a list of messages, not {prompt!r:.60}")
     if turns[-1]["role"] == "assistant":
-        raise ValueError("prompt ends with an assistant turn; it must end with what is to be answered")
+        raise ValueError(f"{name} ends with an assistant turn; it must end with what is to be answered")
     return turns
 
 
@@ -293,8 +320,8 @@ def _log_odds(p: float) -> float:
     return math.log(p / (1 - p))
 
 
-def _groups(rows: Sequence[Row], by: str) -> list[str]:
-    """Group of each row: rows joined by equal `by` or prompt, named by the smallest `by` in it."""
+def _groups(rows: Sequence[Row], by: str | None) -> list[str]:
+    """Group of each row: rows joined by equal `by` or raw prompt, named by the smallest `by` in it."""
     parent: dict[str, str] = {}
 
     def root(key: str) -> str:
@@ -304,14 +331,15 @@ def _groups(rows: Sequence[Row], by: str) -> list[str]:
         return key
 
     owner: dict[str, str] = {}
+    keys = []
     for i, row in enumerate(rows):
-        if by not in row:
-            raise DataError(f"row {i + 1} has no column {by!r} to split by")
-        key = str(row[by])
-        other = owner.setdefault(plain(row["prompt"]), key) if "prompt" in row else key
+        if (by or "prompt_id") not in row:
+            raise DataError(f"row {i + 1} has no column {by or 'prompt_id'!r} to split by")
+        keys.append(key := str(row[by]) if by else origin(row)[0])
+        other = owner.setdefault(origin(row)[1], key) if "prompt" in row else key
         low, high = sorted((root(key), root(other)))
         parent[high] = low
-    return [root(str(row[by])) for row in rows]
+    return [root(key) for key in keys]
 
 
 def _write_parquet(rows: Sequence[Row], path: Path) -> None:

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from pyrite import analyses, data, ensembles, estimators, golds, parts, seeds, text
+from pyrite.asking import ALWAYS, Asking
+from pyrite.divergences import Divergences, divergences
 from pyrite.generate import Samples, sample
 from pyrite.logps import Logps
 from pyrite.models import Policy, RewardEnsemble, backbone
@@ -38,6 +40,8 @@ class Evaluation:
     """Prompts to answer at most."""
     eval_k: int = 1
     """Answers a prompt."""
+    eval_exact: bool = False
+    """Also KL and entropy of the policy over the whole vocabulary at every position: less noise, one more forward."""
     max_new_tokens: int = 256
 
     def inputs(self) -> dict[str, str]:
@@ -48,16 +52,27 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Answers:
-    """N answers to P prompts and what they are worth: `values` are (N,), by name."""
+    """N answers to P prompts and what they are worth: `values` are (N,), by name; gold is NaN where it is not known.
+
+    exact: KL from the reference and entropy by position, where they were asked for.
+    """
 
     rows: list[dict[str, Any]]
     values: dict[str, Tensor]
     drawn: Samples
     prompts: int
+    exact: Divergences | None = None
 
     def summary(self) -> dict[str, dict[str, float]]:
         """Means with standard errors over prompts (answers to one prompt are averaged first)."""
-        return {name: _summary(value, self.drawn.prompt, self.prompts) for name, value in self.values.items()}
+        return {name: _summary(self.by_prompt(name), known=name == "gold") for name in self.values}
+
+    def by_prompt(self, name: str) -> Tensor:
+        """The mean of a value over the answers to each prompt, (P,) float64; NaN where gold is known of none."""
+        value, prompt = self.values[name].double(), self.drawn.prompt
+        known = ~value.isnan() if name == "gold" else torch.ones_like(value).bool()
+        total = torch.zeros(self.prompts, dtype=torch.float64).index_add(0, prompt[known], value[known])
+        return total / torch.bincount(prompt[known], minlength=self.prompts)
 
     def diversity(self) -> dict[str, float]:
         """Distinct 1-grams and 2-grams of all answers."""
@@ -76,6 +91,7 @@ class Evaluator:
     ref: Policy | None
     options: Evaluation
     seed: int
+    asking: Asking = ALWAYS
 
     @classmethod
     def load(
@@ -87,16 +103,19 @@ class Evaluator:
         seed: int,
         columns: str | None = None,
         prompts: list[dict[str, Any]] | None = None,
+        asking: Asking = ALWAYS,
     ) -> Evaluator:
         """Everything read, and whatever cannot work refused: options, scorers, prompts too long for the policy.
 
         ref: a path, a loaded policy, or `policy` itself, which then is its own reference without its adapters.
-        prompts: rows in place of those in `options.eval_prompts`.
+        prompts: rows in place of those in `options.eval_prompts`. asking: for a gold that whoever measures asks itself.
         """
+        if asking.sparing and not options.gold:
+            raise ValueError("options --gold-... say when gold is asked and what it may cost: give --gold too, or none")
         gold = parts.part(options.gold, golds) if options.gold else None
         rows = prompts or data.load(str(options.eval_prompts), "prompts", columns=columns)
         prompts = rows[: options.eval_limit]
-        if gold:  # one that cannot score is refused now
+        if gold and not asking.counted:  # one that cannot score is refused now, unless a try has a price
             golds.check_scores(gold([text.plain(prompts[0]["prompt"])], ["hello"]), 1, name=str(options.gold))
         if policy.context <= options.max_new_tokens:
             raise ValueError(f"--max-new-tokens {options.max_new_tokens}: the policy reads {policy.context} at most")
@@ -106,26 +125,24 @@ class Evaluator:
             max_length=policy.context - options.max_new_tokens,
             where=lambda i: f"{options.eval_prompts}: prompt {prompts[i]['prompt_id']}",
         )
-        made = cls(prompts, ids, gold, _proxy(options), _reference(policy, ref), options, seed)
+        made = cls(prompts, ids, gold, _proxy(options), _reference(policy, ref), options, seed, asking)
         replace(made, prompts=prompts[:1], ids=ids[:1])._sample(policy, new=1)  # refuses options out of range
         return made
 
-    def __call__(self, policy: Policy, *, progress: Advance | None = None) -> Answers:
-        """Sample, score by everybody."""
+    def __call__(self, policy: Policy, *, gold: bool = True, progress: Advance | None = None) -> Answers:
+        """Sample, score by everybody, or by all but gold."""
         drawn = self._sample(policy, new=self.options.max_new_tokens, progress=progress)
         rows = _rows(policy, self.prompts, drawn)
         asked, said = [row["prompt"] for row in rows], [row["response"] for row in rows]
         values: dict[str, Tensor] = {}
-        if self.gold:
+        if self.gold and gold:
             plain = [text.plain(prompt) for prompt in asked]
             values["gold"] = golds.check_scores(self.gold(plain, said), len(said), name=str(self.options.gold))
         if self.proxy:
             values["proxy"] = self.proxy(asked, said, drawn.finished.tolist())
-        if self.ref:
-            with self.ref.without_adapters() if self.ref is policy else nullcontext():
-                values |= self._kl(self.ref, drawn)
-        values |= {"length": drawn.length.double(), "missing_eos": (~drawn.finished).double()}
-        return Answers(rows, values, drawn, len(self.prompts))
+        found, exact = self._kl(policy, self.ref, drawn) if self.ref else ({}, None)
+        values |= found | {"length": drawn.length.double(), "missing_eos": (~drawn.finished).double()}
+        return Answers(rows, values, drawn, len(self.prompts), exact)
 
     @property
     def total(self) -> int:
@@ -145,13 +162,16 @@ class Evaluator:
         )
         return replace(drawn, **{name: value.cpu() for name, value in vars(drawn).items() if isinstance(value, Tensor)})
 
-    def _kl(self, ref: Policy, drawn: Samples) -> dict[str, Tensor]:
-        """k1 and k3 of every answer: the reference scores the very tokens that were sampled."""
+    def _kl(self, policy: Policy, ref: Policy, drawn: Samples) -> tuple[dict[str, Tensor], Divergences | None]:
+        """k1 and k3 of every answer, and the exact KL where wanted: the reference scores the very tokens sampled."""
         rows = [Row(self.ids[p], [r]) for p, r in zip(drawn.prompt.tolist(), drawn.responses(), strict=True)]
         mask = torch.arange(drawn.tokens.shape[1]) < drawn.length[:, None]
         ours = Logps(drawn.policy_logps.double().sum(1), drawn.length, drawn.policy_logps, mask)
-        theirs = response_logps(ref, rows)
-        return {f"kl_{name}": estimators.kl(ours, theirs, estimator=name).double() for name in ("k1", "k3")}
+        exact = divergences(policy, ref, rows) if self.options.eval_exact else None
+        with policy.without_adapters() if ref is policy else nullcontext():
+            theirs = exact.ref if exact else response_logps(ref, rows)
+        found = {f"kl_{name}": estimators.kl(ours, theirs, estimator=name).double() for name in ("k1", "k3")}
+        return found | (exact.summary() if exact else {}), exact
 
 
 @torch.inference_mode()
@@ -205,8 +225,8 @@ def _rows(policy: Policy, prompts: list[dict[str, Any]], drawn: Samples) -> list
     ]
 
 
-def _summary(values: Tensor, prompt: Tensor, prompts: int) -> dict[str, float]:
-    total = torch.zeros(prompts, dtype=torch.float64).index_add(0, prompt, values.double())
-    means = total / torch.bincount(prompt, minlength=prompts)
-    error = means.std().item() / prompts**0.5 if prompts > 1 else 0.0
+def _summary(means: Tensor, *, known: bool = False) -> dict[str, float]:
+    """known: over the prompts that have one, where some may not."""
+    means = means[~means.isnan()] if known else means
+    error = means.std().item() / len(means) ** 0.5 if len(means) > 1 else 0.0
     return {"mean": means.mean().item(), "se": error}

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyrite import data, estimators, runs, text, watch
+from pyrite.asking import Truth
 from pyrite.discriminators import Discriminator
 from pyrite.evaluation import Answers, Evaluator
 from pyrite.live import Judged
 from pyrite.models import Policy
+from pyrite.processes import on_main
 from pyrite.progress import say
 from pyrite.rounds import Answer
 from pyrite.runs import Run
 from pyrite.watch import Stopping
 
+SHOWN = ("gold", "proxy", "kl_k1", "kl_exact")  # what a run ends by saying
+
 
 @dataclass
 class Journal:
-    """The books of a run of rounds; `start` and `last` are its first and last row."""
+    """The books of a run of rounds; `start` and `last` are its first and last row, `rows` all of them."""
 
     run: Run
     evaluator: Evaluator
@@ -29,44 +34,59 @@ class Journal:
     discriminator: Discriminator | None = None
     part: str = "online"
     stopping: Stopping = Stopping()
-    start: dict[str, float] = field(default_factory=dict)
-    last: dict[str, float] = field(default_factory=dict)
+    rows: list[dict[str, Any]] = field(default_factory=list)
     labels: int = 0
     answers: int = 0
+    truth: Truth | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        asking, gold = self.evaluator.asking, self.evaluator.gold
+        if gold:
+            name = str(self.evaluator.options.gold)
+            self.truth = Truth(gold, name, asking, asking.account(self.run.folder, name))
+
+    @property
+    def start(self) -> dict[str, Any]:
+        return self.rows[0]
+
+    @property
+    def last(self) -> dict[str, Any]:
+        return self.rows[-1]
 
     def begin(self, done: int) -> None:
         """Measure the start, or read what a stopped run has written, up to its last checkpoint."""
         self.run.rewind(done, part=self.part)
-        before = runs.read_metrics(self.run.folder)
-        if before:
-            self.start, self.last = before[0], before[-1]
+        self.run.wait()
+        self.rows = [_unnamed(row) for row in runs.read_metrics(self.run.folder)]
+        self.run.wait()  # nothing is written before everybody has read
+        if self.rows:
             self.labels, self.answers = int(self.last["labels"]), int(self.last["answers"])
             return
-        measured = self.measure()
-        self.start = self.last = {"step": 0, "labels": 0, "answers": 0, **measured}
-        self.run.log(part=self.part, **self.start)
+        self._log({"step": 0, "labels": 0, "answers": 0, **self.measure(0)})
         self._keep_best()
 
-    def measure(self) -> dict[str, float]:
+    def measure(self, step: int, *, over: bool = False) -> dict[str, float]:
         """Gold, proxy, KL and length of answers to held-out prompts; how often gold prefers them to the start's; how
         often the proxy, the policy's own log-ratio and a discriminator rank two fresh answers as gold does."""
-        answers = self.evaluator(self.policy)
-        measured = _means(answers)
-        if "gold" not in answers.values:
-            return measured
-        first = self.run.folder / "start.json"
-        if self.run.writes and not first.exists():
-            runs.write_json(first, _by_prompt(answers).tolist())
-        self.run.wait()
-        start = torch.tensor(runs.read_json(first), dtype=torch.float64)
-        measured["win_rate"] = estimators.win_rate(_by_prompt(answers), start).item()
-        ranked = {"proxy": answers.values.get("proxy"), "policy": answers.values.get("kl_k1")}
-        if self.discriminator:
-            ranked["live"] = self.discriminator.scores(drawn_answers(answers, self.evaluator)).mean(0)
-        accuracies = {f"{name}_accuracy": _accuracy(answers, s) for name, s in ranked.items() if s is not None}
-        return measured | {name: value for name, value in accuracies.items() if value is not None}
+        answers = self.evaluator(self.policy, gold=False)
+        paid: dict[str, float] = {}
+        if self.truth:
+            gold = self._gold(self.truth, answers, step, over=over)
+            answers = answers if gold is None else replace(answers, values={"gold": gold, **answers.values})
+            paid = self.truth.spent(step)
+        measured = _means(answers) | paid
+        return measured | self._ranked(answers, step) if "gold" in answers.values else measured
 
-    def write(self, number: int, drawn: int, judged: Judged, learned: dict[str, float], *, measured: bool) -> None:
+    def write(
+        self,
+        number: int,
+        drawn: int,
+        judged: Judged,
+        learned: dict[str, float],
+        *,
+        measured: bool,
+        over: bool = False,
+    ) -> None:
         """After a round that drew so many answers."""
         labelled, answers = judged.labelled, judged.answers
         pairs = [_row(answers[p.chosen], answers[p.rejected], p.strength, p.source) for p in labelled.pairs]
@@ -80,20 +100,22 @@ class Journal:
             )
         if self.run.writes and pairs:
             data.write(pairs, self.run.folder / "rounds" / f"{number + 1:05d}.parquet")
-        self.log(number, drawn, found, measured=measured)
+        self.log(number, drawn, found, measured=measured, over=over)
 
-    def log(self, number: int, drawn: int, found: dict[str, float], *, measured: bool) -> None:
-        """The row of a round, after what it measures."""
+    def log(self, number: int, drawn: int, found: dict[str, float], *, measured: bool, over: bool = False) -> None:
+        """The row of a round, after what it measures; of the run's last one if it is `over`."""
         self.answers += drawn
-        counts = {"step": number + 1, "labels": self.labels, "answers": self.answers}
-        self.last = counts | found | (self.measure() if measured else {})
-        self.run.log(part=self.part, **self.last)
-        if measured:
-            self._keep_best()
+        row = {"step": number + 1, "labels": self.labels, "answers": self.answers, **found}
+        if not measured:
+            self._log(row)
+            return
+        row |= self.measure(number + 1, over=over)
+        self._log(row | watch.fitted([*self.rows, row]))
+        self._keep_best()
 
     def parted(self) -> bool:
         """Whether the proxy has parted from gold, where that is watched; said once it has."""
-        found = self.stopping.parted(runs.read_metrics(self.run.folder))
+        found = on_main(self.stopping.parted)(self.rows) if "gold" in self.last else None
         if found:
             say(
                 f"{self.part}: the proxy has parted from gold at KL = {found['kl_k1']:.1f} (step {found['step']}: gold "
@@ -101,16 +123,56 @@ class Journal:
             )
         return found is not None
 
+    @property
+    def fit(self) -> dict[str, float]:
+        """Gold and proxy against √KL, over the whole run."""
+        return watch.fitted(self.rows)
+
+    def tell(self) -> None:
+        """Say gold, proxy and KL of the start and the end, each with its standard error, negative ones as they are."""
+        shown = [name for name in SHOWN if f"{name}_se" in self.start | self.last]
+        ends = [f"{name} {_told(self.start, name)} -> {_told(self.last, name)}" for name in shown]
+        say(f"{self.part}: {', '.join(ends)}, after {self.last['step']} steps and {self.answers} answers")
+
+    def _log(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+        self.run.log(part=self.part, **row)
+
     def _keep_best(self) -> None:
         """Save the policy where this measurement is the best so far and a best one is wanted."""
-        top = watch.best(runs.read_metrics(self.run.folder)) if self.stopping.stop_when_parted else None
+        top = watch.best(self.rows) if self.stopping.stop_when_parted else None
         if top and top["step"] == self.last["step"] and self.run.writes:
             self.policy.save(self.run.folder / "best")
-            runs.write_json(self.run.folder / "best.json", top)
+            runs.write_json(self.run.folder / "best.json", {"part": self.part, **top})
+
+    def _gold(self, truth: Truth, answers: Answers, step: int, *, over: bool) -> Tensor | None:
+        """Gold of the answers, where this measurement asks for it."""
+        measured = sum("kl_k1" in row for row in self.rows)
+        if not truth.due(measured, over=over):
+            return None
+        asked, said = [text.plain(row["prompt"]) for row in answers.rows], [row["response"] for row in answers.rows]
+        return truth(asked, said, answers.drawn.prompt, step=step)
+
+    def _ranked(self, answers: Answers, step: int) -> dict[str, float]:
+        """What gold says of the start's answers, and of those who rank these."""
+        found: dict[str, float] = {}
+        first, mine = self.run.folder / "start.json", answers.by_prompt("gold")
+        if self.run.writes and not step and not first.exists():
+            runs.write_json(first, [None if value != value else value for value in mine.tolist()])
+        self.run.wait()
+        if first.exists():
+            start = torch.tensor([math.nan if v is None else v for v in runs.read_json(first)], dtype=torch.float64)
+            both = mine.isfinite() & start.isfinite()
+            found |= {"win_rate": estimators.win_rate(mine[both], start[both]).item()} if both.any() else {}
+        ranked = {"proxy": answers.values.get("proxy"), "policy": answers.values.get("kl_k1")}
+        if self.discriminator:
+            ranked["live"] = self.discriminator.scores(drawn_answers(answers, self.evaluator)).mean(0)
+        accuracies = {f"{name}_accuracy": _accuracy(answers, s) for name, s in ranked.items() if s is not None}
+        return found | {name: value for name, value in accuracies.items() if value is not None}
 
     def _agreement(self, pairs: list[dict[str, Any]]) -> dict[str, float]:
-        """How often gold prefers the chosen answer too, ties one half."""
-        if not self.evaluator.gold or not pairs:
+        """How often gold prefers the chosen answer too, ties one half; not asked where gold is asked sparingly."""
+        if not self.evaluator.gold or self.evaluator.asking.sparing or not pairs:
             return {}
         asked = [text.plain(pair["prompt"]) for pair in pairs]
         chosen, rejected = (self.evaluator.gold(asked, [p[side] for p in pairs]) for side in ("chosen", "rejected"))
@@ -135,7 +197,7 @@ def _accuracy(answers: Answers, scores: Tensor) -> float | None:
     """Of every two answers to a prompt that gold tells apart, the share a score ranks as gold does, ties ½."""
     gold, owner = answers.values["gold"].double(), answers.drawn.prompt
     a, b = _couples(owner)
-    told_apart = gold[a] != gold[b]
+    told_apart = (gold[a] < gold[b]) | (gold[a] > gold[b])  # not where one of them is unknown
     a, b = a[told_apart], b[told_apart]
     if not len(a):
         return None
@@ -158,8 +220,9 @@ def _means(answers: Answers) -> dict[str, float]:
     return measured
 
 
-def _by_prompt(answers: Answers) -> Tensor:
-    """Mean gold of the answers to each prompt, (P,)."""
-    total = torch.zeros(answers.prompts, dtype=torch.float64)
-    total.index_add_(0, answers.drawn.prompt, answers.values["gold"].double())
-    return total / torch.bincount(answers.drawn.prompt, minlength=answers.prompts)
+def _told(row: dict[str, Any], name: str) -> str:
+    return f"{row[name]:.3g} ± {row[f'{name}_se']:.2g}" if name in row else "not asked"
+
+
+def _unnamed(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in row.items() if name != "part"}

@@ -6,10 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
-
-from accelerate.utils import broadcast_object_list
-from torch import Tensor
+from typing import Literal
 
 from pyrite import runs, text, train
 from pyrite.accounts import Account, Budget
@@ -17,7 +14,7 @@ from pyrite.judges import Judge
 from pyrite.labels import label
 from pyrite.ledger import Ledger
 from pyrite.live import Judged, Live, Rules, Shelf, groups
-from pyrite.processes import world
+from pyrite.processes import on_main, world
 from pyrite.progress import say
 from pyrite.rounds import Answer
 
@@ -126,15 +123,3 @@ class Labeler:
 
     def _shelf(self, number: int) -> Path:
         return self.folder / "checkpoints" / "silver" / f"shelf-{number}.json"
-
-
-def on_main(judge: Judge) -> Judge:
-    """The judge asked by the main process alone; all processes get its answers."""
-    if world().num_processes == 1:
-        return judge
-
-    def asked(prompts: list[str], a: list[str], b: list[str]) -> Tensor:
-        box: list[Any] = [judge(prompts, a, b) if world().is_main_process else None]
-        return broadcast_object_list(box)[0]
-
-    return asked

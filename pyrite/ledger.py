@@ -41,10 +41,20 @@ FROM (SELECT gold, kind, run, round, state = 'answered' AS labels, state = 'aske
     attempts, repeated, 0 AS reused, cost FROM labels
   UNION ALL SELECT gold, kind, uses.run, uses.round, 0, 0, 0, 0, 0, 1, 0.0 FROM uses JOIN labels USING (key))
 """
+MODELS = """
+SELECT model, criterion, SUM(state = 'answered') AS answers, SUM(state = 'answered' AND label IS NULL) AS no_verdict,
+  SUM(state = 'failed') AS failed, SUM(requests) AS requests, SUM(unusable) AS unusable, SUM(lost) AS lost,
+  SUM(prompt_tokens) AS tokens_in, SUM(completion_tokens) AS tokens_out, SUM(cost) AS cost, SUM(at_risk) AS at_risk
+FROM answers GROUP BY model, criterion ORDER BY model, criterion
+"""
 
 
 class LedgerError(ValueError):
     """A file cannot be used as a ledger; the message says why and what to do."""
+
+
+class GoldStopped(ValueError):  # noqa: N818, it says what happened
+    """A gold that will answer no more questions: out of money, down, or not to be had. What it answered is kept."""
 
 
 @dataclass(frozen=True)
@@ -172,6 +182,12 @@ class Ledger:
         """The books of every gold and run, and their last round."""
         return _dicts(self.db, f"{BOOKS} GROUP BY gold, kind, run ORDER BY gold, kind, run", ())
 
+    def models(self) -> list[dict[str, Any]]:
+        """What was asked of language models by `pyrite.judges.llm`, a row for each model and criterion."""
+        if not self.db.execute("SELECT 1 FROM sqlite_master WHERE name = 'answers'").fetchone():
+            return []
+        return _dicts(self.db, MODELS, ())
+
     def _sign(self, owner: str) -> Path:
         return self.path.with_name(f"{self.path.name}-owner-{owner}")
 
@@ -179,14 +195,22 @@ class Ledger:
 def show(path: str | Path) -> str:
     """The books of a ledger file as a table."""
     with Ledger(path, create=False) as ledger:
-        rows = ledger.summary()
-    if not rows:
-        return f"{path}: no question yet"
-    money = sum(row["money"] for row in rows)
+        rows, models = ledger.summary(), ledger.models()
+    shown = []
+    if rows:
+        money = sum(row["money"] for row in rows)
+        shown += [*_table(rows), f"total: {sum(row['labels'] for row in rows)} labels, money {money:.2f}"]
+    if models:
+        cost = sum(row["cost"] for row in models)
+        shown += [*_table(models), f"total: {sum(row['answers'] for row in models)} answers of models, {cost:.6g} paid"]
+    return "\n".join(shown) or f"{path}: no question yet"
+
+
+def _table(rows: list[dict[str, Any]]) -> list[str]:
+    """Lines of aligned columns, their names above them."""
     lines = [list(rows[0]), *([f"{v:.2f}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    table = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-    return "\n".join([*table, f"total: {sum(row['labels'] for row in rows)} labels, money {money:.2f}"])
+    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
 
 
 def export(path: str | Path, out: str | Path, *, pairs: bool = False) -> int:

@@ -6,6 +6,7 @@ model's own padded forward; a model that disagrees (an encoder, an unusual mask 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -36,6 +37,7 @@ from pyrite.loading import (
     pad_id,
     settings,
     tokenizer_of,
+    train_top,
 )
 from pyrite.logps import Logps
 from pyrite.members import active_adapter, beside, member_paths, one_trunk
@@ -57,11 +59,21 @@ class Policy(nn.Module):
         self.packed = has_bare_head(model) and agrees(self._fast, self._plain, backbone(model))
 
     @classmethod
-    def load(cls, path: str | Path, *, lora: Lora | None = None, dtype: Dtype = "float32") -> Policy:
-        """From a folder or Hub name; a folder with adapters loads its base below them."""
+    def load(
+        cls, path: str | Path, *, lora: Lora | None = None, top: int | None = None, dtype: Dtype = "float32"
+    ) -> Policy:
+        """From a folder or Hub name; a folder with adapters loads its base below them.
+
+        top: layers that are trained, the last ones, beside the final norm and the vocabulary head, unless it is tied
+        to the input embedding; None trains all. Raises ValueError for `top` with adapters or beyond the model's layers.
+        """
         tokenizer = tokenizer_of(path)
         model = load_model(AutoModelForCausalLM, path, dtype=dtype)
         made = cls(adapted(model, lora, task="CAUSAL_LM"), tokenizer)
+        if top is not None:
+            if isinstance(made.model, PeftModel):
+                raise ValueError(f"{path}: train the {top} top layers or adapters, not both")
+            train_top(made.model, top)
         made.reversible = isinstance(made.model, PeftModel) and not isinstance(model, PeftModel)
         return made
 
@@ -84,8 +96,19 @@ class Policy(nn.Module):
         With `details`, (3, R): also the token's KL(ref || policy) (0 without `ref`) and log of the sum of squares.
         """
         if details:
-            return logp_details(self._logits(batch), batch.target, ref._logits(batch) if ref else None)
+            return logp_details(self.logits(batch), batch.target, ref.logits(batch) if ref else None)
         return self._plain(batch) if batch.padded else self._fast(batch)
+
+    def logits(self, batch: Packed) -> Callable[[slice], Tensor]:
+        """The logits that predict some of the R response tokens; on packed rows, only those are ever computed."""
+        if not batch.padded:
+            model = backbone(self.model)
+            hidden, head = trunk_states(model, batch).index_select(0, batch.predictor), model.get_output_embeddings()
+            return lambda rows: F.linear(hidden[rows], head.weight)  # type: ignore[union-attr,arg-type]
+        ids, mask = as_padded(batch)
+        logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        chosen = unpadded(logits, batch).index_select(0, batch.predictor)
+        return lambda rows: chosen[rows]
 
     def logps(self, batch: Packed, *, tokens: bool = False) -> Logps:
         """Log-probabilities of the N responses; `tokens=True` keeps them token by token."""
@@ -96,6 +119,15 @@ class Policy(nn.Module):
         """Within this block its adapters, if it has any, do nothing."""
         with self.model.disable_adapter() if isinstance(self.model, PeftModel) else nullcontext():
             yield self
+
+    def frozen_copy(self) -> Policy:
+        """The policy as it is now, for a reference: the weights it does not train are shared, the others copied.
+
+        Of a policy that trains its top layers this is a second head on one trunk in memory; each computes the trunk
+        for itself, since a drawn answer is read by the reference alone: the draws gave the policy's log-probabilities.
+        """
+        kept = {id(parameter): parameter for parameter in self.parameters() if not parameter.requires_grad}
+        return copy.deepcopy(self, kept).requires_grad_(False)
 
     def save(self, folder: str | Path) -> None:
         """Hugging Face layout, safetensors, tokenizer included."""
@@ -109,19 +141,8 @@ class Policy(nn.Module):
         return selective_logp(hidden, head.weight, batch.target)
 
     def _plain(self, batch: Packed) -> Tensor:
-        logits = self._logits(batch)(slice(None)).float()
+        logits = self.logits(batch)(slice(None)).float()
         return torch.log_softmax(logits, -1).gather(1, batch.target[:, None]).squeeze(1)
-
-    def _logits(self, batch: Packed) -> Callable[[slice], Tensor]:
-        """The logits that predict some of the R response tokens; on packed rows, only those are ever computed."""
-        if not batch.padded:
-            model = backbone(self.model)
-            hidden, head = trunk_states(model, batch).index_select(0, batch.predictor), model.get_output_embeddings()
-            return lambda rows: F.linear(hidden[rows], head.weight)  # type: ignore[union-attr,arg-type]
-        ids, mask = as_padded(batch)
-        logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-        chosen = unpadded(logits, batch).index_select(0, batch.predictor)
-        return lambda rows: chosen[rows]
 
 
 class RewardModel(nn.Module):

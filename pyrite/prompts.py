@@ -36,12 +36,15 @@ class Turns:
 def split(
     path: str, evaluation: Evaluation, *, columns: str | None, held_out: float, seed: int
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Prompts to learn from and prompts to measure on; none in both. Raises ValueError where one of them is empty."""
+    """Prompts to learn from and prompts to measure on; none in both, under whatever preferences.
+
+    Raises ValueError where one of them is empty.
+    """
     rows = data.load(path, "prompts", columns=columns, note=say)
     if evaluation.eval_prompts:
         test = data.load(evaluation.eval_prompts, "prompts", columns=columns)
-        kept = {row["prompt_id"] for row in test}
-        asked = [row for row in rows if row["prompt_id"] not in kept]
+        kept = {key for row in test for key in data.origin(row)}
+        asked = [row for row in rows if kept.isdisjoint(data.origin(row))]
     else:
         asked, test = data.split(rows, fraction=held_out, seed=seeds.derive(seed, "held out"))
     if not asked or not test:

@@ -6,37 +6,44 @@ Answers are drawn at temperature 1 without truncation, so that draws, ratios and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from pyrite import ensembles, golds, parts, samplers, text
+from pyrite import ensembles, golds, objectives, parts, samplers, text
+from pyrite.dimensions import Dimensions, Turn
 from pyrite.evaluation import response_logps
 from pyrite.generate import Samples
 from pyrite.logps import Logps
 from pyrite.models import Policy, RewardEnsemble
+from pyrite.objectives import Combine, Objectives
 from pyrite.packing import Row
 from pyrite.policy_gradient import Estimates, gae, group_normalized, policy_loss, reinforce, rloo, value_loss
 from pyrite.rounds import Answer, Drawing, Players
-from pyrite.text import Prompt
 from pyrite.train import BatchLoss
 from pyrite.values import Critic, ValueModel, WithValue, response_values
 
 Method = Literal["gae", "rloo", "group", "center", "reinforce"]
-Score = Callable[[Sequence[Prompt], Sequence[str], Sequence[bool]], Tensor]
+Score = Callable[[Sequence[Answer]], Tensor]
 
 
 @dataclass(frozen=True)
 class Reward:
-    """One proxy: score(prompts, responses, finished) -> (E, N) of its members, how they become one, what it weighs."""
+    """One proxy: score(answers) -> (E, N) of its members, how they become one, what it weighs.
+
+    objectives: the names of members that are no ensemble, but scores of one preference each, NaN where an answer was
+    not asked under it. check(rows): raises ValueError for prompts whose answers could not be scored.
+    """
 
     name: str
     score: Score
     combine: Callable[[Tensor], Tensor] = ensembles.mean
     weight: float = 1.0
+    objectives: tuple[str, ...] = ()
+    check: Callable[[Sequence[Mapping[str, Any]]], None] = lambda rows: None
 
     @classmethod
     def of_models(cls, folder: str, *, ensemble: str = "mean()", weight: float = 1.0) -> Reward:
@@ -46,35 +53,80 @@ class Reward:
         """
         models, combine = RewardEnsemble.load(folder), parts.part(ensemble, ensembles)
         combine(torch.zeros(len(models.members), 1))
-        return cls(folder, lambda p, y, done: models.scores(p, y, finished=list(done)), combine, weight)
+        return cls(folder, standardized(models), combine, weight)
 
     @classmethod
     def of_scorer(cls, spec: str, *, weight: float = 1.0) -> Reward:
         """Any scorer by its spec string, such as "length()" or "mine.py:my_score()", as an ensemble of one."""
         scorer = parts.part(spec, golds)
 
-        def score(prompts: Sequence[Prompt], responses: Sequence[str], _: Sequence[bool]) -> Tensor:
-            plain = [text.plain(prompt) for prompt in prompts]
-            return golds.check_scores(scorer(plain, list(responses)), len(responses), name=spec)[None]
+        def score(answers: Sequence[Answer]) -> Tensor:
+            given = scorer([text.plain(a.prompt) for a in answers], [a.response for a in answers])
+            return golds.check_scores(given, len(answers), name=spec)[None]
 
         return cls(spec, score, weight=weight)
+
+    @classmethod
+    def of_preferences(
+        cls,
+        source: str | Mapping[str, str] | None,
+        dimensions: Dimensions,
+        *,
+        combine: Combine = "mean",
+        weights: Mapping[str, float] | None = None,
+        ensemble: str = "mean()",
+        turn: Turn = "user",
+        weight: float = 1.0,
+    ) -> Reward:
+        """The preferences an answer was asked under: a score each, of the raw prompt with that one option, combined.
+
+        source: the folder of one reward run for all options, or {option id: folder}, their scores standardized; None
+        for the options' own golds, as they are. combine: mean, weighted (by `weights`, option id to weight) or min.
+        `check` all prompts before any work. Raises ValueError for what cannot be loaded or combined.
+        """
+        if source is None:
+            scorers = objectives.gold_scorers(dimensions)
+        else:
+            scorers = objectives.model_scorers(source, dimensions, ensemble=ensemble, turn=turn)
+        every = Objectives(dimensions, scorers, combine, weights or {})
+        name = source if isinstance(source, str) else "preferences"
+        return cls(name, every.score, every.combine, weight, every.ids, every.check)
+
+
+def standardized(models: RewardEnsemble) -> Score:
+    """The members' standardized scores of answers as they were drawn."""
+
+    def score(answers: Sequence[Answer]) -> Tensor:
+        asked, said, done = ([getattr(a, name) for a in answers] for name in ("prompt", "response", "finished"))
+        return models.scores(asked, said, finished=done)
+
+    return score
 
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """total (N,), the rewards' weighted sum; members by reward, (E, N) each, and what each made of them, (N,)."""
+    """total (N,), the rewards' weighted sum; members by reward, (E, N) each, and what each made of them, (N,).
+
+    objectives: by reward, what its members are called where they are no ensemble.
+    """
 
     total: Tensor
     members: dict[str, Tensor]
     combined: dict[str, Tensor]
+    objectives: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def summary(self) -> dict[str, float]:
         """Of every reward: mean and standard deviation over the answers, the members' means, and how far they differ
-        (the population variance over members, averaged over answers)."""
+        (the population variance over members, averaged over answers); of objectives, the mean of each over the answers
+        that have it."""
         found: dict[str, float] = {}
         for name, rows in self.members.items():
             found[f"{name} mean"] = self.combined[name].mean().item()
             found[f"{name} std"] = self.combined[name].std(correction=0).item()
+            if self.objectives.get(name):
+                means = zip(self.objectives[name], rows.nanmean(1).tolist(), strict=True)
+                found |= {f"{name} {id}": mean for id, mean in means if mean == mean}  # NaN: no answer has it
+                continue
             found[f"{name} variance"] = rows.var(0, correction=0).mean().item()
             found |= {f"{name} member {i}": row.mean().item() for i, row in enumerate(rows)} if len(rows) > 1 else {}
         return found
@@ -87,14 +139,13 @@ def scored(rewards: Sequence[Reward], answers: Sequence[Answer]) -> Scores:
     """
     if not rewards or len({reward.name for reward in rewards}) < len(rewards):
         raise ValueError(f"rewards {[reward.name for reward in rewards]}: give at least one, and each once")
-    asked, said, done = ([getattr(a, field) for a in answers] for field in ("prompt", "response", "finished"))
-    members = {reward.name: reward.score(asked, said, done).float().cpu() for reward in rewards}
+    members = {reward.name: reward.score(answers).float().cpu() for reward in rewards}
     combined = {
         reward.name: golds.check_scores(reward.combine(members[reward.name]), len(answers), name=reward.name)
         for reward in rewards
     }
     total = torch.stack([reward.weight * combined[reward.name] for reward in rewards]).sum(0)
-    return Scores(total, members, combined)
+    return Scores(total, members, combined, {reward.name: reward.objectives for reward in rewards})
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,8 +200,9 @@ def collect(
 ) -> Rollouts:
     """k answers to each prompt {prompt_id, prompt}, given as token ids too, and what everybody makes of them.
 
-    number: of the batch; a sample's stream belongs to (seed, number, prompt_id, sample). reread: the policy's
-    log-probabilities by a forward as it is learned by, where drawing rounds otherwise (bfloat16).
+    Rewards of preferences need asked and preferences in the prompts' rows as well. number: of the batch; a sample's
+    stream belongs to (seed, number, prompt_id, sample). reread: the policy's log-probabilities by a forward as it is
+    learned by, where drawing rounds otherwise (bfloat16).
     """
     drawing = Drawing(samplers.on_policy(), k=k, max_new_tokens=max_new_tokens, seed=seed)
     drawn = players.draw(prompts, ids, drawing, number=number)

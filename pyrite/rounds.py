@@ -29,7 +29,10 @@ WHOLE = 1 << 40  # tokens; no batch is larger
 
 @dataclass(frozen=True)
 class Answer:
-    """One drawn answer: the text that judges read, and the tokens that were drawn, its end token among them."""
+    """One drawn answer: the text that judges read, and the tokens that were drawn, its end token among them.
+
+    asked, preferences: the raw prompt and the ids of the options that the prompt was made from, where it was.
+    """
 
     prompt_id: Any
     prompt: Prompt
@@ -37,6 +40,8 @@ class Answer:
     finished: bool
     prompt_ids: list[int]
     ids: list[int]
+    asked: Prompt | None = None
+    preferences: list[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -95,8 +100,9 @@ class Players:
         """What was drawn, answer by answer."""
         texts = text.decode(self.policy.tokenizer, drawn.responses())
         every = zip(drawn.prompt.tolist(), texts, drawn.finished.tolist(), drawn.responses(), strict=True)
+        made_from = [{name: row.get(name) for name in ("asked", "preferences")} for row in rows]
         return [
-            Answer(rows[p]["prompt_id"], rows[p]["prompt"], said, done, list(ids[p]), tokens)
+            Answer(rows[p]["prompt_id"], rows[p]["prompt"], said, done, list(ids[p]), tokens, **made_from[p])
             for p, said, done, tokens in every
         ]
 

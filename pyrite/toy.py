@@ -249,12 +249,13 @@ def register_of(response: str) -> str | None:
 # Tokenizer and models ----------------------------------------------------------------------------------------
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
+def tokenizer(*, words: Sequence[str] = ()) -> PreTrainedTokenizerFast:
     """A word-level tokenizer of the language: words between spaces, decode(encode(text)) == text.
 
-    Encoding adds no special token; the chat template writes <bos>, the roles and <eos>. Padding is on the left.
+    words: others that it knows too. Encoding adds no special token; the chat template writes <bos>, the roles and
+    <eos>. Padding is on the left. Raises ValueError for a word with a space in it.
     """
-    vocabulary = {word: index for index, word in enumerate([*SPECIALS, *TAGS])}
+    vocabulary = {word: index for index, word in enumerate(_vocabulary(words))}
     inner = Tokenizer(WordLevel(vocabulary, unk_token=UNK))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
@@ -271,13 +272,13 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def config(*, size: Size = "small") -> LlamaConfig:
-    """Llama architecture for the language: "small" has about 0.5 M parameters, "base" about 2.4 M."""
+def config(*, size: Size = "small", words: Sequence[str] = ()) -> LlamaConfig:
+    """Llama architecture for the language and `words`: "small" has about 0.5 M parameters, "base" about 2.4 M."""
     if size not in SHAPES:
         raise ValueError(f"toy model size {size!r} is unknown; it must be one of {', '.join(SHAPES)}")
     hidden, layers, heads, inner = SHAPES[size]
     return LlamaConfig(
-        vocab_size=len(SPECIALS) + len(TAGS),
+        vocab_size=len(_vocabulary(words)),
         hidden_size=hidden,
         num_hidden_layers=layers,
         num_attention_heads=heads,
@@ -293,11 +294,19 @@ def config(*, size: Size = "small") -> LlamaConfig:
     )
 
 
-def model(seed: int, *, size: Size = "small") -> LlamaForCausalLM:
+def model(seed: int, *, size: Size = "small", words: Sequence[str] = ()) -> LlamaForCausalLM:
     """A randomly initialized model, a function of the seed alone; the global random state stays as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(seed, "model"))
-        return LlamaForCausalLM(config(size=size))
+        return LlamaForCausalLM(config(size=size, words=words))
+
+
+def _vocabulary(words: Sequence[str]) -> list[str]:
+    """Every token: those of the language, then the other words in order."""
+    for word in words:
+        if word.split() != [word]:
+            raise ValueError(f"toy word {word!r}: the tokenizer reads words between spaces; give them one by one")
+    return list(dict.fromkeys([*SPECIALS, *TAGS, *words]))
 
 
 # Files -------------------------------------------------------------------------------------------------------
@@ -321,10 +330,12 @@ def write(
     n_demos: int = 24_000,
     n_pool: int = 32,
     shares: Shares = Shares(),
+    words: Sequence[str] = (),
 ) -> World:
     """A whole world in a folder: a random model with its tokenizer, demonstrations, prompts for pairs and pool.
 
-    The topics of the `n_pool` pool prompts (one template each, in turn) occur in no other file.
+    The topics of the `n_pool` pool prompts (one template each, in turn) occur in no other file. words: others that
+    the model can read, those of preferences for one.
     Raises ValueError where n_demos is below 1 or n_pool not within 1 … 239.
     """
     pool, rest = _split_topics(seed, n_pool)
@@ -335,8 +346,8 @@ def write(
     data.write(demos(n_demos, seed=seed, among=rest, shares=shares), world.demos)
     data.write([_prompt_row(prompt) for prompt in rest], world.pair_prompts)
     data.write([_prompt_row(prompt) for prompt in pool], world.pool_prompts)
-    model(seed, size=size).save_pretrained(world.model)
-    tokenizer().save_pretrained(world.model)
+    model(seed, size=size, words=words).save_pretrained(world.model)
+    tokenizer(words=words).save_pretrained(world.model)
     return world
 
 

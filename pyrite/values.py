@@ -29,6 +29,7 @@ from pyrite.loading import (
     pad_id,
     settings,
     tokenizer_of,
+    train_top,
 )
 from pyrite.models import Policy
 from pyrite.packing import Packed, Row, longest, micro_batches, pack
@@ -71,22 +72,27 @@ class ValueModel(nn.Module):
     ) -> ValueModel:
         """From a reward model, whose head and standardization it takes over; or from any other model, at 0 everywhere.
 
-        top: layers that are trained, the last ones, beside the final norm and the head; None trains all. Raises
-        ValueError for a model that is no decoder, for `top` with adapters or beyond the model's layers.
+        lora: new adapters, which are trained beside the head in place of the trunk. top: layers that are trained, the
+        last ones, beside the final norm and the head; None trains all. Raises ValueError for a model that is no
+        decoder, for `top` with adapters or beyond the model's layers, for new adapters beside old ones.
         """
         tokenizer, about = tokenizer_of(path), settings(path)
         model = load_model(AutoModelForSequenceClassification, path, dtype=dtype, num_labels=1)
         backbone(model).config.pad_token_id = pad_id(tokenizer)
         if not about and not _is_classifier(path):
             draw_head(model, seed=0, std=0.0)
-        adapters = isinstance(model, PeftModel) or (lora is not None and lora.lora_rank > 0)
-        if top is not None and adapters:
+        old, new = isinstance(model, PeftModel), lora is not None and lora.lora_rank > 0
+        if old and new:
+            raise ValueError(
+                f"{path} has adapters, which are trained on: no rank for new ones beside them, or merge them"
+            )
+        if top is not None and (old or new):
             raise ValueError(f"{path}: train the {top} top layers or adapters, not both")
         made = cls(
             adapted(model, lora, task="SEQ_CLS"), tokenizer, mean=about.get("mean", 0.0), std=about.get("std", 1.0)
         )
         if top is not None:
-            _train_top(backbone(made.model), top)
+            train_top(backbone(made.model), top)
         return made
 
     @property
@@ -229,16 +235,3 @@ def _causal(model: PreTrainedModel) -> bool:
     states = model.base_model(input_ids=ids).last_hidden_state[:, :3].float()
     model.train(was_training)
     return torch.allclose(states[0], states[1], atol=1e-3 * states.abs().max().item())
-
-
-def _train_top(model: PreTrainedModel, top: int) -> None:
-    """Only the last `top` layers, what comes behind them, and the head keep their gradients."""
-    trunk = model.base_model
-    stacks = [m for m in trunk.children() if isinstance(m, nn.ModuleList)]
-    layers = max(stacks, key=len, default=nn.ModuleList())
-    if not 0 <= top <= len(layers):
-        raise ValueError(f"top = {top}: the value model has {len(layers)} layers; give 0, for the head alone, or more")
-    trunk.requires_grad_(False)
-    behind = [m for m in trunk.children() if m is not layers and not isinstance(m, nn.Embedding)]
-    for module in [*list(layers)[len(layers) - top :], *(behind if top else [])]:
-        module.requires_grad_(True)

@@ -408,3 +408,28 @@ def test_processes_share_a_budget(tmp_path: Path, scope: str) -> None:
         life.join()
         assert life.exitcode == 0
     assert len(calls(tmp_path)) == len(set(calls(tmp_path))) == (300 if scope == "file" else 900)
+
+
+def test_what_is_wanting_is_what_asking_would_buy(ledger: Ledger) -> None:
+    mine, other = account(ledger, budget=Budget(labels=9)), account(ledger, "other")
+    gold = Counted(None, RuntimeError("no"), RuntimeError("no"), RuntimeError("no"))
+    assert mine.wanting(["p"] * 3, ["a", "b", "a"]) == 2  # each once
+    mine.ask(gold, ["p"], ["a"], round=3)
+    other.ask(Counted(), ["p"], ["b"])
+    mine.ask(gold, ["p"], ["failing"], round=3)
+    asked = (["p"] * 4, ["a", "b", "c", "failing"])
+    assert mine.wanting(*asked, round=3) == 1  # failed for this run and round: not asked again in it
+    assert mine.wanting(*asked, round=4) == 2
+    assert mine.wanting(*asked, round=2) == 3  # a run that went back does not know its later answers
+    assert other.wanting(*asked, round=2) == 2
+    assert mine.left == 8
+
+
+def test_what_is_in_flight_is_not_wanting_again(ledger: Ledger) -> None:
+    """The label of a question that a killed process had asked is counted already, in its run, or in the file."""
+    mine = account(ledger, budget=Budget(labels=5))
+    with pytest.raises(KeyboardInterrupt):
+        mine.ask(Counted(KeyboardInterrupt()), ["p"], ["a"])
+    assert mine.left == 4 and mine.wanting(["p"] * 2, ["a", "b"]) == 1
+    assert account(ledger, "other").wanting(["p"] * 2, ["a", "b"]) == 2
+    assert account(ledger, "other", budget=Budget(scope="file")).wanting(["p"] * 2, ["a", "b"]) == 1

@@ -42,7 +42,11 @@ def parsed(schema: type, tmp_path: Path, yaml: str = "", *options: str):
     return cli.parse(schema, [*given, "--config", str(tmp_path / "c.yaml"), *options], prog="x")
 
 
-@pytest.mark.parametrize("job", [job for job in JOBS if job != "reference"] + ["reference compute", "reference import"])
+COMMANDS = [f"reference {name}" for name in ("compute", "import")]
+COMMANDS += [f"judge {name}" for name in ("ask", "export", "import", "agreement")]
+
+
+@pytest.mark.parametrize("job", [job for job in JOBS if job not in ("reference", "judge")] + COMMANDS)
 def test_every_job_has_help(pyrite: Command, job: str) -> None:
     status, out, err = pyrite(*job.split(), "--help")
     assert (status, err) == (0, "")

@@ -167,6 +167,49 @@ def test_prompts_are_kept_once(tmp_path):
     assert "1 of 3 rows left out: the prompt is there already" in notes[0]
 
 
+def conditioned(raw, preferences, **rest):
+    """A row as `pyrite.dimensions` makes it."""
+    prompt = " ".join([raw, *preferences])
+    made = {"prompt_id": data.prompt_id(prompt), "prompt": prompt, "asked": raw, "asked_id": f"id {raw}"}
+    return {**made, "preferences": preferences, **rest}
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet"])
+def test_prompts_keep_what_they_were_made_from(tmp_path, name):
+    rows = [conditioned(raw, ids) for raw in "pq" for ids in (["P1A"], [], ["P1A", "P2B"])]
+    data.write(rows, tmp_path / name)
+    assert data.load(tmp_path / name, "prompts") == rows
+    pairs = [{**row, "chosen": "a", "rejected": "b"} for row in rows]
+    data.write(pairs, tmp_path / name)
+    assert data.load(tmp_path / name, "pairs") == pairs
+    assert data.load(tmp_path / name, "prompts") == rows
+
+
+def test_an_asked_id_is_derived_and_half_of_it_is_not_kept(tmp_path):
+    talk = turns("hello")
+    whole = {"prompt": "p x", "asked": talk, "preferences": ["x"]}
+    (row,) = data.load(put(tmp_path, [whole]), "prompts")
+    assert row == {"prompt_id": data.prompt_id("p x"), **whole, "asked_id": data.prompt_id(talk)}
+    for half in ({"asked": "p"}, {"preferences": ["x"]}, {"asked": None, "preferences": None, "asked_id": None}):
+        assert set(data.load(put(tmp_path, [{"prompt": "p x", **half}]), "prompts")[0]) == {"prompt_id", "prompt"}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"preferences": "P1A"}, "preferences must be a list of texts, not 'P1A'"),
+        ({"preferences": [1]}, r"preferences must be a list of texts, not \[1\]"),
+        ({"asked": 3}, "asked must be text or a list of messages"),
+        ({"asked": " "}, "asked is empty"),
+        ({"asked_id": 1.5}, "asked_id must be text or a whole number"),
+    ],
+)
+def test_what_a_prompt_was_made_from_is_checked(tmp_path, change, words):
+    path = put(tmp_path, [conditioned("p", ["P1A"]), {**conditioned("q", ["P1A"]), **change}])
+    with pytest.raises(DataError, match=f"line 2: {words}"):
+        data.load(path, "prompts")
+
+
 # Writing
 
 
@@ -236,6 +279,25 @@ def test_a_prompt_under_two_ids_stays_on_one_side():
         train, held = data.split(rows, fraction=0.3, seed=seed)
         assert not {row["prompt"] for row in train} & {row["prompt"] for row in held}
         assert len(held) == 12
+
+
+def test_no_raw_prompt_on_both_sides_whatever_its_preferences():
+    """Rendered prompts differ, raw ones do not: they go by asked_id, two ids of one raw prompt together."""
+    rows = [conditioned(f"p{i}", ids) for i in range(40) for ids in (["P1A"], [], ["P1B", "P2A"])]
+    rows += [{**conditioned(f"p{i}", ["P2B"]), "asked_id": f"other {i}"} for i in range(5)]
+    rows += [{"prompt_id": f"plain {i}", "prompt": f"p{i}"} for i in range(3, 8)]
+    for seed in range(20):
+        train, held = data.split(rows, fraction=0.3, seed=seed)
+        assert not {data.origin(row)[1] for row in train} & {data.origin(row)[1] for row in held}
+        assert len({data.origin(row)[1] for row in held}) == 12
+    leaks = data.split(rows, fraction=0.3, seed=0, by="prompt_id")
+    assert {row["prompt"] for row in leaks[0]}.isdisjoint(row["prompt"] for row in leaks[1])
+
+
+def test_a_split_of_plain_rows_goes_by_their_ids():
+    rows = [{"prompt_id": i, "prompt": f"p{i}"} for i in range(30)]
+    for seed in range(5):
+        assert data.split(rows, fraction=0.3, seed=seed) == data.split(rows, fraction=0.3, seed=seed, by="prompt_id")
 
 
 def test_splits_of_nothing_are_refused():

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from pyrite import data
+from pyrite.asking import Asking
+from pyrite.divergences import divergences
 from pyrite.evaluation import Evaluation, Evaluator, response_logps
 from pyrite.models import Policy, RewardModel
 from pyrite.packing import Row
@@ -90,10 +92,69 @@ def test_kl_is_unbiased_on_an_enumerable_model(asked: Evaluation, policy: Policy
     for name in ("kl_k1", "kl_k3"):
         values = made(policy).values[name]
         assert abs(values.mean().item() - exact) < 3 * values.std().item() / 3000**0.5
+    wanted = replace(made, options=replace(asked, eval_exact=True))
+    values, k1 = (wanted(policy).values[name] for name in ("kl_exact", "kl_k1"))
+    assert abs(values.mean().item() - exact) < 3 * values.std().item() / 3000**0.5
+    assert values.std() < 0.7 * k1.std()
+    reverse = torch.stack([row.double().sum() for row in divergences(other, policy, _rows(wanted, policy)).kl])
+    assert abs(reverse.mean().item() - exact) > 5 * reverse.std().item() / 3000**0.5
     drawn = made(sharp).drawn.responses()
     ours, theirs = (response_logps(model, [Row(made.ids[0], drawn)]).sum.double() for model in (policy, other))
     values = ours - theirs
     assert abs(values.mean().item() - exact) > 5 * values.std().item() / 3000**0.5
+
+
+def test_exact_values_are_those_by_hand_and_leave_the_others_as_they_were(
+    asked: Evaluation, policy: Policy, tiny: Path
+) -> None:
+    """Answers of one token: the KL has no error at all, and is the same for every answer to a prompt."""
+    from dataclasses import replace
+
+    other = Policy.load(tiny)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.5)
+    plain = Evaluator.load(replace(asked, max_new_tokens=1), policy, ref=other, seed=0)
+    before, after = plain(policy), replace(plain, options=replace(plain.options, eval_exact=True))(policy)
+    assert before.exact is None and after.exact is not None
+    assert after.values.keys() - before.values.keys() == {"kl_exact", "entropy_exact"}
+    for name, values in before.values.items():
+        torch.testing.assert_close(after.values[name], values, atol=1e-5, rtol=1e-5)
+    for p, ids in enumerate(plain.ids):
+        ours, theirs = (m.model(torch.tensor([ids])).logits[0, -1].double().log_softmax(-1) for m in (policy, other))
+        kl, entropy = (ours.exp() * (ours - theirs)).sum().item(), -(ours.exp() * ours).sum().item()
+        assert after.values["kl_exact"][3 * p : 3 * p + 3].tolist() == pytest.approx([kl] * 3, abs=1e-5)
+        assert after.values["entropy_exact"][3 * p : 3 * p + 3].tolist() == pytest.approx([entropy] * 3, abs=1e-5)
+
+
+def test_gold_that_is_not_known_is_left_out(asked: Evaluation, policy: Policy) -> None:
+    from dataclasses import replace
+
+    answers = Evaluator.load(asked, policy, ref=None, seed=0)(policy, gold=False)
+    assert "gold" not in answers.values
+    gold = torch.arange(15.0)
+    gold[[0, 3, 4, 5]] = float("nan")  # of prompt 0 one answer, of prompt 1 all
+    summary = replace(answers, values={"gold": gold, "proxy": gold}).summary()
+    means = torch.tensor([1.5, 7.0, 10.0, 13.0], dtype=torch.float64)
+    assert summary["gold"] == pytest.approx({"mean": means.mean().item(), "se": means.std().item() / 2})
+    assert summary["proxy"]["mean"] != summary["proxy"]["mean"]  # of anything else NaN is an error that shows
+
+
+def test_a_gold_that_costs_something_is_not_tried(asked: Evaluation, policy: Policy, tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    (tmp_path / "dear.py").write_text("def score(prompts, responses):\n    raise RuntimeError('paid')\n")
+    dear = replace(asked, gold=f"{tmp_path}/dear.py:score()")
+    Evaluator.load(dear, policy, ref=None, seed=0, asking=Asking(gold_budget=3))
+    with pytest.raises(RuntimeError, match="paid"):
+        Evaluator.load(dear, policy, ref=None, seed=0)
+    with pytest.raises(ValueError, match="give --gold too"):
+        Evaluator.load(replace(asked, gold=None), policy, ref=None, seed=0, asking=Asking(gold_every=2))
+
+
+def _rows(evaluator: Evaluator, policy: Policy) -> list[Row]:
+    drawn = evaluator(policy).drawn
+    return [Row(evaluator.ids[p], [y]) for p, y in zip(drawn.prompt.tolist(), drawn.responses(), strict=True)]
 
 
 def _exact_kl(policy: Policy, ref: Policy, prompt: list[int]) -> float:

@@ -24,12 +24,14 @@ FLOOR_0 |= {
     "schedules",
     "selectors",
     "soups",
+    "duels",
     "tabular",
     "winrates",
 }
 FLOOR_3 = {"experiments", "recipes", "report", "sweeps", "cli", "__main__"}
 FILE_LINES, FUNCTION_LINES = 400, 60
 SCHEMAS = ("Config", "Training", "Lora", "Evaluation", "Stopping", "Paying", "Compute", "Verify", "Import")
+SCHEMAS += ("Ask", "Export", "Agreement", "Asking", "Variants")
 
 
 def module_name(path: Path) -> str:

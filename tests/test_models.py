@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
 
+from pyrite import seeds
 from pyrite.loading import Lora
 from pyrite.models import Policy, RewardEnsemble, RewardModel, member_paths
 from pyrite.packing import Row, micro_batches, pack
@@ -248,6 +252,39 @@ def test_a_saved_reward_model_comes_back(tiny: Path, tmp_path: Path, pooling) ->
         )
 
 
+AGAIN = """
+import json, sys
+import torch
+from pyrite.models import RewardEnsemble
+
+torch.set_num_threads(1)
+torch.manual_seed(99)
+models = RewardEnsemble.load(sys.argv[1])
+print(json.dumps([models.scores(*json.loads(sys.argv[2])).tolist() for _ in range(2)]))
+"""
+
+
+@pytest.mark.parametrize("lora", [None, Lora(lora_rank=2, lora_dropout=0.5)], ids=["whole", "adapters"])
+def test_a_fresh_process_scores_alike(tiny: Path, tmp_path: Path, lora: Lora | None) -> None:
+    """The trained head is the one that is used, whatever the other process has drawn; dropout is off."""
+    model = RewardModel.load(tiny, lora=lora, head_seed=5, head_std=0.5)
+    generator = seeds.generator(0, "test")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    model.mean, model.std = 0.3, 1.7
+    model.save(tmp_path)
+    asked, said = ["tell me about the cat", "tell me"], ["the cat sat on the mat .", "a dog"]
+    here = model.scores(asked, said)
+    assert (here[0] - here[1]).abs() > 0.01
+    command = [sys.executable, "-c", AGAIN, str(tmp_path), json.dumps([asked, said])]
+    there = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
+    first, second = json.loads(there.stdout.splitlines()[-1])
+    assert first == second
+    assert first[0] == pytest.approx(here.tolist(), abs=1e-6)  # another layout in memory rounds its own way
+
+
 def test_head_seed_changes_the_head_and_nothing_else(tiny: Path) -> None:
     one, same, other = (RewardModel.load(tiny, head_seed=seed).model.state_dict() for seed in (1, 1, 2))
     assert all(torch.equal(one[name], same[name]) for name in one)
@@ -395,3 +432,61 @@ def test_an_ensemble_stacks_its_members(tiny: Path, tmp_path: Path) -> None:
     assert member_paths(tmp_path / "member_0") == [tmp_path / "member_0"]
     with pytest.raises(ValueError, match="no reward model here"):
         member_paths(tmp_path / "nowhere")
+
+
+def held(*models: torch.nn.Module) -> int:
+    """Bytes of parameters in memory, each storage once."""
+    storages = {p.untyped_storage().data_ptr(): p.untyped_storage() for model in models for p in model.parameters()}
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+def test_a_reference_shares_the_trunk_that_is_not_trained(tiny: Path) -> None:
+    """Top layers twice, the trunk below once; what is trained afterwards leaves the copy alone."""
+    policy = Policy.load(tiny, top=1)
+    trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
+    ref = policy.frozen_copy()
+    assert held(policy, ref) == held(policy) + sum(p.nbytes for p in trained.values())
+    assert 0.2 < sum(p.nbytes for p in trained.values()) / held(policy) < 0.8
+    assert held(policy, Policy.load(tiny).frozen_copy()) == 2 * held(policy)  # all of it trained: a full copy
+    assert not any(p.requires_grad for p in ref.parameters())
+    rows = [Row([1, 5, 6], [[7, 8, 2]])]
+    before = ref(ref.pack(rows)).detach()
+    torch.testing.assert_close(policy(policy.pack(rows)), before, atol=0, rtol=0)
+    with torch.no_grad():
+        for parameter in trained.values():
+            parameter.mul_(1.1)
+    assert torch.equal(ref(ref.pack(rows)), before)
+    assert not torch.equal(policy(policy.pack(rows)), before)
+
+
+def test_what_top_trains(tiny: Path, tmp_path: Path) -> None:
+    def trained(path: Path, top: int) -> set[str]:
+        return {
+            name.removeprefix("model.") for name, p in Policy.load(path, top=top).named_parameters() if p.requires_grad
+        }
+
+    last = trained(tiny, 1)
+    assert trained(tiny, 0) == {"lm_head.weight"} < last
+    assert {name.split("layers.")[1][0] for name in last if "layers." in name} == {"1"}
+    assert {name for name in last if "layers." not in name} == {"model.norm.weight", "lm_head.weight"}
+    build("gemma", tie_word_embeddings=True).save_pretrained(tmp_path / "tied")
+    AutoTokenizer.from_pretrained(tiny).save_pretrained(tmp_path / "tied")
+    tied = trained(tmp_path / "tied", 1)  # the head is the input embedding, which lies below
+    assert "model.norm.weight" in tied and not any("embed" in name or "lm_head" in name for name in tied)
+    with pytest.raises(ValueError, match="tied to the frozen embedding"):
+        Policy.load(tmp_path / "tied", top=0)
+    with pytest.raises(ValueError, match="the model has 2 layers"):
+        Policy.load(tiny, top=3)
+    with pytest.raises(ValueError, match="not both"):
+        Policy.load(tiny, top=1, lora=Lora(lora_rank=2))
+
+
+def test_adapters_that_are_trained_on_share_their_base_with_the_reference(tiny: Path, tmp_path: Path) -> None:
+    Policy.load(tiny, lora=Lora(lora_rank=2)).save(tmp_path / "adapters")
+    policy = Policy.load(tmp_path / "adapters")
+    assert not policy.reversible
+    ref = policy.frozen_copy()
+    low = sum(p.nbytes for p in policy.parameters() if p.requires_grad)
+    assert held(policy, ref) == held(policy) + low < 1.5 * held(policy)
+    rows = [Row([1, 5, 6], [[7, 8, 2]])]
+    torch.testing.assert_close(ref(ref.pack(rows)), policy(policy.pack(rows)), atol=0, rtol=0)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from pyrite import data, prompts
+from pyrite.dimensions import Variants
 from pyrite.evaluation import Evaluation
 from pyrite.models import Policy
 from pyrite.prompts import Turns
@@ -41,6 +42,23 @@ def test_none_is_learned_from_and_measured_on(demos: Path, tmp_path: Path) -> No
     assert not {row["prompt_id"] for row in others} & {row["prompt_id"] for row in kept}
     with pytest.raises(ValueError, match="0 to measure on"):
         prompts.split(str(demos), Evaluation(), columns=None, held_out=0.0, seed=0)
+
+
+def test_no_raw_prompt_is_learned_from_and_measured_on(tmp_path: Path) -> None:
+    """Under whatever preferences, by a share or by a file of its own, conditioned or raw."""
+    raw = [{"prompt_id": f"r{i}", "prompt": f"tell me {i}"} for i in range(20)]
+    rows = Variants("soups", ("P1A", "neutral", "P2B+P3A")).of(raw)
+    data.write(rows, tmp_path / "rows.parquet")
+    data.write(raw[:4], tmp_path / "raw.jsonl")
+    data.write(rows[:12], tmp_path / "test.parquet")
+    nameless = [{"prompt": row["prompt"]} for row in raw[:4]]
+    data.write(nameless, tmp_path / "nameless.jsonl")
+    for file in (None, "raw.jsonl", "test.parquet", "nameless.jsonl"):
+        how = Evaluation(eval_prompts=str(tmp_path / file) if file else None)
+        learned, test = prompts.split(str(tmp_path / "rows.parquet"), how, columns=None, held_out=0.2, seed=0)
+        both = [{data.origin(row)[1] for row in some} for some in (learned, test)]
+        assert not both[0] & both[1] and len(both[0]) == 16 and len(both[1]) == 4
+        assert len(learned) == 48 and all("preferences" in row for row in learned)
 
 
 def test_room_for_the_answer(tiny: Path) -> None:

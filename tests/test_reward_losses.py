@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pyrite.reward_losses
+from pyrite.estimators import wins
 from pyrite.parts import members
 from pyrite.reward_losses import bradley_terry
 
@@ -28,6 +29,7 @@ def test_examples():
     "chosen, rejected, options, value",
     [
         (1.0, 0.0, {}, 0.313262),
+        (0.5, 0.5, {}, 0.693147),
         (1.0, 0.0, {"center": 0.001}, 0.313762),
         (0.0, 0.0, {"center": 0.001}, 0.693147),
         (2.0, 0.0, {}, 0.126928),
@@ -40,6 +42,11 @@ def test_examples():
 )
 def test_worked_values(chosen, rejected, options, value):
     assert bradley_terry(one(chosen), one(rejected), **options).item() == pytest.approx(value, abs=1e-6)
+
+
+def test_equal_scores_are_a_tie_and_not_correct():
+    scores = torch.tensor([1.0, 0.5, -0.5])
+    assert wins(scores, torch.tensor([0.0, 0.5, 0.0])).tolist() == [1.0, 0.5, 0.0]
 
 
 def test_mean_over_the_pairs_of_a_ranking():

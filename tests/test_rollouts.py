@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pyrite import ensembles, seeds
+from pyrite.dimensions import Dimensions, Option, conditioned
 from pyrite.evaluation import response_logps
 from pyrite.models import Policy, RewardModel
 from pyrite.policy_gradient import gae, policy_loss, rloo, token_rewards, value_loss, whiten
@@ -23,10 +24,10 @@ PROMPTS = [{"prompt_id": str(i), "prompt": words} for i, words in enumerate(["te
 IDS = [[1, 20, 21], [1, 22], [1, 4, 6, 20]]
 
 
-def count(_: Any, responses: Any, done: Any) -> Tensor:
+def count(answers: Any) -> Tensor:
     """Two members: words, and words less one without an end."""
-    words = torch.tensor([float(len(response.split())) for response in responses])
-    return torch.stack([words, words - (~torch.tensor(done)).float()])
+    words = torch.tensor([float(len(answer.response.split())) for answer in answers])
+    return torch.stack([words, words - (~torch.tensor([answer.finished for answer in answers])).float()])
 
 
 @pytest.fixture
@@ -79,9 +80,9 @@ def test_a_draw_belongs_to_its_prompt_and_batch(policy: Policy) -> None:
 
 def test_rewards_are_combined_and_weighted(policy: Policy) -> None:
     answers = rolled(policy).answers
-    other = Reward("other", lambda p, y, done: torch.tensor([[float(len(text)) for text in y]]), weight=-0.5)
+    other = Reward("other", lambda some: torch.tensor([[float(len(a.response)) for a in some]]), weight=-0.5)
     found = scored([Reward("words", count, ensembles.wco, 2.0), other], answers)
-    words = count(None, [a.response for a in answers], [a.finished for a in answers])
+    words = count(answers)
     letters = torch.tensor([float(len(a.response)) for a in answers])
     torch.testing.assert_close(found.total, 2 * words.amin(0) - 0.5 * letters)
     assert torch.equal(found.members["words"], words) and torch.equal(found.combined["other"], letters)
@@ -100,7 +101,29 @@ def test_reward_models_and_scorers(policy: Policy, tiny: Path, tmp_path: Path) -
     asked, said, done = ([getattr(a, name) for a in answers] for name in ("prompt", "response", "finished"))
     found = scored([Reward.of_models(str(tmp_path / "reward"), ensemble="uwo(weight=0.5)")], answers)
     torch.testing.assert_close(found.total, model.scores(asked, said, finished=done))
-    torch.testing.assert_close(scored([Reward.of_scorer("length()")], answers).total, count(asked, said, done)[0])
+    torch.testing.assert_close(scored([Reward.of_scorer("length()")], answers).total, count(answers)[0])
+
+
+def test_preferences_of_a_prompt_reach_the_reward(policy: Policy) -> None:
+    """Each answer is scored by the options of its own prompt, raw prompt and answer alone being read by golds."""
+    along = Dimensions(
+        (
+            Option("long", "size", "big", "Longer.", gold="length()"),
+            Option("cat", "animal", "cat", "Cats.", gold='with_prompt(gold=\'word_collector(words=["cat", "a"])\')'),
+        )
+    )
+    rows = [conditioned(PROMPTS[i], along.chosen(ids)) for i, ids in enumerate((["long"], ["cat"], ["cat", "long"]))]
+    reward = Reward.of_preferences(None, along)
+    reward.check(rows)
+    found = collect(Players(policy, policy), [reward], rows, IDS, k=2, max_new_tokens=8, seed=0, number=0)
+    for answer, total in zip(found.answers, found.scores.total.tolist(), strict=True):
+        words = f"{answer.asked} {answer.response}".split()
+        scores = {"long": len(answer.response.split()), "cat": ("cat" in words) + ("a" in words)}
+        assert answer.preferences is not None
+        assert total == pytest.approx(sum(scores[id] for id in answer.preferences) / len(answer.preferences))
+    assert found.scores.summary()["preferences long"] == pytest.approx(found.scores.members["preferences"][0].nanmean())
+    with pytest.raises(ValueError, match="prompt 0 has no preferences"):
+        collect(Players(policy, policy), [reward], PROMPTS, IDS, k=2, max_new_tokens=8, seed=0, number=0)
 
 
 def test_refusals(policy: Policy, tmp_path: Path) -> None:
@@ -110,7 +133,7 @@ def test_refusals(policy: Policy, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="each once"):
         scored([Reward("words", count)] * 2, answers)
     with pytest.raises(ValueError, match="broken scored row 1"):
-        scored([Reward("broken", lambda *_: torch.tensor([[torch.nan]]))], answers)
+        scored([Reward("broken", lambda _: torch.tensor([[torch.nan]]))], answers)
     with pytest.raises(ValueError, match="no reward model"):
         Reward.of_models(str(tmp_path))
     found = rolled(policy)
@@ -198,7 +221,7 @@ def test_learning_raises_the_reward(policy: Policy) -> None:
     for sign in (1.0, -1.0):
         mine = copy.deepcopy(policy)
         learner = Learner(mine, Training(batch_size=3))
-        reward = Reward("words", lambda p, y, done, sign=sign: sign * count(p, y, done)[:1])
+        reward = Reward("words", lambda some, sign=sign: sign * count(some)[:1])
         for number in range(8):
             found = collect(
                 Players(mine, policy), [reward], PROMPTS, IDS, k=16, max_new_tokens=10, seed=0, number=number

@@ -249,3 +249,31 @@ def test_bad_sizes_are_refused_before_anything_is_written(tmp_path, options):
     with pytest.raises(ValueError, match=next(iter(options))):
         toy.write(tmp_path / "world", seed=0, **options)
     assert not (tmp_path / "world").exists()
+
+
+def test_extra_words_are_read_and_said(tmp_path):
+    """Those of preferences: appended, each once, known ones left where they are."""
+    words = "please answer in twelve words , the fox .".split() * 2
+    new = [word for word in dict.fromkeys(words) if word not in toy.tokenizer().get_vocab()]
+    assert 0 < len(new) < len(set(words))
+    more = toy.tokenizer(words=words)
+    assert more.get_vocab() == toy.tokenizer().get_vocab() | {w: len(toy.tokenizer()) + i for i, w in enumerate(new)}
+    assert more.decode(more(" ".join(words))["input_ids"]) == " ".join(words)
+    world = toy.write(tmp_path / "world", seed=4, n_demos=3, n_pool=20, words=words)
+    saved = AutoModelForCausalLM.from_pretrained(world.model)
+    assert saved.config.vocab_size == len(AutoTokenizer.from_pretrained(world.model)) == len(more)
+    assert saved.lm_head.weight.shape[0] == toy.config(words=words).vocab_size == len(more)
+    with pytest.raises(ValueError, match=r"toy word 'in twelve': .* one by one"):
+        toy.tokenizer(words=["in twelve"])
+
+
+def test_without_extra_words_the_world_stays_the_same(tmp_path):
+    """File for file and byte for byte what it was before there were any."""
+    for name, options in (("one", {}), ("other", {"words": ()})):
+        toy.write(tmp_path / name, seed=4, n_demos=30, n_pool=20, **options)
+    files = sorted(path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*") if path.is_file())
+    assert len(files) > 6
+    assert all((tmp_path / "one" / file).read_bytes() == (tmp_path / "other" / file).read_bytes() for file in files)
+    vocabulary = toy.tokenizer().get_vocab()
+    assert sorted(vocabulary, key=vocabulary.__getitem__) == [*toy.SPECIALS, *toy_words.TAGS]
+    assert toy.config().vocab_size == len(vocabulary)

@@ -123,6 +123,23 @@ def test_what_is_trained(tiny: Path) -> None:
     assert adapters and all("lora_" in name or "score" in name for name in adapters)
 
 
+def test_adapters_are_saved_and_trained_on(tiny: Path, tmp_path: Path) -> None:
+    rows = [Row([1, 5], [[6, 7], [8, 2]])]
+    model = ValueModel.load(tiny, lora=Lora(lora_rank=2))
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(len(name)))
+    model.mean = 0.2
+    model.save(tmp_path / "value")
+    assert (tmp_path / "value" / "adapter_model.safetensors").exists()
+    again = ValueModel.load(tmp_path / "value")
+    torch.testing.assert_close(again(again.pack(rows)), model(model.pack(rows)))
+    names = [{name for name, p in one.named_parameters() if p.requires_grad} for one in (model, again)]
+    assert names[0] == names[1]
+    with pytest.raises(ValueError, match="has adapters, which are trained on"):
+        ValueModel.load(tmp_path / "value", lora=Lora(lora_rank=2))
+
+
 def test_saved_and_loaded_it_is_the_same(tiny: Path, tmp_path: Path) -> None:
     rows = [Row([1, 5], [[6, 7], [8, 2]])]
     model = ValueModel.load(tiny)

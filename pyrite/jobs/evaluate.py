@@ -2,28 +2,24 @@
 
 Answers are sampled at temperature 1 without truncation and scored under the same distribution, so that
 KL(policy || ref) = E_policy[log pi - log pi_ref] is estimated where it is defined: by k1 and k3, and by the exact KL
-of every position summed up. With preference pairs, also what training did to the ranking of their answers and to
-single tokens. Natural logarithms.
+of every position summed up; beside it the policy's exact entropy. With preference pairs, also what training did to the
+ranking of their answers and to single tokens. Natural logarithms.
 """
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from pyrite import analyses, data, estimators, runs, text
+from pyrite import analyses, data, runs, text
 from pyrite.analyses import TokenRatios
 from pyrite.evaluation import Answers, Evaluation, Evaluator, response_logps
-from pyrite.logps import Logps
 from pyrite.models import Policy
-from pyrite.packing import Row, micro_batches
 from pyrite.preferences import EncodedPairs, encode_pairs, paired
 from pyrite.progress import progress, say
 from pyrite.runs import Run
@@ -34,7 +30,6 @@ OUTPUTS = {
     "tokens.csv": "with pairs: how far training moved each token, on average",
     "alpaca_eval.json": "with --alpaca-eval NAME: one answer a prompt as AlpacaEval reads it",
 }
-BUDGET = 16384  # packed tokens scored at a time
 RANKED = ("accuracy", "policy_accuracy", "margin")  # analyses of the pairs that are results too
 
 
@@ -85,19 +80,16 @@ def run(config: Config) -> Run:
     pairs = _pairs(config)
     policy = Policy.load(config.model)
     evaluator = Evaluator.load(_options(config), policy, ref=config.ref, seed=config.seed, columns=config.columns)
-    ref, evaluator = evaluator.ref, replace(evaluator, ref=None)  # KL is measured here, more closely
     made = _encoded(policy, pairs, config)
     run.open()
     say(f"evaluate: {config.k} answers to each of {len(evaluator.prompts)} prompts")
     with progress("evaluate", evaluator.total, unit="answers") as advance:
         answers = evaluator(policy, progress=advance)
-    found: dict[str, Any] = {"answers": {}}
-    if ref:
-        answers, found["answers"] = _against(policy, ref, evaluator.ids, answers)
+    found: dict[str, Any] = {"answers": _by_position(answers)}
     state = analyses.degeneration(answers.drawn.responses(), answers.drawn.finished.tolist())
     found["answers"] |= state._asdict()
-    if ref and made:
-        found["pairs"], table = on_pairs(policy, ref, made, min_count=config.min_count)
+    if evaluator.ref and made:
+        found["pairs"], table = on_pairs(policy, evaluator.ref, made, min_count=config.min_count)
         if run.writes:
             runs.write_text(run.folder / "tokens.csv", _csv(_named(table, policy.tokenizer)))
     if run.writes:
@@ -149,25 +141,6 @@ def on_pairs(
     return found, table
 
 
-@torch.inference_mode()
-def exact_kl(policy: Policy, ref: Policy, rows: Sequence[Row]) -> tuple[Logps, list[Tensor]]:
-    """Of each row's one response under the reference: its log-probabilities, and KL(policy || ref) at each position.
-
-    KL_t = sum_v pi(v) log(pi(v)/pi_ref(v)) over the whole vocabulary, one (T_i,) tensor a response, nats.
-    """
-    policy.eval()
-    ref.eval()
-    logps: list[Tensor] = [torch.empty(0)] * len(rows)
-    kl = list(logps)
-    for group in micro_batches(rows, budget=BUDGET):
-        some = [rows[i] for i in group]
-        batch = packed if (packed := ref.pack(some)).padded else policy.pack(some)
-        both = ref(batch, details=True, ref=policy)[:2].cpu().split(batch.lengths.tolist(), dim=1)
-        for i, (logp, details) in zip(group, both, strict=True):
-            logps[i], kl[i] = logp, details
-    return Logps.from_tokens(logps), kl
-
-
 def _options(config: Config) -> Evaluation:
     return Evaluation(
         eval_prompts=config.prompts,
@@ -176,6 +149,7 @@ def _options(config: Config) -> Evaluation:
         ensemble=config.ensemble,
         eval_limit=config.limit,
         eval_k=config.k,
+        eval_exact=config.ref is not None,
         max_new_tokens=config.max_new_tokens,
     )
 
@@ -198,19 +172,12 @@ def _encoded(policy: Policy, pairs: list[dict[str, Any]], config: Config) -> Enc
     return made
 
 
-def _against(policy: Policy, ref: Policy, ids: list[list[int]], answers: Answers) -> tuple[Answers, dict[str, Any]]:
-    """The answers with their KL from the reference, which scores the very tokens that were sampled; KL by position."""
-    drawn = answers.drawn
-    rows = [Row(ids[p], [r]) for p, r in zip(drawn.prompt.tolist(), drawn.responses(), strict=True)]
-    theirs, exact = exact_kl(policy, ref, rows)
-    lengths = drawn.length.tolist()
-    ours = Logps.from_tokens([row[:length] for row, length in zip(drawn.policy_logps, lengths, strict=True)])
-    values = {f"kl_{name}": estimators.kl(ours, theirs, estimator=name).double() for name in ("k1", "k3")}
-    values["kl_exact"] = torch.stack([row.double().sum() for row in exact])
-    nats, reached = analyses.by_position(exact)
-    positions = {"kl_by_position": nats.tolist(), "answers_by_position": reached.tolist()}
-    first = {name: answers.values[name] for name in ("gold", "proxy") if name in answers.values}
-    return replace(answers, values=first | values | answers.values), positions
+def _by_position(answers: Answers) -> dict[str, Any]:
+    """The exact KL at each position, over the answers that reach it; {} without a reference."""
+    if answers.exact is None:
+        return {}
+    nats, reached = analyses.by_position(answers.exact.kl)
+    return {"kl_by_position": nats.tolist(), "answers_by_position": reached.tolist()}
 
 
 def _rows(answers: Answers) -> list[dict[str, Any]]:

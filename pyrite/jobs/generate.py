@@ -1,7 +1,7 @@
-"""Candidates: K answers of a policy to each prompt.
+"""Candidates: K answers of a policy to each prompt, as it is or under each of some preferences.
 
-Randomness belongs to (seed, prompt_id, sample), so a candidate does not depend on batch size, number of processes
-or an interruption.
+Randomness belongs to (seed, prompt_id, sample), so a candidate does not depend on batch size, number of processes,
+an interruption or the other preferences that are asked for.
 """
 
 from __future__ import annotations
@@ -9,16 +9,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 from torch import Tensor
 
 from pyrite import data, runs, seeds, text
+from pyrite.dimensions import Variants
 from pyrite.generate import Samples, sample
 from pyrite.models import Policy, backbone
 from pyrite.progress import Advance, progress, say
 from pyrite.runs import Run
 
-OUTPUTS = {"candidates.parquet": "prompt_id, prompt, sample, response, finished, length, logp"}
+OUTPUTS = {
+    "candidates.parquet": "prompt_id, prompt, sample, response, finished, length, logp; of prompts under preferences "
+    "also asked, asked_id, preferences"
+}
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,7 @@ class Config:
     """Answers a prompt."""
     limit: int | None = None
     """Use only the first so many prompts."""
+    variants: Variants = Variants()
     max_new_tokens: int = 256
     temperature: float = 1.0
     top_p: float = 1.0
@@ -46,7 +52,7 @@ class Config:
 
 def inputs(config: Config) -> dict[str, str | Path]:
     """What the job reads."""
-    return {"model": config.model, "prompts": config.prompts}
+    return {"model": config.model, "prompts": config.prompts, **config.variants.inputs()}
 
 
 def run(config: Config) -> Run:
@@ -54,7 +60,7 @@ def run(config: Config) -> Run:
     run = runs.start("generate", config, inputs=inputs(config))
     if run.done:
         return run
-    prompts = data.load(config.prompts, "prompts", columns=config.columns)[: config.limit]
+    prompts = config.variants.of(data.load(config.prompts, "prompts", columns=config.columns)[: config.limit])
     policy = Policy.load(config.model)
     room = policy.context - config.max_new_tokens
     if room < 1:
@@ -76,6 +82,7 @@ def run(config: Config) -> Run:
             lambda begin, end: _part(policy, prompts[begin:end], ids[begin:end], config, advance),
             size=some,
         )
+    table = _with_preferences(table, prompts)
     if run.writes:
         pq.write_table(table, run.folder / ".candidates.parquet")
         (run.folder / ".candidates.parquet").replace(run.folder / "candidates.parquet")
@@ -126,3 +133,15 @@ def _part(policy: Policy, prompts: list[dict], ids: list[list[int]], config: Con
         "length": drawn.length.tolist(),
         "logp": logp.tolist(),
     }
+
+
+def _with_preferences(table: pa.Table, prompts: list[dict]) -> pa.Table:
+    """The candidates with what their prompts were made from, where these carry it."""
+    owner = {row["prompt_id"]: row for row in prompts}
+    types = {"asked": None, "asked_id": None, "preferences": pa.list_(pa.string())}
+    if not any("preferences" in row for row in prompts):
+        return table
+    for name, kind in types.items():
+        values = [owner[key].get(name) for key in table["prompt_id"].to_pylist()]
+        table = table.append_column(name, pa.array(values, kind))
+    return table

@@ -169,7 +169,7 @@ def _pairs(couples: list[tuple[Answer, Answer]], strengths: Tensor, config: Conf
             continue
         first = strength > 0 or (strength == 0 and coin < 0.5)
         chosen, rejected = (a, b) if first else (b, a)
-        asked = {"prompt_id": a["prompt_id"], "prompt": a["prompt"]}
+        asked = {name: a[name] for name in ("prompt_id", "prompt", *data.CONDITIONED) if name in a}
         answers = {"chosen": chosen["response"], "rejected": rejected["response"]}
         pairs.append({**asked, **answers, "strength": abs(strength)})
     return pairs

@@ -12,12 +12,12 @@ Pairs are learned from the very tokens that were drawn. Rounds may be one step e
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from pyrite import discriminators, judges, losses, parts, prompts, runs, samplers, schedules, seeds, train
+from pyrite.asking import Asking
 from pyrite.discriminators import Discriminator, Maker
 from pyrite.evaluation import Evaluation, Evaluator
 from pyrite.journal import Journal
@@ -42,7 +42,7 @@ OUTPUTS = {
     "rounds/*.parquet": "every pair: prompt_id, prompt, chosen, rejected, strength",
     "best/": "with --stop-when-parted: the policy with the most gold",
     "metrics.jsonl": "a row a round: gold, proxy, KL, length, agreement with gold, labels spent",
-    "ledger.db": "every paid label, where labels are paid for",
+    "ledger.db": "every paid label, and every paid score of gold, where they are paid for",
 }
 
 
@@ -97,6 +97,10 @@ class Config:
     """Rounds between policies that are kept in policies/, to be evaluated side by side; 0 keeps none."""
     stopping: Stopping = Stopping()
     evaluation: Evaluation = Evaluation()
+    asking: Asking = Asking()
+    train_top: int | None = None
+    """Layers of the policy that are trained, the last ones, with final norm and head; the rest it shares with the
+    reference. All by default."""
     lora: Lora = Lora()
     training: Training = Training(lr=5e-7)
     seed: int = 0
@@ -117,10 +121,12 @@ def run(config: Config) -> Run:
         config.prompts, config.evaluation, columns=config.columns, held_out=config.held_out, seed=config.seed
     )
     turns = Turns(len(asked), min(config.prompts_per_round or len(asked), len(asked)), config.fresh, config.seed)
-    policy = Policy.load(config.model, lora=config.lora)
-    start = policy if policy.reversible else copy.deepcopy(policy).requires_grad_(False)
-    evaluator = Evaluator.load(config.evaluation, policy, ref=start, seed=config.seed, prompts=test)
-    ref = start if config.ref == "start" else copy.deepcopy(policy).requires_grad_(False)
+    policy = Policy.load(config.model, lora=config.lora, top=config.train_top)
+    start = policy if policy.reversible else policy.frozen_copy()
+    evaluator = Evaluator.load(
+        config.evaluation, policy, ref=start, seed=config.seed, prompts=test, asking=config.asking
+    )
+    ref = start if config.ref == "start" else policy.frozen_copy()
     players = Players(policy, ref, config.training.precision)
     learner = RoundLearner(
         policy, named.loss, config.training, rounds=config.rounds, restart=config.restart, seed=config.seed
@@ -148,7 +154,8 @@ def run(config: Config) -> Run:
             prefs = players.preferences(judged.answers, judged.labelled.pairs, learner.wanted)
             over = number + 1 == config.rounds or (labeler.spent(number) and not silver)
             measured = over or (number + 1) % config.measure_every == 0
-            journal.write(number, len(answers), judged, learner.learn(prefs, number), measured=measured)
+            learned = learner.learn(prefs, number)
+            journal.write(number, len(answers), judged, learned, measured=measured, over=over)
             advance(1)
             if run.writes and config.keep_every and (number + 1) % config.keep_every == 0:
                 policy.save(run.folder / "policies" / f"{number + 1:05d}")
@@ -161,7 +168,9 @@ def run(config: Config) -> Run:
     if run.writes:
         policy.save(run.folder / "model")
     train.discard_checkpoints(run)
-    return run.finish(start=journal.start, last=journal.last, labels=journal.labels, answers=journal.answers)
+    journal.tell()
+    counts = {"labels": journal.labels, "answers": journal.answers}
+    return run.finish(start=journal.start, last=journal.last, fit=journal.fit, **counts)
 
 
 @dataclass(frozen=True)

@@ -12,36 +12,39 @@ Answers are drawn at temperature 1 without truncation. The first step must find 
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from pyrite import estimators, prompts, runs, seeds, train
+from pyrite import estimators, prompts, runs
+from pyrite.actors import HEADS, Learners, Passes, State
+from pyrite.asking import Asking
+from pyrite.dimensions import Dimensions, Variants
 from pyrite.evaluation import Evaluation, Evaluator, response_logps
 from pyrite.journal import Journal
-from pyrite.kl_control import KLControl, controlled
+from pyrite.kl_control import KLControl
 from pyrite.models import Lora, Policy
-from pyrite.moments import Moments, merged, moments, normalized
+from pyrite.moments import normalized
+from pyrite.objectives import Combine
 from pyrite.policy_gradient import Estimates, explained_variance, token_rewards, whiten
 from pyrite.progress import progress, say
 from pyrite.prompts import Turns
-from pyrite.rollouts import Method, Reward, Rollouts, batch_loss, collect, estimates
+from pyrite.rollouts import Method, Reward, Rollouts, collect, estimates
 from pyrite.rounds import Players
 from pyrite.runs import Run
-from pyrite.train import Learner, Training, TrainingError
-from pyrite.values import ValueModel, WithValue
+from pyrite.train import Training, TrainingError
 from pyrite.watch import Stopping
 
 OUTPUTS = {
     "model/": "the last policy, Hugging Face layout; a value head on its trunk beside it",
     "value/": "a value model of its own",
     "best/": "with --stop-when-parted: the policy with the most gold",
+    "ledger.db": "every paid score of gold, where they are paid for",
     "metrics.jsonl": "a row a step: scores, KL, ratio, clip fraction, explained variance; gold and proxy when measured",
 }
 START = 0.01  # nats: what an answer's log-probability may change by reading it again, and its KL at the start
@@ -56,7 +59,8 @@ class Config:
     prompts: str
     """Prompts: prompt, prompt_id."""
     reward: tuple[str, ...]
-    """Folders of reward runs, or scorers such as "length()"; "0.5*runs/b" weighs one of several."""
+    """Folders of reward runs, or scorers such as "length()"; "0.5*runs/b" weighs one of several. With --dimensions a
+    reward run scores each of a prompt's options, one of its own is ID=FOLDER, and golds are the options' own."""
     out: Path
     columns: str | None = None
     held_out: float = 0.1
@@ -69,6 +73,8 @@ class Config:
     """The critic: shared or detached, a head on the policy's trunk; or a folder, a model or reward model of its own."""
     value_top: int | None = None
     """Layers of a critic of its own that are trained, the last ones; all by default."""
+    value_lora_rank: int = 0
+    """Adapters on a critic of its own in place of its weights, of the policy's --lora-alpha, -dropout and -targets."""
     value_lr: float | None = None
     """Learning rate of a critic of its own; the policy's by default."""
     steps: int = 100
@@ -102,6 +108,15 @@ class Config:
     """Steps between measurements and checkpoints."""
     stopping: Stopping = Stopping()
     evaluation: Evaluation = Evaluation()
+    asking: Asking = Asking()
+    variants: Variants = Variants()
+    combine_rewards: Combine = "mean"
+    """How the scores of a prompt's options become one: mean, weighted or min."""
+    option_weights: tuple[str, ...] = ()
+    """Of the options with --combine-rewards weighted: P1A=0.5."""
+    train_top: int | None = None
+    """Layers of the policy that are trained, the last ones, with final norm and head; the rest it shares with the
+    reference. All by default."""
     lora: Lora = Lora()
     training: Training = Training(lr=1e-6, epochs=4)
     """epochs: passes over a batch of answers; batch_size: prompts in an update."""
@@ -111,7 +126,8 @@ class Config:
 def inputs(config: Config) -> dict[str, str | Path]:
     """What the job reads."""
     found: dict[str, str | Path] = {"model": config.model, "prompts": config.prompts, **config.evaluation.inputs()}
-    folders = [Path(name) for _, name in map(_weighed, config.reward)]
+    found |= config.variants.inputs()
+    folders = [Path(name.split("=")[-1]) for _, name in map(_weighed, config.reward)]
     return found | {
         f"reward {i}": path / "done.json" for i, path in enumerate(folders) if (path / "done.json").exists()
     }
@@ -126,11 +142,16 @@ def run(config: Config) -> Run:
     asked, test = prompts.split(
         config.prompts, config.evaluation, columns=config.columns, held_out=config.held_out, seed=config.seed
     )
-    policy = Policy.load(config.model, lora=config.lora)
-    start = policy if policy.reversible else copy.deepcopy(policy).requires_grad_(False)
-    evaluator = Evaluator.load(config.evaluation, policy, ref=start, seed=config.seed, prompts=test)
+    asked, test = map(config.variants.of, (asked, test))
+    for reward in rewards:
+        reward.check(asked)
+    policy = Policy.load(config.model, lora=config.lora, top=config.train_top)
+    start = policy if policy.reversible else policy.frozen_copy()
+    evaluator = Evaluator.load(
+        config.evaluation, policy, ref=start, seed=config.seed, prompts=test, asking=config.asking
+    )
     ids = prompts.encoded(policy, asked, new=config.evaluation.max_new_tokens, source=config.prompts)
-    learners = Learners.make(policy, config)
+    learners = _learners(policy, config)
     players = Players(policy, start, config.training.precision)
     run.open()
     turns = Turns(len(asked), min(config.prompts_per_step, len(asked)), True, config.seed)
@@ -158,12 +179,11 @@ def run(config: Config) -> Run:
                 _check_start(policy, drawn)
             shaped = _shaped(drawn, state, config)
             made = _advantages(drawn, shaped, state, config)
-            seen = learners.learn(drawn, made, config, number)
-            seen |= _summary(drawn, shaped, made, state)
+            seen = learners.learn(drawn, made, number) | _summary(drawn, shaped, made, state)
             state.follow(control, seen["rollout_kl"], answers=len(drawn.answers))
             over = number + 1 == config.steps
             measured = over or (number + 1) % config.measure_every == 0
-            journal.log(number, len(drawn.answers), seen, measured=measured)
+            journal.log(number, len(drawn.answers), seen, measured=measured, over=over)
             advance(1)
             if over or (measured and journal.parted()):
                 break
@@ -171,116 +191,8 @@ def run(config: Config) -> Run:
                 learners.save(run.folder, number + 1, state)
                 run.pause()
     learners.finish(run)
-    return run.finish(start=journal.start, last=journal.last, answers=journal.answers)
-
-
-# What lasts from step to step -------------------------------------------------------------------------------------
-
-
-@dataclass
-class State:
-    """0-dim tensors that belong in a checkpoint: the price of KL, moments of scores and of shaped returns, updates."""
-
-    beta: Tensor
-    scores: Moments
-    returns: Moments
-    updates: Tensor
-
-    @classmethod
-    def of(cls, control: KLControl) -> State:
-        beta = torch.tensor(control.beta, dtype=torch.float64)
-        return cls(beta, Moments.zero(), Moments.zero(), torch.zeros((), dtype=torch.int64))
-
-    def tensors(self) -> dict[str, Tensor]:
-        """By name; the state itself is restored through them."""
-        parts = {"scores": self.scores, "returns": self.returns}
-        both = {f"{name}.{field}": value for name, part in parts.items() for field, value in vars(part).items()}
-        return {"beta": self.beta, "updates": self.updates, **both}
-
-    def follow(self, control: KLControl, kl: float, *, answers: int) -> None:
-        """Move beta, once a batch."""
-        self.beta.fill_(controlled(replace(control, beta=self.beta.item()), kl, answers=answers).beta)
-
-    def see(self, name: Literal["scores", "returns"], values: Tensor) -> Moments:
-        """Merge new values into the moments, in place; returns those before."""
-        mine: Moments = getattr(self, name)
-        before = Moments(*(value.clone() for value in vars(mine).values()))
-        for field, new in vars(merged(mine, moments(values))).items():
-            getattr(mine, field).copy_(new)
-        return before
-
-
-@dataclass
-class Learners:
-    """The policy's optimizer, with the value head on its trunk if it has one, or beside it the critic's."""
-
-    config: Config
-    policy: Learner
-    critic: ValueModel | WithValue | None = None
-    value: Learner | None = None
-
-    @classmethod
-    def make(cls, policy: Policy, config: Config) -> Learners:
-        """As the options say. Raises ValueError where a critic cannot be loaded."""
-        torch.manual_seed(seeds.derive(config.seed, "dropout"))
-        if config.method != "gae":
-            return cls(config, Learner(policy, config.training))
-        if config.value in ("shared", "detached"):
-            both = WithValue(policy, detach=config.value == "detached")
-            return cls(config, Learner(both, config.training), both)
-        critic = ValueModel.load(config.value, top=config.value_top)
-        if critic.tokenizer.get_vocab() != policy.tokenizer.get_vocab():
-            raise ValueError(f"--value {config.value}: its vocabulary is not the policy's, whose tokens it reads")
-        training = replace(config.training, lr=config.value_lr or config.training.lr)
-        return cls(config, Learner(policy, config.training), critic, Learner(critic, training))
-
-    def learn(self, drawn: Rollouts, made: Estimates, config: Config, number: int) -> dict[str, float]:
-        """A few passes over a batch; means over the updates. Raises TrainingError where one is not finite."""
-        seen: list[dict[str, Tensor]] = []
-        order = train.batches(len(drawn.rows), config.training, seed=seeds.derive(config.seed, "order", number))
-        total = config.steps * train.steps(len(drawn.rows), config.training)
-        done = number * train.steps(len(drawn.rows), config.training)
-        options: dict[str, Any] = {"value_clip": config.value_clip, "value_weight": config.value_weight}
-        for update, batch in enumerate(order):
-            found: dict[str, Tensor] = {}
-            for learner in (self.policy, self.value):
-                if learner is None:
-                    continue
-                loss = batch_loss(learner.model, drawn, made, clip=config.ratio_clip, **options)  # type: ignore[arg-type]
-                lr = train.learning_rate(done + update, total, learner.training)
-                new = learner.update(batch, drawn.rows, loss, weights=drawn.weights, lr=lr)
-                found |= new if learner is self.policy else {f"critic_{name}": value for name, value in new.items()}
-            seen.append(found)
-            if config.stop_kl is not None and found["step_kl"].item() > config.stop_kl:
-                break
-        means = {name: torch.stack([row[name].float() for row in seen]).mean().item() for name in seen[0]}
-        if not all(torch.tensor(list(means.values())).isfinite()):
-            raise TrainingError(
-                f"step {number + 1}: loss or gradient not finite; the last good checkpoint is in checkpoints/; "
-                "lower --lr, or raise --beta"
-            )
-        return {**means, "updates": len(seen)}
-
-    def save(self, folder: Path, number: int, state: State) -> None:
-        """The critic's checkpoint first: that of the policy is the one that counts."""
-        if self.value:
-            train.save(folder / "checkpoints" / "value", number, self.value, {})
-        train.save(folder / "checkpoints", number, self.policy, state.tensors())
-
-    def resume(self, folder: Path, state: State) -> int:
-        """Steps done."""
-        begin = train.resume(folder / "checkpoints", self.policy, state.tensors())
-        if self.value and begin:
-            train.resume(folder / "checkpoints" / "value", self.value, {}, step=begin)
-        return begin
-
-    def finish(self, run: Run) -> None:
-        """Save what was learned."""
-        if run.writes:
-            self.policy.model.save(run.folder / "model")  # type: ignore[operator]
-            if self.value:
-                self.value.model.save(run.folder / "value")  # type: ignore[operator]
-        train.discard_checkpoints(run)
+    journal.tell()
+    return run.finish(start=journal.start, last=journal.last, fit=journal.fit, answers=journal.answers)
 
 
 # One step ---------------------------------------------------------------------------------------------------------
@@ -360,20 +272,74 @@ def _checked(config: Config) -> KLControl:
     for name in ("steps", "prompts_per_step", "k", "measure_every"):
         if getattr(config, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)}: give at least 1")
-    if config.method != "gae" and (config.value, config.value_top, config.value_lr) != ("shared", None, None):
-        raise ValueError(f"--method {config.method} has no critic: leave --value, --value-top and --value-lr out")
-    if config.value in ("shared", "detached") and (config.value_top, config.value_lr) != (None, None):
-        raise ValueError(f"--value {config.value} learns with the policy: leave --value-top and --value-lr out")
+    own = (config.value_top, config.value_lora_rank, config.value_lr) != (None, 0, None)
+    if config.method != "gae" and (own or config.value != "shared"):
+        raise ValueError(f"--method {config.method} has no critic: leave --value and options --value-... of one out")
+    if config.value in HEADS and own:
+        raise ValueError(
+            f"--value {config.value} learns with the policy: leave --value-top, --value-lora-rank and --value-lr out"
+        )
     return KLControl(config.beta, config.kl_control, config.kl_target, config.kl_horizon)
+
+
+def _learners(policy: Policy, config: Config) -> Learners:
+    """Who learns, as the options say."""
+    passes = Passes(
+        steps=config.steps,
+        seed=config.seed,
+        clip=config.ratio_clip,
+        value_clip=config.value_clip,
+        value_weight=config.value_weight,
+        stop_kl=config.stop_kl,
+    )
+    return Learners.make(
+        policy,
+        config.training,
+        passes,
+        value=config.value if config.method == "gae" else None,
+        top=config.value_top,
+        lora=replace(config.lora, lora_rank=config.value_lora_rank),
+        lr=config.value_lr,
+    )
 
 
 def _rewards(config: Config) -> list[Reward]:
     """Every reward, loaded."""
+    if config.variants.dimensions:
+        return _of_preferences(config, Dimensions.load(config.variants.dimensions))
+    if config.combine_rewards != "mean" or config.option_weights:
+        raise ValueError("--combine-rewards and --option-weights are of preferences: give --dimensions")
     return [
         Reward.of_models(name, ensemble=config.objective, weight=weight)
         if Path(name).is_dir()
         else Reward.of_scorer(name, weight=weight)
         for weight, name in _each(config.reward)
+    ]
+
+
+def _of_preferences(config: Config, dimensions: Dimensions) -> list[Reward]:
+    """Rewards that score every option a prompt was asked under, from the raw prompt with that one option."""
+    given = _each(config.reward)
+    own = dict(name.split("=", 1) for _, name in given if "=" in name)
+    if own and len(own) < len(given):
+        raise ValueError(f"--reward {' '.join(config.reward)}: give ID=FOLDER for every option, or none")
+    sources = [(1.0, own)] if own else [(weight, None if name == "golds" else name) for weight, name in given]
+    pairs = [weight.partition("=") for weight in config.option_weights]
+    try:
+        weights = {id: float(value) for id, _, value in pairs}
+    except ValueError as error:
+        raise ValueError(f"--option-weights {' '.join(config.option_weights)}: write them as P1A=0.5") from error
+    return [
+        Reward.of_preferences(
+            source,
+            dimensions,
+            combine=config.combine_rewards,
+            weights=weights,
+            ensemble=config.objective,
+            turn=config.variants.preference_turn,
+            weight=weight,
+        )
+        for weight, source in sources
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import pickle
@@ -19,6 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from pyrite.asking import Asking
 from pyrite.evaluation import Evaluation
 from pyrite.jobs import online
 from pyrite.labelers import Paying
@@ -362,3 +364,37 @@ def test_two_processes_equal_one(live: online.Config, tmp_path: Path) -> None:
     for name in ("one", "two"):
         bought = purchases(replace(live, out=tmp_path / name))
         assert len(bought) == sum(row["attempts"] for row in bought) == 8
+
+
+def test_gold_that_measures_has_a_budget_of_its_own(config: online.Config, capsys: pytest.CaptureFixture[str]) -> None:
+    """Beside the judge's in one ledger; gold is asked at measurements alone, so no agreement by round."""
+    paid = replace(
+        config,
+        evaluation=replace(config.evaluation, eval_exact=True),
+        paying=Paying(budget=12),
+        asking=Asking(gold_every=2, gold_prompts=3, gold_budget=7),
+        rounds=3,
+        prompts_per_round=4,
+    )
+    online.run(paid)
+    rows = read_metrics(paid.out)
+    assert [row["step"] for row in rows if "gold" in row] in ([0, 2], [0, 2, 3])
+    assert rows[0]["gold_labels"] <= 3 * paid.evaluation.eval_k and rows[-1]["gold_labels"] <= 7
+    assert not any("agreement" in row for row in rows) and all("kl_exact" in row for row in rows)
+    with Ledger(paid.out / "ledger.db") as ledger:
+        kinds = {row["kind"]: row["labels"] for row in ledger.summary()}
+    assert kinds == {"verdict": rows[-1]["labels"], "score": rows[-1]["gold_labels"]}
+
+
+@pytest.mark.parametrize("ref", ["start", "previous"])
+def test_top_layers_learn_against_copies_of_themselves(
+    config: online.Config, monkeypatch: pytest.MonkeyPatch, ref: Any
+) -> None:
+    shared = replace(config, train_top=1, ref=ref, rounds=3, out=config.out.with_name("shared"))
+    apart = replace(shared, out=config.out.with_name("apart"))
+    online.run(shared)
+    monkeypatch.setattr(Policy, "frozen_copy", lambda self: copy.deepcopy(self).requires_grad_(False))
+    online.run(apart)
+    assert read_metrics(shared.out) == read_metrics(apart.out)
+    ours, theirs = ((run.out / "model" / "model.safetensors").read_bytes() for run in (shared, apart))
+    assert ours == theirs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import time
 from dataclasses import replace
@@ -11,10 +12,13 @@ from typing import Any
 import launch
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
+from pyrite.asking import Asking
 from pyrite.evaluation import Evaluation
 from pyrite.jobs import ppo
 from pyrite.models import Lora, Policy, RewardModel
+from pyrite.packing import Row
 from pyrite.rollouts import Rollouts
 from pyrite.runs import read_json, read_metrics
 from pyrite.train import Training, TrainingError
@@ -131,7 +135,13 @@ def test_adapters_alone_are_trained(config: ppo.Config) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{}, {"value": "own", "normalize": True}, {"method": "reinforce", "kl_control": "adaptive", "kl_target": 1.0}],
+    [
+        {},
+        {"value": "own", "normalize": True},
+        {"method": "reinforce", "kl_control": "adaptive", "kl_target": 1.0},
+        {"value": "own", "value_lora_rank": 2, "value_lr": 1e-3, "train_top": 1},
+        {"asking": Asking(gold_every=2, gold_prompts=3, gold_budget=8)},
+    ],
 )
 def test_a_cut_run_goes_on_exactly(
     config: ppo.Config, tiny: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]
@@ -165,22 +175,29 @@ def test_inner_passes_stop_where_the_policy_has_moved_enough(config: ppo.Config)
 
 
 @pytest.mark.parametrize(
-    ("golds", "last", "best"), [([0, 1, 3, 1, 1, 9], 4, 2), ([3, 1, 1, 9], 2, 0), ([0, 1, 2, 3], 6, 6)]
+    ("golds", "last", "best"),
+    [
+        ([0, 1, 3, 1, 1, 9], 4, 2),
+        ([3, 1, 1, 9], 2, 0),
+        ([0, 1, 2, 3], 6, 6),
+        ([0, 3, None, 1, None, 1, 9], 5, 1),  # gold was not asked at steps 2 and 4
+    ],
 )
 def test_it_stops_where_the_proxy_has_parted_from_gold(
     config: ppo.Config,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-    golds: list[float],
+    golds: list[float | None],
     last: int,
     best: int,
 ) -> None:
     """Measurements as given; the policies, checkpoints and what is kept are real."""
     told = iter(enumerate([*golds, *range(10, 20)]))
 
-    def measure(_: ppo.Journal) -> dict[str, float]:
+    def measure(_: ppo.Journal, step: int, *, over: bool = False) -> dict[str, float]:
         number, gold = next(told)
-        return {"gold": float(gold), "gold_se": 0.1, "proxy": float(number), "kl_k1": float(number)}
+        known = {} if gold is None else {"gold": float(gold), "gold_se": 0.1}
+        return {**known, "proxy": float(number), "kl_k1": float(number)}
 
     monkeypatch.setattr(ppo.Journal, "measure", measure)
     found = results(replace(config, steps=6, measure_every=1, stopping=Stopping(stop_when_parted=True)))
@@ -191,11 +208,126 @@ def test_it_stops_where_the_proxy_has_parted_from_gold(
     assert all(torch.equal(kept[name], ended[name]) for name in kept) == (best == last)
 
 
+def test_top_layers_learn_against_copies_of_themselves(
+    config: ppo.Config, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A reference on the shared trunk gives what a second model in memory gives; the trunk stays as it was."""
+    shared = replace(config, train_top=1, value="detached", out=config.out.with_name("shared"))
+    apart = replace(shared, out=config.out.with_name("apart"))
+    ppo.run(shared)
+    monkeypatch.setattr(Policy, "frozen_copy", lambda self: copy.deepcopy(self).requires_grad_(False))
+    ppo.run(apart)
+    assert read_metrics(shared.out) == read_metrics(apart.out)
+    assert read_metrics(shared.out)[-1]["kl_k1"] > 0.01
+    ours, theirs = (AutoModelForCausalLM.from_pretrained(f.out / "model").state_dict() for f in (shared, apart))
+    begun = AutoModelForCausalLM.from_pretrained(tiny).state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    moved = {name for name in ours if not torch.equal(ours[name], begun[name])}
+    assert moved == {name for name in ours if "layers.1." in name or name in ("model.norm.weight", "lm_head.weight")}
+
+
+def test_adapters_of_a_critic_are_saved_with_it(config: ppo.Config, tiny: Path) -> None:
+    ppo.run(replace(config, value=str(tiny), value_lora_rank=2, value_lr=1e-2))
+    assert (config.out / "value" / "adapter_model.safetensors").exists()
+    assert not (config.out / "model" / "adapter_model.safetensors").exists()
+    prompt = [Row([1, 20, 21], [[4, 5, 6, 2]])]
+    value = ValueModel.load(config.out / "value")
+    assert value(value.pack(prompt)).abs().max() > 1e-3  # it began at 0 everywhere
+    rows = read_metrics(config.out)[1:]
+    assert all(row["critic_value_loss"] > 0 for row in rows)
+
+
+SCORER = """
+import torch
+def score(prompts, responses):
+    with open({log!r}, "a") as file:
+        file.writelines(f"{{p}}|{{y}}\\n" for p, y in zip(prompts, responses))
+    return torch.tensor([float(len(y.split())) for y in responses])
+"""
+
+
+def test_gold_is_asked_within_its_budget(
+    config: ppo.Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every second measurement, 4 prompts, 9 answers in all; and never twice for one."""
+    (tmp_path / "dear.py").write_text(SCORER.format(log=str(tmp_path / "asked.txt")))
+    dear = replace(config.evaluation, gold=f"{tmp_path}/dear.py:score()", eval_exact=True)
+    asking = Asking(gold_every=2, gold_prompts=4, gold_budget=9)
+    ppo.run(replace(config, evaluation=dear, asking=asking, steps=8, measure_every=1))
+    asked = (tmp_path / "asked.txt").read_text().splitlines()
+    assert len(asked) == len(set(asked)) <= 9
+    rows = read_metrics(config.out)
+    bought = [row["gold_labels"] for row in rows]
+    with_gold = [row["step"] for row in rows if "gold" in row]
+    assert with_gold[0] == 0 and all(step in (0, 2, 4, 6, 8) for step in with_gold)
+    assert bought == sorted(bought) and bought[0] == 4 and bought[-1] == len(asked)
+    assert all({"kl_k1", "kl_exact", "entropy_exact", "length"} <= row.keys() for row in rows)
+    assert capsys.readouterr().out.count("measuring goes on without gold") == (with_gold != [0, 2, 4, 6, 8])
+    assert len(with_gold) < 5  # the budget did end
+
+
+def test_an_ample_budget_changes_nothing(config: ppo.Config) -> None:
+    config = replace(config, steps=4, measure_every=1)
+    free, paid = (replace(config, out=config.out.with_name(name)) for name in ("free", "paid"))
+    ends = results(free), results(replace(paid, asking=Asking(gold_budget=1000, gold_cost=0.5, gold_max_cost=500.0)))
+    rows = read_metrics(paid.out)
+    books = [(row.pop("gold_labels"), row.pop("gold_money")) for row in rows]
+    assert rows == [pytest.approx(row, abs=1e-6) if "kl_k1" in row else row for row in read_metrics(free.out)]
+    assert all(money == labels / 2 for labels, money in books)
+    fit = ends[0]["fit"]
+    assert ends[1]["fit"] == pytest.approx(fit, abs=1e-6) and {"gold_fit_a", "gold_fit_b"} <= fit.keys()
+    assert fit.items() <= read_metrics(free.out)[-1].items()
+
+
+def test_a_stop_while_gold_is_paid_for_buys_nothing_twice(config: ppo.Config, tmp_path: Path) -> None:
+    """Stopped at the 10th question; its answer was not there, so that one is asked again, and no other."""
+    files = {"log": str(tmp_path / "asked.txt"), "once": str(tmp_path / "once")}
+    (tmp_path / "dear.py").write_text(SCORER.format(**files) + STOP.format(**files))
+    dear = replace(config.evaluation, gold=f"{tmp_path}/dear.py:stops()")
+    config = replace(config, evaluation=dear, asking=Asking(gold_prompts=3, gold_budget=100), steps=5, measure_every=1)
+    with pytest.raises(KeyboardInterrupt):
+        ppo.run(replace(config, out=tmp_path / "cut"))
+    ppo.run(replace(config, out=tmp_path / "cut"))
+    cut = (tmp_path / "asked.txt").read_text().splitlines()
+    assert len(cut) == len(set(cut)) + 1
+    ppo.run(replace(config, out=tmp_path / "whole"))
+    assert read_metrics(tmp_path / "cut") == read_metrics(tmp_path / "whole")
+
+
+STOP = """
+from pathlib import Path
+def stops(prompts, responses):
+    found = score(prompts, responses)
+    if len(Path({log!r}).read_text().splitlines()) == 10 and not Path({once!r}).exists():
+        Path({once!r}).touch()
+        raise KeyboardInterrupt
+    return found
+"""
+
+
+def test_the_end_is_said_with_its_errors(config: ppo.Config, capsys: pytest.CaptureFixture[str]) -> None:
+    """A negative k1 as it is: rows of a policy that does not move, so that only chance is left."""
+    still = replace(config, training=replace(TRAINING, lr=1e-5), measure_every=1, steps=6)
+    found = results(still)
+    said = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("ppo: gold"))
+    for end in (found["start"], found["last"]):
+        assert f"kl_k1 {end['kl_k1']:.3g} ± {end['kl_k1_se']:.2g}" in said or (
+            f"-> {end['kl_k1']:.3g} ± {end['kl_k1_se']:.2g}" in said
+        )
+    assert any(row["kl_k1"] < 0 for row in read_metrics(config.out))
+
+
 def test_refusals_before_work(config: ppo.Config) -> None:
     for change, words in (
         ({"method": "rloo", "k": 1}, "give --k 2"),
         ({"method": "rloo", "value": "detached"}, "has no critic"),
         ({"value_lr": 1e-3}, "learns with the policy"),
+        ({"value_lora_rank": 2}, "learns with the policy"),
+        ({"method": "reinforce", "value_lora_rank": 2}, "has no critic"),
+        ({"value": config.model, "value_top": 1, "value_lora_rank": 2}, "not both"),
+        ({"train_top": 3}, "has 2 layers"),
+        ({"train_top": 1, "lora": Lora(lora_rank=2)}, "not both"),
+        ({"evaluation": Evaluation(), "asking": Asking(gold_every=2)}, "give --gold too"),
         ({"steps": 0}, "at least 1"),
         ({"reward": ()}, "at least one"),
         ({"reward": ("lenght()",)}, "did you mean length"),
@@ -223,13 +355,17 @@ def _command(config: ppo.Config, out: Path, **more: str) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("value", ["shared", "own"])
+@pytest.mark.parametrize("value", ["shared", "own", "own with adapters, gold paid"])
 def test_two_processes_equal_one(config: ppo.Config, tmp_path: Path, value: str) -> None:
-    more = {"--value": config.model if value == "own" else value}
+    more = {"--value": config.model if "own" in value else value}
+    if "paid" in value:
+        more |= {"--value-lora-rank": "2", "--train-top": "1", "--gold-every": "2", "--gold-budget": "30"}
     for name, processes in (("one", 1), ("two", 2)):
         launch.launch([_command(config, tmp_path / name, **more)], processes=processes)
     one, two = (Policy.load(tmp_path / name / "model").state_dict() for name in ("one", "two"))
     assert all(torch.allclose(one[name], two[name], atol=1e-4) for name in one)
+    asked = [[row.get("gold") for row in read_metrics(tmp_path / name)] for name in ("one", "two")]
+    assert asked[0] == asked[1]
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import vl_convert
 
 from pyrite.report.charts import specification, vega_lite
 from pyrite.report.policies import STEP, bars, policies, policy_sections
+from pyrite.report.sections import Table
 
 GOLD = {"single": [0.0, 1.0, 0.5, -1.0], "uwo": [0.0, 1.0, 1.2, 1.1]}
 KL = [-0.01, 2.0, 9.0, 4.0]  # an estimate below 0 at the start, and a path that turns back
@@ -66,7 +67,8 @@ def test_bars_are_drawn_with_the_intervals_there_are() -> None:
 def test_sections_are_there_where_policies_are() -> None:
     parts = policy_sections(results())
     assert [type(part).__name__ for part in parts] == ["Text", "Views", "Views", "Table", "Table", "Figure"]
-    ends = parts[3].rows  # type: ignore[union-attr]
-    assert len(ends) == 4 and ends[0][3:5] == ("1.00", "2.00")
+    table = parts[3]
+    assert isinstance(table, Table)
+    assert len(table.rows) == 4 and tuple(table.rows[0])[3:5] == ("1.00", "2.00")
     assert policy_sections({}) == []
     assert policy_sections({"policies": [], "bars": results()["bars"][:1]}) == []  # one bar compares nothing

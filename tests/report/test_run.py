@@ -1,4 +1,5 @@
 import json
+import re
 
 import pytest
 
@@ -27,6 +28,29 @@ def test_a_finished_run(tmp_path, read_page):
     names = [a["aria-label"].split(":")[0] for a in read.all("div") if a.get("class") == "chart"]
     assert names == ["loss", "accuracy"]
     assert "12.5 seconds" in read.text and "model.path<b>" in read.text and "accuracy0.71" in read.text
+
+
+def test_a_value_stands_beside_its_standard_error_also_below_0(tmp_path, read_page):
+    rows = [{"step": i, "part": "ppo", "kl_k1": -0.02 + 0.01 * i, "kl_k1_se": 0.03} for i in range(3)]
+    rows[1]["kl_k1_se"] = None
+    write(tmp_path, config={"job": "ppo"}, metrics=rows, done={"start": rows[0], "last": rows[-1], "answers": 9})
+    html = run_page(tmp_path)
+    read = read_page(html)
+    assert read.errors == []
+    assert "−0.02 ± 0.03" in read.text and "0 ± 0.03" in read.text
+    (chart,) = [a["aria-label"] for a in read.all("div") if a.get("class") == "chart"]  # the error is its band
+    assert "-0.02 at step 0" in chart
+    named = r'"hi":([^,]+),"label":"","line":"ppo","lo":([^,]+),"shown":"([^"]+)"'
+    points = re.findall(named, html[html.index('"points":') :])
+    assert [float(value) for value in points[0][:2]] == pytest.approx([0.01, -0.05])
+    assert points[0][2] == "-0.02 ± 0.03" and points[1] == ("null", "null", "-0.01")
+
+
+def test_means_of_an_evaluation_stand_beside_their_errors(tmp_path, read_page):
+    done = {"answers": 3, "gold": {"mean": 1.25, "se": 0.5}, "kl_k1": {"mean": -0.5, "se": 0.25}}
+    write(tmp_path, config={"job": "evaluate"}, done=done)
+    text = read_page(run_page(tmp_path)).text
+    assert "1.25 ± 0.5" in text and "−0.5 ± 0.25" in text
 
 
 def test_a_run_that_is_not_finished_and_has_no_metrics(tmp_path, read_page):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import pyrite.judges
+import pyrite.judges.scores
 from pyrite.judges import bradley_terry, check_verdicts
 
 
@@ -52,4 +52,4 @@ def test_noise_hardness_and_one_score_a_text(tmp_path: Path) -> None:
 
 
 def test_examples() -> None:
-    assert doctest.testmod(pyrite.judges).failed == 0
+    assert doctest.testmod(pyrite.judges.scores).failed == 0

@@ -1,4 +1,4 @@
-"""Judges: judge(prompts, a, b) -> (N,) P(a beats b) in [0, 1], NaN where there is no verdict."""
+"""A judge made of any scorer, and the check on verdicts."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ import torch
 from torch import Tensor
 
 from pyrite import golds, parts
-
-__all__ = ["bradley_terry"]
 
 Judge = Callable[[list[str], list[str], list[str]], Tensor]
 

@@ -1,0 +1,358 @@
+"""Duels of methods over combinations of preferences: every two of them, judged option by option on the same prompts.
+
+A unit is one prompt under one combination, and one sample. The judge reads the raw prompt and both answers, once for
+each option of the combination; the unit goes to the method that wins more options. Answers meet by ids, never by their
+places, and intervals draw whole prompts, with all their combinations. What the options' golds and reward models make of
+the answers is told beside it, and which methods no other one dominates.
+
+Jang et al. 2023, arXiv:2310.11564, section 5.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from pyrite import data, duels, golds, judges, parts, runs
+from pyrite.dimensions import Dimensions, Option, filled
+from pyrite.dimensions.options import located
+from pyrite.duels import Missing, Rates
+from pyrite.objectives import OneScore, gold_scorers, model_scorers
+from pyrite.progress import progress, say
+from pyrite.rounds import Answer
+from pyrite.runs import Run
+from pyrite.text import plain
+
+OUTPUTS = {"verdicts.parquet": "every verdict: first, second, combination, asked_id, sample, option, p, verdict"}
+GENERAL = "general"
+PART = 64  # questions kept at once
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Config:
+    """Judge methods against each other under combinations of preferences."""
+
+    answers: tuple[str, ...]
+    """Candidates as METHOD=FILE; a method may have several files. Neutral answers serve every combination."""
+    dimensions: str
+    """Preference dimensions: a YAML file, or a shipped name such as soups."""
+    out: Path
+    judge: str = "bradley_terry(gold={gold}, hard=True)"
+    """Who judges; {criterion}, {gold}, {sentence} and {id} stand for the option's own."""
+    general: str | None = None
+    """In place of the options: what is better in general, the gold, or criterion, that the judge is given."""
+    rewards: tuple[str, ...] = ()
+    """Score by reward runs too: one folder for all options, or OPTION=FOLDER for each."""
+    missing: Missing = "drop"
+    """What an option without a verdict makes of its unit: it is dropped, or that option counts as a tie."""
+    times: int = 2000
+    """Resamples for the intervals."""
+    seed: int = 0
+
+
+class Unit(NamedTuple):
+    """What two methods are compared on."""
+
+    combination: tuple[str, ...]
+    asked_id: str
+    sample: int
+
+    def __str__(self) -> str:
+        return f"prompt {self.asked_id} under {_name(self.combination) or 'no preference'}, sample {self.sample}"
+
+
+Answers = Mapping[str, Mapping[Unit, Row]]
+
+
+@dataclass(frozen=True)
+class Contest:
+    """All answers by method and unit, the units in order, and the criteria of a combination with their judges."""
+
+    answers: Answers
+    units: Sequence[Unit]
+    judges: Mapping[str, judges.Judge]
+    general: bool
+
+    def criteria(self, combination: Sequence[str]) -> tuple[str, ...]:
+        return (GENERAL,) if self.general else tuple(combination)
+
+    @property
+    def combinations(self) -> list[tuple[str, ...]]:
+        return list(dict.fromkeys(unit.combination for unit in self.units))
+
+
+def inputs(config: Config) -> dict[str, str | Path]:
+    """What the job reads, files of the options' golds among it."""
+    options = Dimensions.load(config.dimensions).options
+    own = [match[1] for option in options if (match := re.match(r"\s*([^()]+\.py):", option.gold or ""))]
+    folders = [Path(folder) / "done.json" for folder in _rewards(config).values()]
+    return {
+        **{f"{name} answers {i}": file for i, (name, file) in enumerate(_named(config))},
+        "dimensions": located(config.dimensions),
+        **{path: path for path in own},
+        **{f"reward {path.parent}": path for path in folders},
+    }
+
+
+def run(config: Config) -> Run:
+    """Read, judge, count, score."""
+    run = runs.start("duel", config, inputs=inputs(config))
+    if run.done:
+        return run
+    if config.times < 2:
+        raise ValueError(f"--times {config.times}: give at least 2 resamples, 2000 for intervals to rely on")
+    known = Dimensions.load(config.dimensions)
+    contest, scorers = _contest(config, known), _scorers(config, known)
+    run.open()
+    verdicts = [row for name in contest.judges for row in _verdicts(run, contest, name)]
+    if run.writes:
+        data.write(verdicts, run.folder / "verdicts.parquet")
+    scores = list(_scores(contest, scorers))
+    found = _counted(verdicts, contest, config)
+    for row in found["averages"]:
+        say(f"duel: {row['method']} wins {_told(row['half'])} on average over its opponents, ties one half")
+    calls = len(verdicts)
+    return run.finish(
+        methods=list(contest.answers), **found, scores=scores, pareto=_pareto(scores, contest), calls=calls
+    )
+
+
+# What is compared -------------------------------------------------------------------------------------------------
+
+
+def _contest(config: Config, known: Dimensions) -> Contest:
+    """Answers that match, and their judges, ready. Raises ValueError, naming methods and prompt."""
+    given: dict[str, dict[Unit, Row]] = {}
+    for name, file in _named(config):
+        _add(given.setdefault(name, {}), name, file, known)
+    if len(given) < 2:
+        raise ValueError(f"--answers: a duel needs two methods or more, and there is {', '.join(given) or 'none'}")
+    place = {id: i for i, id in enumerate(known.ids)}
+    named = {unit.combination for mine in given.values() for unit in mine} - {()}
+    combinations = sorted(named, key=lambda ids: [place[id] for id in ids]) or known.combinations()
+    answers = {name: _under(mine, name, combinations) for name, mine in given.items()}
+    units = sorted(next(iter(answers.values())), key=lambda unit: combinations.index(unit.combination))
+    for first, second in itertools.combinations(answers, 2):
+        _check_alike(answers, first, second)
+    return Contest(answers, units, _judges(config, known, combinations), bool(config.general))
+
+
+def _named(config: Config) -> list[tuple[str, str]]:
+    """Methods and files, one a file."""
+    split = [(entry, *entry.partition("=")[::2]) for entry in config.answers]
+    for entry, name, file in split:
+        if not (name and file):
+            raise ValueError(f"--answers {entry!r}: write METHOD=FILE")
+    return [(name, file) for _, name, file in split]
+
+
+def _add(mine: dict[Unit, Row], name: str, file: str, known: Dimensions) -> None:
+    """The answers of a file to those of its method; candidates without preferences are neutral."""
+    for row in data.load(file, "candidates"):
+        row = {"asked": row["prompt"], "asked_id": row["prompt_id"], "preferences": [], **row}
+        try:
+            options = known.chosen(row["preferences"])
+        except ValueError as error:
+            raise ValueError(f"{file}: prompt {row['asked_id']}: {error}") from error
+        unit = Unit(tuple(option.id for option in options), str(row["asked_id"]), row["sample"])
+        if unit in mine:
+            raise ValueError(f"{file}: {name} has two answers to {unit}; give one")
+        mine[unit] = row
+
+
+def _under(mine: Mapping[Unit, Row], name: str, combinations: Sequence[tuple[str, ...]]) -> dict[Unit, Row]:
+    """A method's answers by combination: its own, or its neutral ones under each."""
+    neutral = {unit: row for unit, row in mine.items() if not unit.combination}
+    if not neutral:
+        return dict(mine)
+    if len(neutral) < len(mine):
+        raise ValueError(f"{name} has neutral answers and others; give them as two methods")
+    return {unit._replace(combination=each): row for each in combinations for unit, row in neutral.items()}
+
+
+def _check_alike(answers: Answers, first: str, second: str) -> None:
+    one, other = answers[first], answers[second]
+    for unit in [*one, *other]:
+        if unit not in one or unit not in other:
+            owner, lacking = (first, second) if unit in one else (second, first)
+            raise ValueError(f"{owner} has an answer to {unit}, {lacking} has none; let both answer the same prompts")
+        if plain(one[unit]["asked"]) != plain(other[unit]["asked"]):
+            raise ValueError(f"{first} and {second} were asked different things as {unit}; give them the same prompts")
+
+
+def _judges(config: Config, known: Dimensions, combinations: Iterable[Sequence[str]]) -> dict[str, judges.Judge]:
+    if config.general:
+        options = [Option(GENERAL, "", "", config.general, config.general)]
+    else:
+        options = [known.option(id) for id in dict.fromkeys(itertools.chain(*combinations))]
+    return {option.id: parts.part(filled(config.judge, option), judges) for option in options}
+
+
+# Verdicts ---------------------------------------------------------------------------------------------------------
+
+
+def _verdicts(run: Run, contest: Contest, name: str) -> Iterator[Row]:
+    """What the judge of one criterion says of every two methods on every unit, in parts that outlast a stop."""
+    cases = [
+        (first, second, unit)
+        for first, second in itertools.combinations(contest.answers, 2)
+        for unit in contest.units
+        if name in contest.criteria(unit.combination)
+    ]
+    with progress(f"judge {name}", len(cases), unit="pairs") as advance:
+
+        def ask(begin: int, end: int) -> dict[str, list]:
+            some = cases[begin:end]
+            both = [(contest.answers[first][unit], contest.answers[second][unit]) for first, second, unit in some]
+            prompts = [plain(a["asked"]) for a, _ in both]
+            given = contest.judges[name](prompts, [a["response"] for a, _ in both], [b["response"] for _, b in both])
+            advance(end - begin)
+            return {"p": judges.check_verdicts(given, len(some), name=f"the judge of {name}").tolist()}
+
+        told = runs.in_parts(run.folder / "parts" / name, len(cases), ask, size=PART)["p"].to_pylist()
+    for (first, second, unit), p in zip(cases, told, strict=True):
+        place = {"combination": _name(unit.combination), "asked_id": unit.asked_id, "sample": unit.sample}
+        given = {"p": None, "verdict": None} if math.isnan(p) else {"p": p, "verdict": (p > 0.5) - (p < 0.5)}
+        yield {"first": first, "second": second, **place, "option": name, **given}
+
+
+def _counted(verdicts: Sequence[Row], contest: Contest, config: Config) -> dict[str, list[Row]]:
+    """The win matrix, its averages, and what it is made of."""
+    prompts = {id: i for i, id in enumerate(sorted({unit.asked_id for unit in contest.units}))}
+    asked = {
+        c: torch.tensor([prompts[u.asked_id] for u in contest.units if u.combination == c])
+        for c in contest.combinations
+    }
+    said: dict[tuple[str, ...], list[float]] = {}
+    for row in verdicts:
+        key = (row["first"], row["second"], row["combination"], row["option"])
+        said.setdefault(key, []).append(math.nan if row["verdict"] is None else row["verdict"])
+    table = {key: torch.tensor(values, dtype=torch.float64) for key, values in said.items()}
+
+    def rates(some: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Rates:
+        outcome, prompt = (torch.cat(column) for column in zip(*some, strict=True))
+        return duels.rates(outcome, prompt, times=config.times, seed=config.seed)
+
+    found: dict[str, list[Row]] = {"matrix": [], "averages": [], "by_combination": [], "by_criterion": []}
+    for pair in itertools.combinations(contest.answers, 2):
+        won = {}
+        for c in contest.combinations:
+            along = torch.stack([table[*pair, _name(c), option] for option in contest.criteria(c)])
+            won[c] = (duels.outcomes(along, missing=config.missing), asked[c])
+            found["by_combination"] += _both(pair, rates([won[c]]), combination=_name(c))
+        found["matrix"] += _both(pair, rates(list(won.values())))
+        for option in contest.judges:
+            where = [c for c in contest.combinations if option in contest.criteria(c)]
+            alone = [(table[*pair, _name(c), option], asked[c]) for c in where]
+            found["by_criterion"] += _both(pair, rates(alone), option=option)
+    return found | {"averages": _averages(found["matrix"], list(contest.answers))}
+
+
+def _both(pair: tuple[str, str], rates: Rates, **place: str) -> list[Row]:
+    """A row for each direction."""
+    rows = []
+    for (first, second), seen in ((pair, rates), (pair[::-1], duels.mirrored(rates))):
+        values = {name: _known(value) for name, value in seen._asdict().items() if name != "sem"}
+        rows.append({"first": first, "second": second, **place, **values})
+    return rows
+
+
+def _averages(matrix: Sequence[Row], methods: Sequence[str]) -> list[Row]:
+    table = torch.full((len(methods), len(methods)), math.nan, dtype=torch.float64)
+    for row in matrix:
+        if row["half"] is not None:
+            table[methods.index(row["first"]), methods.index(row["second"])] = row["half"]
+    means = duels.average(table).tolist()
+    return [{"method": name, "half": _known(mean)} for name, mean in zip(methods, means, strict=True)]
+
+
+# Scores -----------------------------------------------------------------------------------------------------------
+
+
+def _scorers(config: Config, known: Dimensions) -> dict[str, dict[str, OneScore]]:
+    """Scorers of options by kind, loaded."""
+    found = {"gold": gold_scorers(known)} if any(option.gold for option in known.options) else {}
+    if not config.rewards:
+        return found
+    named = _rewards(config)
+    return found | {"reward": model_scorers(named.get("", named), known)}
+
+
+def _rewards(config: Config) -> dict[str, str]:
+    """Folders of reward runs by option, "" for all options."""
+    found: dict[str, str] = {}
+    for given in config.rewards:
+        match = re.match(r"([\w.-]+)=", given)
+        found[match[1] if match else ""] = given[match.end() :] if match else given
+    if len(found) < len(config.rewards) or ("" in found and len(found) > 1):
+        raise ValueError("--rewards: give one folder for all options, or OPTION=FOLDER once for each")
+    return found
+
+
+def _scores(contest: Contest, scorers: Mapping[str, Mapping[str, OneScore]]) -> Iterator[Row]:
+    """The mean score of each method by each option of each combination, with its standard error over prompts."""
+    for by, of_options in scorers.items():
+        for option in dict.fromkeys(itertools.chain(*contest.combinations)):
+            if option not in of_options:
+                continue
+            score = _scored(contest, option, of_options[option])
+            for name, mine in contest.answers.items():
+                for c in (c for c in contest.combinations if option in c):
+                    asked: dict[str, list[float]] = {}
+                    for unit in (unit for unit in contest.units if unit.combination == c):
+                        asked.setdefault(unit.asked_id, []).append(score(mine[unit]))
+                    means = torch.tensor([sum(some) / len(some) for some in asked.values()], dtype=torch.float64)
+                    se = means.std().item() / len(means) ** 0.5 if len(means) > 1 else None
+                    place = {"method": name, "combination": _name(c), "option": option}
+                    yield {**place, "mean": means.mean().item(), "se": se, "by": by}
+
+
+def _scored(contest: Contest, option: str, scorer: OneScore) -> Callable[[Row], float]:
+    """What an option makes of every answer under it, each text scored once."""
+    texts: dict[tuple[Any, ...], Answer] = {}
+
+    def key(row: Row) -> tuple[Any, ...]:
+        return str(row["asked_id"]), row["response"], row["finished"]
+
+    for unit in (unit for unit in contest.units if option in unit.combination):
+        for row in (mine[unit] for mine in contest.answers.values()):
+            given = (row["prompt_id"], row["prompt"], row["response"], row["finished"])
+            texts.setdefault(key(row), Answer(*given, [], [], row["asked"], [option]))
+    scores = golds.check_scores(scorer(list(texts.values())), len(texts), name=f"the score of {option}").tolist()
+    found = dict(zip(texts, scores, strict=True))
+    return lambda row: found[key(row)]
+
+
+def _pareto(scores: Sequence[Row], contest: Contest) -> list[Row]:
+    """Each method's mean by option, over the combinations that have it, by gold where there is one; who is in front."""
+    means: dict[str, dict[str, float]] = {name: {} for name in contest.answers}
+    for by in ("gold", "reward"):
+        for option in dict.fromkeys(row["option"] for row in scores if row["by"] == by):
+            for name, mine in means.items():
+                some = [r["mean"] for r in scores if (r["by"], r["method"], r["option"]) == (by, name, option)]
+                mine.setdefault(option, sum(some) / len(some))
+    if not scores:
+        return []
+    front = duels.pareto(torch.tensor([list(mine.values()) for mine in means.values()], dtype=torch.float64)).tolist()
+    return [{"method": name, **mine, "front": ahead} for (name, mine), ahead in zip(means.items(), front, strict=True)]
+
+
+def _name(combination: Sequence[str]) -> str:
+    return "+".join(combination)
+
+
+def _known(value: float) -> float | None:
+    """JSON has no NaN."""
+    return None if math.isnan(value) else value
+
+
+def _told(share: float | None) -> str:
+    return "nothing that could be judged" if share is None else f"{100 * share:.1f} %"

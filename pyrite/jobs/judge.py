@@ -1,0 +1,289 @@
+"""Judging: pairs of answers put to a language model or to people, and how far two judges agree.
+
+`pyrite judge ask|export|import|agreement`. Every answer of a model is in the ledger, with its text, tokens and cost, as
+soon as it is there, so an interrupted run goes on where it stopped, and a second run costs nothing.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pyrite import data, labels, runs, seeds
+from pyrite.judges import agreement as agreeing
+from pyrite.judges import costs, humans
+from pyrite.judges.answers import Answers, Question, Tally
+from pyrite.judges.llm import Asking, LanguageJudge
+from pyrite.judges.pairs import Shown, request, verdict_row
+from pyrite.processes import world
+from pyrite.progress import progress, say
+from pyrite.runs import Run
+from pyrite.sources import Row, read
+
+ANSWER = ("response", "sample", "finished", "length", "logp")  # what a candidate has of its own
+OUTPUTS = {
+    "verdicts.parquet": "ask, import: the pairs with preference (1 a, 2 b, 0 tie, null), p, order, p_ab, p_ba, raw",
+    "ledger.db": "ask: every answer with its text, tokens and cost, unless --ledger names another file",
+    "pairs.csv": "export: blinded pairs to be labelled, or pairs.jsonl",
+    "pairs.parquet": "export: what the pairs were made of; import reads it",
+    "agreement.json": "agreement: agreement, kappa, position bias, tie and no-verdict rates, with intervals",
+}
+
+
+@dataclass(frozen=True)
+class Ask:
+    """Have a language model say which answer of each pair is better by a criterion."""
+
+    model: str
+    """The judge, by the name its server knows."""
+    criterion: str
+    """What makes an answer better, in a sentence."""
+    out: Path
+    pairs: str | None = None
+    """Pairs to judge, a = chosen and b = rejected; rename others: --columns chosen=a,rejected=b."""
+    candidates: str | None = None
+    """Instead: candidates, whose answers 0 and 1, 2 and 3, ... to a prompt are paired."""
+    columns: str | None = None
+    criterion_id: str | None = None
+    """Name of the criterion in ledger and table; the sentence by default."""
+    ledger: Path | None = None
+    """SQLite file of the answers, which runs may share; ledger.db in the run's folder by default."""
+    estimate: bool = False
+    """Say what it would cost, by the prompts as they would be sent, and ask nobody."""
+    tokenizer: str | None = None
+    """Tokenizer that counts for --estimate, a folder or a Hub name; without one, characters / 4."""
+    asking: Asking = Asking()
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write pairs to a file for a person to label, blinded: in an order, and with sides, drawn by the seed."""
+
+    criterion: str
+    """What makes an answer better, in a sentence; it stands beside each pair."""
+    out: Path
+    pairs: str | None = None
+    """Pairs, a = chosen and b = rejected; rename others: --columns chosen=a,rejected=b."""
+    candidates: str | None = None
+    """Instead: candidates, whose answers 0 and 1, 2 and 3, ... to a prompt are paired."""
+    columns: str | None = None
+    criterion_id: str | None = None
+    """Name of the criterion in the table of verdicts; the sentence by default."""
+    format: Literal["csv", "jsonl"] = "csv"
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Import:
+    """Take in the labels of a filled file, by the ids of its pairs: A, B, TIE, or nothing for no verdict."""
+
+    file: str
+    """The filled file: columns pair_id and better."""
+    exported: Path
+    """Folder of the export that the file comes from."""
+    out: Path
+    annotator: str = "human"
+    """Who labelled."""
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far two files of verdicts agree, and how each of the judges leans."""
+
+    first: str
+    """verdicts.parquet of a judge."""
+    out: Path
+    second: str | None = None
+    """verdicts.parquet of another judge, or of people; without one, how the first judge leans."""
+    n_boot: int = 1000
+    """Resamples of prompts for the intervals."""
+    level: float = 0.95
+    seed: int = 0
+
+
+Config = Ask | Export | Import | Agreement
+
+
+def inputs(config: Config) -> dict[str, str | Path]:
+    """What the job reads."""
+    if isinstance(config, Import):
+        return {"file": config.file, "exported": config.exported / "pairs.parquet"}
+    if isinstance(config, Agreement):
+        files = {"first": config.first, "second": config.second}
+    else:
+        shown = config.asking.demonstrations if isinstance(config, Ask) else None
+        files = {"pairs": config.pairs, "candidates": config.candidates, "demonstrations": shown}
+    return {name: path for name, path in files.items() if path}
+
+
+def run(config: Config) -> Run:
+    """Do what the kind of config says."""
+    if isinstance(config, Ask):
+        return ask(config)
+    if isinstance(config, Export):
+        return export(config)
+    return import_(config) if isinstance(config, Import) else agreement(config)
+
+
+def ask(config: Ask) -> Run:
+    """Ask what the ledger does not hold, then write the verdicts.
+
+    The folder gets its config only then: until it is done, the ledger is all there is to resume, and the pace, the
+    price or the limit may be others in the next attempt.
+    """
+    if config.estimate:
+        judge, _, texts = _asked(config)
+        results = _estimated(judge, judge.questions(*texts), config.tokenizer)
+        return Run(config.out, runs.plain_config(config), {}, results)
+    run = runs.start("judge", config, inputs=inputs(config))
+    if run.done:
+        return run
+    if world().num_processes > 1:
+        raise ValueError("judge: one process asks, several requests at once; run it without a launcher")
+    judge, rows, texts = _asked(config)
+    keys = list({question.key for pair in judge.questions(*texts) for question in pair.values()})
+    before = _tally(judge.ledger, keys)
+    with progress("judge", len(keys), unit="questions") as advance:
+        verdicts = judge.verdicts(*texts, advance=advance)
+    run.open()
+    table = [
+        verdict_row(row, verdict, criterion=judge.criterion, model=config.model)
+        for row, verdict in zip(rows, verdicts, strict=True)
+    ]
+    data.write(table, run.folder / "verdicts.parquet")
+    found, spent = _counted(table), _tally(judge.ledger, keys)
+    say(f"judge: {', '.join(f'{count} {name}' for name, count in found.items())}; {spent.cost:.6g} paid in all")
+    if spent.failed:
+        say(
+            f"judge: {spent.failed} questions had no answer; another --out with --ledger {judge.ledger} asks them again"
+        )
+    return run.finish(**found, calls=spent.requests - before.requests, answers=asdict(spent), ledger=judge.ledger)
+
+
+def export(config: Export) -> Run:
+    """Write the pairs as a person gets them, and what they were made of."""
+    run = runs.start("judge", config, inputs=inputs(config))
+    if run.done:
+        return run
+    rows = _pairs(config)
+    sheet = humans.blinded(rows, criterion=config.criterion, seed=config.seed)
+    run.open()
+    path = run.folder / f"pairs.{config.format}"
+    if run.writes:
+        data.write(rows, run.folder / "pairs.parquet")
+        humans.write_sheet(sheet, path)
+    say(
+        f"judge: {len(sheet)} pairs in {path}; fill in `better` with A, B or TIE, and leave blank what cannot be judged"
+    )
+    return run.finish(pairs=len(sheet))
+
+
+def import_(config: Import) -> Run:
+    """Check every label, then write the verdicts."""
+    run = runs.start("judge", config, inputs=inputs(config))
+    if run.done:
+        return run
+    if not (config.exported / "done.json").exists():
+        raise ValueError(f"{config.exported}: no export there; give the --out folder of `pyrite judge export`")
+    made = runs.read_json(config.exported / "config.json")
+    rows = read(str(config.exported / "pairs.parquet")).rows
+    verdicts = humans.filled(config.file, rows, seed=made["seed"])
+    run.open()
+    table = [
+        verdict_row(row, verdict, criterion=made["criterion_id"] or made["criterion"], model=config.annotator)
+        for row, verdict in zip(rows, verdicts, strict=True)
+    ]
+    if run.writes:
+        data.write(table, run.folder / "verdicts.parquet")
+    return run.finish(**_counted(table))
+
+
+def agreement(config: Agreement) -> Run:
+    """Join the verdicts by pair and criterion, count, resample, write."""
+    run = runs.start("judge", config, inputs=inputs(config))
+    if run.done:
+        return run
+    if config.n_boot < 1 or not 0 < config.level < 1:
+        raise ValueError(f"--n-boot {config.n_boot} and --level {config.level}: give at least 1, and between 0 and 1")
+    judges = {name: agreeing.opinions(str(path)) for name, path in inputs(config).items()}
+    generator = seeds.generator(config.seed, "agreement")
+    options: dict[str, Any] = {"n_boot": config.n_boot, "level": config.level, "generator": generator}
+    found = {name: agreeing.leaning(judged, **options) for name, judged in judges.items()}
+    if "second" in judges:
+        found["both"] = agreeing.agreement(judges["first"], judges["second"], **options)
+    run.open()
+    for name, values in found.items():
+        say(f"judge: {name}: {', '.join(f'{key} {_shown(value)}' for key, value in values.items())}")
+    plain = {name: {key: _plain(value) for key, value in values.items()} for name, values in found.items()}
+    if run.writes:
+        runs.write_json(run.folder / "agreement.json", plain)
+    return run.finish(**plain)
+
+
+def _asked(config: Ask) -> tuple[LanguageJudge, list[Row], tuple[list[str], list[str], list[str]]]:
+    """The judge, the rows, and the texts it is asked about."""
+    rows = _pairs(config)
+    ledger = str(config.ledger or config.out / "ledger.db")
+    judge = LanguageJudge(config.model, config.criterion, config.criterion_id, config.asking, ledger)
+    return judge, rows, ([request(row) for row in rows], [row["a"] for row in rows], [row["b"] for row in rows])
+
+
+def _pairs(config: Ask | Export) -> list[Row]:
+    """Rows {prompt_id, prompt, a, b, ...}, and what else the file has."""
+    if bool(config.pairs) == bool(config.candidates):
+        raise ValueError("judge: give either --pairs or --candidates")
+    if config.pairs:
+        rows = data.load(config.pairs, "pairs", columns=config.columns, on_equal="drop", note=say)
+        sides = [{"a": row.pop("chosen"), "b": row.pop("rejected")} for row in rows]
+        return [{**row, **side} for row, side in zip(rows, sides, strict=True)]
+    rows = data.load(str(config.candidates), "candidates", columns=config.columns)
+    by_prompt: dict[Any, list[int]] = {}
+    for i, row in enumerate(rows):
+        by_prompt.setdefault(row["prompt_id"], []).append(i)
+    couples = [(rows[i], rows[j]) for i, j in labels.paired(list(by_prompt.values()), "consecutive")]
+    sound = [couple for couple in couples if _sound(*couple)]
+    say(f"judge: {len(sound)} pairs; {len(couples) - len(sound)} with an answer cut, empty or twice the same left out")
+    if not sound:
+        raise ValueError(f"{config.candidates}: no pair of different, finished answers to one prompt")
+    return [_couple(a, b) for a, b in sound]
+
+
+def _sound(a: Row, b: Row) -> bool:
+    return bool(a["finished"] and b["finished"] and a["response"] and b["response"] and a["response"] != b["response"])
+
+
+def _couple(a: Row, b: Row) -> Row:
+    others = {name: value for name, value in a.items() if name not in ANSWER}
+    return {**others, "a": a["response"], "b": b["response"], "sample_a": a["sample"], "sample_b": b["sample"]}
+
+
+def _tally(ledger: str, keys: list[str]) -> Tally:
+    with Answers(ledger) as answers:
+        return answers.tally(keys)
+
+
+def _estimated(judge: LanguageJudge, asked: list[dict[Shown, Question]], tokenizer: str | None) -> dict[str, Any]:
+    found = judge.estimate(asked, costs.by_tokenizer(tokenizer) if tokenizer else costs.by_characters)
+    counted = f"counted by {tokenizer}" if tokenizer else "taken as characters / 4; --tokenizer counts them"
+    say(f"judge: {found.questions} questions in {found.requests} requests, {found.answered} answered in the ledger")
+    say(f"  {found.tokens_in} tokens to read, {counted}; at most {found.tokens_out} to write; cost {found.cost:.6g}")
+    return found._asdict()
+
+
+def _counted(table: list[Row]) -> dict[str, int]:
+    seen = Counter(row["preference"] for row in table)
+    return {"pairs": len(table), "first": seen[1], "second": seen[2], "ties": seen[0], "no_verdict": seen[None]}
+
+
+def _shown(value: Any) -> str:
+    if not isinstance(value, agreeing.Measured):
+        return str(value)
+    return f"{value.value:.3f} [{value.lo:.3f}, {value.hi:.3f}] of {value.n}"
+
+
+def _plain(value: Any) -> Any:
+    if not isinstance(value, agreeing.Measured):
+        return value
+    return {name: None if number != number else number for name, number in value._asdict().items()}

@@ -1,0 +1,64 @@
+"""One policy for each preference, merged for each person (arXiv:2310.11564).
+
+Three dimensions of style with exact golds as judges; every method under every combination; an option added later.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from pyrite import experiments, runs
+from pyrite.recipes.soups import chain, results, settings
+from pyrite.recipes.soups.claims import CLAIMS
+from pyrite.recipes.soups.settings import Scale, Settings
+from pyrite.report import charts
+from pyrite.report.soups import soups_charts, soups_page
+from pyrite.runs import Run
+
+__all__ = ["CLAIMS", "SETTINGS", "Config", "report", "run"]
+
+SETTINGS: dict[str, Settings] = {"toy": settings.TOY}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Personalized soups: one or more whole chains."""
+
+    scale: Scale = "toy"
+    """The embedded world in minutes on 2 cores."""
+    out: Path = Path("runs/soups")
+    seeds: int = 1
+    """Independent whole chains."""
+    first_seed: int = 0
+
+
+def run(config: Config) -> Path:
+    """Run every chain and write the page; what is done already is not done again. Returns its path."""
+    wanted = SETTINGS[config.scale]
+    run = experiments.start("soups", config, wanted)
+    page = config.out / "report.html"
+    if run.done:
+        return page
+    run.open()
+    chains = experiments.chains(
+        "soups",
+        config.out,
+        config.first_seed,
+        config.seeds,
+        lambda folder, seed: chain.run(folder, wanted, seed=seed),
+    )
+    report(run, chains, config)
+    run.finish(chains=len(chains))
+    return page
+
+
+def report(run: Run, chains: list[chain.Chain], config: Config) -> None:
+    """results.json, figures and report.html."""
+    wanted = SETTINGS[config.scale]
+    seconds = sum(one.seconds for one in chains)
+    found = experiments.results("soups", run, config, wanted, seconds=seconds, found=results.collect(chains, wanted))
+    for name, drawn in soups_charts(found).items():
+        charts.save(drawn, run.folder / "figures", name)
+    runs.write_text(run.folder / "report.html", soups_page(found))
+    experiments.tell(found["claims"])

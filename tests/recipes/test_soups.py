@@ -1,0 +1,121 @@
+"""The recipe end to end on a small chain, its demonstrations, its claims on duels whose truth is known."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pyrite import data, toy
+from pyrite.dimensions import Dimensions
+from pyrite.recipes import soups as recipe
+from pyrite.recipes.soups import chain, claims, methods, results
+from pyrite.recipes.soups.settings import FOLLOWED, TOY, Settings
+from pyrite.train import Training
+
+FAST = Training(lr=1e-3, batch_size=16)
+SMALL = replace(
+    TOY,
+    demos=200,
+    test_prompts=4,
+    train_prompts=16,
+    general_prompts=240,
+    sft=FAST,
+    multitask=FAST,
+    reward=FAST,
+    dpo=FAST,
+    ppo=FAST,
+    steps=1,
+    prompts_per_step=8,
+)
+KNOWN = Dimensions.load("toy")
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> Settings:
+    monkeypatch.setitem(recipe.SETTINGS, "toy", SMALL)
+    return SMALL
+
+
+def test_recipe_runs_once_and_is_returned_when_done(small: Settings, tmp_path: Path) -> None:
+    config = recipe.Config(out=tmp_path / "run")
+    page = recipe.run(config)
+    found = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert "<html" in page.read_text()
+    assert found["duels"]["methods"] == list(TOY.methods)
+    units = {row["wins"] + row["losses"] + row["ties"] + row["missing"] for row in found["duels"]["matrix"]}
+    assert units == {8 * SMALL.test_prompts * SMALL.answers}
+    added = {row["combination"] for row in found["added"]["by_combination"]}
+    assert len(added) == 4 and all("lively" in combination for combination in added)
+    assert {row["id"] for row in found["claims"]} == {claim.id for claim in recipe.CLAIMS}
+    assert all(row["holds"] is None for row in found["claims"])  # one chain decides nothing
+    assert {row["method"]: row["policies"] for row in found["costs"]} == {"psoups": 6, "pmorl": 1}
+    assert not list((tmp_path / "run" / "seed_0").glob("ppo_*_again"))
+    before = page.stat().st_mtime_ns
+    assert recipe.run(config) == page and page.stat().st_mtime_ns == before
+
+
+def test_test_prompts_are_never_learned_from(tmp_path: Path) -> None:
+    place = chain._start(tmp_path, SMALL, chain.Chain(0), seed=0)
+    train, test = ({row["prompt_id"] for row in data.load(path, "prompts")} for path in (place.train, place.test))
+    asked = {row["asked_id"] for row in data.load(tmp_path / "demos.parquet", "demos")}
+    assert len(test) == SMALL.test_prompts and not test & (train | asked)
+
+
+def test_demonstrations_lean_to_what_their_prompts_name() -> None:
+    asked = toy.prompts()[:40]
+    rows = chain.demos(4000, asked, KNOWN, follow=0.6, seed=0)
+    words = {name: [len(r["response"].split()) for r in rows if name in r["preferences"]] for name in FOLLOWED}
+    mean = {name: sum(lengths) / len(lengths) for name, lengths in words.items()}
+    assert mean["brief"] < mean["curt"] < mean["detailed"]
+    assert all(row["prompt"].startswith(row["asked"]) for row in rows)
+    named = sum(len(row["preferences"]) for row in rows) / (3 * len(rows))
+    assert named == pytest.approx(0.6, abs=0.02)
+
+
+def test_combinations_after_an_addition_are_those_with_it(tmp_path: Path) -> None:
+    place = methods.Place(tmp_path, TOY, KNOWN, base="", train="", test="", seed=0)
+    assert len(place.combinations) == 8 and len(place.after("lively").combinations) == 4
+    assert all("lively" in combination for combination in place.after("lively").combinations)
+
+
+def matrix(**rates: float) -> dict:
+    """Duels from "first_over_second" rates."""
+    rows = []
+    for name, half in rates.items():
+        first, second = name.split("_over_")
+        rows += [{"first": first, "second": second, "half": half}, {"first": second, "second": first, "half": 1 - half}]
+    return {"matrix": rows}
+
+
+def test_claims_on_duels_whose_truth_is_known() -> None:
+    chains = [claims.Duels(matrix(psoups_over_pp=half, pmorl_over_pp=1 - half)) for half in (0.6, 0.62, 0.64)]
+    found = {row["id"]: row for row in claims.check(chains)}
+    assert found["psoups-over-pp"]["holds"] is True and found["psoups-over-pp"]["measured"] == pytest.approx(0.12)
+    assert found["pmorl-over-pp"]["holds"] is False
+    assert "psoups-best" not in found and "psoups-over-pmorl-added" not in found  # not run
+    assert claims.check(chains[:1])[0]["holds"] is None
+
+
+def test_the_best_method_has_the_highest_mean_over_the_published_ones() -> None:
+    names = list(claims.PUBLISHED)
+    rates = {f"{a}_over_{b}": 0.6 for i, a in enumerate(names) for b in names[:i]}  # later ones win
+    duels = matrix(**rates)
+    assert claims.best("psoups", duels) == pytest.approx(0.04)
+    assert claims.best("vb", duels) == pytest.approx(-0.2)
+
+
+def test_costs_count_policies_and_answers() -> None:
+    soups, morl = results.costs(TOY)
+    assert (soups["policies"], soups["combinations"], soups["combinations_more"]) == (6, 8, 12)
+    assert soups["answers"] == morl["answers"] == 6 * TOY.steps * TOY.prompts_per_step
+    assert morl["answers_more"] == 7 * soups["answers_more"]
+
+
+def test_several_chains_are_averaged_with_intervals() -> None:
+    rows = [{"first": "a", "second": "b", "wins": w, "half": w / 10, "half_lo": 0.0, "half_hi": 1.0} for w in (4, 6, 8)]
+    merged = results._mean([[row] for row in rows], ("first", "second"))
+    assert merged[0]["wins"] == 18 and merged[0]["half"] == pytest.approx(0.6)
+    assert merged[0]["half_lo"] == pytest.approx(0.6 - 4.303 * 0.2 / 3**0.5, abs=1e-3)

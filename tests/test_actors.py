@@ -1,0 +1,116 @@
+"""Who learns: the critic that was asked for, what it trains, what is saved; the running numbers of a checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from pyrite import toy
+from pyrite.actors import Learners, Passes, State
+from pyrite.kl_control import KLControl
+from pyrite.loading import Lora
+from pyrite.models import Policy
+from pyrite.rollouts import Reward, Rollouts, collect, estimates
+from pyrite.rounds import Players
+from pyrite.train import Training
+from pyrite.values import ValueModel, WithValue
+
+TRAINING = Training(lr=3e-3, epochs=2, batch_size=2, warmup=0)
+PROMPTS = [{"prompt_id": str(i), "prompt": words} for i, words in enumerate(["tell me", "please", "a cat"])]
+IDS = [[1, 20, 21], [1, 22], [1, 4, 6]]
+
+
+def drawn(policy: Policy, learners: Learners) -> Rollouts:
+    rewards = [Reward.of_scorer("length()")]
+    how: dict[str, Any] = {"k": 2, "max_new_tokens": 6, "seed": 0, "number": 0, "critic": learners.critic}
+    return collect(Players(policy, policy.frozen_copy()), rewards, PROMPTS, IDS, **how)
+
+
+def shaped(found: Rollouts) -> torch.Tensor:
+    last = found.logps.length - 1
+    return torch.zeros_like(found.mask, dtype=torch.float32).scatter_(1, last[:, None], found.scores.total[:, None])
+
+
+def test_moments_and_beta_are_restored_in_place() -> None:
+    state, control = State.of(KLControl(0.1, "target", 1.0)), KLControl(0.1, "target", 1.0)
+    before = state.see("scores", torch.tensor([1.0, 3.0]))
+    assert before.count == 0 and state.scores.mean == 2
+    state.see("scores", torch.tensor([5.0]))
+    assert state.scores.mean == 3 and state.scores.count == 3
+    state.follow(control, 9.0, answers=4)
+    assert state.beta.item() == pytest.approx(0.2)
+    other = State.of(control)
+    for name, value in state.tensors().items():
+        other.tensors()[name].copy_(value)
+    assert {name: value.item() for name, value in other.tensors().items()} == {
+        name: value.item() for name, value in state.tensors().items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "beside"),
+    [
+        ({"value": None}, None, False),
+        ({"value": "shared"}, WithValue, False),
+        ({"value": "detached"}, WithValue, False),
+        ({"value": "own", "lr": 1e-2}, ValueModel, True),
+        ({"value": "own", "top": 1}, ValueModel, True),
+        ({"value": "own", "lora": Lora(lora_rank=2)}, ValueModel, True),
+    ],
+)
+def test_the_critic_asked_for_learns_and_goes_on(
+    tiny: Path, tmp_path: Path, options: dict[str, Any], kind: type | None, beside: bool
+) -> None:
+    """Trained, stopped and gone on, it has the weights of one that was not stopped."""
+    options = {name: str(tiny) if value == "own" else value for name, value in options.items()}
+
+    def made() -> tuple[Policy, Learners]:
+        policy = Policy.load(tiny)
+        return policy, Learners.make(policy, TRAINING, Passes(steps=3), **options)
+
+    policy, learners = made()
+    assert type(learners.critic) is (kind or type(None)) and (learners.value is not None) == beside
+    if learners.value:
+        assert learners.value.training.lr == options.get("lr", TRAINING.lr)
+        names = {name for name, p in learners.value.model.named_parameters() if p.requires_grad}
+        assert all("lora_" in name or "score" in name for name in names) == ("lora" in options)
+        assert any("layers.0" in name for name in names) == ("top" not in options)
+    found = drawn(policy, learners)
+    by = estimates(found, shaped(found), method="gae" if kind else "reinforce")
+    before = [parameter.detach().clone() for parameter in weights(learners)]
+    seen = learners.learn(found, by, 0)
+    assert seen["updates"] == 4 and ("critic_value_loss" in seen) == beside
+    assert not any(
+        torch.equal(old, new) for old, new in zip(before, weights(learners), strict=True) if new.numel() > 40
+    )
+    state = State.of(KLControl(0.1))
+    learners.save(tmp_path, 1, state)
+    learners.learn(found, by, 1)
+    _, again = made()
+    assert again.resume(tmp_path, state) == 1
+    again.learn(found, by, 1)
+    assert all(torch.equal(one, other) for one, other in zip(weights(learners), weights(again), strict=True))
+
+
+def weights(learners: Learners) -> list[torch.Tensor]:
+    both = (learners.policy, learners.value)
+    return [p for one in both if one is not None for p in one.model.parameters() if p.requires_grad]
+
+
+def test_it_stops_once_the_policy_has_moved(tiny: Path) -> None:
+    policy = Policy.load(tiny)
+    learners = Learners.make(policy, replace(TRAINING, lr=3e-2, epochs=8), Passes(steps=3, stop_kl=1e-3))
+    found = drawn(policy, learners)
+    assert learners.learn(found, estimates(found, shaped(found), method="reinforce"), 0)["updates"] < 16
+
+
+def test_a_critic_of_other_tokens_is_refused(tiny: Path, tmp_path: Path) -> None:
+    toy.tokenizer().save_pretrained(tmp_path)
+    AutoModelForCausalLM.from_pretrained(tiny).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="its vocabulary is not the policy's"):
+        Learners.make(Policy.load(tiny), TRAINING, Passes(steps=1), value=str(tmp_path))
