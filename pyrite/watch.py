@@ -29,6 +29,11 @@ class Stopping:
         if self.patience < 1:
             raise ValueError(f"patience is {self.patience}; give at least 1 measurement")
 
+    def check(self, *, gold: object, proxy: object) -> None:
+        """Raises ValueError where a run is to be stopped by numbers that nobody measures."""
+        if self.stop_when_parted and not (gold and proxy):
+            raise ValueError("--stop-when-parted compares gold with a proxy: give --gold, and --rewards for the proxy")
+
     def parted(self, rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
         """What `parted` finds, where that is wanted."""
         return parted(rows, patience=self.patience) if self.stop_when_parted else None

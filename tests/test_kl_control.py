@@ -86,3 +86,10 @@ def test_refusals(options: dict[str, Any]) -> None:
 def test_a_kl_that_is_none_is_refused(kl: float) -> None:
     with pytest.raises(ValueError, match="the KL is"):
         controlled(KLControl(0.1, "target", target=6.0), kl, answers=1)
+
+
+@pytest.mark.parametrize(("kl", "want"), [(12.0, 0.200256), (6.0, 0.2), (3.0, 0.199744)])
+def test_published_adaptive_steps(kl: float, want: float) -> None:
+    """64 samples, coefficient 0.2, target 6, horizon 10,000, as Personalized Soups ran it."""
+    start = KLControl(0.2, "adaptive", target=6.0, horizon=10_000.0)
+    assert controlled(start, kl, answers=64).beta == pytest.approx(want, abs=1e-9)

@@ -83,3 +83,15 @@ def test_refusals() -> None:
         moments(torch.zeros(3), torch.ones(2, dtype=torch.bool))
     with pytest.raises(ValueError, match="mask of bools"):
         moments(torch.zeros(3), torch.ones(3))
+
+
+def test_published_running_moments() -> None:
+    """Personalized soups' running scores: [1, 2, 3], then [4, 4, 4]; there the deviation is the unbiased one."""
+    first = moments(torch.tensor([1.0, 2.0, 3.0]))
+    both = merged(first, moments(torch.tensor([4.0, 4.0, 4.0])))
+    unbiased = [math.sqrt(found.square.item() / (found.count.item() - 1)) for found in (first, both)]
+    assert (first.mean.item(), both.mean.item()) == (2.0, 3.0)
+    assert unbiased == pytest.approx([1.0, 1.26491], abs=1e-5)
+    assert 1.0 / unbiased[1] == pytest.approx(0.79057, abs=1e-5)
+    ours = normalized(torch.tensor([4.0]), both).item()
+    assert ours == pytest.approx(0.79057 * math.sqrt(6 / 5), abs=1e-5)  # population deviation over six values

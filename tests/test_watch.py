@@ -126,3 +126,11 @@ def test_a_peak_that_is_not_there_is_not_told() -> None:
         assert fitted(rising).keys() == {"gold_fit_a", "gold_fit_b"}
         assert fitted(rising)["gold_fit_b"] == pytest.approx(b)
     assert fitted([]) == {} == fitted([{"kl_k1": 1.0}] * 5)
+
+
+def test_a_stop_that_nothing_could_cause_is_refused() -> None:
+    for gold, proxy in ((None, "runs/reward"), ("length()", None)):
+        with pytest.raises(ValueError, match="--stop-when-parted compares gold with a proxy"):
+            Stopping(stop_when_parted=True).check(gold=gold, proxy=proxy)
+        Stopping().check(gold=gold, proxy=proxy)
+    Stopping(stop_when_parted=True).check(gold="length()", proxy="runs/reward")

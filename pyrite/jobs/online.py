@@ -116,6 +116,7 @@ def run(config: Config) -> Run:
     run = runs.start("online", config, inputs=inputs(config))
     if run.done:
         return run
+    config.stopping.check(gold=config.evaluation.gold, proxy=config.evaluation.rewards)
     named = _parts(config)
     asked, test = prompts.split(
         config.prompts, config.evaluation, columns=config.columns, held_out=config.held_out, seed=config.seed

@@ -138,6 +138,7 @@ def run(config: Config) -> Run:
     run = runs.start("ppo", config, inputs=inputs(config))
     if run.done:
         return run
+    config.stopping.check(gold=config.evaluation.gold, proxy=config.evaluation.rewards)
     control, rewards = _checked(config), _rewards(config)
     asked, test = prompts.split(
         config.prompts, config.evaluation, columns=config.columns, held_out=config.held_out, seed=config.seed

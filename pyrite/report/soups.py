@@ -28,6 +28,7 @@ def soups_page(results: Results) -> str:
     """The whole page from `results.json`."""
     parts: list[Part] = [
         _headline(results),
+        Text(_METHODS),
         *duel_sections(results["duels"]),
         *_added(results),
         *_costs(results["costs"]),
@@ -48,6 +49,13 @@ _LEAD = (
     "small adapter for each option and average three of them for each combination; P-MORL trains one policy on all "
     "combinations; the other methods are what there was before. An exact measure of each option is the judge: a method "
     "wins a prompt under a combination where it is better in more of its options than the other."
+)
+_METHODS = (
+    "**vb** is the policy as it is, asked without preferences; **pp** is asked with them; **mt** is tuned on chosen "
+    "answers of every option; **rlhf** learned a general reward by PPO; **pmorl** learned every combination, rewarded "
+    "for each of its options; **psoups** averages policies of single options, learned by PPO, exactly; "
+    "**psoups_factor** averages the two factors of their adapters apart, as published; **psoups_dpo** averages "
+    "policies learned by DPO from the pairs of an option."
 )
 _CLAIMED = (
     "A claim holds where its whole 95 % interval over chains lies above 0, and does not where it lies below; with one "

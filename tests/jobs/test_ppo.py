@@ -185,6 +185,7 @@ def test_inner_passes_stop_where_the_policy_has_moved_enough(config: ppo.Config)
 )
 def test_it_stops_where_the_proxy_has_parted_from_gold(
     config: ppo.Config,
+    rewards: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     golds: list[float | None],
@@ -200,7 +201,8 @@ def test_it_stops_where_the_proxy_has_parted_from_gold(
         return {**known, "proxy": float(number), "kl_k1": float(number)}
 
     monkeypatch.setattr(ppo.Journal, "measure", measure)
-    found = results(replace(config, steps=6, measure_every=1, stopping=Stopping(stop_when_parted=True)))
+    watched = replace(config, evaluation=replace(config.evaluation, rewards=str(rewards)))
+    found = results(replace(watched, steps=6, measure_every=1, stopping=Stopping(stop_when_parted=True)))
     assert found["last"]["step"] == last
     assert read_json(config.out / "best.json")["step"] == best
     assert ("the proxy has parted from gold at KL" in capsys.readouterr().out) == (last < 6)

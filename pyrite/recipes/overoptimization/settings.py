@@ -83,10 +83,10 @@ TOY = Settings(
     ppo=Optimizing(training=Training(lr=3e-4, epochs=2, batch_size=32, schedule="constant", micro_tokens=1 << 16)),
 )
 
-# What a whole study adds: every KL strength, labels without noise, fewer pairs, larger reward models.
+# What a whole study adds: more KL strengths, fewer pairs, larger reward models.
 TOY_WIDE = replace(
     TOY,
-    ppo=replace(TOY.ppo, betas=((0.25, (0.0, 0.01, 0.02, 0.05, 0.1, 0.2)), (0.0, (0.0, 0.05)))),
+    ppo=replace(TOY.ppo, betas=((0.25, (0.0, 0.01, 0.05, 0.2)),)),
     shares=(0.25, 0.5),
     sizes=("base",),
 )
