@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from pyrite import analyses, data, ensembles, estimators, golds, parts, seeds, text
-from pyrite.asking import ALWAYS, Asking
 from pyrite.divergences import Divergences, divergences
 from pyrite.generate import Samples, sample
 from pyrite.logps import Logps
 from pyrite.models import Policy, RewardEnsemble, backbone
 from pyrite.packing import Row, micro_batches
 from pyrite.progress import Advance
+from pyrite.truths import ALWAYS, Asking
 
 
 @dataclass(frozen=True)

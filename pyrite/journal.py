@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from pyrite import data, estimators, runs, text, watch
-from pyrite.asking import Truth
 from pyrite.discriminators import Discriminator
 from pyrite.evaluation import Answers, Evaluator
 from pyrite.live import Judged
@@ -19,6 +18,7 @@ from pyrite.processes import on_main
 from pyrite.progress import say
 from pyrite.rounds import Answer
 from pyrite.runs import Run
+from pyrite.truths import Truth
 from pyrite.watch import Stopping
 
 SHOWN = ("gold", "proxy", "kl_k1", "kl_exact")  # what a run ends by saying

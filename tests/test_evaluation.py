@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from pyrite import data
-from pyrite.asking import Asking
 from pyrite.divergences import divergences
 from pyrite.evaluation import Evaluation, Evaluator, response_logps
 from pyrite.models import Policy, RewardModel
 from pyrite.packing import Row
+from pyrite.truths import Asking
 
 
 @pytest.fixture

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pyrite import discriminators, judges, losses, parts, prompts, runs, samplers, schedules, seeds, train
-from pyrite.asking import Asking
 from pyrite.discriminators import Discriminator, Maker
 from pyrite.evaluation import Evaluation, Evaluator
 from pyrite.journal import Journal
@@ -34,6 +33,7 @@ from pyrite.runs import Run
 from pyrite.samplers import Sampler
 from pyrite.schedules import Schedule
 from pyrite.train import Training
+from pyrite.truths import Asking
 from pyrite.watch import Stopping
 
 OUTPUTS = {
@@ -116,7 +116,6 @@ def run(config: Config) -> Run:
     run = runs.start("online", config, inputs=inputs(config))
     if run.done:
         return run
-    config.stopping.check(gold=config.evaluation.gold, proxy=config.evaluation.rewards)
     named = _parts(config)
     asked, test = prompts.split(
         config.prompts, config.evaluation, columns=config.columns, held_out=config.held_out, seed=config.seed
@@ -187,6 +186,7 @@ class Parts:
 
 def _parts(config: Config) -> Parts:
     """The named parts, and whatever the options alone show to be impossible."""
+    config.stopping.check(gold=config.evaluation.gold, proxy=config.evaluation.rewards)
     sampler: Any = parts.part(config.sampler, samplers).function
     judge = parts.part(config.judge, judges)
     schedule: Any = parts.part(config.label_schedule, schedules).function

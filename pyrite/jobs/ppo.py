@@ -16,14 +16,13 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from pyrite import estimators, prompts, runs
 from pyrite.actors import HEADS, Learners, Passes, State
-from pyrite.asking import Asking
 from pyrite.dimensions import Dimensions, Variants
 from pyrite.evaluation import Evaluation, Evaluator, response_logps
 from pyrite.journal import Journal
@@ -38,6 +37,7 @@ from pyrite.rollouts import Method, Reward, Rollouts, collect, estimates
 from pyrite.rounds import Players
 from pyrite.runs import Run
 from pyrite.train import Training, TrainingError
+from pyrite.truths import Asking
 from pyrite.watch import Stopping
 
 OUTPUTS = {
@@ -138,14 +138,8 @@ def run(config: Config) -> Run:
     run = runs.start("ppo", config, inputs=inputs(config))
     if run.done:
         return run
-    config.stopping.check(gold=config.evaluation.gold, proxy=config.evaluation.rewards)
     control, rewards = _checked(config), _rewards(config)
-    asked, test = prompts.split(
-        config.prompts, config.evaluation, columns=config.columns, held_out=config.held_out, seed=config.seed
-    )
-    asked, test = map(config.variants.of, (asked, test))
-    for reward in rewards:
-        reward.check(asked)
+    asked, test = _prompts(config, rewards)
     policy = Policy.load(config.model, lora=config.lora, top=config.train_top)
     start = policy if policy.reversible else policy.frozen_copy()
     evaluator = Evaluator.load(
@@ -194,6 +188,17 @@ def run(config: Config) -> Run:
     learners.finish(run)
     journal.tell()
     return run.finish(start=journal.start, last=journal.last, fit=journal.fit, answers=journal.answers)
+
+
+def _prompts(config: Config, rewards: Sequence[Reward]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """To learn from and to measure on, under their preferences; refused where a reward could not score an answer."""
+    both = prompts.split(
+        config.prompts, config.evaluation, columns=config.columns, held_out=config.held_out, seed=config.seed
+    )
+    asked, test = map(config.variants.of, both)
+    for reward in rewards:
+        reward.check(asked)
+    return asked, test
 
 
 # One step ---------------------------------------------------------------------------------------------------------
@@ -268,6 +273,7 @@ def _summary(drawn: Rollouts, shaped: Tensor, made: Estimates, state: State) -> 
 
 def _checked(config: Config) -> KLControl:
     """Whatever the options alone show to be impossible."""
+    config.stopping.check(gold=config.evaluation.gold, proxy=config.evaluation.rewards)
     if config.method in ("rloo", "group", "center") and config.k < 2:
         raise ValueError(f"--method {config.method} compares the answers to a prompt: give --k 2 or more")
     for name in ("steps", "prompts_per_step", "k", "measure_every"):

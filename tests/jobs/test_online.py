@@ -20,7 +20,6 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from pyrite.asking import Asking
 from pyrite.evaluation import Evaluation
 from pyrite.jobs import online
 from pyrite.labelers import Paying
@@ -28,6 +27,7 @@ from pyrite.ledger import Ledger
 from pyrite.models import Lora, Policy
 from pyrite.runs import read_json, read_metrics
 from pyrite.train import Training
+from pyrite.truths import Asking
 
 TRAINING = Training(lr=3e-3, epochs=1, batch_size=8, warmup=0)
 SAMPLERS = ["reference()", "on_policy()", "hybrid()", "mixed(kappa=0.5)", "mixed(on_policy=0.3)"]

@@ -14,7 +14,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from pyrite.asking import Asking
 from pyrite.evaluation import Evaluation
 from pyrite.jobs import ppo
 from pyrite.models import Lora, Policy, RewardModel
@@ -22,6 +21,7 @@ from pyrite.packing import Row
 from pyrite.rollouts import Rollouts
 from pyrite.runs import read_json, read_metrics
 from pyrite.train import Training, TrainingError
+from pyrite.truths import Asking
 from pyrite.values import HEAD, ValueModel
 from pyrite.watch import Stopping
 

@@ -86,7 +86,7 @@ TOY = Settings(
 # What a whole study adds: more KL strengths, fewer pairs, larger reward models.
 TOY_WIDE = replace(
     TOY,
-    ppo=replace(TOY.ppo, betas=((0.25, (0.0, 0.01, 0.05, 0.2)),)),
+    ppo=replace(TOY.ppo, betas=((0.25, (0.0, 0.05, 0.2)),)),
     shares=(0.25, 0.5),
     sizes=("base",),
 )
