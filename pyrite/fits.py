@@ -6,6 +6,7 @@ Gao, Schulman and Hilton 2022, arXiv:2210.10760, section 1.
 from __future__ import annotations
 
 import math
+from operator import mul
 from typing import NamedTuple
 
 import torch
@@ -61,5 +62,19 @@ def _least_squares(d: Tensor, bend: Tensor, gold: Tensor) -> tuple[float, float]
         )
     if (d < 0).any() or len(d[d > 0].unique()) < 2:
         raise ValueError("fit: needs at least two different positive values of d = √KL, and none negative")
-    a, b = torch.linalg.lstsq(torch.stack([d, -bend], 1), gold[:, None]).solution.flatten().tolist()
-    return a, b
+    return _solved(d.tolist(), (-bend).tolist(), gold.tolist())
+
+
+def _solved(first: list[float], second: list[float], wanted: list[float]) -> tuple[float, float]:
+    """The least squares a, b of wanted ≈ a first + b second, the second made orthogonal to the first.
+
+    Exact sums: a library's solver may change its last bits with the place of its memory, and a resumed run must not.
+    """
+
+    def dot(x: list[float], y: list[float]) -> float:
+        return math.fsum(map(mul, x, y))
+
+    shared = dot(first, second) / dot(first, first)
+    rest = [y - shared * x for x, y in zip(first, second, strict=True)]
+    b = dot(wanted, rest) / dot(rest, rest)
+    return (dot(wanted, first) - b * dot(first, second)) / dot(first, first), b
