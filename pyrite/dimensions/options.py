@@ -153,6 +153,14 @@ def filled(template: str, option: Option) -> str:
     return spec
 
 
+def files(source: str | Path) -> dict[str, Path]:
+    """What a job reads with these options, by name: their file, and files of your own that their golds name."""
+    path = located(source)
+    golds = [option.gold or "" for option in Dimensions.load(path).options]
+    own = [match[1] for match in (re.match(r"\s*([^()]+\.py):", gold) for gold in golds) if match]
+    return {"dimensions": path, **{name: Path(name) for name in own}}
+
+
 def located(source: str | Path) -> Path:
     """The file of a shipped name or a path. Raises ValueError where there is none."""
     shipped = sorted(path.stem for path in _SHIPPED.glob("*.yaml"))

@@ -22,7 +22,7 @@ import torch
 
 from pyrite import data, duels, golds, judges, parts, runs
 from pyrite.dimensions import Dimensions, Option, filled
-from pyrite.dimensions.options import located
+from pyrite.dimensions.options import files
 from pyrite.duels import Missing, Rates
 from pyrite.objectives import OneScore, gold_scorers, model_scorers
 from pyrite.progress import progress, say
@@ -91,13 +91,10 @@ class Contest:
 
 def inputs(config: Config) -> dict[str, str | Path]:
     """What the job reads, files of the options' golds among it."""
-    options = Dimensions.load(config.dimensions).options
-    own = [match[1] for option in options if (match := re.match(r"\s*([^()]+\.py):", option.gold or ""))]
     folders = [Path(folder) / "done.json" for folder in _rewards(config).values()]
     return {
         **{f"{name} answers {i}": file for i, (name, file) in enumerate(_named(config))},
-        "dimensions": located(config.dimensions),
-        **{path: path for path in own},
+        **files(config.dimensions),
         **{f"reward {path.parent}": path for path in folders},
     }
 

@@ -13,7 +13,6 @@ make no pair, and each is counted. The chosen answers of judged pairs are demons
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ import torch
 
 from pyrite import data, judges, parts, runs, seeds, text
 from pyrite.dimensions import Dimensions, Option, Turn, conditioned, filled
-from pyrite.dimensions.options import located
+from pyrite.dimensions.options import files
 from pyrite.progress import progress, say
 from pyrite.runs import Run
 
@@ -97,12 +96,7 @@ class Couple:
 
 def inputs(config: Config) -> dict[str, str | Path]:
     """What the job reads, files of the options' golds among it."""
-    found: dict[str, str | Path] = {"candidates": config.candidates}
-    if not config.dimensions:
-        return found
-    golds = [option.gold or "" for option in Dimensions.load(config.dimensions).options]
-    own = [match[1] for match in (re.match(r"\s*([^()]+\.py):", gold) for gold in golds) if match]
-    return found | {"dimensions": located(config.dimensions)} | {path: path for path in own}
+    return {"candidates": config.candidates, **(files(config.dimensions) if config.dimensions else {})}
 
 
 def run(config: Config) -> Run:
