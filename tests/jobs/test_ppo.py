@@ -14,6 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from pyrite.dimensions import Variants
 from pyrite.evaluation import Evaluation
 from pyrite.jobs import ppo
 from pyrite.models import Lora, Policy, RewardModel
@@ -383,3 +384,49 @@ def test_a_killed_run_ends_where_another_does(config: ppo.Config, tmp_path: Path
     launch.launch([_command(config, cut, **{"--steps": "12"})], processes=1)
     ours, theirs = ((folder / "model" / "model.safetensors").read_bytes() for folder in (cut, whole))
     assert ours == theirs
+
+
+DIMENSIONS = """
+- {id: long, dimension: size, sentence: and more, criterion: longer, gold: length()}
+- {id: short, dimension: size, sentence: and less, criterion: shorter, gold: "weighted_sum(golds=['length()'],
+     weights=[-1.0])"}
+- {id: vowels, dimension: sound, sentence: with vowels, criterion: more vowels, gold: "length(unit='chars')"}
+"""
+
+
+@pytest.fixture
+def preferring(config: ppo.Config, tmp_path: Path) -> ppo.Config:
+    """Rewarded for the preferences of each prompt, by their golds."""
+    (tmp_path / "mine.yaml").write_text(DIMENSIONS)
+    wanted = Variants(str(tmp_path / "mine.yaml"), ("long+vowels", "short"))
+    return replace(config, reward=("golds",), variants=wanted, steps=2)
+
+
+def test_prompts_under_preferences_are_rewarded_for_them(preferring: ppo.Config) -> None:
+    rows = read_metrics(ppo.run(preferring).folder)[1:]
+    for row in rows:
+        assert row["preferences long"] > 0 > row["preferences short"]
+        assert row["preferences vowels"] >= row["preferences long"]  # characters, not words, of the same answers
+    weights = ("long=1", "short=1", "vowels=0")
+    heavy = replace(preferring, combine_rewards="weighted", option_weights=weights, out=preferring.out / "w")
+    first = read_metrics(ppo.run(heavy).folder)[1]
+    assert first["preferences long"] == rows[0]["preferences long"]  # the same draws
+    assert first["score"] < rows[0]["score"]  # characters count no longer
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"variants": Variants()}, "golds"),
+        ({"variants": Variants(), "reward": ("length()",), "combine_rewards": "min"}, "give --dimensions"),
+        ({"option_weights": ("long=1",)}, "give weights to weighted"),
+        ({"option_weights": ("long",), "combine_rewards": "weighted"}, "write them as P1A=0.5"),
+        ({"reward": ("long=a", "b")}, "ID=FOLDER for every option"),
+    ],
+)
+def test_preferences_that_cannot_be_rewarded_are_refused(
+    preferring: ppo.Config, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        ppo.run(replace(preferring, **options))
+    assert not preferring.out.exists()
