@@ -34,6 +34,7 @@ PAGES = {
     "overoptimization": report.overoptimization_page,
     "references": report.references_page,
     "samplers": report.samplers_page,
+    "soups": report.soups_page,
 }
 USAGE = """\
 pyrite {jobs}   run one job; --help lists its options

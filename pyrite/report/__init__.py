@@ -14,6 +14,7 @@ from pyrite.report.references import references_page
 from pyrite.report.run import run_page
 from pyrite.report.samplers import samplers_page
 from pyrite.report.sections import Claims, Figure, Keys, Numbers, Samples, Table, Text, Views
+from pyrite.report.soups import soups_page
 
 __all__ = [
     "Claims",
@@ -36,5 +37,6 @@ __all__ = [
     "samplers_page",
     "save",
     "save_bandit",
+    "soups_page",
     "stages",
 ]

@@ -173,6 +173,12 @@ CLAIMS = [
         f"{FREE} a single reward model loses gold from its peak while the proxy rises",
         falls("single", 0.0),
     ),
+    Claim(
+        "ppo-single-needs-more",
+        SECTION,
+        f"{SMALL} a single reward model still loses gold from its peak: alone it needs a much larger penalty",
+        falls("single", 0.05),
+    ),
     *(claim for name in ("wco", "uwo") for claim in _of_conservative(name)),
     *(claim for name in NAMES for claim in _of_ensemble(name)),
     Claim(
