@@ -29,6 +29,7 @@ def soups_page(results: Results) -> str:
     parts: list[Part] = [
         _headline(results),
         Text(_METHODS),
+        *_kl(results.get("kl", [])),
         *duel_sections(results["duels"]),
         *_added(results),
         *_costs(results["costs"]),
@@ -72,6 +73,19 @@ def _title(results: Results) -> str:
 def _headline(results: Results) -> Numbers:
     rows = sorted(results["duels"]["averages"], key=lambda row: -row["half"])
     return Numbers([("Average win rate, ties one half", [(row["method"], percent(row["half"])) for row in rows])])
+
+
+def _kl(rows: Sequence[Row]) -> list[Part]:
+    """How far from the start the judged answers are."""
+    cells = []
+    for row in rows:
+        error = f" ± {number(row['kl_se'])}" if "kl_se" in row else f" [{number(row['kl_lo'])}, {number(row['kl_hi'])}]"
+        cells.append((row["method"], number(row["kl"]) + error))
+    caption = (
+        "The mean log-ratio (k1) of the judged answers to the policy that all methods start from, under the same "
+        "prompts. In brackets 95 % over chains; of one chain, one standard error over answers."
+    )
+    return [Table(("method", "KL from the start, nats"), cells, caption)] if cells else []
 
 
 def _added(results: Results) -> list[Part]:

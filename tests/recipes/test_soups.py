@@ -10,9 +10,13 @@ import pytest
 
 from pyrite import data, toy
 from pyrite.dimensions import Dimensions
+from pyrite.evaluation import response_logps
+from pyrite.models import Policy
+from pyrite.packing import Row
 from pyrite.recipes import soups as recipe
 from pyrite.recipes.soups import chain, claims, methods, results
 from pyrite.recipes.soups.settings import FOLLOWED, TOY, Settings
+from pyrite.text import encode_all
 from pyrite.train import Training
 
 FAST = Training(lr=1e-3, batch_size=16)
@@ -51,6 +55,7 @@ def test_recipe_runs_once_and_is_returned_when_done(small: Settings, tmp_path: P
     assert len(added) == 4 and all("lively" in combination for combination in added)
     assert {row["id"] for row in found["claims"]} == {claim.id for claim in recipe.CLAIMS}
     assert all(row["holds"] is None for row in found["claims"])  # one chain decides nothing
+    assert [row["method"] for row in found["kl"]] == list(TOY.methods)
     assert {row["method"]: row["policies"] for row in found["costs"]} == {"psoups": 6, "pmorl": 1}
     assert not list((tmp_path / "run" / "seed_0").glob("ppo_*_again"))
     before = page.stat().st_mtime_ns
@@ -79,6 +84,25 @@ def test_combinations_after_an_addition_are_those_with_it(tmp_path: Path) -> Non
     place = methods.Place(tmp_path, TOY, KNOWN, base="", train="", test="", seed=0)
     assert len(place.combinations) == 8 and len(place.after("lively").combinations) == 4
     assert all("lively" in combination for combination in place.after("lively").combinations)
+
+
+def test_kl_is_read_off_the_judged_answers(tmp_path: Path) -> None:
+    """The start's own answers are at 0; others at the mean of what their policy and the start make of them."""
+    place = chain._start(tmp_path, SMALL, chain.Chain(0), seed=0)
+    start = Policy.load(place.base)
+    asked = data.load(place.test, "prompts")
+    said = ["the fox was old .", "hello my friend !", "it took the tail with a bone .", "the king slept ."]
+    encoded = encode_all(start.tokenizer, [row["prompt"] for row in asked], said, finished=[True, True, True, False])
+    logps = response_logps(start, [Row(one.prompt, [one.response]) for one in encoded]).sum.tolist()
+    for name, shift in (("own", 0.0), ("other", 1.5)):
+        rows = [
+            {**row, "sample": 0, "response": text, "finished": i < 3, "length": 5, "logp": logp + shift}
+            for i, (row, text, logp) in enumerate(zip(asked, said, logps, strict=True))
+        ]
+        data.write(rows, tmp_path / f"{name}.parquet")
+    found = chain._kl(place, {name: [tmp_path / f"{name}.parquet"] for name in ("own", "other")})
+    assert found["own"] == pytest.approx([0.0] * 4, abs=1e-4)
+    assert found["other"] == pytest.approx([1.5] * 4, abs=1e-4)
 
 
 def matrix(**rates: float) -> dict:

@@ -43,6 +43,7 @@ def results() -> dict[str, Any]:
     return {
         **{"recipe": "soups", "scale": "toy", "seeds": [0], "seconds": 12.0},
         **{"duels": duels(), "added": duels(), "general": duels()},
+        "kl": [{"method": "pp", "kl": -0.02, "kl_se": 0.05}, {"method": "vb", "kl": 2.0, "kl_lo": 1.0, "kl_hi": 3.0}],
         "costs": [{"method": "psoups", **costs}, {"method": "pmorl", **costs, "policies": 1}],
         "claims": claims.check([claims.Duels(duels(), duels(), duels())]),
         "reward_models": [{"seed": 0, "kind": "reward model", **accuracy}],
@@ -57,6 +58,7 @@ def test_the_page_says_who_wins_and_what_it_costs() -> None:
     assert "psoups wins most" in page
     assert "9,216" in page and "1,536" in page
     assert "−0.01 ± 0.02" in page  # a KL below 0 is shown with its error
+    assert "−0.02 ± 0.05" in page and "2.00 [1.00, 3.00]" in page
     assert "a fox &lt;b&gt;" in page and "a fox <b>" not in page
 
 

@@ -8,9 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
-from pyrite import data, toy
+from pyrite import data, text, toy
 from pyrite.dimensions import Dimensions, Option, Variants, conditioned
+from pyrite.evaluation import response_logps
 from pyrite.jobs import duel, generate, pairs, reward, sft
+from pyrite.models import Policy
+from pyrite.packing import Row
 from pyrite.recipes.soups import methods
 from pyrite.recipes.soups.methods import Place
 from pyrite.recipes.soups.settings import FOLLOWED, NEUTRAL, Settings
@@ -27,6 +30,8 @@ class Chain:
     duels: Run | None = None
     added: Run | None = None
     general: Run | None = None
+    kl: dict[str, list[float]] = field(default_factory=dict)
+    """By method, of each answer the log-ratio of its policy to the start, nats: their mean is the KL (k1)."""
 
     @property
     def seconds(self) -> float:
@@ -39,6 +44,7 @@ def run(folder: Path, settings: Settings, *, seed: int) -> Chain:
     place = _start(folder, settings, chain, seed=seed)
     _learn(place, chain)
     answers = {name: methods.METHODS[name](place, chain.runs) for name in settings.methods}
+    chain.kl = _kl(place, answers)
     chain.duels = chain.runs["duels"] = duel.run(_duels(place, answers, "duels"))
     quality = replace(_duels(place, answers, "duels_general"), general=settings.general)
     chain.general = chain.runs["duels in general"] = duel.run(quality)
@@ -133,6 +139,22 @@ def _drawn(place: Place, name: str, wanted: tuple[str, ...], *, limit: int, k: i
         out=place.folder / name,
         seed=derive(place.seed, name),
     )
+
+
+def _kl(place: Place, answers: dict[str, list[Path]]) -> dict[str, list[float]]:
+    """Log-ratios of the answers that are judged: the start reads their texts under the same prompts.
+
+    A special token in the middle of an answer, as an untrained policy may draw, is not in its text.
+    """
+    start = Policy.load(place.base)
+    found = {}
+    for method, files in answers.items():
+        rows = [row for file in files for row in data.load(file, "candidates")]
+        asked, said, done = ([row[name] for row in rows] for name in ("prompt", "response", "finished"))
+        both = text.encode_all(start.tokenizer, asked, said, finished=done)
+        theirs = response_logps(start, [Row(one.prompt, [one.response]) for one in both]).sum.tolist()
+        found[method] = [row["logp"] - logp for row, logp in zip(rows, theirs, strict=True)]
+    return found
 
 
 def _duels(place: Place, answers: dict[str, list[Path]], name: str) -> duel.Config:

@@ -25,6 +25,7 @@ def collect(chains: Sequence[Chain], settings: Settings) -> Row:
         "duels": together([d.main for d in every]),
         "added": together([d.added for d in every if d.added]),
         "general": together([d.general for d in every if d.general]),
+        "kl": _kl(chains),
         "costs": costs(settings),
         "claims": claims.check(every),
         "reward_models": [row for chain in chains for row in _accuracies(chain)],
@@ -105,6 +106,22 @@ def costs(settings: Settings) -> list[Row]:
             "answers_more": each * (len(first) + 1),
         },
     ]
+
+
+def _kl(chains: Sequence[Chain]) -> list[Row]:
+    """KL (k1, nats) of each method's answers from the start, with an interval over chains; or of one, its error."""
+    rows = []
+    for method in chains[0].kl:
+        ratios = [torch.tensor(chain.kl[method], dtype=torch.float64) for chain in chains]
+        means = torch.stack([values.mean() for values in ratios])
+        row: Row = {"method": method, "kl": means.mean().item()}
+        if len(chains) > 1:
+            spread = estimators.t_interval(means)
+            row |= {"kl_lo": spread.lo.item(), "kl_hi": spread.hi.item()}
+        else:
+            row["kl_se"] = (ratios[0].std() / len(ratios[0]) ** 0.5).item()
+        rows.append(row)
+    return rows
 
 
 def _accuracies(chain: Chain) -> list[Row]:
