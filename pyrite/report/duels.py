@@ -70,10 +70,11 @@ def pareto_chart(rows: Sequence[Row], x: str, y: str, *, height: int = 300) -> a
 
 
 def duel_sections(results: Mapping[str, Any]) -> list[Part]:
-    """What the job duel found, from its results; nothing without duels."""
+    """What the job duel found, from its results; nothing without duels. over: what intervals are over, "prompts"."""
     if not results.get("matrix"):
         return []
-    drawn = Figure(matrix_chart(results["matrix"]), _MATRIX)
+    over = results.get("over", "prompts")
+    drawn = Figure(matrix_chart(results["matrix"]), _MATRIX.format(over=over))
     parts: list[Part] = [Text(_TOLD.format(calls=number(results["calls"])), title="Who wins"), drawn]
     parts += [_rates(results), *_apiece(results, "by_combination", "combination", _COMBINATION)]
     parts += [*_apiece(results, "by_criterion", "option", _OPTION), *_fronts(results), *_scores(results)]
@@ -87,7 +88,7 @@ _TOLD = (
     "for half a win to each, **without ties** leaves it out; a unit with a missing verdict is dropped and counted, "
     "unless it was asked to be a tie. {calls} questions were put to the judge."
 )
-_MATRIX = "Win rate of the method on the left against the one below, ties one half; intervals draw whole prompts anew."
+_MATRIX = "Win rate of the method on the left against the one below, ties one half; 95 % intervals over {over}."
 _COMBINATION = "Win rates under one combination, ties one half."
 _OPTION = "Win rates by the verdicts on one option alone, ties one half."
 _FRONT = (
@@ -129,6 +130,7 @@ def _apart(rows: Sequence[Row], at: tuple[str, str], size: tuple[float, float], 
 
 def _rates(results: Mapping[str, Any]) -> Table:
     """Every two methods once, by both tie rules."""
+    over = results.get("over", "prompts")
     columns = ("method", "against", "won", "lost", "tied", "missing", "ties one half", "interval", "without ties")
     cells = [
         (
@@ -139,7 +141,7 @@ def _rates(results: Mapping[str, Any]) -> Table:
         )
         for row in _once(results["matrix"])
     ]
-    return Table(columns, cells, "Every two methods, by both tie rules, with 95 % intervals over prompts.")
+    return Table(columns, cells, f"Every two methods, by both tie rules, with 95 % intervals over {over}.")
 
 
 def _once(rows: Iterable[Row]) -> list[Row]:
@@ -182,11 +184,12 @@ def _scores(results: Mapping[str, Any]) -> list[Part]:
     rows = results.get("scores") or []
     if not rows:
         return []
+    over = results.get("over", "prompts")
     views: dict[tuple[str, ...], Part] = {}
     for by, combination in dict.fromkeys((row["by"], row["combination"]) for row in rows):
         some = [row for row in rows if (row["by"], row["combination"]) == (by, combination)]
         columns = list(dict.fromkeys(row["option"] for row in some))
         found = {(row["method"], row["option"]): f"{number(row['mean'])} ± {number(row['se'])}" for row in some}
         cells = [(name, *(found.get((name, o)) for o in columns)) for name in dict.fromkeys(r["method"] for r in some)]
-        views[by, combination] = Table(("method", *columns), cells, "Mean and standard error over prompts.")
+        views[by, combination] = Table(("method", *columns), cells, f"Mean and standard error over {over}.")
     return [Views(("scored by", "combination"), views, title="Scores by option")]

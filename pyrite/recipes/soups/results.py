@@ -42,7 +42,7 @@ def duels(chain: Chain) -> claims.Duels:
 
 
 def together(every: Sequence[Mapping[str, Any]]) -> Row:
-    """The duels of several chains as those of one: means over chains, with t intervals of win rates and scores."""
+    """The duels of several chains as those of one: counts summed, rates and scores averaged, intervals over chains."""
     if not every:
         return {}
     keys = {
@@ -54,7 +54,8 @@ def together(every: Sequence[Mapping[str, Any]]) -> Row:
         "pareto": ("method",),
     }
     merged = {name: _mean([chain[name] for chain in every], names) for name, names in keys.items()}
-    return {"methods": every[0]["methods"], "calls": sum(chain["calls"] for chain in every), **merged}
+    over = "chains" if len(every) > 1 else "prompts"
+    return {"methods": every[0]["methods"], "calls": sum(chain["calls"] for chain in every), "over": over, **merged}
 
 
 def _mean(tables: Sequence[Sequence[Row]], keys: Sequence[str]) -> list[Row]:
@@ -71,15 +72,20 @@ def _mean(tables: Sequence[Sequence[Row]], keys: Sequence[str]) -> list[Row]:
 def _averaged(rows: Sequence[Row], keys: Sequence[str]) -> Row:
     found: Row = {key: rows[0][key] for key in keys}
     for name, value in rows[0].items():
-        if name in keys or not isinstance(value, int | float) or isinstance(value, bool):
+        if name in keys or isinstance(value, str | bool) or name.endswith(("_lo", "_hi")):
             continue
         values = [row[name] for row in rows]
         counts = name in ("wins", "losses", "ties", "missing")
         known = [v for v in values if v is not None]
         found[name] = sum(values) if counts else sum(known) / len(known) if known else None
-    if "half" in found and len(rows) > 1:
-        spread = estimators.t_interval(torch.tensor([row["half"] for row in rows], dtype=torch.float64))
-        found |= {"half_lo": spread.lo.item(), "half_hi": spread.hi.item()}
+    for name in ("half", "without"):
+        values = [row.get(name) for row in rows]
+        if all(value is not None for value in values):
+            spread = estimators.t_interval(torch.tensor(values, dtype=torch.float64))
+            found |= {f"{name}_lo": spread.lo.item(), f"{name}_hi": spread.hi.item()}
+    if "mean" in found:
+        values = torch.tensor([row["mean"] for row in rows], dtype=torch.float64)
+        found["se"] = values.std().item() / len(rows) ** 0.5
     if "front" in rows[0]:
         found["front"] = sum(row["front"] for row in rows) * 2 > len(rows)  # in most chains
     return found
