@@ -104,9 +104,9 @@ def best_beta(objective: str) -> Value:
 
     def at_best(s: Study, name: str) -> Tensor:
         betas = sorted(b for noise, b, o in s.gold if noise == NOISE and o == name)
-        ends = torch.stack([s.gold[NOISE, b, name][:, -1] for b in betas], 1)
         if len(betas) < 3:
             raise KeyError("a sweep over KL strengths")
+        ends = torch.stack([s.gold[NOISE, b, name][:, -1] for b in betas], 1)
         others = (ends.sum(0) - ends) / max(len(ends) - 1, 1) if len(ends) > 1 else ends
         return ends.gather(1, others.argmax(1, keepdim=True)).squeeze(1)
 
