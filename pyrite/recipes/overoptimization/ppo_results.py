@@ -13,6 +13,7 @@ from pyrite.recipes.overoptimization.chain import Chain, gold_at
 from pyrite.recipes.overoptimization.ppo import Optimized
 from pyrite.recipes.overoptimization.settings import Settings
 
+FAR = 10  # times the largest √KL measured
 SHOWN = ("kl", "kl_se", "kl_k3", "sqrt_kl", "gold", "gold_se", "proxy", "length", "missing_eos", "variance")
 
 
@@ -48,7 +49,10 @@ def _point(points: Sequence[Sequence[dict[str, Any]]]) -> dict[str, Any]:
 
 
 def fits(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """R(d) = d (a − b ln d), d = √KL, of gold less that of the start, for every policy that has moved."""
+    """R(d) = d (a − b ln d), d = √KL, of gold less that of the start, for every policy that has moved.
+
+    A peak beyond ten times the largest d measured is left out: nothing speaks for it.
+    """
     found = []
     for noise, beta, objective in dict.fromkeys((r["noise"], r["beta"], r["objective"]) for r in rows):
         line = [r for r in rows if (r["noise"], r["beta"], r["objective"]) == (noise, beta, objective)]
@@ -57,7 +61,7 @@ def fits(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             continue
         d, gold = torch.tensor(moved, dtype=torch.float64).unbind(1)
         fit = fit_rl(d, gold)
-        peaks = fit.b > 0 and fit.peak < float("inf")
+        peaks = fit.b > 0 and fit.peak <= FAR * d.max().item()
         known = {"noise": noise, "beta": beta, "objective": objective, "a": fit.a, "b": fit.b}
         where = {"peak_kl": fit.peak**2, "peak_gold": fit.peak_gold + line[0]["gold"]} if peaks else {}
         found.append(known | where)
