@@ -44,6 +44,27 @@ def start(recipe: str, config: Config, settings: Any) -> Run:
     return runs.start(recipe, plan, inputs={})
 
 
+def conduct(
+    recipe: str,
+    run: Run,
+    out: Path,
+    first: int,
+    count: int,
+    *,
+    chain: Callable[[Path, int], Chain],
+    report: Callable[[Run, list[Chain]], object],
+) -> Path:
+    """Run whole chains and report on them; what is done already is not done again. Returns the page's path."""
+    page = out / "report.html"
+    if run.done:
+        return page
+    run.open()
+    made = chains(recipe, out, first, count, chain)
+    report(run, made)
+    run.finish(chains=len(made))
+    return page
+
+
 def chains(recipe: str, out: Path, first: int, count: int, chain: Callable[[Path, int], Chain]) -> list[Chain]:
     """Whole chains, one after another: chain(folder, seed) for `count` seeds from the first on."""
     made = []

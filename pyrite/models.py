@@ -88,7 +88,7 @@ class Policy(nn.Module):
 
     def pack(self, rows: Sequence[Row]) -> Packed:
         """Rows as this model reads them, on its device."""
-        return _pack(self, rows)
+        return pack_for(self, rows)
 
     def forward(self, batch: Packed, *, details: bool = False, ref: Policy | None = None) -> Tensor:
         """Log-probability of each of the R response tokens, (R,) float32 nats.
@@ -226,7 +226,7 @@ class RewardModel(nn.Module):
 
     def pack(self, rows: Sequence[Row]) -> Packed:
         """Rows as this model reads them, on its device."""
-        return _pack(self, rows)
+        return pack_for(self, rows)
 
     def forward(self, batch: Packed) -> Tensor:
         """Raw scores of the N responses, (N,) float32."""
@@ -355,7 +355,7 @@ def _together(members: Sequence[RewardModel], batch: Packed) -> Tensor:
     return torch.stack([member.read(pooled) for member in members])
 
 
-def _pack(model: Policy | RewardModel, rows: Sequence[Row]) -> Packed:
+def pack_for(model: Any, rows: Sequence[Row]) -> Packed:
     """Packed where the model can; rows longer than a sliding window need the model's own masks."""
     window = getattr(backbone(model.model).config.get_text_config(), "sliding_window", None) or 1 << 30
     return pack(rows, padded=not model.packed or longest(rows) > window).to(model.device)

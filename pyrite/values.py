@@ -31,8 +31,8 @@ from pyrite.loading import (
     tokenizer_of,
     train_top,
 )
-from pyrite.models import Policy
-from pyrite.packing import Packed, Row, longest, micro_batches, pack
+from pyrite.models import Policy, pack_for
+from pyrite.packing import Packed, Row, micro_batches
 from pyrite.vocabulary import selective_logp
 
 HEAD = "value_head.safetensors"
@@ -106,7 +106,7 @@ class ValueModel(nn.Module):
 
     def pack(self, rows: Sequence[Row]) -> Packed:
         """Rows as this model reads them, on its device."""
-        return _pack(self.model, rows, packed=self.packed)
+        return pack_for(self, rows)
 
     def forward(self, batch: Packed) -> Tensor:
         """The value before each of the R response tokens, (R,) float32."""
@@ -213,11 +213,6 @@ def response_values(critic: Critic, rows: Sequence[Row], *, budget: int = 16384)
         for i in group:
             parts[i] = [next(flat) for _ in rows[i].responses]
     return pad_sequence([part for row in parts for part in row], batch_first=True)
-
-
-def _pack(model: Any, rows: Sequence[Row], *, packed: bool) -> Packed:
-    window = getattr(backbone(model).config.get_text_config(), "sliding_window", None) or 1 << 30
-    return pack(rows, padded=not packed or longest(rows) > window).to(next(model.parameters()).device)
 
 
 def _is_classifier(path: str | Path) -> bool:

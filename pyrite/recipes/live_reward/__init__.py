@@ -37,21 +37,15 @@ class Config:
 def run(config: Config) -> Path:
     """Run every chain and write the page; what is done already is not done again. Returns its path."""
     wanted = SETTINGS[config.scale]
-    run = experiments.start("live_reward", config, wanted)
-    page = config.out / "report.html"
-    if run.done:
-        return page
-    run.open()
-    chains = experiments.chains(
+    return experiments.conduct(
         "live_reward",
+        experiments.start("live_reward", config, wanted),
         config.out,
         config.first_seed,
         config.seeds,
-        lambda folder, seed: chain.run(folder, wanted, seed=seed),
+        chain=lambda folder, seed: chain.run(folder, wanted, seed=seed),
+        report=lambda run, chains: report(run, chains, config),
     )
-    report(run, chains, config)
-    run.finish(chains=len(chains))
-    return page
 
 
 def report(run: Run, chains: list[chain.Chain], config: Config) -> None:

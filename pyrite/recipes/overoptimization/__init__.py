@@ -41,27 +41,21 @@ class Config:
 def run(config: Config) -> Path:
     """Run every chain and write the page; what is done already is not done again. Returns the page's path."""
     wanted = SETTINGS[config.scale]
-    run = experiments.start("overoptimization", config, wanted)
-    page = config.out / "report.html"
-    if run.done:
-        return page
-    run.open()
-    chains = experiments.chains(
+    return experiments.conduct(
         "overoptimization",
+        experiments.start("overoptimization", config, wanted),
         config.out,
         config.first_seed,
         config.seeds,
-        lambda folder, seed: chain.run(folder, wanted, seed=seed),
+        chain=lambda folder, seed: chain.run(folder, wanted, seed=seed),
+        report=lambda run, chains: report(run, chains, config),
     )
-    seconds = sum(done.results["seconds"] for c in chains for done in c.runs.values() if done.results)
-    report(run, chains, config, seconds)
-    run.finish(chains=len(chains))
-    return page
 
 
-def report(run: Run, chains: list[chain.Chain], config: Config, seconds: float) -> None:
+def report(run: Run, chains: list[chain.Chain], config: Config) -> None:
     """results.json, figures and report.html."""
     wanted = SETTINGS[config.scale]
+    seconds = sum(done.results["seconds"] for c in chains for done in c.runs.values() if done.results)
     found = experiments.results(
         "overoptimization", run, config, wanted, seconds=seconds, found=results.collect(chains, wanted)
     )

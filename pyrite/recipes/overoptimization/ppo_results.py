@@ -12,8 +12,8 @@ from pyrite.fits import fit_rl
 from pyrite.recipes.overoptimization.chain import Chain, gold_at
 from pyrite.recipes.overoptimization.ppo import Optimized
 from pyrite.recipes.overoptimization.settings import Settings
+from pyrite.watch import FAR
 
-FAR = 10  # times the largest √KL measured
 SHOWN = ("kl", "kl_se", "kl_k3", "sqrt_kl", "gold", "gold_se", "proxy", "length", "missing_eos", "variance")
 
 
