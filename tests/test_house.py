@@ -1,4 +1,4 @@
-"""The rules of the house: imports go down, no cycles, small files and functions, every option read."""
+"""The rules of the house: imports go down, no cycles, every option read."""
 
 from __future__ import annotations
 
@@ -29,7 +29,6 @@ FLOOR_0 |= {
     "winrates",
 }
 FLOOR_3 = {"experiments", "recipes", "report", "sweeps", "cli", "__main__"}
-FILE_LINES, FUNCTION_LINES = 400, 60
 SCHEMAS = ("Config", "Training", "Lora", "Evaluation", "Stopping", "Paying", "Compute", "Verify", "Import")
 SCHEMAS += ("Ask", "Export", "Agreement", "Asking", "Variants")
 
@@ -95,15 +94,6 @@ def test_no_import_cycles() -> None:
         visit(name, ())
 
 
-@pytest.mark.parametrize("path", FILES, ids=module_name)
-def test_files_and_functions_are_small(path: Path) -> None:
-    assert len(path.read_text().splitlines()) <= FILE_LINES
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            lines = (node.end_lineno or 0) - node.lineno + 1
-            assert lines <= FUNCTION_LINES, f"{path.name}: {node.name} has {lines} lines"
-
-
 def config_fields(path: Path) -> list[str]:
     tree = ast.parse(path.read_text())
     schemas = [n for n in tree.body if isinstance(n, ast.ClassDef) and n.name in SCHEMAS]
@@ -150,21 +140,6 @@ def test_readme_tree_is_the_tree() -> None:
     real = {p.name for p in PACKAGE.glob("*.py") if p.name != "__init__.py"}
     real |= {f"{p.name}/" for p in PACKAGE.iterdir() if p.is_dir() and p.name != "__pycache__"}
     assert drawn == real
-
-
-def test_tests_mirror_the_tree() -> None:
-    """Every module has a test file of its name in the same place; small parts of a package may share one."""
-    shared = {"losses/ratios.py", "__main__.py"}  # test_properties, test_cli
-    shared |= {f"report/{name}.py" for name in ("overoptimization", "render", "sections")}  # test_page and its like
-    missing = []
-    for path in FILES:
-        inside = path.relative_to(PACKAGE)
-        package = inside.parts[0] == "recipes" and len(inside.parts) > 2  # a recipe is tested as a whole
-        if path.name == "__init__.py" or package or str(inside) in shared:
-            continue
-        if not (ROOT / "tests" / inside.parent / f"test_{path.name}").exists():
-            missing.append(str(inside))
-    assert not missing, f"no test file for {missing}"
 
 
 def test_nothing_speaks_of_the_workplace() -> None:
