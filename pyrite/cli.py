@@ -23,6 +23,7 @@ import yaml
 from rich.console import Console
 
 from pyrite import jobs, ledger, parts, recipes, report, runs, sweeps
+from pyrite import options as ranges
 from pyrite.progress import say
 from pyrite.train import TrainingError
 
@@ -142,11 +143,13 @@ def parse(schema: type, arguments: list[str], *, prog: str) -> Any:
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(schema, args=options, prog=prog, config=(tyro.conf.OmitArgPrefixes,))
+            config = tyro.cli(schema, args=options, prog=prog, config=(tyro.conf.OmitArgPrefixes,))
     except SystemExit as error:
         if not error.code:
             raise  # --help
         raise ValueError(_unboxed(said.getvalue())) from None
+    ranges.check(config)
+    return config
 
 
 def with_yaml(schema: type, arguments: list[str]) -> list[str]:

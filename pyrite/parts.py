@@ -17,14 +17,15 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import ModuleType, NoneType, UnionType
-from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+from types import ModuleType
+from typing import Any, NamedTuple
+
+from pyrite import options as ranges
 
 Function = Callable[..., Any]
 Registry = ModuleType | Mapping[str, Function]
 
 _SPEC = re.compile(r"\s*(?:(?P<where>[^()]+):)?\s*(?P<name>[^\W\d]\w*)\s*(?P<call>\(.*)?", re.DOTALL)
-_SIMPLE = (bool, int, float, str, NoneType)
 _EXAMPLE = 'write "name", "name(option=value)", "file.py:name(option=value)" or "package.module:name()"'
 
 
@@ -59,7 +60,7 @@ def part(spec: str, registry: Registry) -> Part:
     A bare name is looked up in `registry`, a module or a mapping of names; "path.py:name" in that file and
     "package.module:name" in that module, which are imported. A function of options alone is a factory: it
     is called, and what it returns is the part. Raises ValueError, in one line, for a spec that cannot be
-    read, an unknown name or option (with the nearest), or a value of the wrong type.
+    read, an unknown name or option (with the nearest), or a value that is not what the annotation says.
 
     >>> import pyrite.losses
     >>> part("dpo(beta=0.3)", pyrite.losses)
@@ -179,43 +180,15 @@ def _ready(function: Function, options: dict[str, Any]) -> Function:
 
 def _check_options(function: Function, options: dict[str, Any]) -> None:
     known = _defaults(function)
-    hints = _hints(function)
+    hints = ranges.hints(function)
     for name, value in options.items():
         if name not in known:
             raise ValueError(
                 f"{function.__name__} has no option {name!r}: {_suggest(name, known)}; it is {signature(function)}"
             )
-        allowed = _allowed(hints.get(name, Any))
-        if allowed and not any(_fits(value, kind) for kind in allowed):
-            wanted = " or ".join(kind.__name__ if isinstance(kind, type) else repr(kind) for kind in allowed)
-            raise ValueError(
-                f"{function.__name__}: option {name}={value!r} is {type(value).__name__}, give {wanted}; "
-                f"it is {signature(function)}"
-            )
-
-
-def _hints(function: Function) -> dict[str, Any]:
-    try:
-        return get_type_hints(function)
-    except NameError:  # imported for type checkers only: nothing to check against
-        return {}
-
-
-def _allowed(hint: Any) -> list[Any]:
-    """The simple types and literal values a type hint admits; empty where it says nothing of literals."""
-    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-    simple = [kind for kind in kinds if kind in _SIMPLE]
-    choices = [choice for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]
-    others = any(kind is Any or get_origin(kind) not in (None, Literal) for kind in kinds)
-    return [] if others else simple + choices
-
-
-def _fits(value: Any, kind: Any) -> bool:
-    if not isinstance(kind, type):
-        return type(value) is type(kind) and value == kind
-    if kind is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    return type(value) is kind
+        wrong = None if value == known[name] else ranges.fault(value, hints.get(name, Any))
+        if wrong:
+            raise ValueError(f"{function.__name__}: option {name}={value!r} {wrong}; it is {signature(function)}")
 
 
 def _suggest(name: str, known: Iterable[str]) -> str:

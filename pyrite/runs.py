@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from pyrite import __version__
+from pyrite import __version__, options
 from pyrite.processes import world
 
 
@@ -106,8 +106,10 @@ def start(job: str, config: Any, *, inputs: dict[str, str | Path]) -> Run:
     """The run of `config` in the folder `config.out`: new, to be resumed, or done.
 
     inputs: name to path of what the job reads; their hashes belong to the run's identity.
-    Raises RunError for a folder that holds another run, or that cannot be written.
+    Raises ValueError for an option out of its range, RunError for a folder that holds another run, or that cannot be
+    written.
     """
+    options.check(config)
     folder = Path(config.out)
     wanted = {"job": job, **plain_config(config)}
     seen = {name: fingerprint(path) for name, path in {**inputs, **_own_code(wanted)}.items()}

@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "pyrite"
 FILES = sorted(PACKAGE.rglob("*.py"))
-FLOOR_0 = {"seeds", "logps", "losses", "reward_losses", "ensembles", "estimators", "fits", "parts"}
+FLOOR_0 = {"seeds", "logps", "losses", "reward_losses", "ensembles", "estimators", "fits", "options", "parts"}
 FLOOR_0 |= {
     "analyses",
     "kl_control",
@@ -76,7 +76,7 @@ def test_imports_go_down_only(path: Path) -> None:
 @pytest.mark.parametrize("path", [p for p in FILES if floor(module_name(p)) == 0], ids=module_name)
 def test_mathematics_needs_torch_only(path: Path) -> None:
     outside = {name.split(".")[0] for name in imported(path)} - set(sys.stdlib_module_names)
-    assert outside <= {"torch", "pyrite", "__future__"}
+    assert outside <= {"torch", "annotated_types", "pyrite", "__future__"}
 
 
 def test_no_import_cycles() -> None:

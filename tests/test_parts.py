@@ -144,7 +144,7 @@ def test_refusals_teach(spec, pieces):
     [
         ("options(count=1.5)", "count=1.5 is float, give int"),
         ("options(flag=1)", "flag=1 is int, give bool"),
-        ("options(cap='x')", "give float or NoneType"),
+        ("options(cap='x')", "give float or None"),
         ("scorer(words=['a'], unit='lines')", "give 'words' or 'chars'"),
     ],
 )

@@ -1,0 +1,239 @@
+"""What an option may be: its range stands once, in the annotation beside it, and is checked here.
+
+`beta: Positive = 0.1` in the signature of a part or in a job's Config says that beta is a number above 0.
+`fault` compares one value with its annotation, `check` a whole Config with its groups. Numbers are always finite,
+and text is never empty, unless that is the default.
+"""
+
+from __future__ import annotations
+
+import math
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, Field, fields, is_dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from annotated_types import Ge, Gt, Interval, Le, Len, Lt, Predicate
+
+__all__ = [
+    "Amplitude",
+    "Count",
+    "Fraction",
+    "Half",
+    "Integer",
+    "Natural",
+    "NonNegative",
+    "Positive",
+    "Real",
+    "Share",
+    "check",
+    "fault",
+    "hints",
+    "shown",
+    "words",
+]
+
+Real = Annotated[float, Predicate(math.isfinite)]
+"""Any finite number."""
+
+Positive = Annotated[float, Gt(0)]
+NonNegative = Annotated[float, Ge(0)]
+
+Share = Annotated[float, Interval(ge=0, le=1)]
+"""A part of a whole, or a probability."""
+
+Fraction = Annotated[float, Interval(ge=0, lt=1)]
+"""A share that leaves something: 0, but never all."""
+
+Amplitude = Annotated[float, Interval(gt=0, le=1)]
+"""A share that is something: all, but never 0."""
+
+Half = Annotated[float, Interval(ge=0, lt=0.5)]
+"""The probability of an error less likely than not."""
+
+Integer = Annotated[int, Predicate(math.isfinite)]
+"""Any whole number."""
+
+Count = Annotated[int, Ge(1)]
+Natural = Annotated[int, Ge(0)]
+
+_NAMES = {type(None): "None", Path: "a path"}
+_SIMPLE = (bool, int, float, str, Path, types.NoneType)
+
+
+def fault(value: Any, hint: Any) -> str | None:
+    """What is wrong with a value of an option so annotated, None if nothing is.
+
+    >>> fault(-1, Positive), fault(1, Positive)
+    ('must be above 0', None)
+    """
+    wrong = _fault(value, hint)
+    return wrong[1] if wrong else None
+
+
+def check(config: Any) -> None:
+    """Refuse a Config of which an option, also in a group, is not what its annotation says.
+
+    Raises ValueError that names the option as it is typed: "--batch-size 0: must be at least 1".
+    """
+    for name, value, hint, default in _leaves(config):
+        wrong = None if value == default and value == "" else fault(value, hint)
+        if wrong:
+            raise ValueError(f"--{name.replace('_', '-')} {shown(value)}: {wrong}")
+
+
+def hints(owner: Any) -> dict[str, Any]:
+    """The annotations of a function's or a dataclass's options, with their ranges; {} if they cannot be read."""
+    try:
+        return get_type_hints(owner, include_extras=True)
+    except Exception:  # names imported for type checkers only, or whatever a user's own file annotates with
+        return {}
+
+
+def words(hint: Any) -> str:
+    """The range an annotation declares, "" if it declares none: "above 0", "from 0 to 1"."""
+    if get_origin(hint) is Annotated:
+        inner, *rules = get_args(hint)
+        return " and ".join(filter(None, [words(inner), *map(_range, rules)]))
+    if get_origin(hint) is Literal:
+        return " or ".join(repr(choice) for choice in get_args(hint))
+    kinds = [kind for kind in get_args(hint) if kind not in (types.NoneType, ...)]
+    return " or ".join(dict.fromkeys(filter(None, map(words, kinds))))
+
+
+def shown(value: Any) -> str:
+    """A value as it is typed on the command line."""
+    if isinstance(value, (list, tuple)):
+        return " ".join(map(shown, value)) or "(nothing)"
+    return repr(value) if isinstance(value, str) and (not value or value.isspace()) else str(value)
+
+
+def _leaves(config: Any) -> Iterator[tuple[str, Any, Any, Any]]:
+    """Name, value, annotation and default of every option of a config and its groups."""
+    annotated = hints(type(config))
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if is_dataclass(value) and not isinstance(value, type):
+            yield from _leaves(value)
+        else:
+            yield field.name, value, annotated.get(field.name, Any), _default(field)
+
+
+def _default(field: Field[Any]) -> Any:
+    return field.default if field.default is not MISSING else None
+
+
+Fault = tuple[bool, str]  # whether the type is right and only the value is not; what is wrong, in words
+
+
+def _fault(value: Any, hint: Any) -> Fault | None:
+    if get_origin(hint) is Annotated:
+        inner, *rules = get_args(hint)
+        return _fault(value, inner) or next((f for rule in rules if (f := _broken(value, rule))), None)
+    if get_origin(hint) in (Union, types.UnionType):
+        return _of_several(value, get_args(hint))
+    if get_origin(hint) is Literal:
+        choices = get_args(hint)
+        right = any(type(value) is type(choice) and value == choice for choice in choices)
+        return None if right else (False, f"give {' or '.join(map(repr, choices))}")
+    if hint in _SIMPLE:
+        return _of_type(value, hint)
+    if get_origin(hint) in (list, tuple, Sequence):
+        return _of_many(value, get_args(hint))
+    if isinstance(hint, type) and is_dataclass(hint):
+        return None if isinstance(value, hint) else (False, f"is {type(value).__name__}, give {hint.__name__}")
+    return _anything(value)
+
+
+def _of_type(value: Any, kind: type) -> Fault | None:
+    """Text and paths stand for each other; a whole number is a number, True is not."""
+    if kind in (str, Path):
+        right = isinstance(value, (str, Path))
+    elif kind is float:
+        right = isinstance(value, (int, float)) and not isinstance(value, bool)
+    else:
+        right = type(value) is kind
+    if not right:
+        return False, f"is {type(value).__name__}, give {_NAMES.get(kind, kind.__name__)}"
+    if isinstance(value, str) and not value.strip():
+        return True, "must not be empty"
+    return _anything(value)
+
+
+def _of_several(value: Any, kinds: tuple[Any, ...]) -> Fault | None:
+    faults = [_fault(value, kind) for kind in kinds]
+    if any(found is None for found in faults):
+        return None
+    near = [found for found in faults if found and found[0]]
+    if near:
+        return near[0]
+    wanted = " or ".join(_name(kind) for kind in kinds)
+    return False, f"is {type(value).__name__}, give {wanted}"
+
+
+def _of_many(value: Any, kinds: tuple[Any, ...]) -> Fault | None:
+    if not isinstance(value, (list, tuple)):
+        return False, f"is {type(value).__name__}, give a list"
+    several = kinds[:-1] * len(value) if kinds[-1:] == (...,) else kinds * len(value) if len(kinds) == 1 else kinds
+    if len(several) != len(value):
+        return True, f"must be {len(several)} values"
+    return next((found for item, kind in zip(value, several, strict=True) if (found := _fault(item, kind))), None)
+
+
+def _anything(value: Any) -> Fault | None:
+    """All that is known without an annotation: a number is finite, also deep in a list."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return True, "must be a finite number"
+    inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
+    return next((found for item in inner if (found := _anything(item))), None)
+
+
+def _broken(value: Any, rule: Any) -> Fault | None:
+    """What a value of the right type breaks of one rule of annotated_types."""
+    if isinstance(rule, Len):
+        few, many = rule.min_length, rule.max_length
+        right = few <= len(value) and (many is None or len(value) <= many)
+        return None if right else (True, f"must be {_range(rule)}")
+    right = {
+        Gt: lambda: value > rule.gt,
+        Ge: lambda: value >= rule.ge,
+        Lt: lambda: value < rule.lt,
+        Le: lambda: value <= rule.le,
+        Interval: lambda: all(_broken(value, part) is None for part in rule),
+        Predicate: lambda: bool(rule.func(value)),
+    }.get(type(rule), lambda: True)
+    return None if right() else (True, f"must be {_range(rule)}")
+
+
+def _range(rule: Any) -> str:
+    """One rule in words."""
+    if isinstance(rule, Interval):
+        if rule.ge is not None and rule.le is not None:
+            return f"from {rule.ge} to {rule.le}"
+        return " and ".join(_range(part) for part in rule)
+    if isinstance(rule, Len):
+        upper = "" if rule.max_length is None else f" and at most {rule.max_length}"
+        return f"at least {rule.min_length}{upper} value{'s' if rule.min_length != 1 or upper else ''}"
+    if isinstance(rule, Predicate):
+        return "any finite number" if rule.func is math.isfinite else _said(rule.func)
+    bounds: dict[type, Callable[[], str]] = {
+        Gt: lambda: f"above {rule.gt}",
+        Ge: lambda: f"at least {rule.ge}",
+        Lt: lambda: f"below {rule.lt}",
+        Le: lambda: f"at most {rule.le}",
+    }
+    return bounds.get(type(rule), lambda: "")()
+
+
+def _said(function: Callable[..., Any]) -> str:
+    """The first line of a predicate's docstring says what must hold."""
+    return (function.__doc__ or function.__name__).splitlines()[0].rstrip(".")
+
+
+def _name(hint: Any) -> str:
+    if get_origin(hint) is Annotated:
+        return _name(get_args(hint)[0])
+    if get_origin(hint) is Literal:
+        return " or ".join(map(repr, get_args(hint)))
+    return _NAMES.get(hint, hint.__name__ if isinstance(hint, type) else str(hint))

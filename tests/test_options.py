@@ -1,0 +1,121 @@
+"""Values against annotations: ranges, types, lists, groups, and the words for what is wrong."""
+
+from __future__ import annotations
+
+import doctest
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pytest
+from annotated_types import Len
+
+from pyrite import options
+from pyrite.options import Count, Fraction, Half, Natural, NonNegative, Positive, Real, Share
+
+
+@dataclass(frozen=True)
+class Group:
+    batch_size: Count = 8
+    betas: tuple[Fraction, Fraction] = (0.9, 0.99)
+
+
+@dataclass(frozen=True)
+class Config:
+    out: Path
+    model: str
+    note: str = ""
+    held_out: Share | str = 0.1
+    cap: Positive | None = None
+    n: Annotated[tuple[Count, ...], Len(1)] = (1, 2)
+    how: Literal["a", "b"] = "a"
+    group: Group = Group()
+
+
+def test_examples() -> None:
+    result = doctest.testmod(options)
+    assert result.attempted and not result.failed
+
+
+@pytest.mark.parametrize(
+    ("value", "hint"),
+    [
+        (1, Positive),
+        (0.0, NonNegative),
+        (0, Share),
+        (1, Share),
+        (0.49, Half),
+        (-3.5, Real),
+        (1, Count),
+        (0, Natural),
+        (None, Positive | None),
+        ("file.jsonl", Share | str),
+        ([1, 2], tuple[Count, ...]),
+        (Path("x"), str),
+        ("x", Path),
+        ({"a": 1.0}, Any),
+        (lambda: 1, object),
+    ],
+)
+def test_sense(value: Any, hint: Any) -> None:
+    assert options.fault(value, hint) is None
+
+
+@pytest.mark.parametrize(
+    ("value", "hint", "words"),
+    [
+        (0, Positive, "must be above 0"),
+        (-0.1, NonNegative, "must be at least 0"),
+        (1.1, Share, "must be from 0 to 1"),
+        (1, Fraction, "must be at least 0 and below 1"),
+        (0.5, Half, "must be at least 0 and below 0.5"),
+        (math.nan, Real, "must be a finite number"),
+        (math.inf, Positive, "must be a finite number"),
+        (math.nan, float, "must be a finite number"),
+        ([1.0, math.inf], Any, "must be a finite number"),
+        (0, Count, "must be at least 1"),
+        (1.5, Count, "is float, give int"),
+        (True, Count, "is bool, give int"),
+        (True, Positive, "is bool, give float"),
+        ("1", Positive | None, "is str, give float or None"),
+        (None, Positive, "is NoneType, give float"),
+        (-1, Share | str, "must be from 0 to 1"),
+        ("", Share | str, "must not be empty"),
+        ((), Annotated[tuple[Count, ...], Len(1)], "must be at least 1 value"),
+        ((1, 0), tuple[Count, ...], "must be at least 1"),
+        ((0.1,), tuple[Share, Share], "must be 2 values"),
+        (3, tuple[Count, ...], "is int, give a list"),
+        ("c", Literal["a", "b"], "give 'a' or 'b'"),
+    ],
+)
+def test_nonsense(value: Any, hint: Any, words: str) -> None:
+    assert options.fault(value, hint) == words
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"group": Group(batch_size=0)}, "--batch-size 0: must be at least 1"),
+        ({"group": Group(betas=(0.9, 1.0))}, "--betas 0.9 1.0: must be at least 0 and below 1"),
+        ({"group": 3}, "--group 3: is int, give Group"),
+        ({"model": ""}, "--model '': must not be empty"),
+        ({"cap": 0}, "--cap 0: must be above 0"),
+        ({"n": ()}, "--n (nothing): must be at least 1 value"),
+    ],
+)
+def test_a_config_is_refused_by_the_option_as_typed(given: dict[str, Any], message: str) -> None:
+    options.check(Config(**{"out": Path("o"), "model": "m"}))
+    with pytest.raises(ValueError) as error:
+        options.check(Config(**{"out": Path("o"), "model": "m", **given}))
+    assert str(error.value) == message
+
+
+def test_ranges_in_words() -> None:
+    assert [options.words(hint) for hint in (Positive, Share | None, Half, Count, str)] == [
+        "above 0",
+        "from 0 to 1",
+        "at least 0 and below 0.5",
+        "at least 1",
+        "",
+    ]
