@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -100,7 +100,7 @@ def implicit(
     def make(players: Players, seed: int) -> Discriminator:
         lora = Lora(lora_rank=rank) if rank else None
         own = Policy.load(path, lora=lora) if path else copy.deepcopy(players.policy)
-        return Implicit(own, players, beta, [Learner(own, training)])
+        return Implicit(own, replace(players, precision=precision), beta, [Learner(own, training)])
 
     return make
 
@@ -139,7 +139,7 @@ class Rewards:
 
 @dataclass(frozen=True)
 class Implicit:
-    """A policy read as a reward against the start."""
+    """A policy read as a reward against the start, both in the precision of `players`: that in which it learns."""
 
     policy: Policy
     players: Players
@@ -151,7 +151,9 @@ class Implicit:
         if not answers:
             return torch.empty(1, 0)
         rows = [Row(answer.prompt_ids, [answer.ids]) for answer in answers]
-        ratio = response_logps(self.policy, rows).sum.double() - self.players.ref_logps(rows).sum.double()
+        with self.players.reading():
+            own = response_logps(self.policy, rows).sum.double()
+        ratio = own - self.players.ref_logps(rows).sum.double()
         return (self.beta * ratio).float()[None]
 
     def learn(self, labels: Sequence[Better], *, seed: int) -> dict[str, float]:

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from pyrite import ensembles, golds, objectives, parts, samplers, text
 from pyrite.dimensions import Dimensions, Turn
-from pyrite.evaluation import response_logps
 from pyrite.generate import Samples
 from pyrite.logps import Logps
 from pyrite.models import Policy, RewardEnsemble
@@ -201,24 +200,25 @@ def collect(
     """k answers to each prompt {prompt_id, prompt}, given as token ids too, and what everybody makes of them.
 
     Rewards of preferences need asked and preferences in the prompts' rows as well. number: of the batch; a sample's
-    stream belongs to (seed, number, prompt_id, sample). reread: the policy's log-probabilities by a forward as it is
-    learned by, where drawing rounds otherwise (bfloat16).
+    stream belongs to (seed, number, prompt_id, sample). All are read in the players' precision. reread: take the
+    policy's log-probabilities from the forward it learns by, not from the draws. In bfloat16, where draws are rounded
+    otherwise, this is always done.
     """
     drawing = Drawing(samplers.on_policy(), k=k, max_new_tokens=max_new_tokens, seed=seed)
     drawn = players.draw(prompts, ids, drawing, number=number)
     answers = players.answers(prompts, ids, drawn)
     tokens = drawn.responses()
     rows = [Row(list(prompt), tokens[p * k : (p + 1) * k]) for p, prompt in enumerate(ids)]
-    logps = response_logps(players.policy, rows) if reread else _drawn_logps(drawn)
-    return Rollouts(
-        answers=answers,
-        rows=rows,
-        logps=logps,
-        ref=players.ref_logps(rows),
-        scores=scored(rewards, answers),
-        finished=drawn.finished,
-        values=None if critic is None else response_values(critic, rows),
-    )
+    with players.reading():
+        return Rollouts(
+            answers=answers,
+            rows=rows,
+            logps=players.policy_logps(rows) if reread or players.precision == "bfloat16" else _drawn_logps(drawn),
+            ref=players.ref_logps(rows),
+            scores=scored(rewards, answers),
+            finished=drawn.finished,
+            values=None if critic is None else response_values(critic, rows),
+        )
 
 
 def estimates(

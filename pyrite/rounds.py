@@ -67,8 +67,9 @@ class Drawing:
 class Players:
     """Who answers: the policy, and its reference, which is the policy itself where adapters can be switched off.
 
-    precision: of drawing and scoring, best that of learning: reference and learner are then rounded alike, so that a
-    policy that is still its reference has margins of 0. Softmax, mixtures and draws are float32 in any case.
+    precision: that of learning. Everything a step learns from is read within `reading`: policy, reference, values and
+    rewards are then rounded as the learner rounds, so that a policy that is still its reference has margins of 0,
+    KL 0 and ratios of 1. Softmax, mixtures and draws are float32 in any case.
     """
 
     policy: Policy
@@ -87,7 +88,7 @@ class Players:
             "keys": [seeds.derive(0, str(row["prompt_id"])) for row in rows],
         }
         arms = [how.arms(number, str(row["prompt_id"])) for row in rows]
-        with self._computing():
+        with self.reading():
             if all(arm == Arm(policy=1.0) for some in arms for arm in some):
                 drawn = sample(backbone(self.policy.model), ids, k=how.k, **options)
             else:
@@ -115,13 +116,19 @@ class Players:
             ref = replace(ref, tokens=None, mask=None)
         return Preferences(rows, ref, torch.tensor([pair.strength for pair in pairs]))
 
+    def policy_logps(self, rows: Sequence[Row]) -> Logps:
+        """Log-probabilities of all responses under the policy, as it is learned by."""
+        with self.reading():
+            return response_logps(self.policy, rows)
+
     def ref_logps(self, rows: Sequence[Row]) -> Logps:
         """Log-probabilities of all responses under the reference."""
         off = self.policy.without_adapters() if self.ref is self.policy else nullcontext()
-        with self._computing(), off:
+        with self.reading(), off:
             return response_logps(self.ref, rows)
 
-    def _computing(self) -> torch.autocast:
+    def reading(self) -> torch.autocast:
+        """The one context in which everything is read that a step learns from."""
         return torch.autocast(self.policy.device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
 
 

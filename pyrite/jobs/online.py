@@ -131,7 +131,7 @@ def run(config: Config) -> Run:
     learner = RoundLearner(
         policy, named.loss, config.training, rounds=config.rounds, restart=config.restart, seed=config.seed
     )
-    # a discriminator reads its own policy in float32, so its start too
+    # a discriminator has a precision of its own, in which it reads its policy and the start
     silver = named.silver(Players(policy, start), seeds.derive(config.seed, "silver")) if named.silver else None
     drawing = _drawing(named.sampler, config)
     ids = prompts.encoded(policy, asked, new=config.evaluation.max_new_tokens, source=config.prompts)

@@ -18,13 +18,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from pyrite import estimators, prompts, runs
 from pyrite.actors import HEADS, Learners, Passes, State
 from pyrite.dimensions import Dimensions, Variants
-from pyrite.evaluation import Evaluation, Evaluator, response_logps
+from pyrite.evaluation import Evaluation, Evaluator
 from pyrite.journal import Journal
 from pyrite.kl_control import KLControl
 from pyrite.models import Lora, Policy
@@ -168,10 +167,9 @@ def run(config: Config) -> Run:
                 seed=config.seed,
                 number=number,
                 critic=learners.critic,
-                reread=config.training.precision == "bfloat16",
             )
             if number == 0:
-                _check_start(policy, drawn)
+                _check_start(players, drawn)
             shaped = _shaped(drawn, state, config)
             made = _advantages(drawn, shaped, state, config)
             seen = learners.learn(drawn, made, number) | _summary(drawn, shaped, made, state)
@@ -204,13 +202,13 @@ def _prompts(config: Config, rewards: Sequence[Reward]) -> tuple[list[dict[str, 
 # One step ---------------------------------------------------------------------------------------------------------
 
 
-def _check_start(policy: Policy, drawn: Rollouts) -> None:
+def _check_start(players: Players, drawn: Rollouts) -> None:
     """Policy, reference and the policy read again must be one at the start. Raises TrainingError."""
-    again = response_logps(policy, drawn.rows)
+    again = players.policy_logps(drawn.rows)
     for name, other in (("the policy read again", again), ("the reference", drawn.ref)):
         assert drawn.logps.tokens is not None and other.tokens is not None
         off = ((drawn.logps.tokens - other.tokens).abs() * drawn.mask).max().item()
-        if not off < (START if policy.model.dtype == torch.float32 else 10 * START):  # type: ignore[union-attr]
+        if not off < START:
             raise TrainingError(
                 f"step 1: a token's log-probability under {name} is {off:.3g} nats off what it was drawn with; "
                 "at the start both are one model, so something is wrong with it: use another model or report this"

@@ -154,6 +154,13 @@ def _given(source: Source, texts: Sequence[Text], trainer: Trainer) -> Table:
     table = tables.load(str(source.path), tokens=trainer.tokens)
     say(f"reference: reused {table.folder}, {len(table)} rows, no model needed")
     if not table.imported and table.recipe["weights"] == identity.weights_hash(trainer.policy.model):
+        made = table.recipe["numerics"]["compute"]
+        if made != trainer.precision:
+            raise BadReference(
+                f"R6: {table.folder} holds this policy's log-probabilities in {made}, and the policy is read in "
+                f"{trainer.precision}, so margins would not begin at 0: use --ref self, or compute the reference again "
+                f"with --precision {trainer.precision}"
+            )
         known = [one for one in texts if row_id(one) in table.places]
         worst = rules.spot_check(table, trainer.policy, known)
         say(f"reference: {min(32, len(known))} rows computed again, they differ by {worst:.2g} nats at most (R6)")
