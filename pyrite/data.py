@@ -23,7 +23,7 @@ from typing import Any, Literal
 import numpy as np
 
 from pyrite.layouts import LAYOUTS, Layout, Skip, messages
-from pyrite.sources import DataError, Row, Source, read
+from pyrite.sources import DataError, Placed, Row, Source, read
 from pyrite.text import plain
 
 Kind = Literal["prompts", "demos", "pairs", "candidates"]
@@ -65,6 +65,7 @@ def load(
     (an error unless on_equal="drop"), conversations that part before the last answer or prefer an empty one,
     rows without a verdict, and prompts seen before (kind "prompts").
 
+    Every row knows its file and line: `place(row)` says them, whatever was left out, split or shuffled since.
     Raises DataError, naming the file and the row.
     """
     if kind not in LAYOUTS:
@@ -80,6 +81,14 @@ def load(
     if not rows:
         raise DataError(f"{source.name}: no row is left of {len(source.rows)}; {'; '.join(dropped)}")
     return rows
+
+
+def place(row: Row, unknown: str = "") -> str:
+    """Where the user's file has a row, as errors call it: "pairs.jsonl, line 7"; `unknown` where nobody knows.
+
+    Known of rows from `load`, and of rows made of them by `row | {...}`.
+    """
+    return getattr(row, "place", "") or unknown or f"the row of prompt {row.get('prompt_id')!r}"
 
 
 def prompt_id(prompt: Any) -> str:
@@ -168,7 +177,7 @@ def apply_flips(rows: Sequence[Row], mask: np.ndarray) -> list[Row]:
     result = []
     for row, flip in zip(rows, mask, strict=True):
         swapped = {"chosen": row["rejected"], "rejected": row["chosen"]} if flip else {}
-        result.append({**row, **swapped, "flipped": bool(row.get("flipped", False)) ^ bool(flip)})
+        result.append(row | swapped | {"flipped": bool(row.get("flipped", False)) ^ bool(flip)})
     return result
 
 
@@ -224,7 +233,7 @@ def _converted(source: Source, kind: Kind, layout: Layout, on_equal: str) -> tup
         except ValueError as error:
             raise DataError(f"{source.at(i)}: {error}") from error
         else:
-            rows.append(row)
+            rows.append(Placed.at(row, source.at(i)))
     return rows, dropped
 
 

@@ -123,7 +123,7 @@ class Evaluator:
             policy.tokenizer,
             [row["prompt"] for row in prompts],
             max_length=policy.context - options.max_new_tokens,
-            where=lambda i: f"{options.eval_prompts}: prompt {prompts[i]['prompt_id']}",
+            where=lambda i: data.place(rows[i]),
         )
         made = cls(prompts, ids, gold, _proxy(options), _reference(policy, ref), options, seed, asking)
         replace(made, prompts=prompts[:1], ids=ids[:1])._sample(policy, new=1)  # refuses options out of range

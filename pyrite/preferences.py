@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from pyrite import estimators, text
+from pyrite import data, estimators, text
 from pyrite.forwards import by_response
 from pyrite.logps import Logps, PairLogps, Running
 from pyrite.losses import running as statistics
@@ -90,7 +90,8 @@ def encode_pairs(
 
     Dropped are pairs with a response that has no tokens, answers equal after truncation and, by `on_cut`, pairs of
     which truncation cut one answer only (the loss would learn from the end token alone). Limits in tokens; a prompt
-    keeps its last three quarters of `max_length` by default.
+    keeps its last three quarters of `max_length` by default. Errors name the pair's place in its file; `source` where
+    that is not known.
     """
     texts = [Text(pair["prompt"], pair[side]) for pair in pairs for side in ("chosen", "rejected")]
     encoded = text.encode_all(
@@ -99,7 +100,7 @@ def encode_pairs(
         [one.response for one in texts],
         max_length=max_length,
         max_prompt=max_prompt if max_prompt is not None else max_length * 3 // 4,
-        where=lambda i: f"{source}: pair {i // 2 + 1}",
+        where=lambda i: data.place(pairs[i // 2], f"{source}: pair {i // 2 + 1}"),
     )
     both = zip(encoded[::2], encoded[1::2], strict=True)
     return EncodedPairs(pairs, texts, encoded, []).without([_fault(*sides, on_cut=on_cut) for sides in both])

@@ -58,5 +58,5 @@ def encoded(policy: Policy, rows: Sequence[dict[str, Any]], *, new: int, source:
         policy.tokenizer,
         [row["prompt"] for row in rows],
         max_length=policy.context - new,
-        where=lambda i: f"{source}: prompt {rows[i]['prompt_id']}",
+        where=lambda i: data.place(rows[i], f"{source}: prompt {rows[i]['prompt_id']}"),
     )

@@ -5,12 +5,30 @@ from __future__ import annotations
 import gzip
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 Row = dict[str, Any]
+
+
+class Placed(dict[str, Any]):
+    """A row that knows where the user's file has it: `place`, as in "pairs.jsonl, line 7".
+
+    It is a dict in all else: equal to one, written as one. `row | {...}` keeps the place; `{**row}` loses it.
+    """
+
+    place: str = ""
+
+    @classmethod
+    def at(cls, row: Mapping[str, Any], place: str) -> Placed:
+        made = cls(row)
+        made.place = place
+        return made
+
+    def __or__(self, other: Any) -> Any:
+        return Placed.at({**self, **other}, self.place)
 
 
 class DataError(ValueError):

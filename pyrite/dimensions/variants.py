@@ -14,6 +14,7 @@ from typing import Any, Literal
 from pyrite import data
 from pyrite.dimensions.options import Dimensions, Option, located
 from pyrite.progress import say
+from pyrite.sources import Placed
 from pyrite.text import Prompt, plain
 
 Turn = Literal["user", "system"]
@@ -101,13 +102,14 @@ def render(prompt: Prompt, options: Iterable[Option], *, turn: Turn = "user") ->
 def conditioned(row: dict[str, Any], options: Sequence[Option], *, turn: Turn = "user") -> dict[str, Any]:
     """The row of a raw prompt {prompt_id, prompt} under some options; a neutral one keeps its id."""
     prompt = render(row["prompt"], options, turn=turn)
-    return {
+    made = {
         "prompt_id": data.prompt_id(prompt) if options else str(row["prompt_id"]),
         "prompt": prompt,
         "asked": row["prompt"],
         "asked_id": row["prompt_id"],
         "preferences": [option.id for option in options],
     }
+    return Placed.at(made, data.place(row))
 
 
 def _with_system(messages: list[dict[str, str]], said: str) -> list[dict[str, str]]:

@@ -69,7 +69,7 @@ def run(config: Config) -> Run:
         policy.tokenizer,
         [row["prompt"] for row in prompts],
         max_length=room,
-        where=lambda i: f"{config.prompts}: prompt {prompts[i]['prompt_id']} with {config.max_new_tokens} new tokens",
+        where=lambda i: f"{data.place(prompts[i])}, with {config.max_new_tokens} new tokens",
     )
     _sample(policy, prompts[:1], ids[:1], config, new=min(1, config.max_new_tokens))  # refuses options out of range
     run.open()

@@ -130,7 +130,7 @@ def compute(config: Compute) -> Run:
         conditioning=config.conditioning,
         max_length=max_length,
         max_prompt=max_prompt,
-        where=lambda i: f"{config.data}: {('chosen', 'rejected')[i % 2]} answer of pair {i // 2 + 1}",
+        where=lambda i: f"{data.place(pairs[i // 2])}: {('chosen', 'rejected')[i % 2]} answer of pair {i // 2 + 1}",
     )
     recipe = scoring.recipe_of(policy, reading, tokens=config.tokens, precision=config.precision)
     run.open()

@@ -72,7 +72,7 @@ def run(config: Config) -> Run:
         raise ValueError(f"--members {config.members}: give at least 1")
     pairs, held = _read(config)
     first = _member(config, 0)
-    batches, clean = _rows(first, pairs, config.data), _rows(first, held, str(config.held_out))
+    batches, clean = _rows(first, pairs), _rows(first, held)
     run.open()
     say(f"reward: {len(batches)} pairs, {len(clean)} held out, {config.members} members")
     for member in range(config.members):
@@ -126,11 +126,11 @@ def _member(config: Config, member: int) -> RewardModel:
     )
 
 
-def _rows(model: RewardModel, pairs: list[dict[str, Any]], source: str) -> list[Row]:
+def _rows(model: RewardModel, pairs: list[dict[str, Any]]) -> list[Row]:
     """One row a pair: the prompt, then chosen and rejected."""
     prompts = [pair["prompt"] for pair in pairs]
     chosen, rejected = (
-        model.encode(prompts, [pair[side] for pair in pairs], where=lambda i: f"{source}: pair {i + 1}")
+        model.encode(prompts, [pair[side] for pair in pairs], where=lambda i: data.place(pairs[i]))
         for side in ("chosen", "rejected")
     )
     return [Row(a.prompt, [a.response, b.response]) for a, b in zip(chosen, rejected, strict=True)]

@@ -98,7 +98,7 @@ def _rows(policy: Policy, rows: list[dict], config: Config) -> list[Row]:
         [row["prompt"] for row in rows],
         [row["response"] for row in rows],
         max_length=config.max_length or policy.context,
-        where=lambda i: f"{config.data}: row of prompt {rows[i]['prompt_id']}",
+        where=lambda i: data.place(rows[i]),
     )
     return [Row(e.prompt, [e.response]) for e in encoded]
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list
 
+from pyrite import data
 from pyrite.loading import Dtype, backbone, tokenizer_of
 from pyrite.models import Policy
 from pyrite.processes import world
@@ -27,7 +28,7 @@ from pyrite.text import Encoded, plain
 class Trainer:
     """Who asks: the policy before training, where it came from, and what its loss needs.
 
-    limits: longest text and longest prompt in tokens. tokens: token log-probabilities are needed.
+    limits: longest text and longest prompt in tokens. tokens: token log-probabilities are needed. rows: of the pairs.
     """
 
     policy: Policy
@@ -37,6 +38,7 @@ class Trainer:
     precision: Dtype
     cache: Path
     budget: int
+    rows: Sequence[dict[str, Any]] | None = None
 
 
 def model_table(
@@ -69,10 +71,15 @@ def dtype_of(policy: Policy) -> Dtype:
     return "bfloat16" if backbone(policy.model).dtype == torch.bfloat16 else "float32"
 
 
-def place(texts: Sequence[Text]) -> Callable[[int], str]:
-    """How errors call the answers of pairs."""
-    sides = ("chosen", "rejected")
-    return lambda i: f"the {sides[i % 2]} answer of pair {i // 2 + 1} ({plain(texts[i].prompt)[:40]!r})"
+def place(texts: Sequence[Text], rows: Sequence[dict[str, Any]] | None = None) -> Callable[[int], str]:
+    """How errors call the answers of pairs: with file and line where the pairs' rows know them, else with the prompt."""
+
+    def name(i: int) -> str:
+        asked = repr(plain(texts[i].prompt)[:40])
+        named = data.place(rows[i // 2], asked) if rows else asked
+        return f"the {('chosen', 'rejected')[i % 2]} answer of pair {i // 2 + 1} ({named})"
+
+    return name
 
 
 def _read(
@@ -92,7 +99,7 @@ def _read(
         conditioning=conditioning,
         max_length=most,
         max_prompt=most_prompt,
-        where=place(texts),
+        where=place(texts, trainer.rows),
         encoded=encoded if alike else None,
     )
     return reading, kin and not alike

@@ -49,7 +49,7 @@ def obtain(
     tokens: bool = False,
     max_length: int | None = None,
     max_prompt: int | None = None,
-    columns: Sequence[Mapping[str, Any]] | None = None,
+    columns: Sequence[dict[str, Any]] | None = None,
     precision: Dtype = "float32",
     budget: int = 16384,
 ) -> tuple[Logps | None, list[str | None], list[str]]:
@@ -71,7 +71,7 @@ def obtain(
     if len(texts) != len(encoded) or not texts or len(texts) % 2:
         raise ValueError(f"{len(texts)} texts and {len(encoded)} encodings; give chosen and rejected of every pair")
     limits = readings.limits(policy.context, max_length, max_prompt)
-    trainer = Trainer(policy, policy_path, limits, tokens=tokens, precision=precision, cache=cache, budget=budget)
+    trainer = Trainer(policy, policy_path, limits, tokens=tokens, precision=precision, cache=cache, budget=budget, rows=columns)
     pieces = [_piece(source, texts, encoded, trainer, columns) for source in sources]
     weights = [source.weight for source in sources]
     reasons = [next((piece.reasons[i] for piece in pieces if piece.reasons[i]), None) for i in range(len(texts))]
@@ -99,7 +99,7 @@ def _piece(
     texts: Sequence[Text],
     encoded: Sequence[Encoded],
     trainer: Trainer,
-    columns: Sequence[Mapping[str, Any]] | None,
+    columns: Sequence[dict[str, Any]] | None,
 ) -> Piece:
     if source.kind == "column":
         return _column(source, texts, encoded, columns, tokens=trainer.tokens)
@@ -109,7 +109,7 @@ def _piece(
         table, own = model_table(source, texts, trainer, encoded=encoded)
     tokenizer = trainer.policy.tokenizer
     reasons = rules.verify(
-        table, texts, encoded, tokenizer=tokenizer, tokens=trainer.tokens, own_template=own, where=place(texts)
+        table, texts, encoded, tokenizer=tokenizer, tokens=trainer.tokens, own_template=own, where=place(texts, columns)
     )
     rows = [table.places[row_id(one)] for one in texts]
     aligned = rules.same_tokenizer(table, tokenizer)
@@ -125,7 +125,7 @@ def _column(
     source: Source,
     texts: Sequence[Text],
     encoded: Sequence[Encoded],
-    columns: Sequence[Mapping[str, Any]] | None,
+    columns: Sequence[dict[str, Any]] | None,
     *,
     tokens: bool,
 ) -> Piece:
@@ -140,10 +140,10 @@ def _column(
     for i, (row, name) in enumerate((row, name) for row in columns for name in names):
         value = row.get(name)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise BadReference(f"R1: column {name!r} of {place(texts)(i)} holds {value!r:.40}; a number is needed")
+            raise BadReference(f"R1: column {name!r} of {place(texts, columns)(i)} holds {value!r:.40}; a number is needed")
         if not (math.isfinite(value) and value <= rules.POSITIVE):
             fault = "which is no log-probability: it must be finite and at most 0"
-            raise BadReference(f"R1: column {name!r} of {place(texts)(i)} holds {value}, {fault}")
+            raise BadReference(f"R1: column {name!r} of {place(texts, columns)(i)} holds {value}, {fault}")
         sums[i] = value
     cut = "R3: truncation cut the answer for the policy"
     return Piece(sums, None, False, [cut if one.truncated else None for one in encoded], [])
