@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import tyro
 
 from pyrite import data, duels, golds, judges, parts, runs
 from pyrite.dimensions import Dimensions, Option, filled
@@ -42,13 +43,13 @@ class Config:
 
     answers: tuple[str, ...]
     """Candidates as METHOD=FILE; a method may have several files. Neutral answers serve every combination."""
-    dimensions: str
-    """Preference dimensions: a YAML file, or a shipped name such as soups."""
-    out: Path
+    dimensions: str | None = None
+    """Preference dimensions: a YAML file, or a shipped name such as soups. Only --general goes without."""
+    out: Path = tyro.MISSING
     judge: str = "bradley_terry(gold={gold}, hard=True)"
     """Who judges; {criterion}, {gold}, {sentence} and {id} stand for the option's own."""
     general: str | None = None
-    """In place of the options: what is better in general, the gold, or criterion, that the judge is given."""
+    """What is better in general, in place of the options: the gold, or the criterion, that the judge is given."""
     rewards: tuple[str, ...] = ()
     """Score by reward runs too: one folder for all options, or OPTION=FOLDER for each."""
     missing: Missing = "drop"
@@ -94,7 +95,7 @@ def inputs(config: Config) -> dict[str, str | Path]:
     folders = [Path(folder) / "done.json" for folder in _rewards(config).values()]
     return {
         **{f"{name} answers {i}": file for i, (name, file) in enumerate(_named(config))},
-        **files(config.dimensions),
+        **(files(config.dimensions) if config.dimensions else {}),
         **{f"reward {path.parent}": path for path in folders},
     }
 
@@ -106,10 +107,16 @@ def run(config: Config) -> Run:
         return run
     if config.times < 2:
         raise ValueError(f"--times {config.times}: give at least 2 resamples, 2000 for intervals to rely on")
-    known = Dimensions.load(config.dimensions)
+    if not (config.dimensions or config.general):
+        raise ValueError("duel: give --dimensions, a YAML file or soups, or --general with what makes an answer better")
+    if config.rewards and not config.dimensions:
+        raise ValueError("--rewards score the options of --dimensions; give both or neither")
+    known = Dimensions.load(config.dimensions) if config.dimensions else None
     contest, scorers = _contest(config, known), _scorers(config, known)
     run.open()
     verdicts = [row for name in contest.judges for row in _verdicts(run, contest, name)]
+    if all(row["verdict"] is None for row in verdicts):
+        raise ValueError(f"duel: the judge {config.judge!r} gave no verdict on any of {len(verdicts)} questions")
     if run.writes:
         data.write(verdicts, run.folder / "verdicts.parquet")
     scores = list(_scores(contest, scorers))
@@ -125,16 +132,20 @@ def run(config: Config) -> Run:
 # What is compared -------------------------------------------------------------------------------------------------
 
 
-def _contest(config: Config, known: Dimensions) -> Contest:
-    """Answers that match, and their judges, ready. Raises ValueError, naming methods and prompt."""
+def _contest(config: Config, known: Dimensions | None) -> Contest:
+    """Answers that match, and their judges, ready. Raises ValueError, naming methods and prompt.
+
+    Without dimensions preferences stay as the rows have them, and where no row has any there is one empty combination.
+    """
     given: dict[str, dict[Unit, Row]] = {}
     for name, file in _named(config):
         _add(given.setdefault(name, {}), name, file, known)
     if len(given) < 2:
         raise ValueError(f"--answers: a duel needs two methods or more, and there is {', '.join(given) or 'none'}")
-    place = {id: i for i, id in enumerate(known.ids)}
     named = {unit.combination for mine in given.values() for unit in mine} - {()}
-    combinations = sorted(named, key=lambda ids: [place[id] for id in ids]) or known.combinations()
+    place = {id: i for i, id in enumerate(known.ids)} if known else {}
+    every: list[tuple[str, ...]] = known.combinations() if known else [()]
+    combinations = sorted(named, key=lambda ids: [(place.get(id, 0), id) for id in ids]) or every
     answers = {name: _under(mine, name, combinations) for name, mine in given.items()}
     units = sorted(next(iter(answers.values())), key=lambda unit: combinations.index(unit.combination))
     for first, second in itertools.combinations(answers, 2):
@@ -151,15 +162,15 @@ def _named(config: Config) -> list[tuple[str, str]]:
     return [(name, file) for _, name, file in split]
 
 
-def _add(mine: dict[Unit, Row], name: str, file: str, known: Dimensions) -> None:
+def _add(mine: dict[Unit, Row], name: str, file: str, known: Dimensions | None) -> None:
     """The answers of a file to those of its method; candidates without preferences are neutral."""
     for row in data.load(file, "candidates"):
         row = {"asked": row["prompt"], "asked_id": row["prompt_id"], "preferences": [], **row}
         try:
-            options = known.chosen(row["preferences"])
+            options = [option.id for option in known.chosen(row["preferences"])] if known else row["preferences"]
         except ValueError as error:
             raise ValueError(f"{file}: prompt {row['asked_id']}: {error}") from error
-        unit = Unit(tuple(option.id for option in options), str(row["asked_id"]), row["sample"])
+        unit = Unit(tuple(options), str(row["asked_id"]), row["sample"])
         if unit in mine:
             raise ValueError(f"{file}: {name} has two answers to {unit}; give one")
         mine[unit] = row
@@ -185,11 +196,12 @@ def _check_alike(answers: Answers, first: str, second: str) -> None:
             raise ValueError(f"{first} and {second} were asked different things as {unit}; give them the same prompts")
 
 
-def _judges(config: Config, known: Dimensions, combinations: Iterable[Sequence[str]]) -> dict[str, judges.Judge]:
-    if config.general:
-        options = [Option(GENERAL, "", "", config.general, config.general)]
-    else:
-        options = [known.option(id) for id in dict.fromkeys(itertools.chain(*combinations))]
+def _judges(config: Config, known: Dimensions | None, combinations: Iterable[Sequence[str]]) -> dict[str, judges.Judge]:
+    if config.general or not known:
+        option = Option(GENERAL, "", "", config.general or "", config.general)
+        spec = filled(config.judge, option) if "{" in config.judge else config.judge  # it may say itself what is better
+        return {GENERAL: parts.part(spec, judges)}
+    options = [known.option(id) for id in dict.fromkeys(itertools.chain(*combinations))]
     return {option.id: parts.part(filled(config.judge, option), judges) for option in options}
 
 
@@ -274,8 +286,10 @@ def _averages(matrix: Sequence[Row], methods: Sequence[str]) -> list[Row]:
 # Scores -----------------------------------------------------------------------------------------------------------
 
 
-def _scorers(config: Config, known: Dimensions) -> dict[str, dict[str, OneScore]]:
+def _scorers(config: Config, known: Dimensions | None) -> dict[str, dict[str, OneScore]]:
     """Scorers of options by kind, loaded."""
+    if not known:
+        return {}
     found = {"gold": gold_scorers(known)} if any(option.gold for option in known.options) else {}
     if not config.rewards:
         return found

@@ -147,6 +147,8 @@ def ask(config: Ask) -> Run:
     before = _tally(judge.ledger, keys)
     with progress("judge", len(keys), unit="questions") as advance:
         verdicts = judge.verdicts(*texts, advance=advance)
+    if all(verdict.preference is None for verdict in verdicts):
+        raise ValueError(_nothing(judge, keys, len(rows)))
     run.open()
     table = [
         verdict_row(row, verdict, criterion=judge.criterion, model=config.model)
@@ -257,6 +259,17 @@ def _sound(a: Row, b: Row) -> bool:
 def _couple(a: Row, b: Row) -> Row:
     others = {name: value for name, value in a.items() if name not in ANSWER}
     return {**others, "a": a["response"], "b": b["response"], "sample_a": a["sample"], "sample_b": b["sample"]}
+
+
+def _nothing(judge: LanguageJudge, keys: list[str], pairs: int) -> str:
+    """What went wrong where no pair got a verdict."""
+    with Answers(judge.ledger) as answers:
+        tally, last = answers.tally(keys), answers.last_error(keys)
+    return (
+        f"judge: none of {pairs} pairs got a verdict: {tally.failed} questions had no answer, {tally.no_verdict} an "
+        f"answer without one; the last one because: {last}; check the address, the model, --reply and --max-tokens. "
+        f"The answers are in {judge.ledger}"
+    )
 
 
 def _tally(ledger: str, keys: list[str]) -> Tally:

@@ -168,6 +168,16 @@ class Answers:
         marks = [(f"{TALLY} WHERE key IN ({', '.join('?' * len(some))})", some) for some in _some(keys)]
         return _sum([self.ledger.db.execute(query, some).fetchone() for query, some in marks])
 
+    def last_error(self, keys: Sequence[str]) -> str:
+        """Why the latest of some questions that have no verdict has none."""
+        found: list[tuple[float, str]] = []
+        for some in _some(keys):
+            query = (
+                f"SELECT settled, error FROM answers WHERE error IS NOT NULL AND key IN ({', '.join('?' * len(some))})"
+            )
+            found += [(settled or 0.0, error) for settled, error in self.ledger.db.execute(query, some)]
+        return max(found)[1] if found else "nothing was asked"
+
     def rows(self) -> list[dict[str, Any]]:
         """Every question, oldest first."""
         cursor = self.ledger.db.execute("SELECT * FROM answers ORDER BY rowid")

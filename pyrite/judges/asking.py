@@ -32,8 +32,8 @@ class Pace:
 
     concurrency: requests at once. per_minute: requests a minute at most. retries: requests after a first one that was
     not answered, `backoff`, 2 · `backoff`, ... up to `longest` seconds apart, less up to a half by chance, and no
-    sooner than the server asks. reasks: requests after an answer without a verdict. down: questions in a row without
-    any answer after which the server is taken to be down.
+    sooner than the server asks. reasks: requests after an answer without a verdict. down: questions in a row that ended
+    without a verdict after which the judge is taken not to work.
     """
 
     concurrency: int = 8
@@ -68,11 +68,13 @@ class Trade:
 
 
 class Turn(NamedTuple):
-    """Questions of one request; how often nobody answered, and how often without a verdict."""
+    """Questions of one request; how often nobody answered, and how often without a verdict; whether any of those
+    answers was a completion."""
 
     questions: tuple[Question, ...]
     unanswered: int = 0
     useless: int = 0
+    heard: bool = False
 
 
 class Desk:
@@ -87,13 +89,14 @@ class Desk:
         self.numbers = itertools.count()
         self.chance = random.Random()  # when, not what
         self.free = 0.0  # the earliest moment for the next request
-        self.silent = 0
+        self.silent = 0  # questions in a row that ended without a verdict
+        self.unanswered = 0  # those among them without any answer
 
     def ask(self, questions: Sequence[Question], *, batch: int = 1) -> None:
         """Ask, until every question has ended; the answers are then in the ledger.
 
-        Raises GoldStopped where the server is down or will not have us, or money would run out. Answers in flight are
-        awaited and kept, then too.
+        Raises GoldStopped where the server is down or will not have us, where its answers hold no verdicts, or money
+        would run out. Answers in flight are awaited and kept, then too.
         """
         self.line.extend(Turn(tuple(questions[at : at + batch])) for at in range(0, len(questions), batch))
         with ThreadPoolExecutor(self.pace.concurrency, thread_name_prefix="judge") as pool:
@@ -168,7 +171,9 @@ class Desk:
                 completion = future.result()
             except Trouble as trouble:
                 if trouble.kind == "unusable":
-                    self._useless(turn, Completion(""), str(trouble))
+                    self._useless(turn, None, str(trouble))
+                elif trouble.kind == "system":
+                    self._refolded(turn, trouble)
                 else:
                     self._unanswered(turn, trouble)
             else:
@@ -177,25 +182,28 @@ class Desk:
     def _answered(self, turn: Turn, completion: Completion) -> None:
         verdicts = self.trade.read(completion, len(turn.questions))
         if verdicts is None:
-            self._useless(turn, completion, "no verdict in the answer")
+            self._useless(turn, completion, f"no verdict in the answer {_shown(completion)}")
             return
-        self.silent = 0
+        self.silent = self.unanswered = 0
         kept = zip(self._paid(turn, completion), verdicts, strict=True)
         self._settle(turn, [replace(one, label=said.label, p=said.p) for one, said in kept])
         self.advance(len(turn.questions))
 
-    def _useless(self, turn: Turn, completion: Completion, error: str) -> None:
-        """A paid answer without a verdict, or not one for each question: those are asked one at a time."""
-        self.silent = 0
-        single = len(turn.questions) == 1
+    def _useless(self, turn: Turn, completion: Completion | None, error: str) -> None:
+        """An answer without a verdict, or not one for each question: those are asked one at a time.
+
+        A question whose every answer was no completion at all, such as a web page, has failed: another run asks again.
+        """
+        single, heard = len(turn.questions) == 1, turn.heard or completion is not None
         end = single and turn.useless >= self.pace.reasks
-        state, unusable = ("answered", 0) if end else ("open", 1)
-        kept = self._paid(turn, completion)
+        state, unusable = ("answered" if heard else "failed", 0) if end else ("open", 1)
+        kept = self._paid(turn, completion or Completion(""))
         self._settle(turn, [replace(one, state=state, error=error, unusable=unusable) for one in kept])
         if end:
             self.advance(1)
+            self._ended(1, error)
         elif single:
-            self._again(turn._replace(useless=turn.useless + 1), self._backoff(turn.useless))
+            self._again(turn._replace(useless=turn.useless + 1, heard=heard), self._backoff(turn.useless))
         else:
             self._singly(turn)
 
@@ -208,18 +216,32 @@ class Desk:
         if trouble.kind == "fatal":
             raise GoldStopped(f"{trouble}; {self._rest()}")
         if end:
-            self.silent += len(turn.questions)
+            self.unanswered += len(turn.questions)
             self.advance(len(turn.questions))
-            if self.silent >= self.pace.down:
-                raise GoldStopped(
-                    f"the judge does not answer: {self.silent} questions in a row had no answer, the last one because: "
-                    f"{trouble}; {self._rest()}"
-                )
+            self._ended(len(turn.questions), str(trouble))
         elif trouble.kind == "rejected":  # one of them may be too long
             self._singly(turn)
         else:
             delay = max(self._backoff(turn.unanswered), min(trouble.wait, PATIENCE))
             self._again(turn._replace(unanswered=turn.unanswered + 1), delay)
+
+    def _refolded(self, turn: Turn, trouble: Trouble) -> None:
+        """The model takes no system turn; nothing was charged, and what is sent from now on has none."""
+        kept = Outcome("open", error=str(trouble))
+        self._settle(turn, [replace(kept, released=self.trade.risk(question)) for question in turn.questions])
+        self._again(turn, 0.0)
+
+    def _ended(self, questions: int, error: str) -> None:
+        """So many questions more ended without a verdict. Raises GoldStopped where there were too many in a row."""
+        self.silent += questions
+        if self.silent < self.pace.down:
+            return
+        if self.unanswered == self.silent:
+            what = f"the judge does not answer: {self.silent} questions in a row had no answer, the last one because: "
+            raise GoldStopped(f"{what}{error}; {self._rest()}")
+        what = f"the judge gives no verdicts: {self.silent} questions in a row had none, the last one because: {error}"
+        advice = "check the address, the model, --reply and --max-tokens"
+        raise GoldStopped(f"{what}; {advice}; {self._rest()}")
 
     def _paid(self, turn: Turn, completion: Completion) -> list[Outcome]:
         """An answer's tokens and price, shared among its questions."""
@@ -259,3 +281,9 @@ class Desk:
         turns = [*self.line, *(turn for *_, turn in [*self.later, *self.busy])]
         left = sum(len(turn.questions) for turn in turns)
         return f"{left} questions and those in flight are left; run again to go on from {self.answers.ledger.path}"
+
+
+def _shown(completion: Completion) -> str:
+    """The beginning of a judge's answer, for a message."""
+    words = " ".join(completion.text.split())
+    return (repr(words[:80]) if words else "(it is empty)") + (" (it was cut at max_tokens)" if completion.cut else "")

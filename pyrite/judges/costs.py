@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from pyrite.judges.forms import Message
+from pyrite.judges.forms import Message, folded
 from pyrite.text import load_tokenizer
 
 MILLION = 1_000_000
@@ -50,12 +50,25 @@ def by_characters(messages: Sequence[Message]) -> int:
 
 
 def by_tokenizer(name: str) -> Counter:
-    """Counts tokens with a tokenizer, a folder or a Hub name, by its chat template if any. Raises ValueError."""
+    """Counts tokens with a tokenizer, a folder or a Hub name, by its chat template if any. Raises ValueError.
+
+    Where the template takes no system turn, its text is counted as part of the first user turn, as it will be sent.
+    """
+    from jinja2 import TemplateError
+
     tokenizer, _ = load_tokenizer(name)
+
+    def rendered(messages: Sequence[Message]) -> str:
+        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
 
     def count(messages: Sequence[Message]) -> int:
         if tokenizer.chat_template:
-            text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+            try:
+                text = rendered(messages)
+            except TemplateError:
+                if messages[0]["role"] != "system":
+                    raise
+                text = rendered(folded(messages))
             return len(tokenizer(text, add_special_tokens=False)["input_ids"])
         return sum(len(tokenizer(turn["content"])["input_ids"]) for turn in messages)
 

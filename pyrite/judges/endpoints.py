@@ -6,6 +6,7 @@ import email.utils
 import http.client
 import json
 import os
+import re
 import socket
 import time
 import urllib.error
@@ -15,10 +16,21 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 # refused: not answered, for now; lost: maybe answered, and paid for; unusable: answered, but not a completion;
-# rejected: this request cannot be answered; fatal: no request can
-Kind = Literal["refused", "lost", "unusable", "rejected", "fatal"]
+# rejected: this request cannot be answered; system: not with a system turn; fatal: no request can be answered
+Kind = Literal["refused", "lost", "unusable", "rejected", "system", "fatal"]
 CHUNK = 1 << 16
 SAID = 200  # characters of a server's own words in a message
+# how servers say that a model takes no system turn: "System role not supported" (vLLM, TGI and llama.cpp with Gemma),
+# "Developer instruction is not enabled" (Google), "role does not support 'system'" (OpenAI), 'Unexpected role "system"'
+# (Anthropic), "Only user and assistant roles are supported", "Conversation roles must alternate" (Mistral)
+_SYSTEM = re.compile(
+    r"(?:system|developer)\W{0,3}(?:role|message|prompt|instruction|turn|field|param)|\brole.{0,40}\b(?:system|developer)\b",
+    re.IGNORECASE,
+)
+_NOT = re.compile(r"\bnot\b|n't\b|\bno\b|unsupported|unknown|invalid|unexpected|disabled|forbidden", re.IGNORECASE)
+_ROLES = re.compile(
+    r"only user(?:,| and) assistant\b|roles must (?:strictly )?alternate|must start with .{0,9}user\b", re.I
+)
 
 
 class Trouble(Exception):  # noqa: N818, most of it passes
@@ -112,6 +124,8 @@ class Endpoint:
         message = f"{self.base_url} answered {status}: {said[:SAID] or error.reason}"
         if status == 429 and "insufficient_quota" in said:
             return Trouble("fatal", f"{message}; the account has no money left")
+        if status in (400, 422, 500) and _no_system(said):
+            return Trouble("system", message)
         if status in (408, 409, 425, 429) or status >= 500:
             return Trouble("refused", message, _wait(error.headers.get("Retry-After")))
         if status in (400, 413, 422):
@@ -125,6 +139,12 @@ class _Stay(urllib.request.HTTPRedirectHandler):
 
     def redirect_request(self, req: Any, fp: Any, code: Any, msg: Any, headers: Any, newurl: Any) -> None:
         return None
+
+
+def _no_system(said: str) -> bool:
+    """Whether a server's words say that the model takes no system turn."""
+    sentences = re.split(r"[.;!?]\s", said)
+    return bool(_ROLES.search(said)) or any(_SYSTEM.search(one) and _NOT.search(one) for one in sentences)
 
 
 def _completion(raw: str) -> Completion:

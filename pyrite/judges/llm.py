@@ -15,11 +15,12 @@ from torch import Tensor
 from pyrite.judges.answers import Answers, Kept, Question
 from pyrite.judges.asking import Desk, Pace, Trade
 from pyrite.judges.costs import Counter, Prices, by_characters, most
-from pyrite.judges.endpoints import Completion, Endpoint
+from pyrite.judges.endpoints import Completion, Endpoint, Trouble
 from pyrite.judges.forms import Case, Form, demonstrations
 from pyrite.judges.pairs import EQUAL, SHOWN, Said, Shown, Verdict, combined, shown
 from pyrite.judges.scores import Judge
 from pyrite.judges.verdicts import WINS, Reply, probability, read, several
+from pyrite.progress import say
 
 LEDGER = "judge.db"
 ALTERNATIVES = 20  # likeliest tokens in each place, as many as servers give
@@ -33,6 +34,9 @@ class Asking:
     """Address of the OpenAI-compatible server, up to and with its version."""
     key_env: str = "OPENAI_API_KEY"
     """Environment variable with the server's key; it may be unset where a server wants none."""
+    system: bool = True
+    """Give the instructions as a system turn; otherwise, and for models that turn out to have no such role, they stand
+    before the first user turn."""
     reply: Reply = "label"
     """label: the verdict on the first line; reasons: the verdict after its reasons; json: by a schema."""
     ties: bool = True
@@ -94,6 +98,7 @@ class LanguageJudge:
         self.model, self.criterion, self.asking, self.ledger = model, criterion_id or criterion, asking, ledger
         shown = demonstrations(asking.demonstrations) if asking.demonstrations else ()
         self.form = Form(criterion, asking.reply, asking.ties, shown)
+        self.system = asking.system
         self.endpoint = Endpoint(asking.base_url, asking.key_env, asking.timeout)
         self.pace = Pace(asking.concurrency, asking.per_minute, asking.retries, asking.reasks, asking.backoff)
         self.prices = Prices(asking.price_in, asking.price_out)
@@ -144,7 +149,7 @@ class LanguageJudge:
                 known = answers.find(different)
         cases = [question.case for key, question in different.items() if key not in known]
         requests = [cases[at : at + self.asking.batch] for at in range(0, len(cases), self.asking.batch)]
-        read = sum(count(self.form.messages(some)) for some in requests)
+        read = sum(count(self.form.messages(some, system=self.system)) for some in requests)
         written = len(requests) * self.longest
         return Estimate(len(cases), len(known), len(requests), read, written, self.prices.of(read, written))
 
@@ -159,10 +164,11 @@ class LanguageJudge:
         named = json.dumps([self.criterion, self.asking.batch, self._body([case])], sort_keys=True)
         return Question(hashlib.sha256(named.encode()).hexdigest(), self.model, self.criterion, case)
 
-    def _body(self, cases: Sequence[Case]) -> dict[str, Any]:
+    def _body(self, cases: Sequence[Case], *, system: bool = True) -> dict[str, Any]:
         """A request; null fields of --body leave one out."""
         asking = self.asking
-        body = {"model": self.model, "messages": self.form.messages(cases), "temperature": asking.temperature}
+        messages = self.form.messages(cases, system=system)
+        body = {"model": self.model, "messages": messages, "temperature": asking.temperature}
         body["max_tokens"] = asking.max_tokens
         if asking.logprobs:
             body |= {"logprobs": True, "top_logprobs": ALTERNATIVES}
@@ -178,10 +184,22 @@ class LanguageJudge:
             read, written = completion.prompt_tokens, completion.completion_tokens
             return None if read is None or written is None else self.prices.of(read, written)
 
-        def send(questions: Sequence[Question]) -> Completion:
-            return self.endpoint.complete(self._body([question.case for question in questions]))
+        return Trade(self._send, self._read, price, risk, self.asking.max_cost)
 
-        return Trade(send, self._read, price, risk, self.asking.max_cost)
+    def _send(self, questions: Sequence[Question]) -> Completion:
+        """The answer to questions. A model found to take no system turn is sent none from then on. Raises Trouble."""
+        system = self.system
+        try:
+            return self.endpoint.complete(self._body([question.case for question in questions], system=system))
+        except Trouble as trouble:
+            if trouble.kind != "system":
+                raise
+            if not system:  # there was none to take offense at
+                raise Trouble("rejected", str(trouble)) from None
+            if self.system:
+                say("judge: the model takes no system turn; from now on the instructions stand before the user's turn")
+            self.system = False
+            raise
 
     def _read(self, completion: Completion, count: int) -> list[Said] | None:
         """What was said of so many cases; None without a verdict on each."""
@@ -212,6 +230,7 @@ def llm(
     criterion_id: str | None = None,
     base_url: str = Asking.base_url,
     key_env: str = Asking.key_env,
+    system: bool = Asking.system,
     reply: Reply = Asking.reply,
     ties: bool = Asking.ties,
     both_orders: bool = Asking.both_orders,

@@ -50,6 +50,10 @@ class Judge(BaseHTTPRequestHandler):
         text = "\n".join(truth(a, b) for a, b in cases)
         if fault == "refuse":
             return
+        if self.server.no_system and body["messages"][0]["role"] == "system":
+            status, words = self.server.no_system
+            self.reply(status, words.encode())
+            return
         if fault in ("429", "500", "503"):
             self.reply(int(fault), b'{"error": {"message": "not now"}}', {"Retry-After": "0.02"})
             return
@@ -87,7 +91,8 @@ class Judge(BaseHTTPRequestHandler):
 class Server(ThreadingHTTPServer):
     """The toy judge; `share` of the requests fail, by their messages, how often they came, and `seed`.
 
-    always: one fault for all. odds: log-probabilities of labels that it offers. usage: whether it counts tokens.
+    always: one fault for all. no_system: status and words that refuse a request with a system turn. odds:
+    log-probabilities of labels that it offers. usage: whether it counts tokens.
     """
 
     daemon_threads = True
@@ -97,6 +102,7 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", port), Judge)
         self.log, self.share, self.seed = log, share, seed
         self.always = ""
+        self.no_system: tuple[int, str] | None = None
         self.bodies: list[dict[str, Any]] = []
         self.keys: set[str | None] = set()
         self.times: list[float] = []
