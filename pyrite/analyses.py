@@ -26,7 +26,7 @@ FAR = -10.0  # nats: below, a token's probability was divided by more than 22,00
 
 
 class Mean(NamedTuple):
-    """A mean over pairs and its standard error."""
+    """A mean and its standard error, over prompts where these are known."""
 
     mean: float
     se: float
@@ -57,24 +57,36 @@ class Degeneration(NamedTuple):
     repetition: float
 
 
-def ranking(pair: PairLogps) -> dict[str, Mean]:
+def ranking(pair: PairLogps, prompts: Tensor | None = None) -> dict[str, Mean]:
     """How often chosen is ranked first: by the policy, log π(y), and by its reward, log π(y)/π_ref(y); ties ½.
 
     policy_accuracy, and with a reference accuracy and margin Δ = (a − a_R) − (b − b_R), nats; means over B pairs.
-    At π = π_ref accuracy is ½ and Δ = 0.
+    At π = π_ref accuracy is ½ and Δ = 0. prompts (B,): the number of each pair's prompt, as in `mean`.
     """
     chosen, rejected = pair.chosen.sum, pair.rejected.sum
     found = {"policy_accuracy": wins(chosen, rejected)}
     if pair.ref_chosen is not None and pair.ref_rejected is not None:
         chosen, rejected = chosen - pair.ref_chosen.sum, rejected - pair.ref_rejected.sum
         found |= {"accuracy": wins(chosen, rejected), "margin": (chosen - rejected).double()}
-    return {name: mean(values) for name, values in found.items()}
+    return {name: mean(values, prompts) for name, values in found.items()}
 
 
-def mean(values: Tensor) -> Mean:
-    """Mean and its standard error, (N,) -> two numbers; the error of a single value is given as 0."""
+def mean(values: Tensor, prompts: Tensor | None = None) -> Mean:
+    """Mean and its standard error, (N,) -> two numbers; the error from a single prompt is given as 0.
+
+    prompts (N,): the number of the prompt that each value belongs to; each its own by default. Values of one prompt are
+    not independent, so with e_i = x_i − mean and G prompts the error is √(G/(G−1) Σ_g (Σ_{i in g} e_i)²) / N.
+
+    >>> mean(torch.tensor([0.0, 0.0, 1.0, 1.0]), torch.tensor([0, 0, 1, 1])).se
+    0.5
+    """
     values = values.double()
-    return Mean(values.mean().item(), values.std().item() / len(values) ** 0.5 if len(values) > 1 else 0.0)
+    _, of = (torch.arange(len(values)) if prompts is None else prompts).unique(return_inverse=True)
+    of = of.to(values.device)
+    sums = values.new_zeros(int(of.max()) + 1).index_add(0, of, values - values.mean())
+    groups = len(sums)
+    error = (groups / (groups - 1) * sums.square().sum()).sqrt().item() / len(values) if groups > 1 else 0.0
+    return Mean(values.mean().item(), error)
 
 
 def log_ratios(policy: Logps, ref: Logps) -> Tensor:
@@ -134,16 +146,17 @@ def end_logp(logps: Logps) -> Tensor:
     return logps.tokens.gather(1, logps.length[:, None] - 1).squeeze(1)
 
 
-def ends(pair: PairLogps, finished: Tensor) -> dict[str, Mean]:
+def ends(pair: PairLogps, finished: Tensor, prompts: Tensor | None = None) -> dict[str, Mean]:
     """Mean log-probability of the end token on both sides, nats, and the gap chosen − rejected (figure 3).
 
-    finished (B,) bool: both answers have their end token; the others are left out. Nothing, where none has.
+    finished (B,) bool: both answers have their end token; the others are left out. Nothing, where none has. prompts
+    (B,): the number of each pair's prompt, as in `mean`.
     """
     if not finished.any():
         return {}
     chosen, rejected = end_logp(pair.chosen)[finished], end_logp(pair.rejected)[finished]
     sides = {"chosen": chosen, "rejected": rejected, "gap": chosen - rejected}
-    return {name: mean(values) for name, values in sides.items()}
+    return {name: mean(values, None if prompts is None else prompts[finished]) for name, values in sides.items()}
 
 
 def by_position(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

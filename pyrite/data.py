@@ -15,6 +15,7 @@ import hashlib
 import json
 import math
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -28,6 +29,8 @@ from pyrite.text import plain
 
 Kind = Literal["prompts", "demos", "pairs", "candidates"]
 
+OnContradiction = Literal["error", "swap", "drop", "keep"]
+CONTRADICTION = "their strength or probability says that the rejected answer is the better one"
 CONDITIONED = ("asked", "asked_id", "preferences")  # what a prompt under preferences was made from
 PROBABILITY_FLOOR = 1e-4  # a judge's certainty becomes at most ln(9999) = 9.21 nats
 _TEXTS = {"prompts": (), "demos": ("response",), "pairs": ("chosen", "rejected"), "candidates": ("response",)}
@@ -53,6 +56,8 @@ def load(
     *,
     columns: str | Mapping[str, str] | None = None,
     on_equal: Literal["error", "drop"] = "error",
+    on_contradiction: OnContradiction = "keep",
+    on_tie: Literal["keep", "drop"] = "keep",
     note: Callable[[str], object] | None = None,
 ) -> list[Row]:
     """Checked rows of a kind from a file, a `datasets` folder (folder[:split]) or the Hub (org/name[:split]).
@@ -65,6 +70,10 @@ def load(
     (an error unless on_equal="drop"), conversations that part before the last answer or prefer an empty one,
     rows without a verdict, and prompts seen before (kind "prompts").
 
+    on_contradiction: for pairs whose strength is below 0, or probability below ½, so that the rejected answer is the
+    better one: keep, as they stand; swap, which exchanges the answers and their columns; drop; or an error. on_tie: for
+    pairs of strength 0, of which neither answer is better.
+
     Every row knows its file and line: `place(row)` says them, whatever was left out, split or shuffled since.
     Raises DataError, naming the file and the row.
     """
@@ -74,7 +83,9 @@ def load(
         raise DataError(f"on_equal is {on_equal!r}; it must be 'error' or 'drop'")
     source = _renamed(read(str(path)), columns)
     layout = _layout(source, kind)
-    rows, dropped = _converted(source, kind, layout, on_equal)
+    rows, dropped, swaps = _converted(source, kind, layout, on_equal, on_contradiction, on_tie)
+    if swaps and note is not None:
+        note(f"{source.name}: in {swaps} of {len(source.rows)} rows chosen and rejected are exchanged: {CONTRADICTION}")
     for reason, count in dropped.items():
         if note is not None:
             note(f"{source.name}: {count} of {len(source.rows)} rows left out: {reason}")
@@ -100,6 +111,13 @@ def origin(row: Row) -> tuple[str, str]:
     """Id and text of the raw prompt of a row: what splits go by, whatever preferences made of it."""
     raw = all(name in row for name in CONDITIONED)
     return str(row["asked_id" if raw else "prompt_id"]), plain(row["asked" if raw else "prompt"])
+
+
+def clusters(rows: Sequence[Row]) -> list[int]:
+    """Which raw prompt each row is about, numbered from 0 in order: rows of one number are not independent."""
+    names = _groups(rows, None)
+    number = {name: i for i, name in enumerate(dict.fromkeys(names))}
+    return [number[name] for name in names]
 
 
 def split(rows: Sequence[Row], *, fraction: float, seed: int, by: str | None = None) -> tuple[list[Row], list[Row]]:
@@ -156,6 +174,15 @@ def fingerprint(rows: Sequence[Row]) -> str:
     return digest.hexdigest()
 
 
+def cut_hint(candidates: Sequence[Row]) -> str:
+    """What to do about answers that were cut before their end, as the end of a message; empty if none was."""
+    cut = [row["length"] for row in candidates if not row["finished"]]
+    if not cut:
+        return ""
+    counted = f"{len(cut)} of {len(candidates)} answers were cut, the longest at {max(cut)} tokens"
+    return f"; {counted}: for more finished ones, generate again with a larger --max-new-tokens"
+
+
 def flip_labels(rows: Sequence[Row], *, p: float, seed: int) -> tuple[list[Row], np.ndarray]:
     """Exact label noise: chosen and rejected swapped in exactly round(p · N) pairs, and the mask (N,).
 
@@ -176,8 +203,8 @@ def apply_flips(rows: Sequence[Row], mask: np.ndarray) -> list[Row]:
         raise DataError(f"the flip mask has {len(mask)} entries for {len(rows)} pairs")
     result = []
     for row, flip in zip(rows, mask, strict=True):
-        swapped = {"chosen": row["rejected"], "rejected": row["chosen"]} if flip else {}
-        result.append(row | swapped | {"flipped": bool(row.get("flipped", False)) ^ bool(flip)})
+        row = exchanged(row) if flip else row
+        result.append(row | {"flipped": bool(row.get("flipped", False)) ^ bool(flip)})
     return result
 
 
@@ -219,22 +246,82 @@ def _nearest(name: str, present: Row) -> str:
     return f" (present: {', '.join(map(str, present))}{f'; nearest: {near[0]}' if near else ''})"
 
 
-def _converted(source: Source, kind: Kind, layout: Layout, on_equal: str) -> tuple[list[Row], Counter[str]]:
+def _converted(
+    source: Source, kind: Kind, layout: Layout, on_equal: str, on_contradiction: OnContradiction, on_tie: str
+) -> tuple[list[Row], Counter[str], int]:
+    """The rows, how many were left out by reason, and of how many pairs the answers were exchanged."""
     rows: list[Row] = []
     dropped: Counter[str] = Counter()
     prompts: dict[Any, str] = {}
+    against: list[int] = []
+    said = ""
     for i, raw in enumerate(source.rows):
         try:
             row = _checked(raw, kind, layout)
             _check_pair(row, kind, on_equal)
             _check_id(row, kind, prompts)
+            if kind == "pairs" and _better(row) == 0 and on_tie == "drop":
+                raise Skip("neither answer is better (strength 0)")
+            if kind == "pairs" and _better(row) < 0:
+                name = "probability" if "probability" in row else "strength"
+                said = said or f"{name} is {row[name]:.4g}"
+                against.append(i)
+                row = _resolved(row, on_contradiction)
         except Skip as reason:
             dropped[str(reason)] += 1
         except ValueError as error:
             raise DataError(f"{source.at(i)}: {error}") from error
         else:
             rows.append(Placed.at(row, source.at(i)))
-    return rows, dropped
+    if against and on_contradiction == "error":
+        raise DataError(
+            f"{source.at(against[0])}: {said}, so the rejected answer is the better one, as in {len(against)} of "
+            f"{len(source.rows)} rows; --on-contradiction swap exchanges their answers, drop leaves them out, "
+            "keep takes them as they stand"
+        )
+    return rows, dropped, len(against) * (on_contradiction == "swap")
+
+
+def _better(row: Row) -> float:
+    """Which answer the numbers of a pair prefer: above 0 chosen, below 0 rejected, 0 neither; 1 without numbers."""
+    if "strength" not in row:
+        return 1.0
+    odds = row.get("probability", 0.5) - 0.5
+    if row["strength"] * odds < 0:
+        raise ValueError(
+            f"strength is {row['strength']:.4g} but probability is {row['probability']:.4g}: they disagree"
+        )
+    return row["strength"]
+
+
+def _resolved(row: Row, on_contradiction: OnContradiction) -> Row:
+    """A pair of which the rejected answer is the better one, as it is to be taken."""
+    if on_contradiction == "drop":
+        raise Skip(CONTRADICTION)
+    if on_contradiction != "swap":
+        return row
+    signs = {"strength": -row["strength"]} if "strength" in row else {}
+    signs |= {"probability": 1 - row["probability"]} if "probability" in row else {}
+    return exchanged(row) | signs
+
+
+def exchanged(row: Row) -> Row:
+    """A pair with its answers exchanged, and with them all columns that come in twos: chosen_logp and rejected_logp."""
+    return row | {name: row[_twin(name)] for name in row if _twin(name) in row}
+
+
+def twins(one: str, other: str) -> bool:
+    """Whether `exchanged` sees that two columns belong to the two answers of a pair.
+
+    >>> twins("chosen_logp", "rejected_logp"), twins("lw", "ll")
+    (True, False)
+    """
+    return one != other and _twin(one) == other
+
+
+def _twin(name: str) -> str:
+    """Of a column about one answer, the name of the other's."""
+    return re.sub("chosen|rejected", lambda found: "rejected" if found[0] == "chosen" else "chosen", name)
 
 
 def _check_pair(row: Row, kind: Kind, on_equal: str) -> None:

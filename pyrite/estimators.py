@@ -112,32 +112,49 @@ def effective_samples(answers: int, n: Counts) -> Tensor:
 
 
 def bootstrap(
-    values: Tensor, *, n_boot: int = 2000, level: float = 0.95, generator: torch.Generator | None = None
+    values: Tensor,
+    *,
+    prompts: Sequence[int] | Tensor | None = None,
+    n_boot: int = 2000,
+    level: float = 0.95,
+    generator: torch.Generator | None = None,
 ) -> Interval:
-    """Mean over prompts with its percentile interval, whole prompts resampled.
+    """Mean over units with its percentile interval, whole prompts resampled.
 
-    values (..., Q) -> Interval(mean, lo, hi), each (...). The points of a curve share their resamples, as
-    they share their prompts. `generator` is a CPU generator; without one, a fixed seed.
-    Raises ValueError for fewer than 2 prompts, values that are not finite, or a level outside (0, 1).
+    values (..., N) -> Interval(mean, lo, hi), each (...). prompts (N,): the number, from 0, of the prompt that each
+    unit belongs to, as several pairs may share one; each unit its own by default. The points of a curve share their
+    resamples, as they share their prompts. `generator` is a CPU generator; without one, a fixed seed. The interval is
+    NaN if all units belong to one prompt. Raises ValueError for fewer than 2 units, values that are not finite, or a
+    level outside (0, 1).
 
     >>> mean, lo, hi = bootstrap(torch.arange(100.0))
     >>> bool(lo < mean < hi)
     True
     """
     values = torch.as_tensor(values).double()
-    prompts = values.shape[-1]
-    if prompts < 2 or not torch.isfinite(values).all():
-        raise ValueError(f"bootstrap: needs finite values of at least 2 prompts, got {prompts}; drop bad ones")
+    units = values.shape[-1]
+    if units < 2 or not torch.isfinite(values).all():
+        what = "prompts" if prompts is None else "units"
+        raise ValueError(f"bootstrap: needs finite values of at least 2 {what}, got {units}; drop bad ones")
     if not 0 < level < 1:
         raise ValueError(f"bootstrap: level = {level} must lie between 0 and 1, as 0.95")
+    of = torch.arange(units) if prompts is None else torch.as_tensor(prompts, dtype=torch.long)
+    if of.shape != (units,):
+        raise ValueError(f"bootstrap: {tuple(of.shape)} prompts for {units} units; give one each")
+    counts = torch.bincount(of).double()
+    sums = torch.zeros(*values.shape[:-1], len(counts), dtype=torch.float64, device=values.device)
+    sums.index_add_(-1, of.to(values.device), values)
+    if len(counts) < 2:
+        nan = torch.full_like(values.mean(-1), math.nan)
+        return Interval(values.mean(-1), nan, nan)
     generator = generator or torch.Generator().manual_seed(0)
     means = []
-    for size in torch.arange(n_boot).split(max(1, CHUNK // prompts)):
-        drawn = torch.randint(prompts, (len(size), prompts), generator=generator)
+    for size in torch.arange(n_boot).split(max(1, CHUNK // len(counts))):
+        drawn = torch.randint(len(counts), (len(size), len(counts)), generator=generator)
         times = torch.zeros(drawn.shape, dtype=torch.float64).scatter_add_(
             1, drawn, torch.ones(drawn.shape, dtype=torch.float64)
         )
-        means.append(values @ times.T.to(values.device) / prompts)
+        means.append(sums @ times.T.to(values.device) / (times @ counts).to(values.device))
     tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64, device=values.device)
     lo, hi = torch.cat(means, -1).quantile(tails, dim=-1)
     return Interval(values.mean(-1), lo, hi)

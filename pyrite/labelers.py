@@ -13,7 +13,7 @@ from pyrite.accounts import Account, Budget
 from pyrite.judges import Judge
 from pyrite.labels import label
 from pyrite.ledger import Ledger
-from pyrite.live import Judged, Live, Rules, Shelf, groups
+from pyrite.live import Judged, Live, Rules, Shelf, groups, names
 from pyrite.processes import on_main, world
 from pyrite.progress import say
 from pyrite.rounds import Answer
@@ -115,6 +115,7 @@ class Labeler:
             gap=self.rules.gap,
             seed=self.rules.stream("labels", number),
             name=self.rules.judge,
+            names=names(answers),
         )
         return Judged(list(answers), made)
 

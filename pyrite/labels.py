@@ -55,13 +55,15 @@ def label(
     gap: float = 0.0,
     seed: int = 0,
     name: str = "judge",
+    names: Sequence[object] | None = None,
 ) -> Labelled:
     """Pairs of N answers (with the prompt of each), by groups of indices that answer the same prompt.
 
     pairing: consecutive (0 1, 2 3, ...); all; best_worst, by mean probability of winning against the group's others.
-    labels: soft and hard take the likelier answer as chosen; sampled draws it by the verdict, from its own stream
-    (seed, place). gap: log-odds, nats, that a pair must exceed, or it is a tie. Equal texts are not asked about.
-    Raises ValueError where the judge's verdicts are no probabilities.
+    labels: soft and hard take the likelier answer as chosen; sampled draws it by the verdict, one draw a pair from the
+    stream (seed, names of the two answers). names: of the answers, their places by default; a pair of the same names
+    is drawn alike in whatever batch it stands. gap: log-odds, nats, that a pair must exceed, or it is a tie. Equal
+    texts are not asked about. Raises ValueError if the judge's verdicts are no probabilities.
     """
     couples = paired(groups, pairing)
     asked = [(a, b) for a, b in couples if answers[a] != answers[b]]
@@ -72,7 +74,7 @@ def label(
     if pairing == "best_worst":
         couples = [couple for group in groups if (couple := _ends(group, known))]
     wanted = [known.get(couple, 0.5) for couple in couples]
-    pairs = decided(couples, wanted, len(answers), labels=labels, gap=gap, seed=seed)
+    pairs = decided(couples, wanted, len(answers), labels=labels, gap=gap, seed=seed, names=names)
     missing = sum(map(math.isnan, wanted))
     return Labelled(pairs, int((~verdicts.isnan()).sum()), len(couples) - len(pairs) - missing, missing)
 
@@ -101,12 +103,18 @@ def decided(
     gap: float = 0.0,
     seed: int = 0,
     sources: Sequence[Source] | None = None,
+    names: Sequence[object] | None = None,
 ) -> list[Pair]:
-    """The pairs of verdicts P(a beats b), for couples among n answers; none of a tie or of no verdict."""
-    uniform = torch.rand(n, generator=seeds.generator(seed, "labels"), dtype=torch.float64)
+    """The pairs of verdicts P(a beats b), for couples among n answers; none of a tie or of no verdict.
+
+    names: of the n answers, their places by default. A sampled label is drawn from the stream (seed, both names).
+    """
+    known = range(n) if names is None else names
     whose: list[Source] = list(sources) if sources else ["judge" for _ in couples]
-    every = zip(couples, verdicts, whose, strict=True)
-    found = [_decided(a, b, p, labels, uniform, source) for (a, b), p, source in every]
+    found = []
+    for (a, b), p, source in zip(couples, verdicts, whose, strict=True):
+        uniform = seeds.uniform(seed, "label", str(known[a]), str(known[b])) if labels == "sampled" else 0.5
+        found.append(_decided(a, b, p, uniform, source))
     return [pair for pair in found if pair and abs(pair.strength) > gap]
 
 
@@ -125,11 +133,11 @@ def _ends(group: Sequence[int], known: dict[tuple[int, int], float]) -> tuple[in
     return (best, worst) if best < worst else (worst, best)
 
 
-def _decided(a: int, b: int, p: float, labels: Labels, uniform: Tensor, source: Source) -> Pair | None:
-    """The pair of a verdict P(a beats b); None for a tie or no verdict."""
+def _decided(a: int, b: int, p: float, uniform: float, source: Source) -> Pair | None:
+    """The pair of a verdict P(a beats b), where a wins if `uniform` lies below it; None for a tie or no verdict."""
     if math.isnan(p) or p == 0.5:
         return None
-    a_wins = p > uniform[a].item() if labels == "sampled" else p > 0.5
+    a_wins = p > uniform
     sure = min(max(p, PROBABILITY_FLOOR), 1 - PROBABILITY_FLOOR)
     odds = math.log(sure / (1 - sure))
     return Pair(a, b, odds, source) if a_wins else Pair(b, a, -odds, source)

@@ -109,6 +109,7 @@ class Live:
             gap=self.rules.gap,
             seed=self.rules.stream("labels", number),
             sources=sources,
+            names=[*names(answers), *(f"{begun} {i}" for i, (begun, _, _) in enumerate(pool) for _ in "ab")],
         )
         waiting = [(number, every[a], every[b]) for i, (a, b) in enumerate(own) if i not in gold]
         pool = [row for i, row in enumerate(pool, start=len(own)) if i not in gold] + waiting
@@ -181,6 +182,12 @@ def groups(answers: Sequence[Answer]) -> list[list[int]]:
     for i, answer in enumerate(answers):
         found.setdefault(answer.prompt_id, []).append(i)
     return list(found.values())
+
+
+def names(answers: Sequence[Answer]) -> list[str]:
+    """Of each answer: its prompt's id and its place among the answers to that prompt."""
+    place = {i: k for group in groups(answers) for k, i in enumerate(group)}
+    return [f"{answer.prompt_id} {place[i]}" for i, answer in enumerate(answers)]
 
 
 def _margins(scores: Tensor, couples: Sequence[Couple]) -> Tensor:

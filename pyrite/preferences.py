@@ -151,11 +151,17 @@ def paired(ours: Logps, ref: Logps | None, strength: Tensor | None = None) -> Pa
 def metrics(pair: PairLogps) -> dict[str, Tensor]:
     """Sums over the pairs: how often the policy, and its reward log π/π_ref, rank chosen first (ties ½); margins."""
     chosen, rejected = pair.chosen.sum.detach(), pair.rejected.sum.detach()
-    seen = {"logp_chosen": chosen, "logp_rejected": rejected, "policy_accuracy": estimators.wins(chosen, rejected)}
+    seen = {"logp_chosen": chosen, "logp_rejected": rejected, "policy_accuracy": _wins(chosen, rejected, pair)}
     if pair.ref_chosen is not None and pair.ref_rejected is not None:
         chosen, rejected = chosen - pair.ref_chosen.sum, rejected - pair.ref_rejected.sum
-        seen |= {"accuracy": estimators.wins(chosen, rejected), "margin": chosen - rejected}
+        seen |= {"accuracy": _wins(chosen, rejected, pair), "margin": chosen - rejected}
     return {name: value.float().sum() for name, value in seen.items()}
+
+
+def _wins(chosen: Tensor, rejected: Tensor, pair: PairLogps) -> Tensor:
+    """1 where chosen ranks first, ½ where the two are equal, and in a pair of strength 0, in which none is better."""
+    wins = estimators.wins(chosen, rejected)
+    return wins if pair.strength is None else torch.where(pair.strength == 0, 0.5, wins)
 
 
 @torch.no_grad()

@@ -20,3 +20,12 @@ def derive(seed: int, *purpose: str | int) -> int:
 def generator(seed: int, *purpose: str | int) -> torch.Generator:
     """A torch generator of the stream (seed, purpose)."""
     return torch.Generator().manual_seed(derive(seed, *purpose))
+
+
+def uniform(seed: int, *purpose: str | int) -> float:
+    """One number in [0, 1) of the stream (seed, purpose): the same one in whatever batch, order or process.
+
+    >>> uniform(0, "label", "a") == uniform(0, "label", "a") != uniform(0, "label", "b")
+    True
+    """
+    return (derive(seed, *purpose) >> 10) * 2.0**-53

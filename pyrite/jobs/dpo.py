@@ -22,7 +22,7 @@ from torch import Tensor
 from pyrite import data, losses, parts, references, runs, seeds, train
 from pyrite.evaluation import Evaluation, Evaluator
 from pyrite.logps import Logps, Running
-from pyrite.losses.needs import needs
+from pyrite.losses.needs import needs, takes_ties
 from pyrite.models import Lora, Policy
 from pyrite.preferences import Loss, OnCut, Preferences, batch_loss, encode_pairs, measure, value_at_ref
 from pyrite.processes import world
@@ -63,6 +63,9 @@ class Config:
     """Longest prompt in tokens; longer ones keep their end. Three quarters of max_length by default."""
     on_equal: Literal["error", "drop"] = "error"
     """What to do with a pair whose answers are equal."""
+    on_contradiction: data.OnContradiction = "error"
+    """What to do with a pair whose strength is below 0, or probability below one half, so that its rejected answer is
+    the better one: stop, exchange the answers, leave it out, or take it as it stands, as a label that was drawn."""
     on_cut: OnCut = "drop"
     """What to do with a pair of which truncation cut one answer only."""
     measure_every: int | None = None
@@ -88,7 +91,7 @@ def run(config: Config) -> Run:
     loss = parts.part(config.loss, losses)
     wanted = needs(loss)
     _refuse(config, wanted)
-    pairs, held = _read(config)
+    pairs, held = _read(config, loss)
     policy = Policy.load(config.model, lora=config.lora)
     evaluator = _evaluator(config, policy)
     learn, test, dropped = _prepare(policy, pairs, held, config, wanted)
@@ -139,14 +142,29 @@ def _refuse(config: Config, wanted: frozenset[str]) -> None:
     kinds = {source.kind for source in references.parse(config.ref)}
     if "kl" in wanted and not kinds <= {"self", "ema"}:
         raise ValueError(f"--loss {config.loss} reads the reference's whole distribution: use --ref self or ema(...)")
+    named = [source.options for source in references.parse(config.ref) if source.kind == "column"]
+    names = [(some.get("chosen", "chosen"), some.get("rejected", "rejected")) for some in named if some]
+    if config.on_contradiction == "swap" and not all(data.twins(*both) for both in names):
+        raise ValueError(
+            f"--on-contradiction swap exchanges the columns of --ref {config.ref} too, and knows by their names alone "
+            "which belong together: let these differ in chosen and rejected only, as chosen_logp and rejected_logp do"
+        )
     if "ref_tokens" in wanted and "column" in kinds:
         raise ValueError(f"--loss {config.loss} reads the reference token by token; --ref column has sums only")
     if config.measure_every is not None and config.measure_every < 1:
         raise ValueError(f"--measure-every {config.measure_every}: give at least 1 step")
 
 
-def _read(config: Config) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    read = partial(data.load, kind="pairs", columns=config.columns, on_equal=config.on_equal, note=say)
+def _read(config: Config, loss: Loss) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    read = partial(
+        data.load,
+        kind="pairs",
+        columns=config.columns,
+        on_equal=config.on_equal,
+        on_contradiction=config.on_contradiction,
+        on_tie="keep" if takes_ties(loss) else "drop",
+        note=say,
+    )
     pairs = read(config.data)
     if isinstance(config.held_out, str):
         return pairs, read(config.held_out)

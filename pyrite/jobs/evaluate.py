@@ -52,6 +52,9 @@ class Config:
     """Folder or Hub name of the reference policy for KL."""
     pairs: str | None = None
     """Preference pairs for the analyses against the reference: rankings, tokens, end tokens."""
+    on_contradiction: data.OnContradiction = "error"
+    """What to do with a pair whose strength is below 0, or probability below one half, so that its rejected answer is
+    the better one: stop, exchange the answers, leave it out, or take it as it stands, as a label that was drawn."""
     alpaca_eval: str | None = None
     """Name of this model among generators: the first answer to each prompt is also written for AlpacaEval."""
     min_count: int = 100
@@ -123,16 +126,18 @@ def on_pairs(
     finished = whole[::2] & whole[1::2]
     tokens = torch.tensor([token for one in made.encoded for token in one.response])
     ratios = analyses.log_ratios(ours, theirs)
+    prompts = torch.tensor(data.clusters(made.pairs))
+    lengths = torch.tensor([len(one.response) for one in made.encoded])
     table = analyses.by_token(tokens, ratios)
     down, up = analyses.extremes(table, k=k, at_least=min_count)
     found = {
         "pairs": len(rows),
         "dropped": len(made.dropped),
-        **_plain(analyses.ranking(pair)),
-        "end_token": _plain(analyses.ends(pair, finished)),
-        "end_token_ref": _plain(analyses.ends(at_ref, finished)),
+        **_plain(analyses.ranking(pair, prompts)),
+        "end_token": _plain(analyses.ends(pair, finished, prompts)),
+        "end_token_ref": _plain(analyses.ends(at_ref, finished, prompts)),
         "tokens": len(ratios),
-        "ratio": analyses.mean(ratios)._asdict(),
+        "ratio": analyses.mean(ratios, prompts.repeat_interleave(2).repeat_interleave(lengths))._asdict(),
         "tail_mass": analyses.tail_mass(ratios),
         "histogram": analyses.histogram(table.mean)._asdict(),
         "down": _named(down, policy.tokenizer),
@@ -159,7 +164,10 @@ def _pairs(config: Config) -> list[dict[str, Any]]:
         raise ValueError("--pairs compares the policy with its reference on pairs: give --ref too")
     if config.min_count < 1:
         raise ValueError(f"--min-count {config.min_count}: a token that is listed occurs at least once")
-    return data.load(config.pairs, "pairs", on_equal="drop", note=say) if config.pairs else []
+    if not config.pairs:
+        return []
+    how: dict[str, Any] = {"on_contradiction": config.on_contradiction, "on_tie": "drop", "note": say}
+    return data.load(config.pairs, "pairs", on_equal="drop", **how)
 
 
 def _encoded(policy: Policy, pairs: list[dict[str, Any]], config: Config) -> EncodedPairs | None:

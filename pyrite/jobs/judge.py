@@ -246,9 +246,11 @@ def _pairs(config: Ask | Export) -> list[Row]:
         by_prompt.setdefault(row["prompt_id"], []).append(i)
     couples = [(rows[i], rows[j]) for i, j in labels.paired(list(by_prompt.values()), "consecutive")]
     sound = [couple for couple in couples if _sound(*couple)]
-    say(f"judge: {len(sound)} pairs; {len(couples) - len(sound)} with an answer cut, empty or twice the same left out")
+    hint = data.cut_hint(rows)
+    lost = f"{len(couples) - len(sound)} with an answer cut, empty or twice the same left out{hint}"
     if not sound:
-        raise ValueError(f"{config.candidates}: no pair of different, finished answers to one prompt")
+        raise ValueError(f"{config.candidates}: no pair of different, finished answers to one prompt; {lost}")
+    say(f"judge: {len(sound)} pairs; {lost}")
     return [_couple(a, b) for a, b in sound]
 
 

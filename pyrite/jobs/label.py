@@ -2,8 +2,8 @@
 
 Answers 0 and 1, 2 and 3, ... to a prompt form pairs; the higher gold score, or the judge's verdict, says which is
 chosen. Noise flips exactly round(noise * N) of the training pairs, once, by its own seed; the mask is stored and
-held-out pairs stay clean. No label is invented: a cut or empty answer, equal answers and a judge without a verdict
-make no pair, and each is counted.
+held-out pairs stay clean. No label is invented: a cut or empty answer, equal answers, a tie and a judge without a
+verdict make no pair, and each is counted.
 """
 
 from __future__ import annotations
@@ -47,8 +47,12 @@ class Config:
     noise_seed: int = 0
     held_out: float = 0.1
     """Share of the prompts whose pairs are kept, clean, for measuring accuracy."""
-    ties: Literal["random", "drop"] = "random"
-    """What to do with two answers of equal gold."""
+    ties: Literal["drop", "keep"] = "drop"
+    """Two answers that are equally good: left out, or kept with strength 0, which says that either may be chosen.
+    Losses that read strengths, such as soft_dpo, learn a probability of one half; for the others they are left out."""
+    on_cut: Literal["drop", "rematch"] = "drop"
+    """What to do with an answer that was cut before its end: leave its pair out, or pair the finished answers to its
+    prompt among themselves."""
     seed: int = 0
 
 
@@ -68,17 +72,20 @@ def run(config: Config) -> Run:
     rows = data.load(config.candidates, "candidates")
     if scorer:  # one that cannot score is refused now
         golds.check_scores(scorer([text.plain(rows[0]["prompt"])], [rows[0]["response"]]), 1, name=str(config.gold))
+    couples, left_out = _couples(rows, config)
+    hint = _hint(rows, config)
+    if config.pairs and not couples:
+        raise ValueError(f"{config.candidates}: no pair could be made (0 ties; left out: {_counted(left_out)}){hint}")
     run.open()
     if scorer:
-        gold = _scored(run, rows, scorer, str(config.gold))
-        rows = [{**row, "gold": value} for row, value in zip(rows, gold, strict=True)]
+        for row, gold in zip(rows, _scored(run, rows, scorer, str(config.gold)), strict=True):
+            row["gold"] = gold
     if run.writes:
         data.write(rows, run.folder / "candidates.parquet")
     if not config.pairs:
         return run.finish(answers=len(rows))
-    couples, left_out = _couples(rows)
     strengths = _judged(run, couples, judge, str(config.judge)) if judge else _differences(couples)
-    return run.finish(answers=len(rows), **_write_pairs(run, couples, strengths, left_out, config))
+    return run.finish(answers=len(rows), **_write_pairs(run, couples, strengths, left_out, hint, config))
 
 
 def _refuse(config: Config) -> None:
@@ -120,13 +127,16 @@ def _differences(couples: list[tuple[Answer, Answer]]) -> Tensor:
     return torch.tensor([a["gold"] - b["gold"] for a, b in couples], dtype=torch.float64)
 
 
-def _couples(rows: list[Answer]) -> tuple[list[tuple[Answer, Answer]], Counter[str]]:
-    """Consecutive answers to each prompt, and how many couples cannot carry a preference, by reason."""
+def _couples(rows: list[Answer], config: Config) -> tuple[list[tuple[Answer, Answer]], Counter[str]]:
+    """Consecutive answers to each prompt, and how many couples (answers, where cut ones are passed over) cannot carry a
+    preference, by reason."""
     by_prompt: dict[Any, list[Answer]] = {}
     for row in rows:
         by_prompt.setdefault(row["prompt_id"], []).append(row)
     couples, left_out = [], Counter(cut=0, equal=0, empty=0)
-    for answers in by_prompt.values():
+    for every in by_prompt.values():
+        answers = [row for row in every if row["finished"] or config.on_cut == "drop"]
+        left_out["cut"] += len(every) - len(answers)
         for a, b in zip(answers[::2], answers[1::2], strict=False):
             if not (a["finished"] and b["finished"]):
                 left_out["cut"] += 1  # an answer cut before its end says nothing about how it would end
@@ -139,15 +149,31 @@ def _couples(rows: list[Answer]) -> tuple[list[tuple[Answer, Answer]], Counter[s
     return couples, left_out
 
 
+def _counted(left_out: Counter[str]) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in left_out.items() if count) or "none"
+
+
+def _hint(rows: list[Answer], config: Config) -> str:
+    """What to do about cut answers."""
+    hint = data.cut_hint(rows)
+    several = len(rows) > 2 * len({row["prompt_id"] for row in rows}) and config.on_cut == "drop"
+    return f"{hint}, or pair the finished ones among themselves with --on-cut rematch" if hint and several else hint
+
+
 def _write_pairs(
-    run: Run, couples: list[tuple[Answer, Answer]], strengths: Tensor, left_out: Counter[str], config: Config
+    run: Run,
+    couples: list[tuple[Answer, Answer]],
+    strengths: Tensor,
+    left_out: Counter[str],
+    hint: str,
+    config: Config,
 ) -> dict[str, Any]:
     left_out = left_out + Counter(no_verdict=int(strengths.isnan().sum()))
     ties = int((strengths == 0).sum())
     pairs = _pairs(couples, strengths, config)
-    counted = ", ".join(f"{count} {reason}" for reason, count in left_out.items() if count) or "none"
+    counted = _counted(left_out)
     if not pairs:
-        raise ValueError(f"{config.candidates}: no pair could be made ({ties} ties; left out: {counted})")
+        raise ValueError(f"{config.candidates}: no pair could be made ({ties} ties; left out: {counted}){hint}")
     train, held = data.split(pairs, fraction=config.held_out, seed=seeds.derive(config.seed, "held out"))
     noisy, mask = data.flip_labels(train, p=config.noise, seed=config.noise_seed)
     if run.writes:
@@ -155,20 +181,18 @@ def _write_pairs(
         if held:
             data.write(held, run.folder / "held_out.parquet")
     flipped = int(mask.sum())
-    say(f"label: {len(train)} pairs ({flipped} flipped), {len(held)} held out; {ties} ties; left out: {counted}")
+    say(f"label: {len(train)} pairs ({flipped} flipped), {len(held)} held out; {ties} ties; left out: {counted}{hint}")
     counts = {"pairs": len(train), "flipped": flipped, "held_out": len(held), "ties": ties}
     return counts | {f"left_out_{reason}": left_out[reason] for reason in ("cut", "equal", "empty", "no_verdict")}
 
 
 def _pairs(couples: list[tuple[Answer, Answer]], strengths: Tensor, config: Config) -> list[Answer]:
-    """The rows of pairs; a tie is decided by a coin or dropped, no verdict makes no pair."""
-    coins = torch.rand(len(couples), generator=seeds.generator(config.seed, "ties")).tolist()
+    """The rows of pairs; no verdict makes no pair, nor does a tie unless it is kept, with strength 0."""
     pairs = []
-    for (a, b), strength, coin in zip(couples, strengths.tolist(), coins, strict=True):
+    for (a, b), strength in zip(couples, strengths.tolist(), strict=True):
         if strength != strength or (strength == 0 and config.ties == "drop"):  # NaN differs from itself
             continue
-        first = strength > 0 or (strength == 0 and coin < 0.5)
-        chosen, rejected = (a, b) if first else (b, a)
+        chosen, rejected = (a, b) if strength >= 0 else (b, a)
         asked = {name: a[name] for name in ("prompt_id", "prompt", *data.CONDITIONED) if name in a}
         answers = {"chosen": chosen["response"], "rejected": rejected["response"]}
         pairs.append({**asked, **answers, "strength": abs(strength)})

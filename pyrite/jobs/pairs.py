@@ -7,8 +7,9 @@ of its dimension (negative) or under none (neutral), their other preferences bei
 A pair's prompt is the raw one with that one option. With --general there is one criterion and no option: pairs of two
 neutral answers under the raw prompt, for plain RLHF. The judge always reads the raw prompt.
 
-No label is invented: a cut or empty answer, equal answers, a pair that is there already and a judge without a verdict
-make no pair, and each is counted. The chosen answers of judged pairs are demonstrations for supervised fine-tuning.
+No label is invented: a cut or empty answer, equal answers, a pair that is there already, a tie and a judge without a
+verdict make no pair, and each is counted. The chosen answers of judged pairs are demonstrations for supervised
+fine-tuning.
 """
 
 from __future__ import annotations
@@ -59,8 +60,9 @@ class Config:
     """Where the option stands in a pair's prompt: at the end of the last user turn, or in the system turn."""
     held_out: float = 0.1
     """Share of the raw prompts whose pairs are kept for measuring accuracy."""
-    ties: Literal["random", "drop"] = "random"
-    """What to do with two answers that the judge finds equally good."""
+    ties: Literal["drop", "keep"] = "drop"
+    """Two answers that are equally good: left out, or kept with strength 0, which says that either may be chosen.
+    Losses that read strengths, such as soft_dpo, learn a probability of one half; for the others they are left out."""
     seed: int = 0
 
 
@@ -108,6 +110,7 @@ def run(config: Config) -> Run:
     rows = _rows(config)
     train, _ = data.split(rows, fraction=config.held_out, seed=seeds.derive(config.seed, "held out"))
     left_out: Counter[str] = Counter()
+    hint = data.cut_hint(rows)
     couples = [_sound(_couples(rows, task, config), left_out) for task in tasks]
     run.open()
     learned = {row["asked_id"] for row in train}
@@ -116,10 +119,12 @@ def run(config: Config) -> Run:
         pairs = _pairs(some, _verdicts(run, some, task), task, config, left_out)
         if not any(pair["asked_id"] in learned for pair in pairs):
             counted = ", ".join(f"{count} {reason}" for reason, count in left_out.items()) or "none"
-            raise ValueError(f"{config.candidates}: no pair to train on for {task.option.id} (left out: {counted})")
+            raise ValueError(
+                f"{config.candidates}: no pair to train on for {task.option.id} (left out: {counted}){hint}"
+            )
         for pair in pairs:
             sides[pair["asked_id"] not in learned].append(pair)
-    return run.finish(**_written(run, *sides, tasks, left_out))
+    return run.finish(**_written(run, *sides, tasks, left_out, hint))
 
 
 # What is wanted ---------------------------------------------------------------------------------------------------
@@ -249,17 +254,15 @@ def _verdicts(run: Run, couples: Sequence[Couple], task: Task) -> list[float]:
 def _pairs(
     couples: Sequence[Couple], verdicts: Sequence[float], task: Task, config: Config, left_out: Counter[str]
 ) -> list[Answer]:
-    """The rows of pairs; a tie is decided by a coin or dropped, no verdict makes no pair."""
-    coins = torch.rand(len(couples), generator=seeds.generator(config.seed, "ties", task.option.id)).tolist()
+    """The rows of pairs; no verdict makes no pair, nor does a tie unless it is kept, with strength 0."""
     pairs = []
-    for couple, p, coin in zip(couples, verdicts, coins, strict=True):
+    for couple, p in zip(couples, verdicts, strict=True):
         if p != p:  # NaN differs from itself
             left_out["no_verdict"] += 1
         elif p == 0.5 and config.ties == "drop":
             left_out["tie"] += 1
         else:
-            a_wins = coin < 0.5 if p == 0.5 else p > 0.5
-            better, worse = (couple.a, couple.b) if a_wins else (couple.b, couple.a)
+            better, worse = (couple.a, couple.b) if p >= 0.5 else (couple.b, couple.a)
             raw = {"prompt_id": couple.a["asked_id"], "prompt": couple.a["asked"]}
             answers = {"chosen": better["response"], "rejected": worse["response"]}
             strength = {"strength": abs(_log_odds(p))} if couple.judged else {}
@@ -273,7 +276,7 @@ def _log_odds(p: float) -> float:
 
 
 def _written(
-    run: Run, train: list[Answer], held: list[Answer], tasks: Sequence[Task], left_out: Counter[str]
+    run: Run, train: list[Answer], held: list[Answer], tasks: Sequence[Task], left_out: Counter[str], hint: str
 ) -> dict[str, Any]:
     """Store everything; what there is of each option, and what is not."""
     demos = _demos(train)
@@ -282,7 +285,7 @@ def _written(
             if rows:
                 data.write(rows, run.folder / f"{name}.parquet")
     counted = ", ".join(f"{left_out[reason]} {reason}" for reason in REASONS if left_out[reason]) or "none"
-    say(f"pairs: {len(train)} pairs, {len(held)} held out, {len(demos)} demonstrations; left out: {counted}")
+    say(f"pairs: {len(train)} pairs, {len(held)} held out, {len(demos)} demonstrations; left out: {counted}{hint}")
     by_option = {task.option.id: _counts(train, held, task) for task in tasks}
     counts = {"pairs": len(train), "held_out": len(held), "demos": len(demos), "options": by_option}
     return counts | {f"left_out_{reason}": left_out[reason] for reason in REASONS}
@@ -295,8 +298,8 @@ def _counts(train: Sequence[Answer], held: Sequence[Answer], task: Task) -> dict
 
 
 def _demos(pairs: Sequence[Answer]) -> list[Answer]:
-    """The chosen answers of judged pairs, each once."""
+    """The chosen answers of judged pairs, each once; of a tie, neither was chosen."""
     names = ("prompt_id", "prompt", *data.CONDITIONED)
-    judged = [pair for pair in pairs if pair["kind"] in JUDGED]
+    judged = [pair for pair in pairs if pair["kind"] in JUDGED and pair["strength"]]
     rows = {(pair["prompt_id"], pair["chosen"]): pair for pair in judged}
     return [{name: pair[name] for name in names} | {"response": pair["chosen"]} for pair in rows.values()]

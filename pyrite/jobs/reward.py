@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from pyrite import data, estimators, parts, reward_losses, runs, seeds, text, train
 from pyrite.discriminators import pair_loss
@@ -50,6 +51,9 @@ class Config:
     """Longest prompt in tokens; longer ones keep their end. Three quarters of max_length by default."""
     on_equal: Literal["error", "drop"] = "error"
     """What to do with a pair whose answers are equal."""
+    on_contradiction: data.OnContradiction = "error"
+    """What to do with a pair whose strength is below 0, or probability below one half, so that its rejected answer is
+    the better one: stop, exchange the answers, leave it out, or take it as it stands, as a label that was drawn."""
     lora: Lora = Lora()
     training: Training = Training(epochs=2)
     seed: int = 0
@@ -73,6 +77,7 @@ def run(config: Config) -> Run:
     pairs, held = _read(config)
     first = _member(config, 0)
     batches, clean = _rows(first, pairs), _rows(first, held)
+    test, prompts = (clean, data.clusters(held)) if held else (batches, data.clusters(pairs))
     run.open()
     say(f"reward: {len(batches)} pairs, {len(clean)} held out, {config.members} members")
     for member in range(config.members):
@@ -91,17 +96,25 @@ def run(config: Config) -> Run:
             label=f"member {member}",
             folder=f"checkpoints/{member}",
         )
-        measured = _measure(model, clean or batches)
+        measured = _measure(model, test, prompts)
         if run.writes:
             model.save(folder)
             runs.write_json(folder / "measured.json", measured)
         run.wait()
     train.discard_checkpoints(run)
-    return run.finish(members=_results(run, config), pairs=len(batches), **_baseline(clean or batches))
+    return run.finish(members=_results(run, config), pairs=len(batches), **_baseline(test, prompts))
 
 
 def _read(config: Config) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    read = partial(data.load, kind="pairs", columns=config.columns, on_equal=config.on_equal, note=say)
+    read = partial(
+        data.load,
+        kind="pairs",
+        columns=config.columns,
+        on_equal=config.on_equal,
+        on_contradiction=config.on_contradiction,
+        on_tie="drop",
+        note=say,
+    )
     pairs = read(config.data)
     if isinstance(config.held_out, str):
         train_pairs, held = pairs, read(config.held_out)
@@ -137,22 +150,28 @@ def _rows(model: RewardModel, pairs: list[dict[str, Any]]) -> list[Row]:
 
 
 @torch.inference_mode()
-def _measure(model: RewardModel, rows: list[Row]) -> dict[str, Any]:
-    """Accuracy with its interval, and the constants that standardize this member's scores."""
+def _measure(model: RewardModel, rows: list[Row], prompts: list[int]) -> dict[str, Any]:
+    """Accuracy with its interval over prompts, and the constants that standardize this member's scores."""
     texts = [text.Encoded(list(row.prompt), list(response), False) for row in rows for response in row.responses]
     scores = model.raw_scores(texts)
     model.mean, model.std = scores.mean().item(), scores.std(correction=0).item()
     wins = estimators.wins(*scores.view(-1, 2).unbind(1))
-    accuracy, lo, hi = (value.item() for value in estimators.bootstrap(wins))
-    return {"accuracy": accuracy, "accuracy_lo": lo, "accuracy_hi": hi, "mean": model.mean, "std": model.std}
+    return {**_interval("accuracy", "accuracy", wins, prompts), "mean": model.mean, "std": model.std}
 
 
 def _results(run: Run, config: Config) -> list[dict[str, Any]]:
     return [runs.read_json(run.folder / f"member_{member}" / "measured.json") for member in range(config.members)]
 
 
-def _baseline(rows: list[Row]) -> dict[str, Any]:
+def _baseline(rows: list[Row], prompts: list[int]) -> dict[str, Any]:
     """How often the longer answer is the chosen one: what a reward model must beat."""
     lengths = torch.tensor([[len(response) for response in row.responses] for row in rows])
-    accuracy, lo, hi = (v.item() for v in estimators.bootstrap(estimators.wins(*lengths.unbind(1))))
-    return {"held_out_pairs": len(rows), "length_accuracy": accuracy, "length_lo": lo, "length_hi": hi}
+    wins = estimators.wins(*lengths.unbind(1))
+    return {"held_out_pairs": len(rows), **_interval("length_accuracy", "length", wins, prompts)}
+
+
+def _interval(name: str, prefix: str, wins: Tensor, prompts: list[int]) -> dict[str, float | None]:
+    """A mean with its interval over prompts, which one prompt alone does not give."""
+    mean, lo, hi = (value.item() for value in estimators.bootstrap(wins, prompts=prompts))
+    known = lo == lo  # NaN differs from itself
+    return {name: mean, f"{prefix}_lo": lo if known else None, f"{prefix}_hi": hi if known else None}

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pyrite import winrates
+from pyrite.data import prompt_id
 from pyrite.judges.pairs import pair_id
 from pyrite.sources import DataError, Row, Source, read
 
@@ -164,4 +165,6 @@ def _opinion(row: Row, source: Source, i: int) -> Opinion:
         preference = 3 - preference
     named = pair_id(row["prompt"], row["a"], row["b"])
     place = (named, str(row.get("criterion") or ""))
-    return Opinion(str(row.get("prompt_id") or named), place, preference, row.get("p_ab"), row.get("p_ba"))
+    return Opinion(
+        str(row.get("prompt_id") or prompt_id(row["prompt"])), place, preference, row.get("p_ab"), row.get("p_ba")
+    )

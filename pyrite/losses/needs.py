@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyrite.logps import Logps, PairLogps, Running
 
-__all__ = ["needs"]
+__all__ = ["needs", "takes_ties"]
 
 
 def needs(loss: Callable[[PairLogps], Tensor]) -> frozenset[str]:
@@ -25,6 +25,22 @@ def needs(loss: Callable[[PairLogps], Tensor]) -> frozenset[str]:
     found = {name for name, poorer in _poorer(full).items() if _objects(loss, poorer)}
     alone = torch.cat([loss(_at(full, [i])) for i in range(len(full))])
     return frozenset(found if torch.allclose(value, alone) else {*found, "batch"})
+
+
+def takes_ties(loss: Callable[[PairLogps], Tensor]) -> bool:
+    """Whether a strength of 0 is a tie to this loss: it reads strengths, and with the answers exchanged and the sign of
+    the strength turned it has the same value.
+
+    >>> from pyrite.losses import dpo, odpo, soft_dpo
+    >>> takes_ties(soft_dpo), takes_ties(odpo), takes_ties(dpo)
+    (True, False, False)
+    """
+    if "strength" not in needs(loss):
+        return False
+    full = _pairs()
+    assert full.strength is not None
+    turned = PairLogps(full.rejected, full.chosen, full.ref_rejected, full.ref_chosen, -full.strength, full.running)
+    return torch.allclose(loss(full), loss(turned))
 
 
 def _pairs() -> PairLogps:

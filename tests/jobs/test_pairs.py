@@ -188,13 +188,14 @@ def test_no_pair_stands_twice_or_both_ways(mine: Dimensions, tmp_path: Path) -> 
     assert (results["left_out_duplicate"], results["left_out_equal"]) == (4, 2)
 
 
-def test_ties_are_tossed_or_dropped(mine: Dimensions, tmp_path: Path) -> None:
+def test_ties_are_dropped_or_kept_without_a_winner(mine: Dimensions, tmp_path: Path) -> None:
     rows = [row for p in range(60) for row in answers(mine, ["long"], ["x", "y"], prompt=p)]
     rows += answers(mine, ["long"], ["x", "y y"], prompt=60)
-    _, found, *_ = run(rows, tmp_path, kinds=("labelled",))
-    assert len(found) == 61 and 15 < sum(row["chosen"] == "x" for row in found) < 45
-    assert sorted({row["strength"] for row in found})[0] == 0.0
-    results, found, *_ = run(rows, tmp_path, kinds=("labelled",), ties="drop", out=tmp_path / "drop")
+    results, found, _, demos = run(rows, tmp_path, kinds=("labelled",), ties="keep")
+    assert len(found) == 61 and sum(row["strength"] == 0 for row in found) == 60
+    assert all(row["chosen"] == "x" for row in found if row["strength"] == 0)
+    assert [row["response"] for row in demos] == ["y y"]  # of a tie neither answer is a demonstration
+    results, found, *_ = run(rows, tmp_path, kinds=("labelled",), out=tmp_path / "drop")
     assert len(found) == 1 and results["left_out_tie"] == 60
 
 
