@@ -18,7 +18,7 @@ from peft import set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pyrite import runs, soups
+from pyrite import checkpoints, runs, soups
 from pyrite.decoding.adapters import adapter_layers
 from pyrite.loading import Dtype, adapters_of, tokenizer_of
 from pyrite.models import Policy
@@ -26,7 +26,7 @@ from pyrite.soups import LowRank
 
 Mode = Literal["delta", "factor", "svd"]
 
-WEIGHTS, ABOUT = "adapter_model.safetensors", "adapter_config.json"
+WEIGHTS, ABOUT = checkpoints.ADAPTER, checkpoints.ABOUT
 FACTOR = re.compile(r"(.+\.lora_(?:embedding_)?)([AB])(?:\.weight)?")
 PREFIX = "base_model.model."
 HELD = {  # what a config may ask for and a soup answers; anything else it turns on is refused
@@ -53,11 +53,10 @@ def read(path: str | Path) -> Adapter:
     Raises ValueError for a folder without, for what no low-rank soup can hold (DoRA, trained biases, ranks by module,
     a base changed at the start), and for tensors that are not finite or not low-rank pairs.
     """
-    config = adapters_of(path)
+    config, folder = adapters_of(path), checkpoints.place(path)
     _check_plain(path, config)
-    if not (Path(path) / WEIGHTS).exists():
-        raise ValueError(f"{path}: no {WEIGHTS} beside {ABOUT}; save the adapters as safetensors")
-    tensors = load_file(Path(path) / WEIGHTS)
+    tensors = load_file(checkpoints.adapter_file(folder))
+    config["base_model_name_or_path"] = checkpoints.base_name(folder)
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise ValueError(f"{path}: {name} holds values that are not finite")
@@ -65,7 +64,7 @@ def read(path: str | Path) -> Adapter:
     low, whole = _paired(path, tensors, scale)
     if any(part.rank != config["r"] for part in low.values()):
         raise ValueError(f"{path}: its config says rank {config['r']}, its tensors do not; it is broken")
-    return Adapter(str(path), config, low, whole)
+    return Adapter(str(folder), config, low, whole)
 
 
 def write(adapter: Adapter, folder: str | Path) -> None:
@@ -216,7 +215,7 @@ def _same_base(a: dict[str, Any], b: dict[str, Any]) -> bool:
     names = [Path(config["base_model_name_or_path"]) for config in (a, b)]
     if names[0] == names[1]:
         return a.get("revision") == b.get("revision")
-    return all(name.is_dir() for name in names) and runs.fingerprint(names[0]) == runs.fingerprint(names[1])
+    return all(name.is_dir() for name in names) and checkpoints.identity(names[0]) == checkpoints.identity(names[1])
 
 
 def _base(adapter: Adapter) -> str:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +11,16 @@ from typing import Any, Literal
 
 import peft
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
+from pyrite import checkpoints
 from pyrite.processes import world
 from pyrite.progress import say
 from pyrite.text import end_id, load_tokenizer
@@ -53,33 +58,225 @@ def pad_id(tokenizer: Any) -> int:
     return pad if pad is not None and pad != end else int(end == 0)
 
 
-def load_model(auto: Any, path: str | Path, *, dtype: Dtype, **options: Any) -> PreTrainedModel | PeftModel:
-    """From a folder or Hub name, on this process's device; a folder with adapters loads its base below them."""
-    adapter = Path(path) / "adapter_config.json"
-    where = json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.exists() else str(path)
+def opened(
+    auto: Any, path: str | Path, *, dtype: Dtype, new_head: bool = False
+) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
+    """A model and its tokenizer from a folder or Hub name, as `load_model` takes them, that fit each other."""
+    tokenizer = tokenizer_of(path)
+    model = load_model(auto, path, dtype=dtype, new_head=new_head)
+    check_ids(tokenizer, model, path)
+    return model, tokenizer
+
+
+def verify(auto: Any, path: str | Path, *, new_head: bool = False) -> None:
+    """Refuse what `opened` would refuse, from names and shapes alone: no weight is read and no memory taken."""
+    tokenizer, _ = load_tokenizer(path)
+    check_ids(tokenizer, load_model(auto, path, dtype="float32", new_head=new_head, device="meta"), path)
+
+
+def load_model(
+    auto: Any, path: str | Path, *, dtype: Dtype, new_head: bool = False, device: Any = None
+) -> PreTrainedModel | PeftModel:
+    """From a folder or Hub name, on this process's device; a folder with adapters loads its base below them.
+
+    auto: the Auto class. new_head: the trunk alone must be there, for a head that is drawn or not read. Raises
+    ValueError if the files are no model of this kind, whole and finite: nothing is ever drawn in place of a tensor.
+    """
+    folder = checkpoints.place(path)
+    about = checkpoints.adapter_settings(folder)
+    if about is None:
+        return _whole(auto, folder, name=checkpoints.name_of(path), dtype=dtype, new_head=new_head, device=device)
+    _check_task(auto, path, about.get("task_type"))
+    tensors = checkpoints.shapes(checkpoints.adapter_file(folder))
+    name = str(checkpoints.base_name(folder))
+    identity = checkpoints.check_base(folder, name)
+    below = checkpoints.place(name, revision=about.get("revision"))
+    brought = {key.removeprefix("base_model.model.") for key in tensors}  # a head that is saved beside the adapters
+    model = _whole(auto, below, name=name, dtype=dtype, new_head=new_head, device=device, brought=brought)
+    made = add_adapters(model, folder)
+    made.base_identity = identity
+    return made
+
+
+def add_adapters(model: Any, path: str | Path, *, name: str = "default") -> Any:
+    """The model with a folder's adapters, beside those it has. Raises ValueError if any tensor is missing, left over or
+    of another shape."""
+    folder = Path(path)
+    saved = checkpoints.shapes(checkpoints.adapter_file(folder))
     try:
-        model = auto.from_pretrained(where, dtype=getattr(torch, dtype), **options)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{where}: no model could be loaded (a folder or a Hub name?): {reason}") from error
-    model.to(world().device)
-    with _quiet():
-        return PeftModel.from_pretrained(model, str(path), is_trainable=True) if adapter.exists() else model
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of missing tensors, which are refused below
+            if isinstance(model, PeftModel):
+                model.load_adapter(str(folder), name, ignore_mismatched_sizes=True)
+            else:
+                model = PeftModel.from_pretrained(
+                    model, str(folder), name, is_trainable=True, ignore_mismatched_sizes=True
+                )
+            wanted = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    except Exception as error:
+        raise ValueError(
+            f"{path}: these adapters do not go onto their base ({checkpoints.first_line(error)})"
+        ) from error
+    have = {key: tuple(value.shape) for key, value in wanted.items()}
+    shared = saved.keys() & have.keys()
+    other = [f"{k}: {list(saved[k])} in the file, {list(have[k])} here" for k in shared if saved[k] != have[k]]
+    advice = "they were made for another model, or the file is incomplete: copy them again, with their base"
+    _refuse(path, "adapters on their base", have.keys() - saved.keys(), saved.keys() - have.keys(), other, advice)
+    _check_finite(wanted.items(), path)
+    return model
+
+
+def _whole(
+    auto: Any,
+    folder: Path,
+    *,
+    name: str,
+    dtype: Dtype,
+    new_head: bool,
+    device: Any,
+    brought: Iterable[str] | None = None,
+) -> PreTrainedModel:
+    """A model without adapters. brought: names of the tensors that the adapters above it bring along."""
+    checkpoints.weight_files(folder)
+    classifier = auto is AutoModelForSequenceClassification
+    options: dict[str, Any] = {"num_labels": 1} if classifier else {}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model, report = auto.from_pretrained(
+                str(folder),
+                dtype=getattr(torch, dtype),
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
+                device_map=device,
+                **options,
+            )
+    except Exception as error:
+        raise ValueError(f"{name}: no model could be loaded from its files: {checkpoints.first_line(error)}") from error
+    _check_report(model, report, name, classifier=classifier, new_head=new_head, brought=set(brought or ()))
+    model.name_or_path = model.config.name_or_path = name  # adapters note it as their base
+    if device is None:
+        model.to(world().device)
+        _check_finite(model.named_parameters(), name)
+    return model
+
+
+def _check_report(
+    model: Any, report: dict[str, Any], name: str, *, classifier: bool, new_head: bool, brought: set[str]
+) -> None:
+    """Refuse every tensor that transformers found missing, left over or of another shape, beyond a head that may be."""
+    missing, unexpected = set(report["missing_keys"]), set(report["unexpected_keys"])
+    other = {
+        key: f"{key}: {list(there)} in the file, {list(here)} here" for key, there, here in report["mismatched_keys"]
+    }
+    model.new_modules = sorted({_module(model, key) for key in missing | other.keys()})  # adapters save them whole
+    if new_head or (brought and classifier):
+        unexpected = {key for key in unexpected if not _is_head(model, key)}
+        free = {key for key in missing | other.keys() if _is_head(model, key)}
+        if not new_head:
+            free &= brought
+        missing, other = missing - free, {key: text for key, text in other.items() if key not in free}
+    if classifier and missing and all(_is_head(model, key) for key in missing):
+        advice = "it is no trained reward model: train one with `pyrite reward`, or give the folder of one"
+    elif not classifier and any(key.startswith(("score.", "classifier.")) for key in unexpected):
+        advice = "it is a reward model or a classifier: give a language model here"
+    else:
+        advice = "the files are incomplete or of another model than their config says: save or copy the model again"
+    _refuse(name, type(model).__name__, missing, unexpected, list(other.values()), advice)
+
+
+def _refuse(
+    path: str | Path, what: str, missing: Iterable[str], unexpected: Iterable[str], other: list[str], advice: str
+) -> None:
+    found = {"missing": list(missing), "left over": list(unexpected), "of another shape": other}
+    if any(found.values()):
+        counts = "; ".join(f"{len(k)} {word} ({checkpoints.listed(k)})" for word, k in found.items() if k)
+        raise ValueError(f"{path}: its tensors are not those of {what}: {counts}; {advice}")
+
+
+def _is_head(model: Any, key: str) -> bool:
+    """Whether a tensor lies behind the trunk, an encoder's pooler included, which is trained as a part of the head."""
+    first, _, rest = key.partition(".")
+    if first == model.base_model_prefix and model.base_model is not model:
+        return rest.startswith("pooler.")
+    return first == "pooler" or first not in dict(model.base_model.named_children())
+
+
+def _module(model: Any, key: str) -> str:
+    """The part of a head that a tensor belongs to, by the name that adapters save it under."""
+    parts = key.split(".")
+    return parts[1] if parts[0] == model.base_model_prefix and len(parts) > 2 else parts[0]
+
+
+def _check_task(auto: Any, path: str | Path, task: str | None) -> None:
+    wanted, what = {
+        AutoModelForCausalLM: ("CAUSAL_LM", "a language model"),
+        AutoModelForSequenceClassification: ("SEQ_CLS", "a reward model"),
+    }.get(auto, (None, ""))
+    if task and wanted and task != wanted:
+        raise ValueError(
+            f"{path}: holds adapters for {task}, and {what} ({wanted}) is needed here; give another folder, or merge "
+            "them into their base by `pyrite merge` first"
+        )
+
+
+def _check_finite(tensors: Iterable[tuple[str, torch.Tensor]], path: str | Path) -> None:
+    for name, value in tensors:
+        if value.device.type != "meta" and value.is_floating_point() and not value.isfinite().all():
+            raise ValueError(f"{path}: {name} holds values that are not finite; the model is broken: copy it again")
+
+
+def check_ids(tokenizer: Any, model: Any, path: str | Path) -> None:
+    """Raises ValueError for a tokenizer with ids that the model has no embedding for."""
+    table = backbone(model).get_input_embeddings()
+    rows = getattr(table, "num_embeddings", None) or backbone(model).config.get_text_config().vocab_size
+    token, last = max(tokenizer.get_vocab().items(), key=lambda item: item[1], default=("", -1))
+    if last >= rows:
+        raise ValueError(
+            f"{path}: its tokenizer has ids up to {last} ({token!r}), its embedding {rows} rows: they do not belong "
+            "together; give the model its own tokenizer, or call model.resize_token_embeddings(len(tokenizer)) and save"
+        )
+
+
+def save(model: Any, folder: str | Path, tokenizer: Any) -> None:
+    """Hugging Face layout, safetensors, tokenizer included; adapters note which weights they were trained on."""
+    if isinstance(model, PeftModel):
+        model.save_pretrained(str(folder), save_embedding_layers=False)  # the base's are not trained
+        name = model.peft_config[str(model.active_adapter)].base_model_name_or_path
+        if model.base_identity:
+            checkpoints.write_base(Path(folder), str(name), str(model.base_identity))
+    else:
+        model.save_pretrained(str(folder))
+    tokenizer.save_pretrained(folder)
 
 
 def adapters_of(path: str | Path) -> dict[str, Any]:
     """What a folder's adapters say of themselves. Raises ValueError for a model without."""
-    about = Path(path) / "adapter_config.json"
-    if not about.exists():
+    about = checkpoints.adapter_settings(checkpoints.place(path))
+    if about is None:
         raise ValueError(f"{path}: no adapters here (no adapter_config.json); it is a whole model already")
-    return json.loads(about.read_text())
+    return about
+
+
+def is_classifier(path: str | Path) -> bool:
+    """Whether a model brings the head of a reward model along, in its files or beside its adapters."""
+    folder = checkpoints.place(path)
+    about = checkpoints.adapter_settings(folder)
+    if about is not None:
+        return about.get("task_type") == "SEQ_CLS"
+    names = checkpoints.read_json(folder / "config.json").get("architectures") or []
+    return any(str(name).endswith("ForSequenceClassification") for name in names)
 
 
 def settings(path: str | Path) -> dict[str, Any]:
     """What a saved reward model says of itself, beside the adapters where it has any; {} of any other model."""
-    if not (Path(path) / "config.json").exists() and (Path(path) / "adapter_config.json").exists():
+    folder = checkpoints.place(path)
+    if not (folder / "config.json").exists() and (folder / checkpoints.ABOUT).exists():
         return {}
-    return getattr(AutoConfig.from_pretrained(str(path)), "pyrite", None) or {}
+    return checkpoints.read_json(folder / "config.json").get("pyrite") or {}
 
 
 @contextmanager
@@ -100,19 +297,50 @@ def adapted(model: Any, lora: Lora | None, *, task: str) -> Any:
     """The model with new adapters, which always start from the same draw."""
     if lora is None or lora.lora_rank == 0:
         return model
+    if isinstance(model, PeftModel):
+        raise ValueError(
+            f"--lora-rank {lora.lora_rank}: the model has adapters already, and training goes on with them: leave "
+            "--lora-rank out, or merge them into their base by `pyrite merge` first"
+        )
+    whole = [name for name in getattr(model, "new_modules", ()) if task == "SEQ_CLS" and name != "score"]
+    left_out = _not_adaptable(model) if lora.lora_targets == "all-linear" else []
+    if left_out:
+        names = checkpoints.listed({name.rpartition(".")[2] for name in left_out})
+        say(f"  note: no adapters on {names}: this family's kernels read their weights past any adapter")
     config = LoraConfig(
         r=lora.lora_rank,
         lora_alpha=lora.lora_alpha,  # type: ignore[arg-type]  # peft takes floats, its annotation says int
         lora_dropout=lora.lora_dropout,
         target_modules=lora.lora_targets if lora.lora_targets == "all-linear" else lora.lora_targets.split(","),
+        exclude_modules=[*left_out, *_below(model, whole)] or None,
+        modules_to_save=whole or None,
         task_type=task,
     )
     with torch.random.fork_rng(), _quiet():
         torch.manual_seed(0)
         try:
-            return peft.get_peft_model(model, config)
+            made: Any = peft.get_peft_model(model, config)
         except ValueError as error:
             raise ValueError(f"lora_targets {lora.lora_targets!r}: {' '.join(str(error).split())}") from error
+    base = model.name_or_path
+    made.base_identity = checkpoints.identity(checkpoints.place(base)) if base else None
+    return made
+
+
+def _not_adaptable(model: Any) -> list[str]:
+    """Linear layers that adapters would not reach, by their full names.
+
+    A state-space mixer hands the weights of three of its layers to its kernels and never calls the layers.
+    """
+    mixers = [name for name, module in model.named_modules() if hasattr(module, "conv1d") and hasattr(module, "A_log")]
+    names = {f"{mixer}.{name}" for mixer in mixers for name in ("x_proj", "dt_proj", "out_proj")}
+    return [name for name, module in model.named_modules() if name in names and isinstance(module, nn.Linear)]
+
+
+def _below(model: Any, whole: Sequence[str]) -> list[str]:
+    """Linear layers of modules that are trained whole, by their full names."""
+    inside = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    return [name for name in inside if set(name.split(".")) & set(whole)]
 
 
 def draw_head(model: Any, *, seed: int, std: float) -> None:

@@ -4,7 +4,6 @@ with several adapters."""
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,9 @@ from peft import PeftModel
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
+
+from pyrite import checkpoints
+from pyrite.loading import add_adapters
 
 HEAD = "score."
 OWN = ("pyrite", "_name_or_path", "transformers_version", "dtype")  # what configs may differ in
@@ -64,32 +66,33 @@ def _is(a: Any, b: Any) -> bool:
 
 def _adapter_beside(model: PeftModel, path: Path) -> str | None:
     """The name under which the folder's adapters were added to the model; None if they are for another base."""
-    about = path / "adapter_config.json"
-    base = model.peft_config[str(model.active_adapter)].base_model_name_or_path
-    if not about.exists() or json.loads(about.read_text())["base_model_name_or_path"] != base:
+    base = checkpoints.base_name(path)
+    if base is None or checkpoints.check_base(path, base) != model.base_identity:
         return None
     name = f"member_{len(model.peft_config)}"
-    model.load_adapter(str(path), adapter_name=name)
+    add_adapters(model, path, name=name)
     return name
 
 
 def _head_beside(model: PreTrainedModel, path: Path) -> nn.Module | None:
     """The folder's head; None if anything else than the head differs from the model."""
     mine = getattr(model, "score", None)
-    if not isinstance(mine, nn.Module) or not (path / "config.json").exists() or not list(path.glob("*.safetensors")):
+    whole = (path / "config.json").exists() and not (path / checkpoints.ABOUT).exists()
+    if not isinstance(mine, nn.Module) or not whole:
         return None
+    files = checkpoints.weight_files(path)
     if _shape(AutoConfig.from_pretrained(str(path))) != _shape(model.config):
         return None
     own, seen, head = model.state_dict(), set(), {}
-    for name, value in _saved(path):
+    for name, value in _saved(files):
         seen.add(name)
         if name.startswith(HEAD):
             head[name.removeprefix(HEAD)] = value.clone()
         elif name not in own or not torch.equal(own[name].cpu(), value.to(own[name].dtype)):
             return None
-    if seen != own.keys():
-        return None
     twin = copy.deepcopy(mine)
+    if seen != own.keys() or any(head[name].shape != value.shape for name, value in twin.state_dict().items()):
+        return None
     twin.load_state_dict(head)
     return twin
 
@@ -105,9 +108,9 @@ def _shape(config: Any) -> dict[str, Any]:
     return {name: value for name, value in config.to_dict().items() if name not in OWN}
 
 
-def _saved(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a model folder, one at a time."""
-    for file in sorted(path.glob("*.safetensors")):
+def _saved(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a model's files, one at a time."""
+    for file in files:
         with safe_open(file, "pt") as opened:
             for name in opened.keys():  # noqa: SIM118, not a dict
                 yield name, opened.get_tensor(name)

@@ -30,11 +30,13 @@ from pyrite.loading import (
     Lora,
     adapted,
     backbone,
+    check_ids,
     context_of,
     draw_head,
     has_bare_head,
-    load_model,
+    opened,
     pad_id,
+    save,
     settings,
     tokenizer_of,
     train_top,
@@ -67,8 +69,7 @@ class Policy(nn.Module):
         top: layers that are trained, the last ones, beside the final norm and the vocabulary head, unless it is tied
         to the input embedding; None trains all. Raises ValueError for `top` with adapters or beyond the model's layers.
         """
-        tokenizer = tokenizer_of(path)
-        model = load_model(AutoModelForCausalLM, path, dtype=dtype)
+        model, tokenizer = opened(AutoModelForCausalLM, path, dtype=dtype)
         made = cls(adapted(model, lora, task="CAUSAL_LM"), tokenizer)
         if top is not None:
             if isinstance(made.model, PeftModel):
@@ -131,8 +132,7 @@ class Policy(nn.Module):
 
     def save(self, folder: str | Path) -> None:
         """Hugging Face layout, safetensors, tokenizer included."""
-        self.model.save_pretrained(str(folder))
-        self.tokenizer.save_pretrained(folder)
+        save(self.model, folder, self.tokenizer)
 
     def _fast(self, batch: Packed) -> Tensor:
         model = backbone(self.model)
@@ -194,12 +194,16 @@ class RewardModel(nn.Module):
         sibling: a loaded reward model; what both have in common, an equal trunk or the base below adapters, is kept
         in memory once, for scoring.
         """
-        tokenizer = tokenizer_of(path)
         shared = beside(sibling.model, path) if sibling else None
-        with torch.random.fork_rng():  # an encoder's pooler, where the base has none, is drawn at loading
-            torch.manual_seed(head_seed or 0)
-            kind = AutoModelForSequenceClassification
-            model, adapter = shared or (load_model(kind, path, dtype=dtype, num_labels=1), None)
+        if shared:
+            model, adapter = shared
+            tokenizer = tokenizer_of(path)
+            check_ids(tokenizer, model, path)
+        else:
+            with torch.random.fork_rng():  # an encoder's pooler, where the base has none, is drawn with the head
+                torch.manual_seed(head_seed or 0)
+                kind, adapter = AutoModelForSequenceClassification, None
+                model, tokenizer = opened(kind, path, dtype=dtype, new_head=head_seed is not None)
         saved = settings(path)
         model.config.pad_token_id = pad_id(tokenizer)
         if head_seed is not None:
@@ -275,9 +279,8 @@ class RewardModel(nn.Module):
         config = backbone(self.model).config
         names = ("pooling", "mean", "std", "max_length", "max_prompt")
         config.pyrite = {name: getattr(self, name) for name in names}
-        self.model.save_pretrained(str(folder))
+        save(self.model, folder, self.tokenizer)
         config.save_pretrained(folder)  # adapters alone would leave the constants behind
-        self.tokenizer.save_pretrained(folder)
 
     def _plain(self, batch: Packed) -> Tensor:
         ids, mask = as_padded(batch, pad=self._active().config.pad_token_id)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pyrite import checkpoints
+
 Prompt = str | list[dict[str, str]]
 
 _SPEAKERS = {"user": "Human", "assistant": "Assistant", "system": "System"}
@@ -200,14 +202,17 @@ def load_tokenizer(path: str | Path) -> tuple[Any, str | None]:
     """Tokenizer of a model folder or Hub name, prepared, with its note. Raises ValueError without one."""
     from transformers import AutoTokenizer
 
-    folder = Path(path)
-    if folder.is_dir() and not any(next(folder.glob(name), None) for name in _TOKENIZER_FILES):
+    folder = checkpoints.place(path)
+    if not any(next(folder.glob(name), None) for name in _TOKENIZER_FILES):
         raise ValueError(f"{path} holds no tokenizer; save one there with tokenizer.save_pretrained({str(path)!r})")
+    for file in folder.glob("*token*.json"):
+        checkpoints.read_json(file)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path))
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"no tokenizer at {path}, neither a folder nor a model on the Hub: {reason}") from error
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        tokenizer("a")
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path}: its tokenizer cannot be loaded ({reason}); copy or save it again") from error
     return prepare_tokenizer(tokenizer)
 
 

@@ -15,8 +15,9 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
+from pyrite import checkpoints
 from pyrite.forwards import agrees, as_padded, trunk_states, unpadded
 from pyrite.loading import (
     Dtype,
@@ -25,10 +26,11 @@ from pyrite.loading import (
     backbone,
     context_of,
     draw_head,
-    load_model,
+    is_classifier,
+    opened,
     pad_id,
+    save,
     settings,
-    tokenizer_of,
     train_top,
 )
 from pyrite.models import Policy, pack_for
@@ -76,10 +78,11 @@ class ValueModel(nn.Module):
         last ones, beside the final norm and the head; None trains all. Raises ValueError for a model that is no
         decoder, for `top` with adapters or beyond the model's layers, for new adapters beside old ones.
         """
-        tokenizer, about = tokenizer_of(path), settings(path)
-        model = load_model(AutoModelForSequenceClassification, path, dtype=dtype, num_labels=1)
+        about = settings(path)
+        starts = not about and not is_classifier(path)
+        model, tokenizer = opened(AutoModelForSequenceClassification, path, dtype=dtype, new_head=starts)
         backbone(model).config.pad_token_id = pad_id(tokenizer)
-        if not about and not _is_classifier(path):
+        if starts:
             draw_head(model, seed=0, std=0.0)
         old, new = isinstance(model, PeftModel), lora is not None and lora.lora_rank > 0
         if old and new:
@@ -119,9 +122,8 @@ class ValueModel(nn.Module):
         """Hugging Face layout; the standardization travels in the model's config."""
         config = backbone(self.model).config
         config.pyrite = {**(getattr(config, "pyrite", None) or {}), "mean": self.mean, "std": self.std}
-        self.model.save_pretrained(str(folder))
+        save(self.model, folder, self.tokenizer)
         config.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
 
     def _fast(self, batch: Packed) -> Tensor:
         return self._read(trunk_states(backbone(self.model), batch), batch)
@@ -181,6 +183,9 @@ class WithValue(nn.Module):
             raise ValueError(
                 f"{folder}: no {HEAD} here; it is written beside a policy that was trained with a value head"
             )
+        here = {name: tuple(value.shape) for name, value in self.head.state_dict().items()}
+        if (found := checkpoints.shapes(Path(folder) / HEAD)) != here:
+            raise ValueError(f"{Path(folder) / HEAD}: holds {found}, and the policy's value head has {here}")
         self.head.load_state_dict(load_file(Path(folder) / HEAD))
 
     def _value(self, hidden: Tensor) -> Tensor:
@@ -213,11 +218,6 @@ def response_values(critic: Critic, rows: Sequence[Row], *, budget: int = 16384)
         for i in group:
             parts[i] = [next(flat) for _ in rows[i].responses]
     return pad_sequence([part for row in parts for part in row], batch_first=True)
-
-
-def _is_classifier(path: str | Path) -> bool:
-    names = getattr(AutoConfig.from_pretrained(str(path)), "architectures", None) or []
-    return any(name.endswith("ForSequenceClassification") for name in names)
 
 
 @torch.inference_mode()

@@ -15,7 +15,7 @@ from pyrite import text
 from pyrite.forwards import by_prompt
 from pyrite.golds.scores import Scorer, check_rows
 from pyrite.golds.words import tokens
-from pyrite.loading import load_model, tokenizer_of
+from pyrite.loading import opened
 from pyrite.models import Policy, RewardModel
 from pyrite.packing import micro_batches
 from pyrite.text import Encoded, Prompt
@@ -69,7 +69,11 @@ def paraphrase(*, model: str = "sentence-transformers/paraphrase-MiniLM-L6-v2") 
     prompt and response in lower case; J is ½ where one holds the other, 1 where they share nothing, 0 of two empty
     texts. From 0 to 3; a prompt said again scores 2. From the code of Singhal et al. 2024.
     """
-    loaded = cache(lambda: (tokenizer_of(model), load_model(AutoModel, model, dtype="float32").eval()))
+
+    @cache
+    def loaded() -> tuple[Any, Any]:
+        encoder, tokenizer = opened(AutoModel, model, dtype="float32", new_head=True)
+        return tokenizer, encoder.eval()
 
     def score(prompts: list[str], responses: list[str]) -> Tensor:
         check_rows(prompts, responses)

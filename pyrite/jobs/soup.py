@@ -17,10 +17,10 @@ from typing import Any, Literal
 
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from pyrite import adapters, runs, soups
-from pyrite.loading import settings
+from pyrite import adapters, checkpoints, runs, soups
+from pyrite.loading import is_classifier, settings, verify
 from pyrite.members import OWN
 from pyrite.progress import say
 from pyrite.runs import Run
@@ -70,6 +70,8 @@ def run(config: Config) -> Run:
     own = _settings(config.ingredients)
     constants = {name: _constants(own, weights) for name, weights in points.items()}
     _check_tokenizers(config.ingredients)
+    for path in config.ingredients:
+        verify(AutoModelForSequenceClassification if is_classifier(path) else AutoModelForCausalLM, path)
     run.open()
     about = {"mode": config.mode, "ingredients": list(config.ingredients)}
     for name, weights in points.items():
@@ -136,8 +138,8 @@ def _models(config: Config) -> Cook:
     """Whole models, checked; tensors are read one at a time, and written in the files of the first."""
     paths = [Path(path) for path in config.ingredients]
     for path in paths:
-        if (path / adapters.ABOUT).exists() or not list(path.glob("*.safetensors")):
-            raise ValueError(f"{path}: no folder of a whole model in safetensors; modes other than full merge adapters")
+        if (path / adapters.ABOUT).exists() or not (path / "config.json").exists():
+            raise ValueError(f"{path}: no folder of a whole model; modes other than full merge adapters")
     _check_sum(config)
     with _opened(paths) as models:
         for path, model in zip(paths[1:], models[1:], strict=True):
@@ -151,7 +153,7 @@ def _models(config: Config) -> Cook:
     def cook(weights: Sequence[float], folder: Path) -> dict[str, Any]:
         adapters.copy_beside(paths[0], folder)
         with _opened(paths) as models:
-            for file in sorted(paths[0].glob("*.safetensors")):
+            for file in checkpoints.weight_files(paths[0]):
                 with safe_open(file, "pt") as opened:
                     names = list(opened.keys())
                 found = {n: soups.weighted([model[n].get_tensor(n) for model in models], weights) for n in names}
@@ -173,7 +175,7 @@ def _opened(paths: Sequence[Path]) -> Iterator[list[dict[str, Any]]]:
     with ExitStack() as stack:
         models: list[dict[str, Any]] = []
         for path in paths:
-            files = [stack.enter_context(safe_open(file, "pt")) for file in sorted(path.glob("*.safetensors"))]
+            files = [stack.enter_context(safe_open(file, "pt")) for file in checkpoints.weight_files(path)]
             models.append({name: file for file in files for name in file.keys()})  # noqa: SIM118, no dict
         yield models
 
@@ -206,6 +208,7 @@ def _config(path: str) -> dict[str, Any]:
     """What a model folder says of what it computes; adapters of a policy say nothing, their base does."""
     if not (Path(path) / "config.json").exists():
         return {}
+    checkpoints.read_json(Path(path) / "config.json")
     found = AutoConfig.from_pretrained(path).to_dict()
     return {key: value for key, value in found.items() if key not in (*OWN, "use_cache")}
 

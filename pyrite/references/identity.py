@@ -15,7 +15,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoConfig
 
-from pyrite import __version__, runs, text
+from pyrite import __version__, checkpoints, runs, text
 from pyrite.loading import Dtype, backbone
 from pyrite.models import Policy
 from pyrite.references.tables import digest
@@ -61,7 +61,8 @@ def template_hash(tokenizer: Any) -> str | None:
 
 def context(path: str | Path) -> int:
     """Longest sequence of a model in tokens, from its settings alone."""
-    settings = AutoConfig.from_pretrained(_base(path) or str(path)).get_text_config()
+    folder = checkpoints.place(path)
+    settings = AutoConfig.from_pretrained(checkpoints.place(checkpoints.base_name(folder) or folder)).get_text_config()
     return int(getattr(settings, "max_position_embeddings", None) or 1 << 30)
 
 
@@ -70,7 +71,7 @@ def files_hash(path: str | Path) -> str | None:
     folder = _folder(path)
     if folder is None:
         return None
-    base = _base(folder)
+    base = checkpoints.base_name(folder)
     below = files_hash(base) if base else ""
     return None if below is None else digest([runs.fingerprint(folder), below])
 
@@ -173,12 +174,6 @@ def _adapter_scales(model: Any) -> dict[str, list[Any]]:
     if not isinstance(model, PeftModel):
         return {}
     return {name: [c.r, c.lora_alpha, c.use_rslora] for name, c in model.peft_config.items()}  # type: ignore[attr-defined]
-
-
-def _base(path: str | Path) -> str | None:
-    """The model below adapters, None for a model without."""
-    adapter = Path(path) / "adapter_config.json"
-    return json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.exists() else None
 
 
 def _start(tokenizer: Any) -> int | None:
