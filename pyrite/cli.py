@@ -11,12 +11,13 @@ import itertools
 import json
 import os
 import pkgutil
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any, get_args
+from typing import Any, get_args, get_type_hints
 
 import tyro
 import yaml
@@ -132,7 +133,11 @@ def _sweep(name: str, module: ModuleType, schema: type, sweep: sweeps.Sweep, *, 
 
 
 def _plan(module: ModuleType, config: Any) -> None:
-    plan = {"config": runs.plain_config(config), "reads": module.inputs(config), "writes": module.OUTPUTS}
+    plan = {
+        "config": runs.plain_config(config),
+        "reads": runs.reads(config, module.inputs(config)),
+        "writes": module.OUTPUTS,
+    }
     _print(json.dumps(plan, indent=1, default=str))
 
 
@@ -140,6 +145,7 @@ def parse(schema: type, arguments: list[str], *, prog: str) -> Any:
     """A config from options, over those of `--config FILE.yaml`, over the defaults."""
     options = with_yaml(schema, arguments)
     _refuse_unknown(schema, options)
+    _refuse_empty(schema, options)
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
@@ -148,8 +154,20 @@ def parse(schema: type, arguments: list[str], *, prog: str) -> Any:
         if not error.code:
             raise  # --help
         raise ValueError(_unboxed(said.getvalue())) from None
+    config = at_home(config)
     ranges.check(config)
     return config
+
+
+def at_home(value: Any) -> Any:
+    """A config with the user's home in place of every ~ that begins a path, also inside spec strings."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{field.name: at_home(getattr(value, field.name)) for field in fields(value)})
+    if isinstance(value, tuple):
+        return tuple(at_home(item) for item in value)
+    if isinstance(value, (str, Path)):
+        return type(value)(re.sub(r"""(?<![^\s('"=*])~(?=/|$)""", str(Path.home()), str(value)))
+    return value
 
 
 def with_yaml(schema: type, arguments: list[str]) -> list[str]:
@@ -169,6 +187,15 @@ def _refuse_unknown(schema: type, options: list[str]) -> None:
         name = option.removeprefix("--").partition("=")[0].replace("_", "-")
         if option.startswith("--") and name not in known and name.removeprefix("no-") not in known and name != "help":
             raise ValueError(f"unknown option --{name}{_nearest(name, known)}")
+
+
+def _refuse_empty(schema: type, options: list[str]) -> None:
+    """A path that is empty would be the current folder."""
+    hints = get_type_hints(schema)
+    for option, values in sweeps.grouped(options):
+        kind = hints.get(option.removeprefix("--").replace("-", "_"))
+        if kind is not None and Path in (kind, *get_args(kind)) and (not values or "" in values):
+            raise ValueError(f"{option} is empty: give a path")
 
 
 def _unboxed(message: str) -> str:

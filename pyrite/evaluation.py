@@ -46,7 +46,7 @@ class Evaluation:
 
     def inputs(self) -> dict[str, str]:
         """What is read."""
-        named = {"eval_prompts": self.eval_prompts, "rewards": self.rewards and f"{self.rewards}/done.json"}
+        named = {"eval_prompts": self.eval_prompts, "rewards": self.rewards}
         return {name: path for name, path in named.items() if path}
 
 

@@ -36,6 +36,10 @@ class Paying:
     label_batch: int = 1
     """Pairs in one call of the judge; more is faster with a cheap one, and puts more at risk when a run is killed."""
 
+    def __post_init__(self) -> None:
+        if self.max_cost is not None and not self.label_cost:
+            raise ValueError(f"--max-cost {self.max_cost}: give --label-cost, the price of one call, too")
+
     @property
     def counted(self) -> bool:
         """Whether labels are paid for at all."""

@@ -2,10 +2,14 @@
 
 config.json what was asked; manifest.json what it ran on (versions, hardware, inputs with hashes);
 metrics.jsonl one row a logged step; done.json last of all, with the results.
+
+A run is the same run if its options and the content of its inputs are: another spelling of a path, a moved folder and
+an option that a newer version adds make no other run. One process at a time works in a folder (`pyrite.locks`).
 """
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 import os
@@ -14,18 +18,27 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from pyrite import __version__, options
-from pyrite.processes import world
+from pyrite import __version__, locks, options
+from pyrite.processes import on_main, world
+
+OURS = ("config.json", "manifest.json")
+NOTHING = (*OURS, "dropped.jsonl", "metrics.jsonl", "seconds.json")  # all that a run has before it has learned anything
+BESIDE = ("metrics.jsonl", "manifest.json", "report.html", "seconds.json")  # of a run, but read by no other job
+BEFORE = ("done.json", "pairs.parquet")  # what stood for a whole folder in the manifests of earlier versions
+# what a spec string names, with its weight in a sum: "0.5*mine.py:score(strict=True)"
+SPEC = re.compile(r"\s*(?:[-+]?[\d.]+\s*\*\s*)?(?:([^()]+\.py):)?\s*\w+\s*(\(.*\))?\s*", re.DOTALL)
+NAMES_A_PATH = ("path", "file", "folder", "model", "tokenizer", "data", "demonstrations", "base")
+WRITTEN = ("ledger",)  # options of a spec string that name a file to write
 
 
 class RunError(ValueError):
@@ -41,6 +54,11 @@ class Run:
     inputs: dict[str, str]
     results: dict[str, Any] | None = None
     started: float = field(default_factory=time.monotonic)
+    paths: dict[str, str] = field(default_factory=dict)
+    """Where the inputs were read, as they were spelled."""
+    job: Any = None
+    """The options as the job has them."""
+    release: Callable[[], object] | None = None
 
     @property
     def done(self) -> bool:
@@ -51,20 +69,54 @@ class Run:
         """Whether this process writes the folder."""
         return world().is_main_process
 
+    def own(self) -> None:
+        """Make the folder and become its one owner. `open` does it too; this is for what is written before.
+
+        Raises RunError if another process owns the folder, or if it has become another run's, or done, since the start.
+        """
+        if trouble := on_main(self._own)():
+            raise RunError(trouble)
+
     def open(self) -> None:
         """Create the folder, once all input has been read and found good."""
-        if self.writes and not (self.folder / "config.json").exists():
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                write_json(self.folder / "manifest.json", manifest(self.inputs))
-                write_json(self.folder / "config.json", self.config)
-            except OSError as error:
-                raise RunError(f"{self.folder}: cannot write there ({error.strerror}); choose another --out") from error
-        world().wait_for_everyone()
+        self.own()
+        if trouble := on_main(self._identify)():
+            raise RunError(trouble)
+
+    def _own(self) -> str | None:
+        if self.release:
+            return None
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.release = locks.take(self.folder, self)
+            return _trouble(self)
+        except locks.LockError as error:
+            return str(error)
+        except RunError as error:
+            return str(error)
+        except OSError as error:
+            return _unwritable(self.folder, error)
+
+    def _identify(self) -> str | None:
+        known = self.folder / "config.json"
+        try:
+            if known.exists() and _empty(self.folder) and read_json(known) != self.config:
+                for name in NOTHING:  # nothing came of what was asked before
+                    (self.folder / name).unlink(missing_ok=True)
+            if not known.exists():
+                write_json(self.folder / "manifest.json", manifest(self.inputs, self.paths))
+                write_json(known, self.config)
+        except OSError as error:
+            return _unwritable(self.folder, error)
+        return None
 
     def log(self, **row: Any) -> None:
         """Append one row of metrics."""
         if self.writes:
+            if locks.lost(self.folder):
+                raise RunError(
+                    f"{self.folder}: this process was away for so long that {locks.holder(self.folder)} took over"
+                )
             with (self.folder / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps(row, default=float) + "\n")
 
@@ -77,7 +129,7 @@ class Run:
     def finish(self, **results: Any) -> Run:
         """Write done.json, the last act of a job; parts that only a resume would need are dropped."""
         before = self.folder / "seconds.json"
-        spent = json.loads(before.read_text()) if before.exists() else 0.0
+        spent = read_json(before) if before.exists() else 0.0
         self.results = {**results, "seconds": round(time.monotonic() - self.started + spent, 2)}
         self.wait()  # the others may still read the parts
         if self.writes:
@@ -85,7 +137,24 @@ class Run:
             before.unlink(missing_ok=True)
             shutil.rmtree(self.folder / "parts", ignore_errors=True)
         world().wait_for_everyone()
+        if self.release:
+            self.release()
         return self
+
+    def refuse(self, reason: str) -> NoReturn:
+        """End a run whose input turned out to be useless after work that cost nothing: its folder is as good as new.
+
+        Raises ValueError with the reason.
+        """
+        self.wait()
+        if self.writes:
+            for name in ("parts", "checkpoints"):
+                shutil.rmtree(self.folder / name, ignore_errors=True)
+            for name in NOTHING:
+                (self.folder / name).unlink(missing_ok=True)
+        if self.release:
+            self.release()
+        raise ValueError(reason)
 
     def wait(self) -> None:
         """Until every process is here, so that what one wrote the others can read."""
@@ -96,29 +165,44 @@ class Run:
         if not self.writes:
             return
         before = self.folder / "seconds.json"
-        spent = json.loads(before.read_text()) if before.exists() else 0.0
+        spent = read_json(before) if before.exists() else 0.0
         now = time.monotonic()
         write_json(before, spent + now - self.started)
         self.started = now
 
 
-def start(job: str, config: Any, *, inputs: dict[str, str | Path]) -> Run:
+def start(job: str, config: Any, *, inputs: Mapping[str, str | Path]) -> Run:
     """The run of `config` in the folder `config.out`: new, to be resumed, or done.
 
     inputs: name to path of what the job reads; their hashes belong to the run's identity.
-    Raises ValueError for an option out of its range, RunError for a folder that holds another run, or that cannot be
-    written.
+    Raises ValueError for an option out of its range, RunError for a folder that holds another run or anything else,
+    that another process works in, or that cannot be written.
     """
     options.check(config)
-    folder = Path(config.out)
-    wanted = {"job": job, **plain_config(config)}
-    seen = {name: fingerprint(path) for name, path in {**inputs, **_own_code(wanted)}.items()}
-    if (folder / "config.json").exists():
-        _refuse_other(folder, wanted, seen)
-    else:
-        _refuse_unwritable(folder)
-    done = folder / "done.json"
-    return Run(folder, wanted, seen, json.loads(done.read_text()) if done.exists() else None)
+    run = Run(Path(config.out).expanduser(), {"job": job, **plain_config(config)}, {}, job=config)
+    found, trouble = on_main(_looked)(run, inputs)
+    if trouble:
+        raise RunError(trouble)
+    run.inputs, run.paths, run.results = found
+    return run
+
+
+def reads(config: Any, inputs: Mapping[str, str | Path]) -> dict[str, str | Path]:
+    """All that a job reads: its inputs, and the files and models that its spec strings name."""
+    more = {f"{key} file {i}": path for key, path, i in _in_specs(plain_config(config))}
+    known = {str(path) for path in inputs.values()}
+    return {**inputs, **{name: path for name, path in more.items() if path not in known}}
+
+
+def hold(folder: Path, owner: object) -> Callable[[], object]:
+    """Own a folder that is no run's, until the returned function is called. Raises RunError if it has an owner."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return locks.take(folder, owner)
+    except locks.LockError as error:
+        raise RunError(str(error)) from None
+    except OSError as error:
+        raise RunError(_unwritable(folder, error)) from error
 
 
 def plain_config(config: Any) -> dict[str, Any]:
@@ -144,24 +228,35 @@ def in_parts(folder: Path, total: int, work: Callable[[int, int], dict[str, list
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
-    """Rows of metrics.jsonl; a last line cut by a kill is dropped."""
+    """Rows of metrics.jsonl; a last line cut by a kill is dropped. Raises RunError for any other line that is none."""
     path = Path(folder) / "metrics.jsonl"
+    try:
+        lines = path.read_text().splitlines() if path.exists() else []
+    except ValueError as error:
+        raise RunError(f"{path}: is no text ({error}); restore it, or start the run again in another --out") from None
     rows = []
-    for line in path.read_text().splitlines() if path.exists() else ():
+    for number, line in enumerate(lines, 1):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+            rows.append(dict(json.loads(line)))
+        except (ValueError, TypeError):
+            if number < len(lines):
+                where = f"{path}, line {number}"
+                raise RunError(f"{where}: is no row of metrics; restore it, or start again in another --out") from None
     return rows
 
 
 def fingerprint(path: str | Path) -> str:
-    """sha256 of a file, or of the names and contents of a folder's files; a Hub name stands for itself."""
+    """sha256 of a file, or of the names and contents of a folder's files; a Hub name stands for itself.
+
+    Of a run's folder, what no other job reads is left out: a report may be written, and nothing has changed.
+    """
     path = Path(path)
     if not path.exists():
         return f"name:{path}"
     digest = hashlib.sha256()
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file() and p.name != locks.NAME)
+    if any((path / name).is_file() for name in ("manifest.json", "done.json")):
+        files = [p for p in files if p.relative_to(path).parts[0] not in (*BESIDE, "figures")]
     for file in files:
         digest.update(str(file.relative_to(path)).encode())
         with file.open("rb") as stream:
@@ -170,8 +265,12 @@ def fingerprint(path: str | Path) -> str:
 
 
 def read_json(path: Path) -> Any:
-    """The value of a JSON file."""
-    return json.loads(path.read_text())
+    """The value of a JSON file. Raises RunError, naming it, if it is none."""
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        broken = "empty" if not path.stat().st_size else f"not JSON ({error})"
+        raise RunError(f"{path}: is {broken}; restore it, or delete its folder to start over") from None
 
 
 def write_text(path: Path, text: str) -> None:
@@ -189,7 +288,7 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(_plain(value), indent=1, allow_nan=False) + "\n")
 
 
-def manifest(inputs: dict[str, str]) -> dict[str, Any]:
+def manifest(inputs: dict[str, str], paths: Mapping[str, str] | None = None) -> dict[str, Any]:
     """What a run ran on."""
     return {
         "pyrite": __version__,
@@ -204,6 +303,8 @@ def manifest(inputs: dict[str, str]) -> dict[str, Any]:
             "processes": world().num_processes,
         },
         "inputs": inputs,
+        "paths": dict(paths or {}),
+        "cwd": str(Path.cwd()),
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
 
@@ -214,21 +315,130 @@ def _commit() -> str | None:
     return asked.stdout.strip() or None
 
 
-def _refuse_other(folder: Path, wanted: dict[str, Any], inputs: dict[str, str]) -> None:
-    before = json.loads((folder / "config.json").read_text())
-    made_from = json.loads((folder / "manifest.json").read_text())["inputs"]
-    old, new = _flat(before), _flat(wanted)
-    differences = [
-        f"{key}: {old.get(key)!r} there, {new.get(key)!r} now"
-        for key in sorted({*old, *new})
-        if old.get(key) != new.get(key)
-    ]
-    differences += [f"the {key} file or model has changed" for key in inputs if inputs[key] != made_from.get(key)]
-    if differences:
-        raise RunError(
-            f"{folder}: holds a run with another config ({'; '.join(differences)}); "
-            "choose another --out, or delete the folder to start over"
-        )
+def _looked(run: Run, inputs: Mapping[str, str | Path]) -> tuple[tuple[Any, Any, Any], str | None]:
+    """Fingerprints and paths of the inputs and the results so far; why the run cannot be started, or None."""
+    found = reads(run.job, inputs)
+    run.paths = {name: str(path) for name, path in found.items()}
+    run.inputs = {name: fingerprint(path) for name, path in found.items()}
+    try:
+        trouble = _unusable(run.folder) or _trouble(run, starts=True)
+    except RunError as error:
+        trouble = str(error)
+    except OSError as error:
+        trouble = _unwritable(run.folder, error)
+    return (run.inputs, run.paths, run.results), trouble
+
+
+def _trouble(run: Run, *, starts: bool = False) -> str | None:
+    """Why a run cannot have its folder; its results are read if it is done. After the start it must still be undone."""
+    folder, done = run.folder, run.folder / "done.json"
+    if not (folder / "config.json").exists():
+        if other := sorted(p.name for p in folder.glob("*") if not _leftover(p)):
+            what = "a sweep" if "sweep.json" in other else f"files that are no run's ({', '.join(other[:3])})"
+            return f"{folder}: holds {what}; choose another --out, a folder that is new or empty"
+        owner = locks.holder(folder) if folder.is_dir() else None
+    else:
+        owner = locks.holder(folder) if not done.exists() else None
+        differences = _differences(run)
+        if differences and not (owner is None and _empty(folder)):
+            return (
+                f"{folder}: holds a run with another config ({'; '.join(differences)}); "
+                "choose another --out, or delete the folder to start over"
+            )
+        if done.exists() and not differences:
+            run.results = read_json(done)
+            if not isinstance(run.results, dict):
+                raise RunError(f"{done}: holds no results; restore it, or delete its folder to start over")
+            return None if starts else f"{folder}: another process has done this run meanwhile; see {done}"
+    return f"{folder}: {owner} is working there; wait for it, or choose another --out" if owner else None
+
+
+def _leftover(path: Path) -> bool:
+    """What may lie in the folder of a new run: what an earlier attempt wrote before there was a run."""
+    return path.name == "manifest.json" or path.name.startswith("ledger.db") or (path.is_file() and path.name[0] == ".")
+
+
+def _empty(folder: Path) -> bool:
+    """Whether nothing was learned, drawn or paid in a run's folder: only its config is there, and rows of the start."""
+    for path in folder.glob("*"):
+        if path.is_dir() and any(path.iterdir()):
+            return False
+        if path.is_file() and path.name not in NOTHING and not _leftover(path):
+            return False
+    return not (folder / "ledger.db").exists() and all(row.get("step") == 0 for row in read_metrics(folder))
+
+
+def _differences(run: Run) -> list[str]:
+    """What tells the run in the folder from the one that is asked for, option by option and input by input."""
+    before, made = read_json(run.folder / "config.json"), run.folder / "manifest.json"
+    if not isinstance(before, dict) or "job" not in before:
+        raise RunError(f"{run.folder}: holds a config.json that is no run's; choose another --out")
+    if not made.exists():
+        raise RunError(f"{made}: is missing; restore it, or delete its folder to start over")
+    about = read_json(made)
+    if not isinstance(about, dict) or not isinstance(about.get("inputs"), dict):
+        raise RunError(f"{made}: says nothing of inputs; restore it, or delete its folder to start over")
+    if before["job"] != run.config["job"]:
+        return [f"job: {before['job']!r} there, {run.config['job']!r} now"]
+    theirs, mine = _spelled(before, about), _spelled(run.config, {"inputs": run.inputs, "paths": run.paths})
+    usual = _flat(_defaults(run.job))
+    old, new = _flat(before), _flat(run.config)
+    found = []
+    for key in sorted({*old, *new}):
+        then, now = old.get(key, usual.get(key)), new.get(key)
+        if key not in new and not then:  # an option of another version, not used
+            continue
+        where = str(Path(about.get("cwd", "."))) if isinstance(then, str) else "."
+        if not (then == now or theirs(then) == mine(now) or _one_place(key, then, now, where, run.job)):
+            found.append(f"{key}: {then!r} there, {now!r} now")
+    for name, path in run.paths.items():
+        was = about["inputs"].get(name, about["inputs"].get(path))
+        if was is not None and was not in (run.inputs[name], *(fingerprint(Path(path) / old) for old in BEFORE)):
+            gone = " is not there any more" if run.inputs[name].startswith("name:") else " has changed"
+            found.append(f"the {path if name.split()[-1].isdigit() else name} file or model{gone}")
+    return found
+
+
+def _spelled(config: Mapping[str, Any], about: Mapping[str, Any]) -> Callable[[Any], Any]:
+    """A function that puts fingerprints in place of the paths of inputs in an option's value."""
+    flat = _flat(dict(config))
+    last = {key.rpartition(".")[2]: value for key, value in flat.items()}  # before paths were kept, names were options
+    paths = about.get("paths") or {name: last.get(name) for name in about["inputs"]}
+    known = {str(path): about["inputs"].get(name) for name, path in paths.items() if isinstance(path, str) and path}
+
+    def put(value: Any) -> Any:
+        if isinstance(value, list):
+            return [put(item) for item in value]
+        if not isinstance(value, str):
+            return value
+        for path in sorted(known, key=len, reverse=True):
+            value = re.sub(rf"(?<![\w./~-]){re.escape(path)}/?(?![\w./-])", f"<{known[path]}>", value)
+        return value
+
+    return put
+
+
+def _one_place(key: str, then: Any, now: Any, where: str, config: Any) -> bool:
+    """Whether two spellings of an option that is a path mean one place."""
+    value: Any = config
+    for name in key.split("."):
+        value = getattr(value, name, None)
+    if not isinstance(value, Path) or not isinstance(then, str) or not isinstance(now, str):
+        return False
+    return os.path.realpath(Path(where, os.path.expanduser(then))) == os.path.realpath(os.path.expanduser(now))
+
+
+def _defaults(config: Any) -> dict[str, Any]:
+    """The values that options have if they are left out, groups as the options above them have them."""
+    found: dict[str, Any] = {}
+    for one in fields(config) if is_dataclass(config) else ():
+        factory = one.default_factory
+        value = one.default if factory is MISSING else factory()
+        if value is not MISSING:
+            found[one.name] = asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+        elif is_dataclass(given := getattr(config, one.name)):
+            found[one.name] = _defaults(given)
+    return _plain(found)
 
 
 def _flat(config: dict[str, Any]) -> dict[str, Any]:
@@ -240,17 +450,58 @@ def _flat(config: dict[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def _own_code(config: dict[str, Any]) -> dict[str, str]:
-    """Files of the user's own named in spec strings, as in "mine.py:score()"."""
-    values = [item for value in _flat(config).values() for item in (value if isinstance(value, list) else [value])]
-    found = [re.match(r"\s*([^()]+\.py):", value) for value in values if isinstance(value, str)]
-    return {match[1]: match[1] for match in found if match}
+def _in_specs(config: dict[str, Any]) -> Iterator[tuple[str, str, int]]:
+    """(option, path, number) of all that spec strings name: files of your own as in "mine.py:score()", and whatever is
+    there of the paths in their options, as in "reward(path='runs/reward')"."""
+    for key, value in _flat(config).items():
+        found = [path for item in (value if isinstance(value, list) else [value]) for path in named(item)]
+        yield from ((key, path, i) for i, path in enumerate(dict.fromkeys(found)))
 
 
-def _refuse_unwritable(folder: Path) -> None:
-    above = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+def named(spec: Any) -> Iterator[str]:
+    """The paths that a spec string names, those of specs in its options among them."""
+    match = SPEC.fullmatch(spec) if isinstance(spec, str) else None
+    if match is None:
+        return
+    if match[1]:
+        yield match[1]
+    try:
+        call = ast.parse(f"f{match[2] or '()'}", mode="eval").body
+    except (SyntaxError, ValueError):
+        return
+    for keyword in call.keywords if isinstance(call, ast.Call) else ():
+        for literal in ast.walk(keyword.value) if keyword.arg not in WRITTEN else ():
+            if isinstance(literal, ast.Constant) and isinstance(literal.value, str):
+                found = list(_there(str(keyword.arg), literal.value))
+                yield from found or named(literal.value)
+
+
+def _there(option: str, text: str) -> Iterator[str]:
+    """The value of an option of a spec, if it is a path of something that is there."""
+    looks = "/" in text or option in NAMES_A_PATH or bool(Path(text).suffix)
+    try:
+        if looks and len(text) < 1024 and text.strip() and Path(text).exists():
+            yield text
+    except OSError:
+        return
+
+
+def _unusable(folder: Path) -> str | None:
+    """Why a folder cannot be a run's, whatever it holds."""
+    if folder == Path() and not (folder / "config.json").exists():
+        return "--out is the current folder; name a folder for the run"
+    if folder.is_symlink() and not folder.exists():
+        return f"{folder}: is a link to {os.readlink(folder)}, which is not there; choose another --out"
+    if folder.exists() and not folder.is_dir():
+        return f"{folder}: cannot write there (it is a file); choose another --out"
+    above = next(path for path in (folder, *folder.absolute().parents) if path.exists() or path.is_symlink())
     if not above.is_dir() or not os.access(above, os.W_OK):
-        raise RunError(f"{folder}: cannot write there ({above} is not a writable folder); choose another --out")
+        return f"{folder}: cannot write there ({above} is not a writable folder); choose another --out"
+    return None
+
+
+def _unwritable(folder: Path, error: OSError) -> str:
+    return f"{folder}: cannot write there ({error.strerror or error}); choose another --out"
 
 
 def _plain(value: Any) -> Any:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from pyrite import runs
+from pyrite.processes import on_main, world
 from pyrite.progress import say
 from pyrite.runs import Run
 
@@ -37,7 +38,7 @@ def split(schema: type, arguments: list[str]) -> Sweep:
     Raises ValueError where two combinations would share a folder, or `--out` has several values.
     """
     single = _single(schema)
-    given = {option.removeprefix("--").replace("_", "-"): (option, values) for option, values in _grouped(arguments)}
+    given = {option.removeprefix("--").replace("_", "-"): (option, values) for option, values in grouped(arguments)}
     axes = {name: list(dict.fromkeys(values)) for name, (_, values) in given.items() if name in single and values[1:]}
     fixed = [part for name, (option, values) in given.items() if name not in axes for part in (option, *values)]
     if "out" in axes:
@@ -51,25 +52,38 @@ def split(schema: type, arguments: list[str]) -> Sweep:
 
 def run(configs: dict[str, Any], job: Callable[[Any], Run], out: Path) -> dict[str, Any]:
     """Every config in turn; their results by name, kept up to date in `out`/sweep.json."""
+    if on_main(_holds_others)(out):
+        raise runs.RunError(f"{out}: holds files that are no sweep's; choose another --out, one that is new or empty")
     table: dict[str, Any] = {}
+    release = runs.hold(out, job) if world().is_main_process else None
     for number, (name, config) in enumerate(configs.items(), 1):
         say(f"sweep: run {number} of {len(configs)}, {name}")
         done = job(config)
         table[name] = done.results
         if done.writes:
             runs.write_json(out / "sweep.json", table)
+    if release:
+        release()
     return table
 
 
-def _grouped(arguments: list[str]) -> Iterator[tuple[str, list[str]]]:
+def _holds_others(out: Path) -> bool:
+    """Whether a folder holds a run, or files of somebody's own, and so is no place for a sweep."""
+    if not out.is_dir() or (out / "sweep.json").exists():
+        return (out / "config.json").exists() or (out.exists() and not out.is_dir())
+    runs_only = (path.is_dir() for path in out.glob("[!.]*"))
+    return (out / "config.json").exists() or not all(runs_only)
+
+
+def grouped(arguments: list[str]) -> Iterator[tuple[str, list[str]]]:
     """Options with the values that follow them."""
     option, values = "", []
     for argument in arguments:
         if re.match(r"--[A-Za-z]", argument):
             if option or values:
                 yield option, values
-            option, _, value = argument.partition("=") if re.match(r"--[\w-]+=", argument) else (argument, "", "")
-            values = [value] if value else []
+            option, equals, value = argument.partition("=") if re.match(r"--[\w-]+=", argument) else (argument, "", "")
+            values = [value] if equals else []
         else:
             values.append(argument)
     if option or values:

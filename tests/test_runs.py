@@ -71,7 +71,9 @@ def test_config_and_manifest(config: Config) -> None:
 
 
 def test_another_config_is_refused_with_the_difference(config: Config) -> None:
-    start(config).open()
+    run = start(config)
+    run.open()
+    run.log(step=1, loss=0.5)
     with pytest.raises(RunError) as error:
         start(replace(config, k=3, training=Inner(lr=0.2)))
     message = str(error.value)
@@ -84,7 +86,9 @@ def test_another_config_is_refused_with_the_difference(config: Config) -> None:
 
 
 def test_a_changed_input_is_refused(config: Config) -> None:
-    start(config).open()
+    run = start(config)
+    run.open()
+    run.log(step=1, loss=0.5)
     Path(config.data).write_text("two\n")
     with pytest.raises(RunError, match="the data file or model has changed"):
         start(config)
@@ -174,6 +178,7 @@ def test_pauses_add_up(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     now[0] += 5
     run.pause()
     again = Run(run.folder, run.config, run.inputs, started=1000.0)
+    del run  # and its lock with it
     now[0] = 1002.0
     again.pause()
     now[0] = 1003.0

@@ -25,6 +25,8 @@ from typing import Any
 
 import yaml
 
+from pyrite.runs import named
+
 _SHIPPED = Path(__file__).parent
 
 
@@ -157,8 +159,7 @@ def files(source: str | Path) -> dict[str, Path]:
     """What a job reads with these options, by name: their file, and files of your own that their golds name."""
     path = located(source)
     golds = [option.gold or "" for option in Dimensions.load(path).options]
-    own = [match[1] for match in (re.match(r"\s*([^()]+\.py):", gold) for gold in golds) if match]
-    return {"dimensions": path, **{name: Path(name) for name in own}}
+    return {"dimensions": path, **{name: Path(name) for gold in golds for name in named(gold)}}
 
 
 def located(source: str | Path) -> Path:

@@ -48,7 +48,7 @@ class Config:
 
 def inputs(config: Config) -> dict[str, str | Path]:
     """What the job reads."""
-    return {"candidates": config.candidates, "rewards": Path(config.rewards) / "done.json"}
+    return {"candidates": config.candidates, "rewards": config.rewards}
 
 
 def run(config: Config) -> Run:

@@ -79,7 +79,7 @@ class Config:
 def inputs(config: Config) -> dict[str, str | Path]:
     """What the job reads."""
     held = {"held_out": config.held_out} if isinstance(config.held_out, str) else {}
-    refs = {f"ref {source.path}": source.path for source in references.parse(config.ref) if source.path}
+    refs = {f"ref {i}": source.path for i, source in enumerate(references.parse(config.ref)) if source.path}
     return {"model": config.model, "data": config.data, **held, **refs, **config.evaluation.inputs()}
 
 

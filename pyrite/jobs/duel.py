@@ -92,11 +92,10 @@ class Contest:
 
 def inputs(config: Config) -> dict[str, str | Path]:
     """What the job reads, files of the options' golds among it."""
-    folders = [Path(folder) / "done.json" for folder in _rewards(config).values()]
     return {
         **{f"{name} answers {i}": file for i, (name, file) in enumerate(_named(config))},
         **(files(config.dimensions) if config.dimensions else {}),
-        **{f"reward {path.parent}": path for path in folders},
+        **{f"reward {option}": folder for option, folder in _rewards(config).items()},
     }
 
 

@@ -70,9 +70,7 @@ class Config:
 def inputs(config: Config) -> dict[str, str | Path]:
     """What the job reads."""
     named = {"model": config.model, "prompts": config.prompts, "ref": config.ref, "pairs": config.pairs}
-    return {name: path for name, path in named.items() if path} | (
-        {"rewards": Path(config.rewards) / "done.json"} if config.rewards else {}
-    )
+    return {name: path for name, path in {**named, "rewards": config.rewards}.items() if path}
 
 
 def run(config: Config) -> Run:

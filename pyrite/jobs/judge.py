@@ -109,7 +109,7 @@ Config = Ask | Export | Import | Agreement
 def inputs(config: Config) -> dict[str, str | Path]:
     """What the job reads."""
     if isinstance(config, Import):
-        return {"file": config.file, "exported": config.exported / "pairs.parquet"}
+        return {"file": config.file, "exported": config.exported}
     if isinstance(config, Agreement):
         files = {"first": config.first, "second": config.second}
     else:
@@ -143,6 +143,7 @@ def ask(config: Ask) -> Run:
     if world().num_processes > 1:
         raise ValueError("judge: one process asks, several requests at once; run it without a launcher")
     judge, rows, texts = _asked(config)
+    run.own()  # the ledger may lie in its folder
     keys = list({question.key for pair in judge.questions(*texts) for question in pair.values()})
     before = _tally(judge.ledger, keys)
     with progress("judge", len(keys), unit="questions") as advance:

@@ -80,12 +80,13 @@ def run(config: Config) -> Run:
     if scorer:
         for row, gold in zip(rows, _scored(run, rows, scorer, str(config.gold)), strict=True):
             row["gold"] = gold
+    found: dict[str, Any] = {}
+    if config.pairs:
+        strengths = _judged(run, couples, judge, str(config.judge)) if judge else _differences(couples)
+        found = _write_pairs(run, couples, strengths, left_out, hint, config)
     if run.writes:
         data.write(rows, run.folder / "candidates.parquet")
-    if not config.pairs:
-        return run.finish(answers=len(rows))
-    strengths = _judged(run, couples, judge, str(config.judge)) if judge else _differences(couples)
-    return run.finish(answers=len(rows), **_write_pairs(run, couples, strengths, left_out, hint, config))
+    return run.finish(answers=len(rows), **found)
 
 
 def _refuse(config: Config) -> None:
@@ -173,7 +174,7 @@ def _write_pairs(
     pairs = _pairs(couples, strengths, config)
     counted = _counted(left_out)
     if not pairs:
-        raise ValueError(f"{config.candidates}: no pair could be made ({ties} ties; left out: {counted}){hint}")
+        run.refuse(f"{config.candidates}: no pair could be made ({ties} ties; left out: {counted}){hint}")
     train, held = data.split(pairs, fraction=config.held_out, seed=seeds.derive(config.seed, "held out"))
     noisy, mask = data.flip_labels(train, p=config.noise, seed=config.noise_seed)
     if run.writes:

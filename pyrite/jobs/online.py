@@ -22,6 +22,7 @@ from pyrite.evaluation import Evaluation, Evaluator
 from pyrite.journal import Journal
 from pyrite.labelers import Labeler, Paying
 from pyrite.labels import Labels, Pairing
+from pyrite.ledger import Ledger
 from pyrite.live import Live, Rules
 from pyrite.losses.needs import needs
 from pyrite.models import Lora, Policy
@@ -138,7 +139,7 @@ def run(config: Config) -> Run:
     players.draw(asked[:1], ids[:1], replace(drawing, max_new_tokens=1), number=0)  # refuses options out of range
     run.open()
     say(f"online: {config.rounds} rounds of {turns.size} prompts, {len(test)} to measure on")
-    labeler = _labeler(config, named, silver)
+    labeler = _labeler(run, config, named, silver)
     journal = Journal(run, evaluator, policy, silver, stopping=config.stopping)
     begin = train.resume(run.folder / "checkpoints", learner.learner, learner.state)
     journal.begin(begin)
@@ -186,6 +187,9 @@ class Parts:
 
 def _parts(config: Config) -> Parts:
     """The named parts, and whatever the options alone show to be impossible."""
+    for path in (config.paying.ledger, config.asking.gold_ledger):
+        if path is not None and path.exists():
+            Ledger(path).close()  # refuses a file that is none
     config.stopping.check(gold=config.evaluation.gold, proxy=config.evaluation.rewards)
     sampler: Any = parts.part(config.sampler, samplers).function
     judge = parts.part(config.judge, judges)
@@ -207,11 +211,11 @@ def _parts(config: Config) -> Parts:
     return Parts(sampler, judge, loss, schedule, silver)
 
 
-def _labeler(config: Config, named: Parts, silver: Discriminator | None) -> Labeler:
+def _labeler(run: Run, config: Config, named: Parts, silver: Discriminator | None) -> Labeler:
     rules = Rules(config.pairing, config.labels, config.gap, config.seed, config.judge)
-    account = config.paying.account(config.out, config.judge) if silver or config.paying.counted else None
+    account = config.paying.account(run.folder, config.judge) if silver or config.paying.counted else None
     live = Live(silver, named.schedule, rules, config.rounds, config.paying.budget) if silver else None
-    return Labeler(named.judge, rules, config.out, config.paying.budget, account, live)
+    return Labeler(named.judge, rules, run.folder, config.paying.budget, account, live)
 
 
 def _drawing(sampler: Sampler, config: Config) -> Drawing:

@@ -119,9 +119,7 @@ def run(config: Config) -> Run:
         pairs = _pairs(some, _verdicts(run, some, task), task, config, left_out)
         if not any(pair["asked_id"] in learned for pair in pairs):
             counted = ", ".join(f"{count} {reason}" for reason, count in left_out.items()) or "none"
-            raise ValueError(
-                f"{config.candidates}: no pair to train on for {task.option.id} (left out: {counted}){hint}"
-            )
+            run.refuse(f"{config.candidates}: no pair to train on for {task.option.id} (left out: {counted}){hint}")
         for pair in pairs:
             sides[pair["asked_id"] not in learned].append(pair)
     return run.finish(**_written(run, *sides, tasks, left_out, hint))

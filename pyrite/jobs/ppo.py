@@ -126,10 +126,10 @@ def inputs(config: Config) -> dict[str, str | Path]:
     """What the job reads."""
     found: dict[str, str | Path] = {"model": config.model, "prompts": config.prompts, **config.evaluation.inputs()}
     found |= config.variants.inputs()
-    folders = [Path(name.split("=")[-1]) for _, name in map(_weighed, config.reward)]
-    return found | {
-        f"reward {i}": path / "done.json" for i, path in enumerate(folders) if (path / "done.json").exists()
-    }
+    critic = config.value not in HEADS and config.method == "gae"
+    folders = [folder for _, name in map(_weighed, config.reward) for _, folder in [_owned(name)]]
+    found |= {"value": config.value} if critic else {}
+    return found | {f"reward {i}": folder for i, folder in enumerate(folders) if Path(folder).exists()}
 
 
 def run(config: Config) -> Run:
@@ -325,7 +325,7 @@ def _rewards(config: Config) -> list[Reward]:
 def _of_preferences(config: Config, dimensions: Dimensions) -> list[Reward]:
     """Rewards that score every option a prompt was asked under, from the raw prompt with that one option."""
     given = _each(config.reward)
-    own = dict(name.split("=", 1) for _, name in given if "=" in name)
+    own = dict(_owned(name) for _, name in given if _owned(name)[0])
     if own and len(own) < len(given):
         raise ValueError(f"--reward {' '.join(config.reward)}: give ID=FOLDER for every option, or none")
     sources = [(1.0, own)] if own else [(weight, None if name == "golds" else name) for weight, name in given]
@@ -352,6 +352,12 @@ def _each(rewards: Sequence[str]) -> list[tuple[float, str]]:
     if not rewards:
         raise ValueError("--reward: give at least one reward run or scorer")
     return [_weighed(reward) for reward in rewards]
+
+
+def _owned(reward: str) -> tuple[str, str]:
+    """ "P1A=runs/b" is ("P1A", "runs/b"); a folder whose path has a "=" is no option's own."""
+    id, equals, folder = reward.partition("=")
+    return (id, folder) if equals and not Path(reward).exists() else ("", reward)
 
 
 def _weighed(reward: str) -> tuple[float, str]:

@@ -55,8 +55,8 @@ def run(config: Config) -> Run:
     if config.hidden % config.heads:
         raise ValueError(f"--hidden {config.hidden} is no multiple of --heads {config.heads}")
     tokenizer = _tokenizer(_texts(config), config)
-    run.open()
     model = _model(tokenizer, config)
+    run.open()
     if run.writes:
         model.save_pretrained(run.folder / "model")
         tokenizer.save_pretrained(run.folder / "model")

@@ -6,7 +6,7 @@ log π_ref(y | x) = Σ_k weight_k · log π_k(y | x)
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,7 +71,9 @@ def obtain(
     if len(texts) != len(encoded) or not texts or len(texts) % 2:
         raise ValueError(f"{len(texts)} texts and {len(encoded)} encodings; give chosen and rejected of every pair")
     limits = readings.limits(policy.context, max_length, max_prompt)
-    trainer = Trainer(policy, policy_path, limits, tokens=tokens, precision=precision, cache=cache, budget=budget, rows=columns)
+    trainer = Trainer(
+        policy, policy_path, limits, tokens=tokens, precision=precision, cache=cache, budget=budget, rows=columns
+    )
     pieces = [_piece(source, texts, encoded, trainer, columns) for source in sources]
     weights = [source.weight for source in sources]
     reasons = [next((piece.reasons[i] for piece in pieces if piece.reasons[i]), None) for i in range(len(texts))]
@@ -140,7 +142,9 @@ def _column(
     for i, (row, name) in enumerate((row, name) for row in columns for name in names):
         value = row.get(name)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise BadReference(f"R1: column {name!r} of {place(texts, columns)(i)} holds {value!r:.40}; a number is needed")
+            raise BadReference(
+                f"R1: column {name!r} of {place(texts, columns)(i)} holds {value!r:.40}; a number is needed"
+            )
         if not (math.isfinite(value) and value <= rules.POSITIVE):
             fault = "which is no log-probability: it must be finite and at most 0"
             raise BadReference(f"R1: column {name!r} of {place(texts, columns)(i)} holds {value}, {fault}")
