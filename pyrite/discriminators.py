@@ -75,6 +75,8 @@ def reward(
         paths = [path] * members if cold else member_paths(path)
         heads = [seeds.derive(seed, "head", i) if cold else None for i in range(len(paths))]
         models = [RewardModel.load(p, lora=lora, head_seed=h) for p, h in zip(paths, heads, strict=True)]
+        for i, model in enumerate(models):
+            train.ready(model, training, name=None if i else path)
         return Rewards(models, [Learner(model, training) for model in models], teach)
 
     return make
@@ -100,6 +102,7 @@ def implicit(
     def make(players: Players, seed: int) -> Discriminator:
         lora = Lora(lora_rank=rank) if rank else None
         own = Policy.load(path, lora=lora) if path else copy.deepcopy(players.policy)
+        train.ready(own, training, name=path)
         return Implicit(own, replace(players, precision=precision), beta, [Learner(own, training)])
 
     return make

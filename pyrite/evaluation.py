@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -104,11 +105,13 @@ class Evaluator:
         columns: str | None = None,
         prompts: list[dict[str, Any]] | None = None,
         asking: Asking = ALWAYS,
+        loaded: dict[Path, RewardEnsemble] | None = None,
     ) -> Evaluator:
         """Everything read, and whatever cannot work refused: options, scorers, prompts too long for the policy.
 
         ref: a path, a loaded policy, or `policy` itself, which then is its own reference without its adapters.
         prompts: rows in place of those in `options.eval_prompts`. asking: for a gold that whoever measures asks itself.
+        loaded: reward runs that the job has loaded already.
         """
         if asking.sparing and not options.gold:
             raise ValueError("options --gold-... say when gold is asked and what it may cost: give --gold too, or none")
@@ -125,7 +128,7 @@ class Evaluator:
             max_length=policy.context - options.max_new_tokens,
             where=lambda i: data.place(rows[i]),
         )
-        made = cls(prompts, ids, gold, _proxy(options), _reference(policy, ref), options, seed, asking)
+        made = cls(prompts, ids, gold, _proxy(options, loaded), _reference(policy, ref), options, seed, asking)
         replace(made, prompts=prompts[:1], ids=ids[:1])._sample(policy, new=1)  # refuses options out of range
         return made
 
@@ -191,12 +194,14 @@ def response_logps(
     return Logps.from_tokens([part for row in parts for part in row])
 
 
-def _proxy(options: Evaluation) -> Callable[[list[Any], list[str], list[bool]], Tensor] | None:
+def _proxy(
+    options: Evaluation, loaded: dict[Path, RewardEnsemble] | None
+) -> Callable[[list[Any], list[str], list[bool]], Tensor] | None:
     combine = parts.part(options.ensemble, ensembles)
     combine(torch.zeros(2, 1))  # an option out of range is refused now
     if not options.rewards:
         return None
-    rewards = RewardEnsemble.load(options.rewards)
+    rewards = RewardEnsemble.load(options.rewards, loaded=loaded)
     # an answer that was cut gets no end token
     return lambda prompts, responses, finished: combine(rewards.scores(prompts, responses, finished=finished))
 

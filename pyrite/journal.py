@@ -14,6 +14,7 @@ from pyrite.discriminators import Discriminator
 from pyrite.evaluation import Answers, Evaluator
 from pyrite.live import Judged
 from pyrite.models import Policy
+from pyrite.moved import Shift
 from pyrite.processes import on_main
 from pyrite.progress import say
 from pyrite.rounds import Answer
@@ -127,6 +128,12 @@ class Journal:
     def fit(self) -> dict[str, float]:
         """Gold and proxy against √KL, over the whole run."""
         return watch.fitted(self.rows)
+
+    @property
+    def shift(self) -> Shift:
+        """How far the policy has gone from its start: the KL of the last measurement, nats an answer."""
+        row = next(row for row in reversed(self.rows) if "kl_k1" in row)
+        return Shift("kl", row["kl_k1"], row["kl_k1_se"], least=0.01)
 
     def tell(self) -> None:
         """Say gold, proxy and KL of the start and the end, each with its standard error, negative ones as they are."""

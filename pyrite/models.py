@@ -305,8 +305,17 @@ class RewardEnsemble:
         self.members = list(members)
 
     @classmethod
-    def load(cls, folder: str | Path, *, dtype: Dtype = "float32") -> RewardEnsemble:
-        """All `member_*` of a reward run, or one reward model folder as an ensemble of one."""
+    def load(
+        cls, folder: str | Path, *, dtype: Dtype = "float32", loaded: dict[Path, RewardEnsemble] | None = None
+    ) -> RewardEnsemble:
+        """All `member_*` of a reward run, or one reward model folder as an ensemble of one.
+
+        loaded: what a job has loaded so far, by folder, to be looked up and added to: a run that is both reward and
+        proxy is in memory once.
+        """
+        if loaded is not None:
+            place = Path(folder).resolve()
+            return loaded[place] if place in loaded else loaded.setdefault(place, cls.load(folder, dtype=dtype))
         first, *others = member_paths(folder)
         lead = RewardModel.load(first, dtype=dtype)
         return cls([lead, *(RewardModel.load(path, dtype=dtype, sibling=lead) for path in others)])

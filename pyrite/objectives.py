@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -105,19 +106,27 @@ def combined(scores: Tensor, *, how: Combine = "mean", weights: Tensor | None = 
 
 
 def model_scorers(
-    source: str | Mapping[str, str], dimensions: Dimensions, *, ensemble: str = "mean()", turn: Turn = "user"
+    source: str | Mapping[str, str],
+    dimensions: Dimensions,
+    *,
+    ensemble: str = "mean()",
+    turn: Turn = "user",
+    loaded: dict[Path, RewardEnsemble] | None = None,
 ) -> dict[str, OneScore]:
     """A scorer an option from reward runs, standardized as these are: one folder for all, or {option id: folder}.
 
-    A base that the models share is held in memory once. Raises ValueError for an unknown option, a folder without
-    reward models or an unknown ensemble.
+    A base that the models share is held in memory once. loaded: reward runs that the job has loaded already. Raises
+    ValueError for an unknown option, a folder without reward models or an unknown ensemble.
     """
     by_id = dict.fromkeys(dimensions.ids, source) if isinstance(source, str) else source
     folders = {dimensions.option(id): folder for id, folder in by_id.items()}
-    combine, loaded = parts.part(ensemble, ensembles), dict[str, RewardEnsemble]()
+    combine, models = parts.part(ensemble, ensembles), dict[str, RewardEnsemble]()
+    loaded = {} if loaded is None else loaded
     for folder in dict.fromkeys(folders.values()):
-        loaded[folder] = _loaded(folder, next(iter(loaded.values()), None))
-        combine(torch.zeros(len(loaded[folder].members), 1))
+        if (place := Path(folder).resolve()) not in loaded:
+            loaded[place] = _loaded(folder, next(iter(models.values()), None))
+        models[folder] = loaded[place]
+        combine(torch.zeros(len(models[folder].members), 1))
 
     def scorer(option: Option, models: RewardEnsemble) -> OneScore:
         def score(answers: Sequence[Answer]) -> Tensor:
@@ -127,7 +136,7 @@ def model_scorers(
 
         return score
 
-    return {option.id: scorer(option, loaded[folder]) for option, folder in folders.items()}
+    return {option.id: scorer(option, models[folder]) for option, folder in folders.items()}
 
 
 def gold_scorers(dimensions: Dimensions) -> dict[str, OneScore]:

@@ -19,6 +19,7 @@ __all__ = [
     "Estimates",
     "PolicyLoss",
     "ValueLoss",
+    "clamped",
     "entropy",
     "explained_variance",
     "gae",
@@ -220,8 +221,8 @@ def policy_loss(
     (N, 1), one for all tokens of an answer. clip=inf is the plain policy gradient. total: what the sum is divided by,
     the mask's tokens by default; the parts of a batch add up to it where all are given the batch's total.
     A token counts in clip_fraction where the clip stops its gradient. kl estimates KL(π_old ‖ π) by ρ − 1 − log ρ, at
-    least 0. Log-ratios beyond 20 nats count as 20. At π = π_old: ratio 1, kl 0, clip_fraction 0. Raises ValueError for
-    shapes that do not fit or a clip not above 0.
+    least 0. Log-ratios beyond 20 nats count as 20 and have no gradient (`clamped` counts them). At π = π_old: ratio 1,
+    kl 0, clip_fraction 0. Raises ValueError for shapes that do not fit or a clip not above 0.
 
     Schulman et al. 2017, arXiv:1707.06347, eq. 7.
 
@@ -245,6 +246,17 @@ def policy_loss(
         seen = (held < free).to(ratio.dtype), torch.expm1(change) - change, _only(ratio, mask)
         clipped, kl, mean_ratio = (_sum(x) / count for x in seen)
     return PolicyLoss(-_sum(torch.minimum(free, held)) / count, clipped, kl, mean_ratio)
+
+
+@torch.no_grad()
+def clamped(logp: Tensor, old_logp: Tensor, mask: Tensor, *, total: float | Tensor | None = None) -> Tensor:
+    """The share of tokens whose log-ratio `policy_loss` counts as 20 nats, so that they have no gradient; 0-dim.
+
+    Shapes and total as there.
+    """
+    _check("clamped", mask, logp=logp, old_logp=old_logp)
+    far = (_only(logp, mask) - _only(old_logp, mask)) > FAR
+    return _sum(far.to(torch.float32)) / (mask.sum() if total is None else total)
 
 
 class ValueLoss(NamedTuple):

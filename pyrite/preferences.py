@@ -10,15 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from pyrite import data, estimators, text
+from pyrite.evaluation import response_logps
 from pyrite.forwards import by_response
 from pyrite.logps import Logps, PairLogps, Running
+from pyrite.losses import clamps
 from pyrite.losses import running as statistics
 from pyrite.losses.needs import needs
 from pyrite.models import Policy
 from pyrite.packing import Packed, Row, micro_batches
 from pyrite.references import Text
 from pyrite.text import Encoded
-from pyrite.train import BatchLoss
+from pyrite.train import BatchLoss, Precision
 
 Loss = Callable[[PairLogps], Tensor]
 OnCut = Literal["drop", "keep"]
@@ -118,6 +120,8 @@ def batch_loss(
 ) -> BatchLoss:
     """What `train.fit` minimizes: the sum of `loss` over some of the pairs, with accuracies and margins to log.
 
+    A loss with bounds inside (f_dpo, alphapo, orpo, beta_dpo) also logs `clamped`, the pairs it holds at one.
+
     tokens: keep token log-probabilities. details: also what tdpo and wpo read of the whole distribution. live: a
     reference that runs along (one that moves, or whose distribution is needed) instead of `prefs.ref`. running:
     statistics some losses keep over the batches, updated in place while training.
@@ -137,7 +141,10 @@ def batch_loss(
         pair = paired(ours, ref, strength)
         if running is not None:
             pair = replace(pair, running=statistics.update(running, pair) if model.training else running)
-        return loss(pair).sum(), metrics(pair)
+        with clamps.counting() as beyond:
+            values = loss(pair)
+        held = {"clamped": clamps.pairs(beyond, len(pair))} if beyond else {}
+        return values.sum(), {**metrics(pair), **held}
 
     return of
 
@@ -178,6 +185,13 @@ def measure(
             for name, amount in {"loss": value, **seen}.items():
                 sums[name] = sums.get(name, 0.0) + amount.item()
     return {name: total / len(rows) for name, total in sums.items()}
+
+
+def gaps(policy: Policy, rows: Sequence[Row], precision: Precision) -> Tensor:
+    """log π(chosen) − log π(rejected) of each pair, (B,) nats."""
+    with torch.autocast(policy.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+        chosen, rejected = response_logps(policy, rows).sum.view(-1, 2).unbind(1)
+    return chosen - rejected
 
 
 def value_at_ref(prefs: Preferences, loss: Loss) -> float | None:

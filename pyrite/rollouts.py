@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -20,7 +21,7 @@ from pyrite.logps import Logps
 from pyrite.models import Policy, RewardEnsemble
 from pyrite.objectives import Combine, Objectives
 from pyrite.packing import Row
-from pyrite.policy_gradient import Estimates, gae, group_normalized, policy_loss, reinforce, rloo, value_loss
+from pyrite.policy_gradient import Estimates, clamped, gae, group_normalized, policy_loss, reinforce, rloo, value_loss
 from pyrite.rounds import Answer, Drawing, Players
 from pyrite.train import BatchLoss
 from pyrite.values import Critic, ValueModel, WithValue, response_values
@@ -45,12 +46,19 @@ class Reward:
     check: Callable[[Sequence[Mapping[str, Any]]], None] = lambda rows: None
 
     @classmethod
-    def of_models(cls, folder: str, *, ensemble: str = "mean()", weight: float = 1.0) -> Reward:
+    def of_models(
+        cls,
+        folder: str,
+        *,
+        ensemble: str = "mean()",
+        weight: float = 1.0,
+        loaded: dict[Path, RewardEnsemble] | None = None,
+    ) -> Reward:
         """A reward run: standardized scores of its members, read by their own tokenizer; a cut answer has no end token.
 
         Raises ValueError for a folder without reward models, an unknown ensemble or one that cannot take them.
         """
-        models, combine = RewardEnsemble.load(folder), parts.part(ensemble, ensembles)
+        models, combine = RewardEnsemble.load(folder, loaded=loaded), parts.part(ensemble, ensembles)
         combine(torch.zeros(len(models.members), 1))
         return cls(folder, standardized(models), combine, weight)
 
@@ -76,6 +84,7 @@ class Reward:
         ensemble: str = "mean()",
         turn: Turn = "user",
         weight: float = 1.0,
+        loaded: dict[Path, RewardEnsemble] | None = None,
     ) -> Reward:
         """The preferences an answer was asked under: a score each, of the raw prompt with that one option, combined.
 
@@ -86,7 +95,7 @@ class Reward:
         if source is None:
             scorers = objectives.gold_scorers(dimensions)
         else:
-            scorers = objectives.model_scorers(source, dimensions, ensemble=ensemble, turn=turn)
+            scorers = objectives.model_scorers(source, dimensions, ensemble=ensemble, turn=turn, loaded=loaded)
         every = Objectives(dimensions, scorers, combine, weights or {})
         name = source if isinstance(source, str) else "preferences"
         return cls(name, every.score, every.combine, weight, every.ids, every.check)
@@ -267,8 +276,8 @@ def batch_loss(
     """What `learns` is taught by some of the rows, for `train.Learner` with `rollouts.weights`: sums over their tokens.
 
     A policy: the clipped policy loss. A value model: the clipped value loss. Both on one trunk: the first and
-    value_weight times the second. Metrics: clip_fraction, step_kl (from the policy that drew, nats a token), ratio;
-    value_loss, value_clip_fraction.
+    value_weight times the second. Metrics: clip_fraction, step_kl (from the policy that drew, nats a token), ratio,
+    clamped; value_loss, value_clip_fraction.
     """
     old = rollouts.logps.tokens
     assert old is not None  # `collect` keeps the tokens
@@ -286,6 +295,7 @@ def batch_loss(
             step = policy_loss(logp, flat(old), flat(made.advantages), mask, clip=clip, total=1.0)
             loss = loss + step.loss
             metrics |= {"clip_fraction": step.clip_fraction, "step_kl": step.kl, "ratio": step.ratio}
+            metrics["clamped"] = clamped(logp, flat(old), mask, total=1.0)
         if not isinstance(learns, Policy):
             before = rollouts.values if rollouts.values is not None else made.returns
             error = value_loss(values, flat(before), flat(made.returns), mask, clip=value_clip, total=1.0)

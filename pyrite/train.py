@@ -19,8 +19,9 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from pyrite import seeds
+from pyrite import dropout, seeds
 from pyrite.models import recompute
+from pyrite.options import Share
 from pyrite.packing import Row, micro_batches
 from pyrite.processes import world
 from pyrite.progress import progress, say
@@ -55,7 +56,10 @@ class Training:
     betas: tuple[float, float] = (0.9, 0.98)
     clip: float = 1.0
     """Largest gradient norm."""
+    dropout: Share | None = None
+    """Of the model as it learns. By default the model's own in sft and 0 elsewhere, as references are read without."""
     precision: Precision = "float32"
+    """Of the products, in training and in all that a step learns from; weights are float32."""
     recompute: bool = False
     """Gradient checkpointing: layers are computed again for their gradients, which saves memory and costs time."""
     log_every: int = 10
@@ -71,6 +75,15 @@ class Training:
                 raise ValueError(f"{name} is {getattr(self, name)}; give a positive number")
         if not 0 <= self.floor <= 1 or self.warmup < 0 or self.weight_decay < 0:
             raise ValueError("floor must lie between 0 and 1, warmup and weight_decay must not be negative")
+
+
+def ready(model: nn.Module, training: Training, *, name: str | None, own: bool = False) -> None:
+    """Give a model just loaded the dropout it learns with; a note, with its name, says what that changes.
+
+    own: without --dropout it is the model's own, not 0.
+    """
+    asked = training.dropout
+    dropout.learn_with(model, 0.0 if asked is None and not own else asked, name=name)
 
 
 def learning_rate(step: int, total: int, training: Training) -> float:

@@ -19,12 +19,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pyrite import data, losses, parts, references, runs, seeds, train
+from pyrite import data, losses, moved, parts, references, runs, seeds, train
 from pyrite.evaluation import Evaluation, Evaluator
 from pyrite.logps import Logps, Running
 from pyrite.losses.needs import needs, takes_ties
 from pyrite.models import Lora, Policy
-from pyrite.preferences import Loss, OnCut, Preferences, batch_loss, encode_pairs, measure, value_at_ref
+from pyrite.preferences import Loss, OnCut, Preferences, batch_loss, encode_pairs, gaps, measure, value_at_ref
 from pyrite.processes import world
 from pyrite.progress import say
 from pyrite.runs import Run
@@ -93,6 +93,7 @@ def run(config: Config) -> Run:
     _refuse(config, wanted)
     pairs, held = _read(config, loss)
     policy = Policy.load(config.model, lora=config.lora)
+    train.ready(policy, config.training, name=config.model)
     evaluator = _evaluator(config, policy)
     learn, test, dropped = _prepare(policy, pairs, held, config, wanted)
     live = Live.of(policy, config, wanted)
@@ -111,6 +112,7 @@ def run(config: Config) -> Run:
     total = train.steps(len(learn), training)
     watch = Watch(run, policy, of(test), test, evaluator, training, config.measure_every or max(1, total // 10), total)
     start = watch.measure()
+    first, before = moved.Weights.of(policy), gaps(policy, test.rows[: moved.ROWS], training.precision)
     _check_start(start, test, loss, config)
     run.open()
     say(f"dpo: {len(learn)} pairs, {len(test)} held out, {len(dropped)} dropped; at the start {_line(start)}")
@@ -132,7 +134,11 @@ def run(config: Config) -> Run:
     if run.writes:
         policy.save(run.folder / "model")
     train.discard_checkpoints(run)
-    return run.finish(pairs=len(learn), dropped=len(dropped), start=start, last=watch.last, best=watch.best)
+    after = gaps(policy, test.rows[: moved.ROWS], training.precision)
+    margin = moved.shift("margin", before, after, least=0.1)
+    found = moved.tell("dpo", first.change(policy), training.lr, margin)
+    ends = {"start": start, "last": watch.last, "best": watch.best}
+    return run.finish(pairs=len(learn), dropped=len(dropped), **ends, moved=found)
 
 
 def _refuse(config: Config, wanted: frozenset[str]) -> None:

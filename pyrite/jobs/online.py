@@ -16,7 +16,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from pyrite import discriminators, judges, losses, parts, prompts, runs, samplers, schedules, seeds, train
+from pyrite import (
+    discriminators,
+    judges,
+    losses,
+    moved,
+    parts,
+    prompts,
+    runs,
+    samplers,
+    schedules,
+    seeds,
+    train,
+)
 from pyrite.discriminators import Discriminator, Maker
 from pyrite.evaluation import Evaluation, Evaluator
 from pyrite.journal import Journal
@@ -123,6 +135,8 @@ def run(config: Config) -> Run:
     )
     turns = Turns(len(asked), min(config.prompts_per_round or len(asked), len(asked)), config.fresh, config.seed)
     policy = Policy.load(config.model, lora=config.lora, top=config.train_top)
+    train.ready(policy, config.training, name=config.model)
+    weights = moved.Weights.of(policy)
     start = policy if policy.reversible else policy.frozen_copy()
     evaluator = Evaluator.load(
         config.evaluation, policy, ref=start, seed=config.seed, prompts=test, asking=config.asking
@@ -171,7 +185,8 @@ def run(config: Config) -> Run:
     train.discard_checkpoints(run)
     journal.tell()
     counts = {"labels": journal.labels, "answers": journal.answers}
-    return run.finish(start=journal.start, last=journal.last, fit=journal.fit, **counts)
+    found = moved.tell("online", weights.change(policy), config.training.lr, journal.shift)
+    return run.finish(start=journal.start, last=journal.last, fit=journal.fit, **counts, moved=found)
 
 
 @dataclass(frozen=True)

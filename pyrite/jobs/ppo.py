@@ -20,13 +20,13 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from pyrite import estimators, prompts, runs
+from pyrite import estimators, moved, prompts, runs, train
 from pyrite.actors import HEADS, Learners, Passes, State
 from pyrite.dimensions import Dimensions, Variants
 from pyrite.evaluation import Evaluation, Evaluator
 from pyrite.journal import Journal
 from pyrite.kl_control import KLControl
-from pyrite.models import Lora, Policy
+from pyrite.models import Lora, Policy, RewardEnsemble
 from pyrite.moments import normalized
 from pyrite.objectives import Combine
 from pyrite.policy_gradient import Estimates, explained_variance, token_rewards, whiten
@@ -137,12 +137,15 @@ def run(config: Config) -> Run:
     run = runs.start("ppo", config, inputs=inputs(config))
     if run.done:
         return run
-    control, rewards = _checked(config), _rewards(config)
+    loaded: dict[Path, RewardEnsemble] = {}  # a reward run that is the proxy too is loaded once
+    control, rewards = _checked(config), _rewards(config, loaded)
     asked, test = _prompts(config, rewards)
     policy = Policy.load(config.model, lora=config.lora, top=config.train_top)
+    train.ready(policy, config.training, name=config.model)
+    weights = moved.Weights.of(policy)
     start = policy if policy.reversible else policy.frozen_copy()
     evaluator = Evaluator.load(
-        config.evaluation, policy, ref=start, seed=config.seed, prompts=test, asking=config.asking
+        config.evaluation, policy, ref=start, seed=config.seed, prompts=test, asking=config.asking, loaded=loaded
     )
     ids = prompts.encoded(policy, asked, new=config.evaluation.max_new_tokens, source=config.prompts)
     learners = _learners(policy, config)
@@ -170,9 +173,9 @@ def run(config: Config) -> Run:
             )
             if number == 0:
                 _check_start(players, drawn)
-            shaped = _shaped(drawn, state, config)
+            shaped, clipped = _shaped(drawn, state, config)
             made = _advantages(drawn, shaped, state, config)
-            seen = learners.learn(drawn, made, number) | _summary(drawn, shaped, made, state)
+            seen = learners.learn(drawn, made, number) | _summary(drawn, shaped, made, state) | clipped
             state.follow(control, seen["rollout_kl"], answers=len(drawn.answers))
             over = number + 1 == config.steps
             measured = over or (number + 1) % config.measure_every == 0
@@ -185,7 +188,8 @@ def run(config: Config) -> Run:
                 run.pause()
     learners.finish(run)
     journal.tell()
-    return run.finish(start=journal.start, last=journal.last, fit=journal.fit, answers=journal.answers)
+    found = moved.tell("ppo", weights.change(policy), config.training.lr, journal.shift)
+    return run.finish(start=journal.start, last=journal.last, fit=journal.fit, answers=journal.answers, moved=found)
 
 
 def _prompts(config: Config, rewards: Sequence[Reward]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -215,14 +219,15 @@ def _check_start(players: Players, drawn: Rollouts) -> None:
             )
 
 
-def _shaped(drawn: Rollouts, state: State, config: Config) -> Tensor:
-    """Token rewards (N, T): the score at the end, the price of KL on the way."""
+def _shaped(drawn: Rollouts, state: State, config: Config) -> tuple[Tensor, dict[str, float]]:
+    """Token rewards (N, T): the score at the end, the price of KL on the way. And what --reward-clip cut."""
     scores = drawn.scores.total
     state.see("scores", scores)
     if config.normalize:
         scores = normalized(scores, state.scores)
     assert drawn.logps.tokens is not None and drawn.ref.tokens is not None
-    return token_rewards(
+    cut = {} if config.reward_clip is None else {"reward_clipped": (scores.abs() > config.reward_clip).double().mean()}
+    shaped = token_rewards(
         scores.float(),
         drawn.logps.tokens,
         drawn.ref.tokens,
@@ -233,6 +238,7 @@ def _shaped(drawn: Rollouts, state: State, config: Config) -> Tensor:
         missing_eos=config.missing_eos,
         clip=config.reward_clip,
     )
+    return shaped, {name: share.item() for name, share in cut.items()}
 
 
 def _advantages(drawn: Rollouts, shaped: Tensor, state: State, config: Config) -> Estimates:
@@ -308,21 +314,21 @@ def _learners(policy: Policy, config: Config) -> Learners:
     )
 
 
-def _rewards(config: Config) -> list[Reward]:
+def _rewards(config: Config, loaded: dict[Path, RewardEnsemble]) -> list[Reward]:
     """Every reward, loaded."""
     if config.variants.dimensions:
-        return _of_preferences(config, Dimensions.load(config.variants.dimensions))
+        return _of_preferences(config, Dimensions.load(config.variants.dimensions), loaded)
     if config.combine_rewards != "mean" or config.option_weights:
         raise ValueError("--combine-rewards and --option-weights are of preferences: give --dimensions")
     return [
-        Reward.of_models(name, ensemble=config.objective, weight=weight)
+        Reward.of_models(name, ensemble=config.objective, weight=weight, loaded=loaded)
         if Path(name).is_dir()
         else Reward.of_scorer(name, weight=weight)
         for weight, name in _each(config.reward)
     ]
 
 
-def _of_preferences(config: Config, dimensions: Dimensions) -> list[Reward]:
+def _of_preferences(config: Config, dimensions: Dimensions, loaded: dict[Path, RewardEnsemble]) -> list[Reward]:
     """Rewards that score every option a prompt was asked under, from the raw prompt with that one option."""
     given = _each(config.reward)
     own = dict(_owned(name) for _, name in given if _owned(name)[0])
@@ -343,6 +349,7 @@ def _of_preferences(config: Config, dimensions: Dimensions) -> list[Reward]:
             ensemble=config.objective,
             turn=config.variants.preference_turn,
             weight=weight,
+            loaded=loaded,
         )
         for weight, source in sources
     ]

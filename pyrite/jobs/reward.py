@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pyrite import data, estimators, parts, reward_losses, runs, seeds, text, train
+from pyrite import data, estimators, moved, parts, reward_losses, runs, seeds, text, train
 from pyrite.discriminators import pair_loss
 from pyrite.models import Lora, Pooling, RewardModel
 from pyrite.packing import Row
@@ -75,8 +75,8 @@ def run(config: Config) -> Run:
     if config.members < 1:
         raise ValueError(f"--members {config.members}: give at least 1")
     pairs, held = _read(config)
-    first = _member(config, 0)
-    batches, clean = _rows(first, pairs), _rows(first, held)
+    model = _member(config, 0)
+    batches, clean = _rows(model, pairs), _rows(model, held)
     test, prompts = (clean, data.clusters(held)) if held else (batches, data.clusters(pairs))
     run.open()
     say(f"reward: {len(batches)} pairs, {len(clean)} held out, {config.members} members")
@@ -84,7 +84,8 @@ def run(config: Config) -> Run:
         folder = run.folder / f"member_{member}"
         if (folder / "measured.json").exists():
             continue
-        model = _member(config, member)
+        model = model if member == 0 else _member(config, member)
+        first, before = moved.Weights.of(model), _margins(model, test)
         train.fit(
             model,
             batches,
@@ -97,6 +98,9 @@ def run(config: Config) -> Run:
             folder=f"checkpoints/{member}",
         )
         measured = _measure(model, test, prompts)
+        margin = moved.shift("margin", before, _margins(model, test), least=0.1)
+        name = f"reward: member {member}" if config.members > 1 else "reward"
+        measured["moved"] = moved.tell(name, first.change(model), config.training.lr, margin)
         if run.writes:
             model.save(folder)
             runs.write_json(folder / "measured.json", measured)
@@ -128,7 +132,7 @@ def _read(config: Config) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
 
 
 def _member(config: Config, member: int) -> RewardModel:
-    return RewardModel.load(
+    model = RewardModel.load(
         config.model,
         lora=config.lora,
         pooling=config.pooling,
@@ -137,6 +141,8 @@ def _member(config: Config, member: int) -> RewardModel:
         head_seed=seeds.derive(config.seed, "head", member),
         head_std=config.head_std,
     )
+    train.ready(model, config.training, name=None if member else config.model)
+    return model
 
 
 def _rows(model: RewardModel, pairs: list[dict[str, Any]]) -> list[Row]:
@@ -157,6 +163,14 @@ def _measure(model: RewardModel, rows: list[Row], prompts: list[int]) -> dict[st
     model.mean, model.std = scores.mean().item(), scores.std(correction=0).item()
     wins = estimators.wins(*scores.view(-1, 2).unbind(1))
     return {**_interval("accuracy", "accuracy", wins, prompts), "mean": model.mean, "std": model.std}
+
+
+def _margins(model: RewardModel, rows: list[Row]) -> Tensor:
+    """Raw scores of chosen less rejected, of some of the pairs, (N,)."""
+    some = rows[: moved.ROWS]
+    texts = [text.Encoded(list(row.prompt), list(response), False) for row in some for response in row.responses]
+    chosen, rejected = model.raw_scores(texts).view(-1, 2).unbind(1)
+    return chosen - rejected
 
 
 def _results(run: Run, config: Config) -> list[dict[str, Any]]:

@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from pyrite import data, runs, text, train
+from pyrite import data, moved, runs, text, train
+from pyrite.evaluation import response_logps
 from pyrite.models import Lora, Policy
 from pyrite.packing import Row, micro_batches
 from pyrite.progress import say
@@ -55,6 +56,8 @@ def run(config: Config) -> Run:
     rows = data.load(config.data, "demos", columns=config.columns)
     training, held = data.split(rows, fraction=config.held_out, seed=config.seed)
     policy = Policy.load(config.model, lora=config.lora)
+    train.ready(policy, config.training, name=config.model, own=True)
+    first = moved.Weights.of(policy)
     batches, held_out = (_rows(policy, part, config) for part in (training, held))
     run.open()
     say(f"sft: {len(batches)} demonstrations, {len(held_out)} held out, {_size(policy)} parameters")
@@ -62,6 +65,7 @@ def run(config: Config) -> Run:
     def loss(model: nn.Module, part: list[Row], _: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
         return -model(policy.pack(part)).sum(), {}
 
+    before = _token_nll(policy, held_out)
     weights = [float(len(row.responses[0])) for row in batches]
     train.fit(
         policy,
@@ -78,7 +82,10 @@ def run(config: Config) -> Run:
         policy.save(run.folder / "model")
     train.discard_checkpoints(run)
     perplexity = math.exp(nll) if nll is not None else None
-    return run.finish(held_out_nll=nll, perplexity=perplexity, train_rows=len(batches), held_out_rows=len(held_out))
+    change = moved.shift("held-out loss", before, _token_nll(policy, held_out), least=0.01)
+    found = moved.tell("sft", first.change(policy), config.training.lr, change)
+    counts = {"train_rows": len(batches), "held_out_rows": len(held_out)}
+    return run.finish(held_out_nll=nll, perplexity=perplexity, **counts, moved=found)
 
 
 @torch.inference_mode()
@@ -90,6 +97,11 @@ def negative_log_likelihood(policy: Policy, rows: list[Row], *, budget: int = 16
         for group in micro_batches(rows, budget=budget)
     )
     return -total / sum(len(row.responses[0]) for row in rows)
+
+
+def _token_nll(policy: Policy, rows: list[Row]) -> Tensor:
+    """Of some of the rows, (N,) nats a token."""
+    return -response_logps(policy, rows[: moved.ROWS]).mean if rows else torch.zeros(0)
 
 
 def _rows(policy: Policy, rows: list[dict], config: Config) -> list[Row]:

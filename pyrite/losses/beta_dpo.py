@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyrite.logps import PairLogps
+from pyrite.losses.clamps import at_least
 from pyrite.losses.ratios import margin, running
 
 __all__ = ["beta_dpo"]
@@ -28,6 +29,6 @@ def beta_dpo(pair: PairLogps, *, beta: float = 0.1, alpha: float = 0.6, rho: flo
     gap, usual = margin(pair), running(pair).margin
     seen = gap.detach()
     near = (seen - usual).abs().argsort()[: max(1, round((1 - rho) * len(seen)))]
-    dynamic = (beta * (1 + alpha * (seen[near].mean() - usual))).clamp(min=SMALLEST)
+    dynamic = at_least(beta * (1 + alpha * (seen[near].mean() - usual)), SMALLEST)
     weight = torch.zeros_like(seen).index_fill(0, near, len(seen) / len(near))
     return -weight * F.logsigmoid(dynamic * gap)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyrite.logps import PairLogps
+from pyrite.losses.clamps import at_most
 from pyrite.losses.ratios import log_ratios
 
 __all__ = ["f_dpo"]
@@ -23,7 +24,8 @@ def f_dpo(pair: PairLogps, *, beta: float = 0.1, divergence: Divergence = "rever
 
     f′(t) is log t for reverse_kl (dpo), 1 − 1/t for forward_kl, log(2t/(1+t)) for js, (t^{α−1} − 1)/(α − 1) for
     alpha, which is reverse_kl at α = 1 and forward_kl at α = 0. PairLogps of B pairs -> (B,); ln 2 at policy =
-    reference. Exponents stop at 80. Raises ValueError without a reference or for an unknown divergence.
+    reference. Exponents stop at 80, where a response has no gradient; such pairs are counted (`clamped`). Raises
+    ValueError without a reference or for an unknown divergence.
 
     Wang et al. 2023, arXiv:2309.16240, theorem 1 and table 1.
     """
@@ -47,4 +49,4 @@ def _slope(ratio: Tensor, divergence: Divergence, alpha: float) -> Tensor:
 
 def _power(ratio: Tensor, exponent: float) -> Tensor:
     """(t^p − 1)/p of t = e^ratio, log t at p = 0."""
-    return (exponent * ratio).clamp(max=LARGEST).expm1() / exponent if exponent else ratio
+    return at_most(exponent * ratio, LARGEST).expm1() / exponent if exponent else ratio

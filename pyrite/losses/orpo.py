@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyrite.logps import PairLogps
+from pyrite.losses.clamps import at_most
 
 __all__ = ["orpo"]
 
@@ -26,5 +27,5 @@ def orpo(pair: PairLogps, *, lam: float = 0.1) -> Tensor:
 
 
 def _log_odds(logp: Tensor) -> Tensor:
-    below = logp.clamp(max=-torch.finfo(logp.dtype).eps)  # a certain response has infinite odds
+    below = at_most(logp, -torch.finfo(logp.dtype).eps)  # a certain response has infinite odds
     return below - (-below.expm1()).log()

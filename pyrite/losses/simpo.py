@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyrite.logps import PairLogps
+from pyrite.losses.clamps import at_most
 
 __all__ = ["alphapo", "simpo"]
 LARGEST = 80.0  # e^80 is still a float32
@@ -28,7 +29,8 @@ def alphapo(pair: PairLogps, *, beta: float = 2.0, gamma: float = 1.0, alpha: fl
 
     loss = −log σ(β(r(ā) − r(b̄)) − γ),   r(z) = (1 − e^{−αz})/α,   ā, b̄ = log π(y)/|y| of chosen, rejected
 
-    PairLogps of B pairs -> (B,); what the policy makes of the pair, whatever the reference. Exponents stop at 80.
+    PairLogps of B pairs -> (B,); what the policy makes of the pair, whatever the reference. Exponents stop at 80,
+    where a response has no gradient; such pairs are counted (`clamped`).
 
     Gupta et al. 2025, arXiv:2501.03884.
     """
@@ -37,4 +39,4 @@ def alphapo(pair: PairLogps, *, beta: float = 2.0, gamma: float = 1.0, alpha: fl
 
 
 def _reward(mean: Tensor, alpha: float) -> Tensor:
-    return -(-alpha * mean).clamp(max=LARGEST).expm1() / alpha if alpha else mean
+    return -at_most(-alpha * mean, LARGEST).expm1() / alpha if alpha else mean
