@@ -113,6 +113,32 @@ def origin(row: Row) -> tuple[str, str]:
     return str(row["asked_id" if raw else "prompt_id"]), plain(row["asked" if raw else "prompt"])
 
 
+def apart(rows: Sequence[Row], held: Sequence[Row], *, note: Callable[[str], object], source: str) -> list[Row]:
+    """The rows whose raw prompt is not among those held out; how many are left out is told to `note`.
+
+    Prompts are compared by their texts, as files number their rows each in its own way. source: the file of `rows`,
+    for messages. Raises DataError if none is left.
+    """
+    kept = {_words(row) for row in held}
+    left = [row for row in rows if _words(row) not in kept]
+    if not left:
+        raise DataError(f"{source}: all {len(rows)} rows are of prompts that are held out; hold out other ones")
+    if len(left) < len(rows):
+        first = place(next(row for row in rows if _words(row) in kept)) or source
+        note(f"{source}: {len(rows) - len(left)} of {len(rows)} rows left out: their prompt is held out ({first}, ...)")
+    return left
+
+
+def seen(rows: Sequence[Row], others: Sequence[Row]) -> int:
+    """How many of the rows are about a raw prompt of the others."""
+    known = {_words(row) for row in others}
+    return sum(_words(row) in known for row in rows)
+
+
+def _words(row: Row) -> tuple[str, ...]:
+    return tuple(origin(row)[1].split())
+
+
 def clusters(rows: Sequence[Row]) -> list[int]:
     """Which raw prompt each row is about, numbered from 0 in order: rows of one number are not independent."""
     names = _groups(rows, None)

@@ -222,7 +222,7 @@ def _side(logps: Logps, at: int) -> Logps:
 
 
 def _of_rows(ref: Logps | None, pairs: list[int], device: torch.device | str = "cpu") -> Logps | None:
-    index = torch.tensor(_answers(pairs))
+    index = torch.tensor(_answers(pairs), dtype=torch.long)
     return None if ref is None else _mapped(ref, lambda value: value[index].to(device))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from pyrite import data, seeds, text, train
@@ -14,23 +15,33 @@ from pyrite.progress import say
 
 @dataclass(frozen=True)
 class Turns:
-    """Which of n prompts a round takes: the same `size` ones in every round, or the next ones of shuffled orders."""
+    """Which of n prompts a round takes: the next `size` of a shuffled order, then of another one, and so on.
+
+    No prompt is asked twice before all have been asked once, and none twice in a round.
+    """
 
     n: int
     size: int
-    fresh: bool
     seed: int
 
     def __call__(self, number: int) -> list[int]:
         """Indices of the prompts of a round."""
-        if not self.fresh:
-            return self._order(0)[: self.size]
         flat = range(number * self.size, (number + 1) * self.size)
-        orders = {p // self.n: self._order(p // self.n) for p in (flat[0], flat[-1])}
+        orders = {epoch: _order(self, epoch) for epoch in {flat[0] // self.n, flat[-1] // self.n}}
         return [orders[p // self.n][p % self.n] for p in flat]
 
-    def _order(self, epoch: int) -> list[int]:
-        return train.order(self.n, epoch, seed=seeds.derive(self.seed, "prompts"))
+
+@lru_cache(maxsize=8)
+def _order(turns: Turns, epoch: int) -> list[int]:
+    """All prompts, shuffled. Those of the round that the last order began are moved behind its end."""
+    order = train.order(turns.n, epoch, seed=seeds.derive(turns.seed, "prompts"))
+    begun = epoch * turns.n % turns.size
+    if not begun:
+        return order
+    asked = set(_order(turns, epoch - 1)[-begun:])
+    missing = turns.size - begun
+    first = [i for i in order if i not in asked][:missing]
+    return first + [i for i in order if i not in set(first)]
 
 
 def split(
@@ -43,12 +54,14 @@ def split(
     rows = data.load(path, "prompts", columns=columns, note=say)
     if evaluation.eval_prompts:
         test = data.load(evaluation.eval_prompts, "prompts", columns=columns)
-        kept = {key for row in test for key in data.origin(row)}
-        asked = [row for row in rows if kept.isdisjoint(data.origin(row))]
+        asked = data.apart(rows, test, note=say, source=path)
     else:
         asked, test = data.split(rows, fraction=held_out, seed=seeds.derive(seed, "held out"))
     if not asked or not test:
-        raise ValueError(f"{path}: {len(asked)} prompts to learn from and {len(test)} to measure on")
+        raise ValueError(
+            f"{path}: {len(asked)} prompts to learn from and {len(test)} to measure on; give --held-out a share "
+            "above 0, or --eval-prompts"
+        )
     return asked, test
 
 

@@ -11,22 +11,27 @@ from pyrite import data, prompts
 from pyrite.dimensions import Variants
 from pyrite.evaluation import Evaluation
 from pyrite.models import Policy
-from pyrite.prompts import Turns
+from pyrite.prompts import Turns, _order
 
 
-def test_the_same_prompts_or_fresh_ones() -> None:
-    turns = Turns(48, 16, False, 0)
-    same = [turns(number) for number in range(3)]
-    assert same[0] == same[1] == same[2]
-    fresh = [replace(turns, fresh=True)(number) for number in range(4)]
-    assert sorted(fresh[0] + fresh[1] + fresh[2]) == list(range(48))
-    assert sorted(fresh[3]) != sorted(fresh[0])  # a new order after all have been asked
-    assert replace(turns, seed=1)(0) != same[0]
+def test_rounds_go_through_the_prompts_and_start_again_in_a_new_order() -> None:
+    turns = Turns(48, 16, 0)
+    found = [turns(number) for number in range(4)]
+    assert sorted(found[0] + found[1] + found[2]) == list(range(48))
+    assert sorted(found[3]) != sorted(found[0])  # a new order after all have been asked
+    assert replace(turns, seed=1)(0) != found[0]
 
 
-def test_a_round_may_reach_into_the_next_order() -> None:
-    fresh = [Turns(10, 4, True, 3)(number) for number in range(5)]
-    assert sorted(i for turn in fresh for i in turn) == sorted([*range(10), *range(10)])
+@pytest.mark.parametrize(("n", "size"), [(10, 4), (7, 5), (5, 4), (3, 3), (9, 1), (11, 10)])
+def test_a_round_may_reach_into_the_next_order(n: int, size: int) -> None:
+    """Every prompt once before any twice, none twice in a round; a round does not depend on those asked for before."""
+    found = [Turns(n, size, 3)(number) for number in range(4 * n)]
+    flat = [i for turn in found for i in turn]
+    assert all(sorted(flat[at : at + n]) == list(range(n)) for at in range(0, len(flat), n))
+    assert all(len(set(turn)) == size for turn in found)
+    for number in reversed(range(4 * n)):
+        _order.cache_clear()
+        assert Turns(n, size, 3)(number) == found[number]
 
 
 def test_none_is_learned_from_and_measured_on(demos: Path, tmp_path: Path) -> None:

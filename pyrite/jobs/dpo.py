@@ -33,7 +33,8 @@ from pyrite.train import BatchLoss, Training
 OUTPUTS = {
     "model/": "the last policy, Hugging Face layout",
     "best/": "the policy with the lowest held-out loss",
-    "metrics.jsonl": "loss, accuracies and margins by step; part=held_out on held-out pairs and evaluation prompts",
+    "metrics.jsonl": "loss, accuracies and margins by step; part=held_out on held-out pairs and evaluation prompts "
+    "(part=train with --held-out 0)",
     "dropped.jsonl": "pairs that were left out, with the reason",
 }
 WHOLE = 1 << 40  # tokens; no batch is larger
@@ -51,7 +52,8 @@ class Config:
     out: Path
     columns: str | None = None
     held_out: float | str = 0.1
-    """Pairs to measure on: a file, or the share of the prompts to keep."""
+    """Pairs to measure on: a file, whose prompts are not learned from, or the share of the prompts to keep. With 0 the
+    policy is measured on the training pairs, as part=train, and the last policy counts as the best."""
     loss: str = "dpo(beta=0.1)"
     ref: str = "self"
     """self, none, prior, column, a model, a reference folder, ema(rate=0.01), or a sum: "0.5*self + 0.5*PATH"."""
@@ -95,6 +97,8 @@ def run(config: Config) -> Run:
     policy = Policy.load(config.model, lora=config.lora)
     train.ready(policy, config.training, name=config.model)
     evaluator = _evaluator(config, policy)
+    if evaluator:
+        _tell_overlap(pairs, evaluator)
     learn, test, dropped = _prepare(policy, pairs, held, config, wanted)
     live = Live.of(policy, config, wanted)
     running = Running.zero(device=policy.device) if "running" in wanted else None
@@ -110,12 +114,18 @@ def run(config: Config) -> Run:
         running=running,
     )
     total = train.steps(len(learn), training)
-    watch = Watch(run, policy, of(test), test, evaluator, training, config.measure_every or max(1, total // 10), total)
+    part = "held_out" if len(test) else "train"
+    if not len(test):
+        test = learn.at(list(range(min(len(learn), MEASURED))))
+        say(f"dpo: no pairs are held out: measured on {len(test)} training pairs, as part=train")
+    every = config.measure_every or max(1, total // 10)
+    watch = Watch(run, policy, of(test), test, evaluator, training, every, total, part)
     start = watch.measure()
     first, before = moved.Weights.of(policy), gaps(policy, test.rows[: moved.ROWS], training.precision)
     _check_start(start, test, loss, config)
     run.open()
-    say(f"dpo: {len(learn)} pairs, {len(test)} held out, {len(dropped)} dropped; at the start {_line(start)}")
+    held_out = len(test) if part == "held_out" else 0
+    say(f"dpo: {len(learn)} pairs, {held_out} held out, {len(dropped)} dropped; at the start {_line(start)}")
     if run.writes:
         data.write(dropped, run.folder / "dropped.jsonl")
     watch.begin(start)
@@ -173,7 +183,8 @@ def _read(config: Config, loss: Loss) -> tuple[list[dict[str, Any]], list[dict[s
     )
     pairs = read(config.data)
     if isinstance(config.held_out, str):
-        return pairs, read(config.held_out)
+        held = read(config.held_out)
+        return data.apart(pairs, held, note=say, source=config.data), held
     return data.split(pairs, fraction=config.held_out, seed=seeds.derive(config.seed, "held out"))
 
 
@@ -185,6 +196,13 @@ def _evaluator(config: Config, policy: Policy) -> Evaluator | None:
     return Evaluator.load(
         config.evaluation, policy, ref=policy if policy.reversible else config.model, seed=config.seed
     )
+
+
+def _tell_overlap(pairs: list[dict[str, Any]], evaluator: Evaluator) -> None:
+    """Say how many prompts that answers are measured on are learned from."""
+    known = data.seen(evaluator.prompts, pairs)
+    if known:
+        say(f"dpo: {known} of the {len(evaluator.prompts)} prompts in --eval-prompts are prompts of the training pairs")
 
 
 def _prepare(
@@ -227,7 +245,9 @@ def _prepare(
     learn = [i for i, pair in enumerate(made.pairs) if id(pair) not in held_ids]
     if not learn:
         raise ValueError(f"{config.data}: no pair is left to learn from ({len(made.dropped)} dropped)")
-    return prefs.at(learn), prefs.at(test or learn[:MEASURED]), made.dropped
+    if held and not test:
+        raise ValueError(f"{config.held_out}: no held-out pair is left of {len(held)} ({len(made.dropped)} dropped)")
+    return prefs.at(learn), prefs.at(test), made.dropped
 
 
 def _suitable(ref: Logps | None, config: Config, wanted: frozenset[str]) -> Logps:
@@ -306,7 +326,10 @@ class Live:
 
 @dataclass
 class Watch:
-    """Measures the policy as it learns; keeps the one with the lowest held-out loss."""
+    """Measures the policy as it learns; keeps the one with the lowest held-out loss, without held-out pairs the last.
+
+    part: what it is measured on, held_out or train.
+    """
 
     run: Run
     policy: Policy
@@ -316,6 +339,7 @@ class Watch:
     training: Training
     every: int
     total: int
+    part: str
     last: dict[str, float] = field(default_factory=dict)
     best: dict[str, float] = field(default_factory=dict)
 
@@ -334,17 +358,18 @@ class Watch:
         kept = self.run.folder / "best" / "best.json"
         if kept.exists():
             self.best = runs.read_json(kept)
-        if not any(row.get("part") == "held_out" for row in runs.read_metrics(self.run.folder)):
-            self.run.log(step=0, part="held_out", **start)
+        if not any(row.get("part") == self.part and row["step"] == 0 for row in runs.read_metrics(self.run.folder)):
+            self.run.log(step=0, part=self.part, **start)
 
     def __call__(self, step: int) -> None:
         """Measure after this step, if it is time."""
         if step % self.every and step != self.total:
             return
         self.last = {"step": step, **self.measure()}
-        self.run.rewind(step - 1, part="held_out")  # a resumed run comes here again
-        self.run.log(part="held_out", **self.last)
-        if self.last["loss"] < self.best.get("loss", math.inf):
+        self.run.rewind(step - 1, part=self.part)  # a resumed run comes here again
+        self.run.log(part=self.part, **self.last)
+        lower = self.last["loss"] < self.best.get("loss", math.inf)
+        if lower if self.part == "held_out" else step == self.total:
             self.best = self.last
             if self.run.writes:
                 self._keep()

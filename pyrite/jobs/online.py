@@ -78,9 +78,8 @@ class Config:
     loss: str = "soft_dpo(beta=0.1)"
     rounds: int = 3
     prompts_per_round: int | None = None
-    """Prompts answered in a round; all by default."""
-    fresh: bool = False
-    """Every round takes prompts that no round before it had, as long as there are any."""
+    """Prompts answered in a round, all by default: each round takes the next ones, and once all have been asked, they
+    come again in a new order."""
     k: int = 2
     """Answers a prompt; an even number."""
     pairing: Pairing = "best_worst"
@@ -133,7 +132,7 @@ def run(config: Config) -> Run:
     asked, test = prompts.split(
         config.prompts, config.evaluation, columns=config.columns, held_out=config.held_out, seed=config.seed
     )
-    turns = Turns(len(asked), min(config.prompts_per_round or len(asked), len(asked)), config.fresh, config.seed)
+    turns = Turns(len(asked), min(config.prompts_per_round or len(asked), len(asked)), config.seed)
     policy = Policy.load(config.model, lora=config.lora, top=config.train_top)
     train.ready(policy, config.training, name=config.model)
     weights = moved.Weights.of(policy)

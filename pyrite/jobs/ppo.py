@@ -79,6 +79,7 @@ class Config:
     steps: int = 100
     """Batches of answers."""
     prompts_per_step: int = 32
+    """Each step takes the next ones; once all have been asked, they come again in a new order."""
     k: int = 1
     """Answers a prompt; rloo, group and center need 2."""
     beta: float = 0.05
@@ -151,7 +152,7 @@ def run(config: Config) -> Run:
     learners = _learners(policy, config)
     players = Players(policy, start, config.training.precision)
     run.open()
-    turns = Turns(len(asked), min(config.prompts_per_step, len(asked)), True, config.seed)
+    turns = Turns(len(asked), min(config.prompts_per_step, len(asked)), config.seed)
     say(f"ppo: {config.steps} steps of {turns.size * config.k} answers, {len(test)} prompts to measure on")
     state = State.of(control)
     journal = Journal(run, evaluator, policy, part="ppo", stopping=config.stopping)

@@ -37,7 +37,8 @@ class Config:
     out: Path
     columns: str | None = None
     held_out: float | str = 0.1
-    """Pairs for measuring accuracy: a file, or the share of the prompts to keep."""
+    """Pairs for measuring accuracy: a file, whose prompts are not learned from, or the share of the prompts to keep.
+    With 0, accuracy is that on the training pairs, and called train_accuracy."""
     members: int = 1
     """Reward models in the ensemble."""
     loss: str = "bradley_terry(center=0.001)"
@@ -80,6 +81,8 @@ def run(config: Config) -> Run:
     test, prompts = (clean, data.clusters(held)) if held else (batches, data.clusters(pairs))
     run.open()
     say(f"reward: {len(batches)} pairs, {len(clean)} held out, {config.members} members")
+    if not held:
+        say("reward: no pairs are held out: accuracy is that on the training pairs, and called train_accuracy")
     for member in range(config.members):
         folder = run.folder / f"member_{member}"
         if (folder / "measured.json").exists():
@@ -97,7 +100,7 @@ def run(config: Config) -> Run:
             label=f"member {member}",
             folder=f"checkpoints/{member}",
         )
-        measured = _measure(model, test, prompts)
+        measured = _measure(model, test, prompts, "" if held else "train_")
         margin = moved.shift("margin", before, _margins(model, test), least=0.1)
         name = f"reward: member {member}" if config.members > 1 else "reward"
         measured["moved"] = moved.tell(name, first.change(model), config.training.lr, margin)
@@ -106,7 +109,8 @@ def run(config: Config) -> Run:
             runs.write_json(folder / "measured.json", measured)
         run.wait()
     train.discard_checkpoints(run)
-    return run.finish(members=_results(run, config), pairs=len(batches), **_baseline(test, prompts))
+    counts = {"pairs": len(batches), "held_out_pairs": len(clean)}
+    return run.finish(members=_results(run, config), **counts, **_baseline(test, prompts, "" if held else "train_"))
 
 
 def _read(config: Config) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -121,7 +125,8 @@ def _read(config: Config) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     )
     pairs = read(config.data)
     if isinstance(config.held_out, str):
-        train_pairs, held = pairs, read(config.held_out)
+        held = read(config.held_out)
+        train_pairs = data.apart(pairs, held, note=say, source=config.data)
     else:
         train_pairs, held = data.split(pairs, fraction=config.held_out, seed=seeds.derive(config.seed, "held out"))
     if len(held or train_pairs) < 2:
@@ -156,13 +161,14 @@ def _rows(model: RewardModel, pairs: list[dict[str, Any]]) -> list[Row]:
 
 
 @torch.inference_mode()
-def _measure(model: RewardModel, rows: list[Row], prompts: list[int]) -> dict[str, Any]:
-    """Accuracy with its interval over prompts, and the constants that standardize this member's scores."""
+def _measure(model: RewardModel, rows: list[Row], prompts: list[int], what: str) -> dict[str, Any]:
+    """Accuracy (`what` stands before its name) with its interval over prompts, and the constants that standardize this
+    member's scores."""
     texts = [text.Encoded(list(row.prompt), list(response), False) for row in rows for response in row.responses]
     scores = model.raw_scores(texts)
     model.mean, model.std = scores.mean().item(), scores.std(correction=0).item()
     wins = estimators.wins(*scores.view(-1, 2).unbind(1))
-    return {**_interval("accuracy", "accuracy", wins, prompts), "mean": model.mean, "std": model.std}
+    return {**_interval(f"{what}accuracy", f"{what}accuracy", wins, prompts), "mean": model.mean, "std": model.std}
 
 
 def _margins(model: RewardModel, rows: list[Row]) -> Tensor:
@@ -177,11 +183,11 @@ def _results(run: Run, config: Config) -> list[dict[str, Any]]:
     return [runs.read_json(run.folder / f"member_{member}" / "measured.json") for member in range(config.members)]
 
 
-def _baseline(rows: list[Row], prompts: list[int]) -> dict[str, Any]:
+def _baseline(rows: list[Row], prompts: list[int], what: str) -> dict[str, Any]:
     """How often the longer answer is the chosen one: what a reward model must beat."""
     lengths = torch.tensor([[len(response) for response in row.responses] for row in rows])
     wins = estimators.wins(*lengths.unbind(1))
-    return {"held_out_pairs": len(rows), **_interval("length_accuracy", "length", wins, prompts)}
+    return _interval(f"{what}length_accuracy", f"{what}length", wins, prompts)
 
 
 def _interval(name: str, prefix: str, wins: Tensor, prompts: list[int]) -> dict[str, float | None]:

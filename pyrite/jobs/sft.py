@@ -34,8 +34,9 @@ class Config:
     out: Path
     columns: str | None = None
     """Names of the columns where they differ, as ours=theirs: "prompt=question,response=answer"."""
-    held_out: float = 0.02
-    """Share of the prompts kept for measuring perplexity."""
+    held_out: float | str = 0.02
+    """Demonstrations for measuring perplexity: a file, whose prompts are not learned from, or the share of the prompts
+    to keep."""
     max_length: int | None = None
     """Longest prompt + response in tokens; the model's context by default."""
     lora: Lora = Lora()
@@ -45,7 +46,8 @@ class Config:
 
 def inputs(config: Config) -> dict[str, str | Path]:
     """What the job reads."""
-    return {"model": config.model, "data": config.data}
+    held = {"held_out": config.held_out} if isinstance(config.held_out, str) else {}
+    return {"model": config.model, "data": config.data, **held}
 
 
 def run(config: Config) -> Run:
@@ -53,8 +55,7 @@ def run(config: Config) -> Run:
     run = runs.start("sft", config, inputs=inputs(config))
     if run.done:
         return run
-    rows = data.load(config.data, "demos", columns=config.columns)
-    training, held = data.split(rows, fraction=config.held_out, seed=config.seed)
+    training, held = _read(config)
     policy = Policy.load(config.model, lora=config.lora)
     train.ready(policy, config.training, name=config.model, own=True)
     first = moved.Weights.of(policy)
@@ -86,6 +87,14 @@ def run(config: Config) -> Run:
     found = moved.tell("sft", first.change(policy), config.training.lr, change)
     counts = {"train_rows": len(batches), "held_out_rows": len(held_out)}
     return run.finish(held_out_nll=nll, perplexity=perplexity, **counts, moved=found)
+
+
+def _read(config: Config) -> tuple[list[data.Row], list[data.Row]]:
+    rows = data.load(config.data, "demos", columns=config.columns, note=say)
+    if not isinstance(config.held_out, str):
+        return data.split(rows, fraction=config.held_out, seed=config.seed)
+    held = data.load(config.held_out, "demos", columns=config.columns, note=say)
+    return data.apart(rows, held, note=say, source=config.data), held
 
 
 @torch.inference_mode()

@@ -142,7 +142,7 @@ def test_a_cut_run_goes_on_exactly(config: online.Config, monkeypatch: pytest.Mo
 
 
 def test_strictly_on_policy(config: online.Config) -> None:
-    found = results(replace(config, rounds=6, prompts_per_round=4, restart=False, measure_every=3, fresh=True))
+    found = results(replace(config, rounds=6, prompts_per_round=4, restart=False, measure_every=3))
     steps = [row["step"] for row in read_metrics(config.out)]
     assert steps == list(range(7))
     assert [row["step"] for row in read_metrics(config.out) if "gold" in row] == [0, 3, 6]

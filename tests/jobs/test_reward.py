@@ -116,12 +116,14 @@ def test_adapters(config: reward.Config) -> None:
 
 
 def test_held_out_file_and_none(config: reward.Config, pairs: Path, tmp_path: Path) -> None:
-    from_file = reward.run(replace(config, members=1, held_out=str(pairs))).results
+    data.write(data.load(pairs, "pairs")[:20], tmp_path / "held.jsonl")
+    from_file = reward.run(replace(config, members=1, held_out=str(tmp_path / "held.jsonl"))).results
     assert from_file is not None
-    assert (from_file["pairs"], from_file["held_out_pairs"]) == (80, 80)
+    assert (from_file["pairs"], from_file["held_out_pairs"]) == (60, 20)  # what is held out is not learned from
     none = reward.run(replace(config, members=1, held_out=0.0, out=tmp_path / "none")).results
     assert none is not None
-    assert (none["pairs"], none["held_out_pairs"]) == (80, 80)
+    assert (none["pairs"], none["held_out_pairs"]) == (80, 0)
+    assert "train_accuracy" in none["members"][0] and "accuracy" not in none["members"][0]
 
 
 def test_bad_options_are_refused_before_work(config: reward.Config, tmp_path: Path) -> None:

@@ -213,7 +213,6 @@ def _online(place: Place, label: str, method: Method, rewards: dict[str, Run]) -
         paying=Paying(budget=method.online, label_batch=64),
         rounds=settings.rounds,
         prompts_per_round=prompts,
-        fresh=True,
         loss=settings.loss,
         labels="hard",
         restart=False,

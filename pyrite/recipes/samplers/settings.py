@@ -66,7 +66,7 @@ class Settings:
     loss: str = "soft_dpo(beta=0.1)"
     rounds: int = 3
     prompts_per_round: int | None = None
-    """The same prompts in every round; all by default."""
+    """The next ones in every round; all by default."""
     online: Training = field(default_factory=Training)
     round_answers: int = 2
     """Answers to each held-out prompt after every round."""
