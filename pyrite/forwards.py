@@ -1,21 +1,55 @@
 """What policies and reward models share: running packed rows through a stock model, padding where it cannot take them.
 
-At load a small probe compares the packed path with the model's own padded forward (`agrees`).
+`ways.ways` finds out how a model may be run.
 """
 
 from __future__ import annotations
 
-import math
+import inspect
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pyrite.attention import packed_forward
+from pyrite.linears import FastLinears
 from pyrite.logps import Logps
-from pyrite.packing import Packed, Row, pack
+from pyrite.packing import Packed, Row
 from pyrite.text import Encoded
+
+NEVER = 1 << 40
+
+
+@dataclass(frozen=True)
+class Ways:
+    """What a model's architecture and config allow.
+
+    causal: no token sees a later one. packed: the trunk reads packed rows. padded: rows of unequal length may share a
+    batch, padded at the right. head: the model's own head, on the trunk's states alone, gives its logits. bare: so does
+    the weight of its vocabulary head. longest: tokens of a packed text at most, such as a sliding window. turn: texts
+    beyond this length are rotated otherwise than those within; dynamic: each length in its own way.
+    """
+
+    causal: bool = True
+    packed: bool = False
+    padded: bool = False
+    head: bool = False
+    bare: bool = False
+    longest: int = NEVER
+    turn: int = NEVER
+    dynamic: bool = False
+
+    def apart(self, lengths: Sequence[int]) -> list[list[int]]:
+        """Indices of texts of these lengths, in groups that may share a batch."""
+        groups: dict[int, list[int]] = {}
+        for index, length in enumerate(lengths):
+            own = not self.padded or (self.dynamic and length > self.turn)
+            groups.setdefault(length if own else -int(length > self.turn), []).append(index)
+        return list(groups.values())
 
 
 def by_response(flat: Tensor, batch: Packed, *, tokens: bool = False) -> Logps:
@@ -35,17 +69,87 @@ def trunk_states(model: PreTrainedModel, batch: Packed) -> Tensor:
     return out.last_hidden_state[0]
 
 
+class Places(NamedTuple):
+    """Where in a batch's states (S, H) response tokens, their predictors, (R,) each, and last tokens (N,) are."""
+
+    predictor: Tensor
+    response: Tensor
+    last: Tensor
+
+
+def places(batch: Packed) -> Places:
+    """A prompt that several padded texts begin with has states in each of them, which need not be the same."""
+    if not batch.padded:
+        return Places(batch.predictor, batch.response, batch.last)
+    (bucket,) = batch.buckets
+    end = torch.arange(batch.n, device=batch.ids.device) * bucket.queries + bucket.lengths
+    within = (
+        torch.arange(len(batch.owner), device=batch.ids.device) - (batch.lengths.cumsum(0) - batch.lengths)[batch.owner]
+    )
+    response = (end - batch.lengths)[batch.owner] + within
+    return Places(response - 1, response, end - 1)
+
+
+def states(model: PreTrainedModel, batch: Packed, ways: Ways, *, pad: int | None = None) -> Tensor:
+    """Hidden states (S, H) of a batch after the final norm, however it is laid out; `places` says what is where."""
+    if not batch.padded:
+        if ways.dynamic:
+            rotate_anew(model)
+        return trunk_states(model, batch)
+    trunk = model.base_model
+    return by_group(model, batch, ways, lambda ids, mask: run(trunk, ids, mask).last_hidden_state, pad=pad).flatten(
+        0, 1
+    )
+
+
+Read = Callable[[Tensor, Tensor | None], Tensor]  # ids (N, L) and what of them is text, to (N, ...) or (N, L, ...)
+
+
+def by_group(model: PreTrainedModel, batch: Packed, ways: Ways, read: Read, *, pad: int | None = None) -> Tensor:
+    """What `read` gives of a padded batch, the texts that may not share a forward apart; nothing masked in texts of
+    equal length."""
+    (bucket,) = batch.buckets
+    ids, mask = as_padded(batch, pad=pad)
+    lengths: list[int] = bucket.lengths.tolist()
+    parts, groups = [], ways.apart(lengths)
+    for group in groups:
+        width = max(lengths[i] for i in group)
+        even = all(lengths[i] == width for i in group)
+        rows = torch.tensor(group, device=ids.device)
+        if ways.dynamic:
+            rotate_anew(model)
+        with FastLinears():
+            part = read(ids[rows, :width], None if even else mask[rows, :width])
+        rest = bucket.queries - width
+        parts.append(F.pad(part, [0, 0] * (part.dim() - 2) + [0, rest]) if part.dim() > 2 and rest else part)
+    if len(groups) == 1:
+        return parts[0]
+    order = torch.tensor([i for group in groups for i in group], device=ids.device)
+    return torch.cat(parts)[order.argsort()]
+
+
+def rotate_anew(model: nn.Module) -> None:
+    """Rotary embeddings that grow with the longest text they have met forget it."""
+    for module in model.modules():
+        first = getattr(module, "original_inv_freq", None)
+        if isinstance(first, Tensor) and hasattr(module, "max_seq_len_cached"):
+            module.inv_freq = first.clone()
+            module.max_seq_len_cached = module.original_max_seq_len
+
+
+def pad_of(model: PreTrainedModel) -> int | None:
+    """The token that fills padded texts, where the model's config names one."""
+    text = model.config.get_text_config()
+    pad = getattr(text, "pad_token_id", None)
+    return pad if pad is not None and 0 <= pad < text.vocab_size else None
+
+
 def as_padded(batch: Packed, *, pad: int | None = None) -> tuple[Tensor, Tensor]:
     """Right-padded ids and mask (N, L) of a batch packed as one bucket."""
     (bucket,) = batch.buckets
     mask = torch.arange(bucket.queries, device=batch.ids.device) < bucket.lengths[:, None]
     ids = batch.ids[batch.query].view(mask.shape)
     return (ids if pad is None else ids.masked_fill(~mask, pad)), mask.long()
-
-
-def unpadded(values: Tensor, batch: Packed) -> Tensor:
-    """(N, L, ...) back to the packed order (T, ...)."""
-    return values.flatten(0, 1).index_select(0, batch.restore)
 
 
 def by_prompt(texts: Sequence[Encoded], *, most: int = 64) -> tuple[list[Row], list[list[int]]]:
@@ -63,31 +167,53 @@ def by_prompt(texts: Sequence[Encoded], *, most: int = 64) -> tuple[list[Row], l
     return rows, members
 
 
-@torch.inference_mode()
-def agrees(
-    fast: Callable[[Packed], Tensor],
-    plain: Callable[[Packed], Tensor],
-    model: PreTrainedModel,
-    *,
-    tol: float = 1e-3,
-) -> bool:
-    """Whether the packed path gives the model's own numbers, on two rows of different shapes."""
-    if getattr(model.config.get_text_config(), "final_logit_softcapping", None):
-        return False  # small logits would hide it from the probe
-    was_training = model.training
-    model.eval()
-    vocab = model.config.get_text_config().vocab_size
-    ids = torch.randint(0, vocab, (40,), generator=torch.Generator().manual_seed(0)).tolist()
-    pad = model.config.get_text_config().pad_token_id
-    ids = [token if token != pad else (token + 1) % vocab for token in ids]
-    rows = [Row(ids[:5], [ids[5:12], ids[12:15]]), Row(ids[15:18], [ids[18:32], ids[32:40]])]
-    try:
-        got = fast(pack(rows).to(model.device))
-        want = plain(pack(rows, padded=True).to(model.device))
-    except (TypeError, RuntimeError, AttributeError, ValueError, KeyError):  # NotImplementedError is a RuntimeError
-        return False
-    finally:
-        model.train(was_training)
-    tolerance = tol if model.dtype == torch.float32 else 50 * tol
-    error = (got.float() - want.float()).abs().max().item()
-    return math.isfinite(error) and error <= tolerance * max(1.0, want.abs().max().item())
+def run(module: Any, ids: Tensor, mask: Tensor | None = None) -> Any:
+    """A model or its trunk on whole texts (N, L), without a cache."""
+    takes = inspect.signature(module.forward).parameters
+    options = {"use_cache": False} if "use_cache" in takes else {}
+    return module(input_ids=ids, **options, **({} if mask is None else {"attention_mask": mask}))
+
+
+def own_head(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
+    """The model's own code from its trunk's states (R, H) to logits (R, V), with its scales, caps and biases."""
+    name = model.base_model_prefix
+
+    def logits(states: Tensor) -> Tensor:
+        trunk = model._modules[name]
+        model._modules[name] = _Said(states[None])
+        try:
+            return run(model, torch.zeros(1, len(states), dtype=torch.int64, device=states.device)).logits[0]
+        finally:
+            model._modules[name] = trunk
+
+    return logits
+
+
+class _Said(nn.Module):
+    """In the place of a trunk: says states that are known already."""
+
+    def __init__(self, states: Tensor) -> None:
+        super().__init__()
+        self.states = states
+
+    @property
+    def decoder(self) -> _Said:  # where a model reads this part of its trunk
+        return self
+
+    def forward(self, *_: object, **__: object) -> _States:
+        return _States(self.states)
+
+
+class _States(tuple):
+    """A trunk's output with nothing but its last states."""
+
+    last_hidden_state: Tensor
+
+    def __new__(cls, states: Tensor) -> _States:
+        made = super().__new__(cls, (states,))
+        made.last_hidden_state = states
+        return made
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)

@@ -1,7 +1,7 @@
 """Policies and reward models: load, adapt, log-probabilities, scores, save.
 
-Both run packed rows through the stock transformers model. At load a small probe compares that path with the
-model's own padded forward; a model that disagrees (an encoder, an unusual mask or head) runs padded instead.
+Both run packed rows through the stock transformers model where its architecture allows it (`pyrite.ways`), and padded
+where it does not (an encoder, recurrent layers, unusual masks); rows that may not share a batch are run apart.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from pyrite import ways
 from pyrite.attention import recompute_layers
-from pyrite.forwards import agrees, as_padded, by_prompt, by_response, trunk_states, unpadded
+from pyrite.forwards import Ways, by_group, by_prompt, by_response, own_head, pad_of, places, run, states
 from pyrite.loading import (
     Dtype,
     Lora,
@@ -44,10 +45,12 @@ from pyrite.loading import (
 from pyrite.logps import Logps
 from pyrite.members import active_adapter, beside, member_paths, one_trunk
 from pyrite.packing import Packed, Row, longest, micro_batches, pack
+from pyrite.progress import once
 from pyrite.text import Encoded, Prompt, encode_all
-from pyrite.vocabulary import logp_details, selective_logp
+from pyrite.vocabulary import logp_details, picked_logp, selective_logp
 
 Pooling = Literal["last", "mean"]
+REORDERED = frozenset({"xlnet", "xlm", "flaubert"})  # generate puts a mask behind the text, which a text has not
 
 
 class Policy(nn.Module):
@@ -58,7 +61,10 @@ class Policy(nn.Module):
         self.model = model
         self.tokenizer = tokenizer
         self.reversible = False  # without its adapters it is the model it was loaded from
-        self.packed = has_bare_head(model) and agrees(self._fast, self._plain, backbone(model))
+        self.ways = ways.ways(backbone(model))
+        _check_speaks(model, self.ways)
+        self.bare = self.ways.bare and has_bare_head(model)
+        self.packed = self.ways.packed and self.bare
 
     @classmethod
     def load(
@@ -76,6 +82,7 @@ class Policy(nn.Module):
                 raise ValueError(f"{path}: train the {top} top layers or adapters, not both")
             train_top(made.model, top)
         made.reversible = isinstance(made.model, PeftModel) and not isinstance(model, PeftModel)
+        once(cost(made, path))
         return made
 
     @property
@@ -98,18 +105,37 @@ class Policy(nn.Module):
         """
         if details:
             return logp_details(self.logits(batch), batch.target, ref.logits(batch) if ref else None)
-        return self._plain(batch) if batch.padded else self._fast(batch)
+        return self.read(batch)[1]
+
+    def read(self, batch: Packed) -> tuple[Tensor, Tensor]:
+        """Hidden states (R, H) that predict the response tokens, and the log-probabilities (R,) of these."""
+        batch, hidden = self.readable(batch), self.predicting(batch)
+        if self.bare:
+            return hidden, selective_logp(hidden, self.head_weight, batch.target)
+        size = backbone(self.model).config.get_text_config().vocab_size
+        return hidden, picked_logp(self._head(batch, hidden), batch.target, size=size)
 
     def logits(self, batch: Packed) -> Callable[[slice], Tensor]:
-        """The logits that predict some of the R response tokens; on packed rows, only those are ever computed."""
-        if not batch.padded:
-            model = backbone(self.model)
-            hidden, head = trunk_states(model, batch).index_select(0, batch.predictor), model.get_output_embeddings()
-            return lambda rows: F.linear(hidden[rows], head.weight)  # type: ignore[union-attr,arg-type]
-        ids, mask = as_padded(batch)
-        logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-        chosen = unpadded(logits, batch).index_select(0, batch.predictor)
-        return lambda rows: chosen[rows]
+        """The logits that predict some of the R response tokens.
+
+        Only those are ever computed, unless the model's head reads more than its trunk's states.
+        """
+        batch = self.readable(batch)
+        return self._head(batch, self.predicting(batch))
+
+    def predicting(self, batch: Packed) -> Tensor:
+        """Hidden states (R, H) that predict the response tokens of a batch."""
+        batch, model = self.readable(batch), backbone(self.model)
+        return states(model, batch, self.ways, pad=pad_of(model)).index_select(0, places(batch).predictor)
+
+    def readable(self, batch: Packed) -> Packed:
+        """The batch as this model can read it, where another model laid it out."""
+        return batch if batch.padded or fits(self, batch.rows) else self.pack(batch.rows)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """Of a bare vocabulary head."""
+        return backbone(self.model).get_output_embeddings().weight  # type: ignore[union-attr,return-value]
 
     def logps(self, batch: Packed, *, tokens: bool = False) -> Logps:
         """Log-probabilities of the N responses; `tokens=True` keeps them token by token."""
@@ -134,15 +160,21 @@ class Policy(nn.Module):
         """Hugging Face layout, safetensors, tokenizer included."""
         save(self.model, folder, self.tokenizer)
 
-    def _fast(self, batch: Packed) -> Tensor:
+    def _head(self, batch: Packed, hidden: Tensor) -> Callable[[slice], Tensor]:
+        """Logits of some response tokens from the hidden states that predict them."""
         model = backbone(self.model)
-        hidden = trunk_states(model, batch).index_select(0, batch.predictor)
-        head: Any = model.get_output_embeddings()
-        return selective_logp(hidden, head.weight, batch.target)
-
-    def _plain(self, batch: Packed) -> Tensor:
-        logits = self.logits(batch)(slice(None)).float()
-        return torch.log_softmax(logits, -1).gather(1, batch.target[:, None]).squeeze(1)
+        if self.bare:
+            return lambda rows: F.linear(hidden[rows], self.head_weight)
+        if self.ways.head and not isinstance(self.model, PeftModel):
+            head = own_head(model)
+            return lambda rows: head(hidden[rows])
+        if self.ways.head:  # its adapters may be off by the time that rows are asked for
+            chosen = own_head(model)(hidden)
+        else:
+            pad = pad_of(model)
+            whole = by_group(model, batch, self.ways, lambda ids, mask: run(model, ids, mask).logits, pad=pad)
+            chosen = whole.flatten(0, 1).index_select(0, places(batch).predictor)
+        return lambda rows: chosen[rows]
 
 
 class RewardModel(nn.Module):
@@ -168,12 +200,12 @@ class RewardModel(nn.Module):
         self.mean, self.std = mean, std
         self.max_length = max_length or self.context
         self.max_prompt = max_prompt or self.max_length * 3 // 4
+        self.ways = ways.ways(backbone(model))
         score = getattr(backbone(model), "score", None)  # the head transformers gives every decoder classifier
-        # a mean-pooled head is not the stock one, so only the trunk can be compared, at the last token
-        pooled = isinstance(score, nn.Module)
-        self.packed = pooled and agrees(lambda b: self.read(self.pooled(b, "last")), self._plain, backbone(model))
-        if pooling == "mean" and not self.packed:
-            raise ValueError("pooling=mean needs a decoder model that can run packed; use pooling=last")
+        self.decodes = isinstance(score, nn.Module) and self.ways.causal and self.ways.head
+        self.packed = self.decodes and self.ways.packed
+        if pooling == "mean" and not self.decodes:
+            raise ValueError("pooling=mean needs a decoder model; use pooling=last")
 
     @classmethod
     def load(
@@ -208,7 +240,7 @@ class RewardModel(nn.Module):
         model.config.pad_token_id = pad_id(tokenizer)
         if head_seed is not None:
             draw_head(model, seed=head_seed, std=head_std)
-        return cls(
+        made = cls(
             adapted(model, lora, task="SEQ_CLS"),
             sibling.tokenizer if sibling and shared else tokenizer,
             pooling=pooling or saved.get("pooling", "last"),
@@ -218,6 +250,8 @@ class RewardModel(nn.Module):
             max_prompt=max_prompt or saved.get("max_prompt"),
             adapter=adapter,
         )
+        once(cost(made, path))
+        return made
 
     @property
     def context(self) -> int:
@@ -234,7 +268,9 @@ class RewardModel(nn.Module):
 
     def forward(self, batch: Packed) -> Tensor:
         """Raw scores of the N responses, (N,) float32."""
-        return self._plain(batch) if batch.padded else self.read(self.pooled(batch, self.pooling))
+        if self.decodes:
+            return self.read(self.pooled(batch, self.pooling))
+        return self._plain(batch)
 
     def encode(
         self,
@@ -262,10 +298,10 @@ class RewardModel(nn.Module):
 
     def pooled(self, batch: Packed, pooling: Pooling) -> Tensor:
         """What the head reads of each of the N responses of a packed batch, (N, H)."""
-        states = trunk_states(self._active(), batch)
+        hidden, at = states(self._active(), batch, self.ways, pad=pad_of(self._active())), places(batch)
         if pooling == "last":
-            return states.index_select(0, batch.last)
-        total = states.new_zeros(batch.n, states.shape[1]).index_add(0, batch.owner, states[batch.response])
+            return hidden.index_select(0, at.last)
+        total = hidden.new_zeros(batch.n, hidden.shape[1]).index_add(0, batch.owner, hidden[at.response])
         return total / batch.lengths.clamp(min=1)[:, None]
 
     def read(self, pooled: Tensor) -> Tensor:
@@ -283,8 +319,9 @@ class RewardModel(nn.Module):
         config.save_pretrained(folder)  # adapters alone would leave the constants behind
 
     def _plain(self, batch: Packed) -> Tensor:
-        ids, mask = as_padded(batch, pad=self._active().config.pad_token_id)
-        return self.model(input_ids=ids, attention_mask=mask).logits[:, 0].float()
+        model = self._active()
+        outputs = by_group(model, batch, self.ways, lambda ids, mask: run(model, ids, mask).logits, pad=pad_of(model))
+        return outputs[:, 0].float()
 
     def _active(self) -> Any:
         """The transformers model, with this reward model's adapters where several share it."""
@@ -369,5 +406,37 @@ def _together(members: Sequence[RewardModel], batch: Packed) -> Tensor:
 
 def pack_for(model: Any, rows: Sequence[Row]) -> Packed:
     """Packed where the model can; rows longer than a sliding window need the model's own masks."""
-    window = getattr(backbone(model.model).config.get_text_config(), "sliding_window", None) or 1 << 30
-    return pack(rows, padded=not model.packed or longest(rows) > window).to(model.device)
+    return pack(rows, padded=not fits(model, rows)).to(model.device)
+
+
+def fits(model: Any, rows: Sequence[Row]) -> bool:
+    """Whether a model reads these rows packed."""
+    return model.packed and longest(rows) <= model.ways.longest
+
+
+def cost(model: Any, path: str | Path) -> str:
+    """What a model pays for an architecture that reads no packed rows; empty of one that does."""
+    if model.packed:
+        return ""
+    inside = backbone(model.model)
+    why = f"  note: {path}: {type(inside).__name__} runs padded: it reads a prompt again for each of its answers, "
+    if not model.ways.padded:
+        return why + "and only texts of one length together"
+    if inside.get_output_embeddings() is not None and not model.ways.head:
+        return why + "and computes pads, and the logits of prompts too"
+    return why + "and computes pads too"
+
+
+def _check_speaks(model: Any, found: Ways) -> None:
+    """Raises ValueError for a model whose log-probabilities of a text are not those it would be drawn with."""
+    inside = backbone(model)
+    kind = type(inside).__name__
+    if getattr(type(inside.config), "is_encoder_decoder", False):
+        raise ValueError(f"{kind} is half of an encoder-decoder: a policy needs a decoder model, such as a Llama")
+    if not found.causal or inside.config.model_type in REORDERED:
+        raise ValueError(
+            f"{kind} reads tokens beyond the one it predicts: a policy needs a causal language model "
+            "(for an encoder that was trained as one, is_decoder: true in its config.json)"
+        )
+    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+        raise ValueError(f"{kind} with prompt tuning: a policy takes adapters inside the model, such as LoRA")

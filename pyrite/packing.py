@@ -53,7 +53,8 @@ class Packed:
     `response` (R,) packed index of each response token; `lengths` (N,) response lengths.
     `buckets` describe attention: `query` and `key` are the packed indices of their B x queries and B x keys tokens, one
     bucket after the other (a pad repeats its segment's first token), `restore` (T,) where each token stands in `query`.
-    `padded` says that there is one bucket of whole paths, for models that cannot read packed rows.
+    `padded` says that there is one bucket of whole paths, for models that cannot read packed rows; `rows` is what was
+    packed.
     """
 
     ids: Tensor
@@ -69,6 +70,7 @@ class Packed:
     key: Tensor
     restore: Tensor
     padded: bool
+    rows: Sequence[Row]
 
     @property
     def n(self) -> int:
@@ -110,6 +112,7 @@ def pack(rows: Sequence[Row], *, padded: bool = False) -> Packed:
         key=torch.from_numpy(key),
         restore=torch.from_numpy(restore),
         padded=padded,
+        rows=rows,
     )
 
 

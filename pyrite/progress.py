@@ -15,6 +15,21 @@ PATIENCE = 10.0  # seconds between plain lines
 Advance = Callable[[int], None]
 
 
+_SAID: set[str] = set()
+
+
+def once(message: str) -> None:
+    """`say` what this run has not said yet; nothing if it is empty."""
+    if message and message not in _SAID:
+        _SAID.add(message)
+        say(message)
+
+
+def anew() -> None:
+    """A new run begins: `once` says everything again."""
+    _SAID.clear()
+
+
 def say(message: str) -> None:
     """One plain line, from the main process only."""
     if world().is_main_process:

@@ -28,7 +28,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from pyrite import __version__, locks, options
+from pyrite import __version__, locks, options, progress
 from pyrite.processes import on_main, world
 
 OURS = ("config.json", "manifest.json")
@@ -179,6 +179,7 @@ def start(job: str, config: Any, *, inputs: Mapping[str, str | Path]) -> Run:
     that another process works in, or that cannot be written.
     """
     options.check(config)
+    progress.anew()
     run = Run(Path(config.out).expanduser(), {"job": job, **plain_config(config)}, {}, job=config)
     found, trouble = on_main(_looked)(run, inputs)
     if trouble:

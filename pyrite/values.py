@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
-from pyrite import checkpoints
-from pyrite.forwards import agrees, as_padded, trunk_states, unpadded
+from pyrite import checkpoints, ways
+from pyrite.forwards import pad_of, places, states
 from pyrite.loading import (
     Dtype,
     Lora,
@@ -33,9 +33,9 @@ from pyrite.loading import (
     settings,
     train_top,
 )
-from pyrite.models import Policy, pack_for
+from pyrite.models import Policy, cost, pack_for
 from pyrite.packing import Packed, Row, micro_batches
-from pyrite.vocabulary import selective_logp
+from pyrite.progress import once
 
 HEAD = "value_head.safetensors"
 
@@ -59,9 +59,10 @@ class ValueModel(nn.Module):
         super().__init__()
         self.model, self.tokenizer = model, tokenizer
         self.mean, self.std = mean, std
-        if not isinstance(getattr(backbone(model), "score", None), nn.Module) or not _causal(backbone(model)):
+        self.ways = ways.ways(backbone(model))
+        if not isinstance(getattr(backbone(model), "score", None), nn.Module) or not self.ways.causal:
             raise ValueError(f"{type(backbone(model)).__name__} reads ahead: a value model needs a decoder model")
-        self.packed = agrees(self._fast, self._plain, backbone(model))
+        self.packed = self.ways.packed
 
     @classmethod
     def load(
@@ -96,6 +97,7 @@ class ValueModel(nn.Module):
         )
         if top is not None:
             train_top(backbone(made.model), top)
+        once(cost(made, path))
         return made
 
     @property
@@ -113,7 +115,9 @@ class ValueModel(nn.Module):
 
     def forward(self, batch: Packed) -> Tensor:
         """The value before each of the R response tokens, (R,) float32."""
-        return self._plain(batch) if batch.padded else self._fast(batch)
+        model: Any = backbone(self.model)
+        hidden = states(model, batch, self.ways, pad=pad_of(model))
+        return (model.score(hidden.index_select(0, places(batch).predictor)).squeeze(-1).float() - self.mean) / self.std
 
     def values(self, batch: Packed) -> Tensor:
         return self(batch)
@@ -124,18 +128,6 @@ class ValueModel(nn.Module):
         config.pyrite = {**(getattr(config, "pyrite", None) or {}), "mean": self.mean, "std": self.std}
         save(self.model, folder, self.tokenizer)
         config.save_pretrained(folder)
-
-    def _fast(self, batch: Packed) -> Tensor:
-        return self._read(trunk_states(backbone(self.model), batch), batch)
-
-    def _plain(self, batch: Packed) -> Tensor:
-        ids, mask = as_padded(batch)
-        states = backbone(self.model).base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-        return self._read(unpadded(states, batch), batch)
-
-    def _read(self, states: Tensor, batch: Packed) -> Tensor:
-        score: Any = backbone(self.model).score
-        return (score(states.index_select(0, batch.predictor)).squeeze(-1).float() - self.mean) / self.std
 
 
 class WithValue(nn.Module):
@@ -163,14 +155,12 @@ class WithValue(nn.Module):
 
     def forward(self, batch: Packed) -> Tensor:
         """(2, R) float32: log-probability of each of the R response tokens, nats, and the value before it."""
-        hidden, logp = self._plain(batch) if batch.padded else self._fast(batch)
+        hidden, logp = self.policy.read(batch)
         return torch.stack([logp, self._value(hidden)])
 
     def values(self, batch: Packed) -> Tensor:
         """The values alone, (R,)."""
-        if batch.padded:
-            return self(batch)[1]
-        return self._value(trunk_states(backbone(self.policy.model), batch).index_select(0, batch.predictor))
+        return self._value(self.policy.predicting(batch))
 
     def save(self, folder: str | Path) -> None:
         """The policy as it saves itself, and the head beside it."""
@@ -192,20 +182,6 @@ class WithValue(nn.Module):
         with torch.autocast(hidden.device.type, enabled=False):
             return self.head((hidden.detach() if self.detach else hidden).float()).squeeze(-1)
 
-    def _fast(self, batch: Packed) -> tuple[Tensor, Tensor]:
-        model = backbone(self.policy.model)
-        hidden = trunk_states(model, batch).index_select(0, batch.predictor)
-        vocabulary: Any = model.get_output_embeddings()
-        return hidden, selective_logp(hidden, vocabulary.weight, batch.target)
-
-    def _plain(self, batch: Packed) -> tuple[Tensor, Tensor]:
-        ids, mask = as_padded(batch)
-        out = self.policy.model(input_ids=ids, attention_mask=mask, use_cache=False, output_hidden_states=True)
-        hidden, logits = (
-            unpadded(x, batch).index_select(0, batch.predictor) for x in (out.hidden_states[-1], out.logits)
-        )
-        return hidden, torch.log_softmax(logits.float(), -1).gather(1, batch.target[:, None]).squeeze(1)
-
 
 @torch.no_grad()
 def response_values(critic: Critic, rows: Sequence[Row], *, budget: int = 16384) -> Tensor:
@@ -218,15 +194,3 @@ def response_values(critic: Critic, rows: Sequence[Row], *, budget: int = 16384)
         for i in group:
             parts[i] = [next(flat) for _ in rows[i].responses]
     return pad_sequence([part for row in parts for part in row], batch_first=True)
-
-
-@torch.inference_mode()
-def _causal(model: PreTrainedModel) -> bool:
-    """Whether another last token leaves the states before it as they are."""
-    was_training = model.training
-    model.eval()
-    vocab = model.config.get_text_config().vocab_size
-    ids = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 5]], device=model.device) % vocab
-    states = model.base_model(input_ids=ids).last_hidden_state[:, :3].float()
-    model.train(was_training)
-    return torch.allclose(states[0], states[1], atol=1e-3 * states.abs().max().item())

@@ -58,6 +58,24 @@ def logp_details(
     return torch.cat([checkpoint(some, rows, use_reentrant=False) for rows in slices], dim=1)
 
 
+def picked_logp(
+    logits: Callable[[slice], Tensor], target: Tensor, *, size: int, keep_bytes: int = KEEP_BYTES, chunk: int = 1024
+) -> Tensor:
+    """log π(target) (R,) float32 nats from `logits(rows)`, (chunk, V) of these rows, V = size.
+
+    Beyond `keep_bytes` of logits only a chunk is in memory at a time, and computed again for the gradient.
+    """
+
+    def some(rows: slice) -> Tensor:
+        logp = torch.log_softmax(logits(rows), -1, dtype=torch.float32)
+        return logp.gather(1, target[rows, None]).squeeze(1)
+
+    if len(target) * size * 4 <= keep_bytes:
+        return some(slice(None))
+    slices = [slice(begin, begin + chunk) for begin in range(0, len(target), chunk)]
+    return torch.cat([checkpoint(some, rows, use_reentrant=False) for rows in slices])
+
+
 class _SelectiveLogp(torch.autograd.Function):
     """d logp / d logits = onehot(target) - softmax, applied chunk by chunk."""
 

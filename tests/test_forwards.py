@@ -1,11 +1,11 @@
-"""Responses by prompt, sums in float64, and the probe; whole models are tested in test_models."""
+"""Responses by prompt and sums in float64; whole models are tested in test_models."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from pyrite.forwards import agrees, by_prompt, by_response
+from pyrite.forwards import by_prompt, by_response
 from pyrite.packing import Row, pack
 from pyrite.text import Encoded
 
@@ -31,20 +31,3 @@ def test_texts_with_one_prompt_share_a_row_longest_first() -> None:
     assert members == [[2, 0], [1]]
     rows, members = by_prompt(texts, most=1)
     assert members == [[2], [0], [1]]
-
-
-def test_the_probe_sees_a_difference_and_an_error(tiny) -> None:
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(tiny)
-
-    def numbers(batch) -> torch.Tensor:
-        return torch.arange(4.0)
-
-    def broken(batch) -> torch.Tensor:
-        raise TypeError("no such argument")
-
-    assert agrees(numbers, numbers, model)
-    assert not agrees(lambda b: numbers(b) + 0.01, numbers, model)
-    assert not agrees(lambda b: numbers(b) * torch.nan, numbers, model)
-    assert not agrees(broken, numbers, model)

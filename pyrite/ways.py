@@ -1,0 +1,301 @@
+"""How a model may be run so that each row's numbers are its own: packed, padded, or with rows of its own length.
+
+The answer is found on a small model of the same architecture with sizeable random weights. A model's own weights may
+hide a mistake: near-uniform ones, as they are drawn at first, give almost the same numbers without causality, with
+another row in sight, or without a multiplier. The small model runs on the processor in float32, whatever the model's
+precision, and is compared with the stock forward, one row at a time without padding.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from pyrite import forwards
+from pyrite.forwards import NEVER, Ways
+from pyrite.packing import Packed, Row, pack
+
+CLOSE = 1e-4  # of the distance to a wrong way: how near the right way must come to the stock model
+LIMIT = 1 << 22  # weights up to which a model is copied in its own shape
+HEAVY = 1 << 25  # weights of a small shape at most
+HEAD = 16  # size of a head in the small shape of a large model
+VOCABULARY = 97
+SIZES = (  # what else is made smaller, by its name in the config
+    (r"vocab_size", VOCABULARY),
+    (r"intermediate_size|ffn|dff$|dim_ff$|d_inner|n_inner", 32),
+    (r"lora_rank|head_dim|dim_head|d_head|attention_head_size|rotary_dim", HEAD),
+    (r"experts_per_tok|moe_topk|moe_k$|topk_group$|n_shared_experts|index_n_heads", 2),
+    (r"n_group$|num_expert_group$", 4),
+    (r"experts$", 8),
+)
+
+
+def ways(model: PreTrainedModel) -> Ways:
+    """The ways of a model of transformers, found once in a process for each architecture.
+
+    Where no small model can be made, or the stock model cannot read a bare text, texts of one length share a forward.
+    """
+    config = _small_config(model)
+    text = json.dumps(config.to_dict(), sort_keys=True, default=str) if config is not None else ""
+    key = f"{type(model).__module__}.{type(model).__qualname__} {text}"
+    if key not in _FOUND:
+        with torch.inference_mode(False), torch.device("cpu"):
+            small = None if config is None else _built(model, config)
+            _FOUND[key] = Ways() if small is None else _told(small)
+    return replace(_FOUND[key], **_lengths(model.config))
+
+
+_FOUND: dict[str, Ways] = {}
+
+
+def _lengths(config: Any) -> dict[str, Any]:
+    """The lengths at which a model begins to read otherwise, as its config says."""
+    text = config.get_text_config()
+    near = [
+        value
+        for name, value in vars(text).items()
+        if re.search(r"window|chunk|local_attention|block_size", name) and not re.search(r"layers|pattern|mult", name)
+        for value in (value if isinstance(value, (list, tuple)) else [value])
+        if isinstance(value, int) and not isinstance(value, bool) and value > 1
+    ]
+    turns, dynamic = [NEVER], False
+    for rope in rotary(text):
+        kind = rope.get("rope_type") or "default"
+        if kind == "longrope":
+            first = rope.get("original_max_position_embeddings") or getattr(text, "original_max_position_embeddings", 0)
+            turns.append(first or text.max_position_embeddings)
+        elif "dynamic" in kind:
+            turns.append(text.max_position_embeddings)
+            dynamic = True
+    return {"longest": min(*turns, *near, NEVER), "turn": min(turns), "dynamic": dynamic}
+
+
+def clone(model: PreTrainedModel) -> PreTrainedModel | None:
+    """A small model of the same class and options with sizeable weights; None where none can be made.
+
+    A large model's widths are made smaller, its layers are kept. The global random stream is left as it was.
+    """
+    config = _small_config(model)
+    return None if config is None else _built(model, config)
+
+
+def _small_config(model: PreTrainedModel) -> Any:
+    config = copy.deepcopy(model.config)
+    for name in ("pyrite", "_name_or_path", "quantization_config"):
+        if hasattr(config, name):
+            try:
+                delattr(config, name)
+            except AttributeError:
+                continue
+    if sum(weight.numel() for weight in model.parameters()) > LIMIT:
+        try:
+            _shrink(config.get_text_config())
+        except Exception:  # sizes that do not go together, as the config's own class says
+            return None
+    return config
+
+
+def _built(model: PreTrainedModel, config: Any) -> PreTrainedModel | None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        try:
+            with torch.device("meta"):
+                size = sum(weight.numel() for weight in type(model)(copy.deepcopy(config)).parameters())
+            made = type(model)._from_config(config, dtype=torch.float32) if size <= HEAVY else None
+        except Exception:  # a foreign class says in its own way that it cannot be made of these sizes
+            return None
+    if made is not None:
+        _enlarge(made)
+    return made and made.eval()
+
+
+def _enlarge(model: nn.Module) -> None:
+    """Weights that keep the size of what they multiply, from a stream of their own."""
+    g = torch.Generator().manual_seed(0)
+    for weight in model.parameters():
+        noise = torch.randn(weight.shape, generator=g)
+        weight.data = noise / weight.shape[-1] ** 0.5 if weight.dim() > 1 else weight.data + 0.2 * noise
+
+
+def _shrink(config: Any) -> None:
+    """The sizes of a text config made small, in proportion where they depend on each other."""
+    heads, width = getattr(config, "num_attention_heads", None), getattr(config, "hidden_size", None)
+    if not isinstance(heads, int) or not isinstance(width, int):
+        return
+    groups = getattr(config, "num_key_value_heads", None) or heads
+    size = getattr(config, "head_dim", None) or width // heads
+    some = 2 if groups >= 2 and 2 * (heads // groups) <= 8 else 1
+    for name, value in list(vars(config).items()):
+        if isinstance(value, int) and not isinstance(value, bool):
+            if name.endswith("_token_id"):
+                setattr(config, name, min(value, 2))
+            elif most := next((most for pattern, most in SIZES if re.search(pattern, name)), None):
+                setattr(config, name, min(value, most))
+    if isinstance(getattr(config, "eos_token_id", None), list):
+        config.eos_token_id = [2]
+    config.num_attention_heads = some * (heads // groups)
+    config.hidden_size = config.num_attention_heads * HEAD if width == heads * size else 4 * HEAD
+    for name in ("num_key_value_heads", "num_kv_heads"):
+        if getattr(config, name, None) is not None:
+            setattr(config, name, some)
+    for rope in rotary(config):
+        for name, value in rope.items():
+            if isinstance(value, list) and name.endswith("_factor"):
+                rope[name] = value[: max(1, len(value) * HEAD // size)]
+            elif isinstance(value, list):  # sections of half a head
+                rest = [max(1, n * HEAD // size) for n in value[1:]]
+                rope[name] = [sum(value) * HEAD // size - sum(rest), *rest]
+
+
+def rotary(config: Any) -> list[dict[str, Any]]:
+    """A text config's settings of rotary embeddings, one a kind of layers."""
+    rope = getattr(config, "rope_parameters", None)
+    if not isinstance(rope, dict):
+        return []
+    return [rope] if "rope_type" in rope else [part for part in rope.values() if isinstance(part, dict)]
+
+
+PROMPTS = ((5, 3, 8), (4, 9))
+ANSWERS = (((7, 6, 11, 4), (10, 12)), ((6, 13, 3, 8, 5), (14, 7, 9)))
+Read = dict[str, Tensor]  # "logits" (N, ...), and "states" (N, L, H) where the trunk gives some
+
+
+@torch.no_grad()
+def _told(model: PreTrainedModel) -> Ways:
+    rows = _rows(model)
+    batch = pack(rows, padded=True)
+    texts = [[*row.prompt, *answer] for row in rows for answer in row.responses]
+    try:
+        alone = [_read(model, [text]) for text in texts]
+        behind = [_read(model, [texts[i - 1] + text]) for i, text in enumerate(texts)]
+    except Exception:  # a foreign model may need more than a text
+        return Ways()
+    if not all(bool(value.isfinite().all()) for read in alone for value in read.values()):
+        return Ways()
+    far = {name: _far(name, alone, behind) for name in alone[0]}
+
+    def near(name: str, ours: Callable[[], Sequence[Tensor]]) -> bool:
+        """Whether this way comes near the stock model, and much nearer than with another text in sight."""
+        try:
+            pairs = list(zip(ours(), [read[name][0] for read in alone], strict=True))
+        except Exception:  # whatever a foreign model raises, it cannot be run so
+            return False
+        return all(bool((got - want).abs().max() <= CLOSE * far[name]) for got, want in pairs)
+
+    causal = _is_causal(model, texts[0], alone[0])
+    return Ways(
+        causal=causal,
+        packed=causal and near("states", lambda: _packed(model, rows, batch)) and _is_tight(model, rows),
+        padded=near("logits", lambda: _padded(model, batch, "logits"))
+        and ("states" not in far or near("states", lambda: _padded(model, batch, "states"))),
+        head=near("logits", lambda: [_head(model, read["states"]) for read in alone]),
+        bare=near("logits", lambda: [_bare(model, read["states"]) for read in alone]),
+    )
+
+
+def _rows(model: PreTrainedModel) -> list[Row]:
+    """Two rows of tokens that are no pads."""
+    text = model.config.get_text_config()
+    free = [token for token in range(3, text.vocab_size) if token != forwards.pad_of(model)] or [0]
+
+    def some(tokens: Sequence[int]) -> list[int]:
+        return [free[token % len(free)] for token in tokens]
+
+    return [Row(some(p), [some(one) for one in a]) for p, a in zip(PROMPTS, ANSWERS, strict=True)]
+
+
+def _read(model: PreTrainedModel, texts: list[list[int]], mask: Tensor | None = None) -> Read:
+    """The stock model's own numbers of texts of equal length, or padded by whoever gives a mask."""
+    found: Read = {}
+
+    def keep(module: nn.Module, args: object, out: Any) -> None:
+        states = getattr(out, "last_hidden_state", None)
+        if isinstance(states, Tensor):
+            found["states"] = states
+
+    trunk, ids = model.base_model, torch.tensor(texts)
+    hook = trunk.register_forward_hook(keep)
+    try:
+        logits = forwards.run(model, ids, mask).logits
+        if not found and trunk is not model:  # the model called a part of its trunk
+            forwards.run(trunk, ids, mask)
+    finally:
+        hook.remove()
+    return {"logits": logits, **found}
+
+
+def _far(name: str, alone: Sequence[Read], behind: Sequence[Read]) -> float:
+    """How far another text in front moves the numbers, in the least moved text."""
+    pairs = [(a[name][0], b[name][0]) for a, b in zip(alone, behind, strict=True)]
+    return min((b[-len(a) :] - a).abs().max().item() for a, b in pairs)
+
+
+def _is_causal(model: PreTrainedModel, text: list[int], before: Read) -> bool:
+    name = "states" if "states" in before else "logits"
+    for at in (len(text) - 1, len(text) // 2):
+        other = [*text[:at], text[0] if text[at] != text[0] else text[1], *text[at + 1 :]]
+        moved = (_read(model, [other])[name] - before[name])[0].abs().flatten(1).amax(1)
+        if len(moved) != len(text) or not bool(moved[:at].max() <= CLOSE * moved[at]):
+            return False
+    return True
+
+
+def _packed(model: PreTrainedModel, rows: Sequence[Row], batch: Packed) -> list[Tensor]:
+    states = forwards.trunk_states(model, pack(rows))
+    (bucket,) = batch.buckets
+    paths = batch.query.view(-1, bucket.queries)
+    return [states[path[:length]] for path, length in zip(paths, bucket.lengths.tolist(), strict=True)]
+
+
+def _is_tight(model: PreTrainedModel, rows: Sequence[Row]) -> bool:
+    """Whether a token's state has a gradient, however small, to no token but those before it in its own text."""
+    batch = pack(rows)
+    (bucket,) = (paths := pack(rows, padded=True)).buckets
+    kept: list[Tensor] = []
+
+    def keep(module: nn.Module, args: object, out: Tensor) -> Tensor:
+        kept.append(out.detach().requires_grad_())
+        return kept[-1]
+
+    hook = model.get_input_embeddings().register_forward_hook(keep)  # type: ignore[union-attr]
+    try:
+        with torch.enable_grad():
+            states = forwards.trunk_states(model, replace(batch, ids=batch.ids.clone()))
+    finally:
+        hook.remove()
+    for path, length in zip(paths.query.view(-1, bucket.queries).tolist(), bucket.lengths.tolist(), strict=True):
+        at = length - 2
+        weights = torch.linspace(-1, 1, states.shape[1])
+        with torch.enable_grad():
+            reads = states[path[at]] @ weights
+        (grad,) = torch.autograd.grad(reads, kept[0], retain_graph=True)
+        found = set(grad[0].abs().amax(-1).nonzero().flatten().tolist())
+        if not {path[at]} <= found <= set(path[: at + 1]):
+            return False
+    return True
+
+
+def _padded(model: PreTrainedModel, batch: Packed, name: str) -> list[Tensor]:
+    ids, mask = forwards.as_padded(batch, pad=forwards.pad_of(model))
+    values = _read(model, ids.tolist(), mask)[name]
+    whole = values.dim() < 3
+    return [value if whole else value[:length] for value, length in zip(values, mask.sum(1).tolist(), strict=True)]
+
+
+def _head(model: Any, states: Tensor) -> Tensor:
+    """What a head makes of the trunk's states alone: a decoder classifier's of the last, a vocabulary head's of all."""
+    score = getattr(model, "score", None)
+    return score(states[0, -1]) if isinstance(score, nn.Module) else forwards.own_head(model)(states[0])
+
+
+def _bare(model: Any, states: Tensor) -> Tensor:
+    return F.linear(states[0], model.get_output_embeddings().weight)
