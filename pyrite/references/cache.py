@@ -72,7 +72,7 @@ def dtype_of(policy: Policy) -> Dtype:
 
 
 def place(texts: Sequence[Text], rows: Sequence[dict[str, Any]] | None = None) -> Callable[[int], str]:
-    """How errors call the answers of pairs: with file and line where the pairs' rows know them, else with the prompt."""
+    """How errors call the answers of pairs: with file and line where their rows know them, else with the prompt."""
 
     def name(i: int) -> str:
         asked = repr(plain(texts[i].prompt)[:40])
