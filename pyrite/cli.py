@@ -13,6 +13,7 @@ import os
 import pkgutil
 import re
 import sys
+import traceback
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
@@ -153,7 +154,7 @@ def parse(schema: type, arguments: list[str], *, prog: str) -> Any:
     except SystemExit as error:
         if not error.code:
             raise  # --help
-        raise ValueError(_unboxed(said.getvalue())) from None
+        raise ValueError(_checked(error) or _unboxed(said.getvalue())) from None
     config = at_home(config)
     ranges.check(config)
     return config
@@ -196,6 +197,20 @@ def _refuse_empty(schema: type, options: list[str]) -> None:
         kind = hints.get(option.removeprefix("--").replace("-", "_"))
         if kind is not None and Path in (kind, *get_args(kind)) and (not values or "" in values):
             raise ValueError(f"{option} is empty: give a path")
+
+
+def _checked(error: BaseException) -> str | None:
+    """What a group of options itself said when it was made, without the parser's words around it."""
+    inner = error.__context__
+    while inner and not (type(inner) is ValueError and _place(inner).is_relative_to(Path(__file__).parent)):
+        inner = inner.__context__
+    return str(inner) if inner else None
+
+
+def _place(error: BaseException) -> Path:
+    """The file in which an error was raised."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return Path(frame.f_code.co_filename)
 
 
 def _unboxed(message: str) -> str:
@@ -276,6 +291,8 @@ def _list(arguments: list[str]) -> None:
         empty = inspect.Parameter.empty
         options = ", ".join(f"{k}=..." if v is empty else f"{k}={v!r}" for k, v in member.options.items())
         _print(f"{member.name}({options})\n    {member.summary}")
+        if member.ranges:
+            _print(f"    {'; '.join(f'{option}: {words}' for option, words in member.ranges.items())}")
 
 
 def _report(arguments: list[str]) -> None:

@@ -19,6 +19,7 @@ from pyrite import estimators, losses, parts, reward_losses, seeds, train
 from pyrite.evaluation import response_logps
 from pyrite.members import member_paths
 from pyrite.models import Lora, Policy, RewardEnsemble, RewardModel
+from pyrite.options import Count, Natural, Positive
 from pyrite.packing import Row
 from pyrite.preferences import Preferences, batch_loss
 from pyrite.rounds import Answer, Players
@@ -53,11 +54,11 @@ def reward(
     *,
     path: str,
     cold: bool = False,
-    members: int = 1,
-    rank: int = 0,
-    lr: float = 1e-4,
-    epochs: int = 2,
-    batch_size: int = 16,
+    members: Count = 1,
+    rank: Natural = 0,
+    lr: Positive = 1e-4,
+    epochs: Count = 2,
+    batch_size: Count = 16,
     precision: train.Precision = "float32",
     loss: str = "bradley_terry(center=0.001)",
 ) -> Maker:
@@ -85,11 +86,11 @@ def reward(
 def implicit(
     *,
     path: str | None = None,
-    beta: float = 0.1,
-    rank: int = 0,
-    lr: float = 1e-5,
-    epochs: int = 2,
-    batch_size: int = 16,
+    beta: Positive = 0.1,
+    rank: Natural = 0,
+    lr: Positive = 1e-5,
+    epochs: Count = 2,
+    batch_size: Count = 16,
     precision: train.Precision = "float32",
 ) -> Maker:
     """A second policy that learns the labels by DPO and is read as a reward: r(x, y) = β log π_D(y|x) / π_0(y|x).
@@ -108,7 +109,7 @@ def implicit(
     return make
 
 
-def self_reward(*, beta: float = 0.1) -> Maker:
+def self_reward(*, beta: Positive = 0.1) -> Maker:
     """The policy itself: r(x, y) = β log π(y|x) / π_0(y|x). What it is taught it learns as the policy.
 
     At the start it scores every answer 0: only paid labels make pairs then.
@@ -146,7 +147,7 @@ class Implicit:
 
     policy: Policy
     players: Players
-    beta: float
+    beta: Positive
     learners: list[Learner]
 
     def scores(self, answers: Sequence[Answer]) -> Tensor:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from pyrite.options import NonNegative
+
 __all__ = ["mean", "uwo", "wco"]
 
 
@@ -20,7 +22,7 @@ def wco(scores: Tensor) -> Tensor:
     return scores.amin(0)
 
 
-def uwo(scores: Tensor, *, weight: float = 0.5) -> Tensor:
+def uwo(scores: Tensor, *, weight: NonNegative = 0.5) -> Tensor:
     """Uncertainty-weighted optimization: the average less the members' disagreement.
 
     uwo = mean_j r_j − weight · mean_j (r_j − mean)²     (population variance, arXiv:2310.02743, eq. 5)

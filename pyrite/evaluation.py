@@ -20,6 +20,7 @@ from pyrite.divergences import Divergences, divergences
 from pyrite.generate import Samples, sample
 from pyrite.logps import Logps
 from pyrite.models import Policy, RewardEnsemble, backbone
+from pyrite.options import Count
 from pyrite.packing import Row, micro_batches
 from pyrite.progress import Advance
 from pyrite.truths import ALWAYS, Asking
@@ -37,13 +38,13 @@ class Evaluation:
     """Folder of a reward run: the proxy."""
     ensemble: str = "mean()"
     """How its members become one score."""
-    eval_limit: int | None = 256
+    eval_limit: Count | None = 256
     """Prompts to answer at most."""
-    eval_k: int = 1
+    eval_k: Count = 1
     """Answers a prompt."""
     eval_exact: bool = False
     """Also KL and entropy of the policy over the whole vocabulary at every position: less noise, one more forward."""
-    max_new_tokens: int = 256
+    max_new_tokens: Count = 256
 
     def inputs(self) -> dict[str, str]:
         """What is read."""

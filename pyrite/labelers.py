@@ -14,6 +14,7 @@ from pyrite.judges import Judge
 from pyrite.labels import label
 from pyrite.ledger import Ledger
 from pyrite.live import Judged, Live, Rules, Shelf, groups, names
+from pyrite.options import Count, Natural, NonNegative
 from pyrite.processes import on_main, world
 from pyrite.progress import say
 from pyrite.rounds import Answer
@@ -23,17 +24,17 @@ from pyrite.rounds import Answer
 class Paying:
     """What the judge's labels may cost, and where they are kept."""
 
-    budget: int | None = None
+    budget: Natural | None = None
     """Labels to buy at most."""
-    max_cost: float | None = None
+    max_cost: NonNegative | None = None
     """Money to spend at most; needs --label-cost."""
-    label_cost: float = 0.0
+    label_cost: NonNegative = 0.0
     """Price of one call of the judge."""
     ledger: Path | None = None
     """SQLite file of paid labels, which runs may share; ledger.db in the run's folder by default."""
     budget_scope: Literal["run", "file"] = "run"
     """Whose purchases count against the budget: this run's, or those of all runs that share the ledger."""
-    label_batch: int = 1
+    label_batch: Count = 1
     """Pairs in one call of the judge; more is faster with a cheap one, and puts more at risk when a run is killed."""
 
     def __post_init__(self) -> None:
@@ -59,7 +60,7 @@ class Labeler:
     judge: Judge
     rules: Rules
     folder: Path
-    budget: int | None = None
+    budget: Natural | None = None
     account: Account | None = None
     live: Live | None = None
     used: int = 0

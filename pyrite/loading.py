@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from pyrite import checkpoints
+from pyrite.options import Fraction, Natural, Positive
 from pyrite.processes import world
 from pyrite.progress import say
 from pyrite.text import end_id, load_tokenizer
@@ -32,9 +33,9 @@ Dtype = Literal["float32", "bfloat16"]
 class Lora:
     """Low-rank adapters on linear layers; rank 0 trains the whole model."""
 
-    lora_rank: int = 0
-    lora_alpha: float = 16.0
-    lora_dropout: float = 0.0
+    lora_rank: Natural = 0
+    lora_alpha: Positive = 16.0
+    lora_dropout: Fraction = 0.0
     lora_targets: str = "all-linear"
     """Names of linear layers, comma separated, or all of them."""
 

@@ -12,7 +12,7 @@ import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from annotated_types import Ge, Gt, Interval, Le, Len, Lt, Predicate
 
@@ -21,15 +21,22 @@ __all__ = [
     "Count",
     "Fraction",
     "Half",
+    "Inside",
     "Integer",
+    "Minority",
     "Natural",
     "NonNegative",
     "Positive",
     "Real",
+    "Several",
     "Share",
+    "Some",
+    "Text",
     "check",
     "fault",
     "hints",
+    "refusal",
+    "require",
     "shown",
     "words",
 ]
@@ -49,14 +56,28 @@ Fraction = Annotated[float, Interval(ge=0, lt=1)]
 Amplitude = Annotated[float, Interval(gt=0, le=1)]
 """A share that is something: all, but never 0."""
 
-Half = Annotated[float, Interval(ge=0, lt=0.5)]
-"""The probability of an error less likely than not."""
+Inside = Annotated[float, Interval(gt=0, lt=1)]
+"""A share that is neither nothing nor all."""
+
+Half = Annotated[float, Interval(ge=0, le=0.5)]
+"""The probability that a label is wrong; at a half it says nothing."""
+
+Minority = Annotated[float, Interval(ge=0, lt=0.5)]
+"""The probability that a label is wrong, where it must say something."""
 
 Integer = Annotated[int, Predicate(math.isfinite)]
 """Any whole number."""
 
 Count = Annotated[int, Ge(1)]
+Several = Annotated[int, Ge(2)]
 Natural = Annotated[int, Ge(0)]
+
+Item = TypeVar("Item")
+Some = Annotated[tuple[Item, ...], Len(1)]
+"""Several values, at least one."""
+
+Text = Annotated[str, Len(0)]
+"""Text that may be empty; other text may not."""
 
 _NAMES = {type(None): "None", Path: "a path"}
 _SIMPLE = (bool, int, float, str, Path, types.NoneType)
@@ -66,7 +87,7 @@ def fault(value: Any, hint: Any) -> str | None:
     """What is wrong with a value of an option so annotated, None if nothing is.
 
     >>> fault(-1, Positive), fault(1, Positive)
-    ('must be above 0', None)
+    ('give a number above 0', None)
     """
     wrong = _fault(value, hint)
     return wrong[1] if wrong else None
@@ -75,12 +96,25 @@ def fault(value: Any, hint: Any) -> str | None:
 def check(config: Any) -> None:
     """Refuse a Config of which an option, also in a group, is not what its annotation says.
 
-    Raises ValueError that names the option as it is typed: "--batch-size 0: must be at least 1".
+    Raises ValueError that names the option as it is typed: "--batch-size 0: give at least 1".
     """
     for name, value, hint, default in _leaves(config):
         wrong = None if value == default and value == "" else fault(value, hint)
         if wrong:
-            raise ValueError(f"--{name.replace('_', '-')} {shown(value)}: {wrong}")
+            raise ValueError(refusal(f"--{name.replace('_', '-')} {shown(value)}", wrong))
+
+
+def require(function: Callable[..., Any], **values: Any) -> None:
+    """Refuse values that a function's own annotations rule out, where it is called without a spec string."""
+    annotated = hints(function)
+    for name, value in values.items():
+        if wrong := fault(value, annotated.get(name, Any)):
+            raise ValueError(refusal(f"{function.__name__}: option {name}={value!r}", wrong))
+
+
+def refusal(option: str, wrong: str) -> str:
+    """An option and what is wrong with it, as one phrase."""
+    return f"{option}{'' if wrong.startswith('is ') else ':'} {wrong}"
 
 
 def hints(owner: Any) -> dict[str, Any]:
@@ -92,7 +126,7 @@ def hints(owner: Any) -> dict[str, Any]:
 
 
 def words(hint: Any) -> str:
-    """The range an annotation declares, "" if it declares none: "above 0", "from 0 to 1"."""
+    """The range an annotation declares, "" if it declares none: "above 0", "0 to 1"."""
     if get_origin(hint) is Annotated:
         inner, *rules = get_args(hint)
         return " and ".join(filter(None, [words(inner), *map(_range, rules)]))
@@ -130,6 +164,8 @@ Fault = tuple[bool, str]  # whether the type is right and only the value is not;
 def _fault(value: Any, hint: Any) -> Fault | None:
     if get_origin(hint) is Annotated:
         inner, *rules = get_args(hint)
+        if isinstance(value, str) and any(isinstance(rule, Len) for rule in rules):
+            inner = Any  # how long a text is, its own rule says
         return _fault(value, inner) or next((f for rule in rules if (f := _broken(value, rule))), None)
     if get_origin(hint) in (Union, types.UnionType):
         return _of_several(value, get_args(hint))
@@ -177,14 +213,14 @@ def _of_many(value: Any, kinds: tuple[Any, ...]) -> Fault | None:
         return False, f"is {type(value).__name__}, give a list"
     several = kinds[:-1] * len(value) if kinds[-1:] == (...,) else kinds * len(value) if len(kinds) == 1 else kinds
     if len(several) != len(value):
-        return True, f"must be {len(several)} values"
+        return True, f"give {len(several)} values"
     return next((found for item, kind in zip(value, several, strict=True) if (found := _fault(item, kind))), None)
 
 
 def _anything(value: Any) -> Fault | None:
     """All that is known without an annotation: a number is finite, also deep in a list."""
     if isinstance(value, float) and not math.isfinite(value):
-        return True, "must be a finite number"
+        return True, "give a finite number"
     inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
     return next((found for item in inner if (found := _anything(item))), None)
 
@@ -194,7 +230,7 @@ def _broken(value: Any, rule: Any) -> Fault | None:
     if isinstance(rule, Len):
         few, many = rule.min_length, rule.max_length
         right = few <= len(value) and (many is None or len(value) <= many)
-        return None if right else (True, f"must be {_range(rule)}")
+        return None if right else (True, f"give {_range(rule)}")
     right = {
         Gt: lambda: value > rule.gt,
         Ge: lambda: value >= rule.ge,
@@ -203,18 +239,21 @@ def _broken(value: Any, rule: Any) -> Fault | None:
         Interval: lambda: all(_broken(value, part) is None for part in rule),
         Predicate: lambda: bool(rule.func(value)),
     }.get(type(rule), lambda: True)
-    return None if right() else (True, f"must be {_range(rule)}")
+    if right():
+        return None
+    said = _range(rule)
+    return True, f"give a number {said}" if said.startswith(("above", "below")) else f"give {said}"
 
 
 def _range(rule: Any) -> str:
     """One rule in words."""
     if isinstance(rule, Interval):
         if rule.ge is not None and rule.le is not None:
-            return f"from {rule.ge} to {rule.le}"
+            return f"{rule.ge} to {rule.le}"
         return " and ".join(_range(part) for part in rule)
     if isinstance(rule, Len):
         upper = "" if rule.max_length is None else f" and at most {rule.max_length}"
-        return f"at least {rule.min_length}{upper} value{'s' if rule.min_length != 1 or upper else ''}"
+        return f"at least {'one' if rule.min_length == 1 else rule.min_length}{upper}"
     if isinstance(rule, Predicate):
         return "any finite number" if rule.func is math.isfinite else _said(rule.func)
     bounds: dict[type, Callable[[], str]] = {

@@ -30,11 +30,13 @@ _EXAMPLE = 'write "name", "name(option=value)", "file.py:name(option=value)" or 
 
 
 class Member(NamedTuple):
-    """One line of `pyrite list`: options map to their defaults, inspect.Parameter.empty where required."""
+    """One entry of `pyrite list`: options map to their defaults, inspect.Parameter.empty where required; ranges in
+    words."""
 
     name: str
     options: dict[str, Any]
     summary: str
+    ranges: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,14 @@ def part(spec: str, registry: Registry) -> Part:
 def members(registry: Registry) -> list[Member]:
     """What can be named: the functions of a module's `__all__`, or its own public ones; sorted by name."""
     functions = _functions(registry)
-    return [Member(name, _defaults(functions[name]), _summary(functions[name])) for name in sorted(functions)]
+    return [_member(name, functions[name]) for name in sorted(functions)]
+
+
+def _member(name: str, function: Function) -> Member:
+    hints = ranges.hints(function)
+    known = {option: ranges.words(hints.get(option, Any)) for option in _defaults(function)}
+    said = {option: words for option, words in known.items() if words}
+    return Member(name, _defaults(function), _summary(function), said)
 
 
 def signature(function: Function) -> str:
@@ -188,7 +197,8 @@ def _check_options(function: Function, options: dict[str, Any]) -> None:
             )
         wrong = None if value == known[name] else ranges.fault(value, hints.get(name, Any))
         if wrong:
-            raise ValueError(f"{function.__name__}: option {name}={value!r} {wrong}; it is {signature(function)}")
+            refused = ranges.refusal(f"{function.__name__}: option {name}={value!r}", wrong)
+            raise ValueError(f"{refused}; it is {signature(function)}")
 
 
 def _suggest(name: str, known: Iterable[str]) -> str:

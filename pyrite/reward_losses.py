@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from pyrite.options import Half, NonNegative
+
 __all__ = ["bradley_terry"]
 
 
@@ -12,9 +14,9 @@ def bradley_terry(
     chosen: Tensor,
     rejected: Tensor,
     *,
-    margin: Tensor | float = 0.0,
-    label_smoothing: float = 0.0,
-    center: float = 0.0,
+    margin: Tensor | NonNegative = 0.0,
+    label_smoothing: Half = 0.0,
+    center: NonNegative = 0.0,
 ) -> Tensor:
     """Bradley-Terry likelihood of the label, P(chosen beats rejected) = σ(z).
 

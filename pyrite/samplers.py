@@ -17,9 +17,11 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from pyrite.options import NonNegative, Positive, Share, require
+
 __all__ = ["hybrid", "mix_p", "mix_r", "mixed", "mixture", "on_policy", "reference", "uniform"]
 
-Cap = float | Literal["range"] | None
+Cap = NonNegative | Literal["range"] | None
 
 
 @dataclass(frozen=True)
@@ -111,13 +113,12 @@ def hybrid() -> Sampler:
     return Sampler((ArmPair(Arm(ref=1.0), Arm(policy=1.0)),))
 
 
-def mixed(*, kappa: float = 0.5, on_policy: float = 0.0) -> Sampler:
+def mixed(*, kappa: Share = 0.5, on_policy: Share = 0.0) -> Sampler:
     """Past the policy and short of it, π^{1+κ} π_ref^{−κ} × π^{1−κ} π_ref^{κ}; a share `on_policy` from π × π.
 
     κ = 0 is `on_policy`. Raises ValueError for a share outside [0, 1].
     """
-    if not 0 <= on_policy <= 1:
-        raise ValueError(f"mixed: on_policy={on_policy} is a share of the pairs, from 0 to 1")
+    require(mixed, kappa=kappa, on_policy=on_policy)
     apart = ArmPair(Arm(1 + kappa, -kappa), Arm(1 - kappa, kappa), 1 - on_policy)
     plain = ArmPair(Arm(policy=1.0), Arm(policy=1.0), on_policy)
     return Sampler(tuple(pair for pair in (apart, plain) if pair.weight))
@@ -131,20 +132,22 @@ def uniform() -> Sampler:
     return Sampler((ArmPair(Arm(), Arm(), 2.0),), "mass")
 
 
-def mix_r(*, share: float | None = None) -> Sampler:
+def mix_r(*, share: Share | None = None) -> Sampler:
     """Uniform pairs and pairs apart in reward, 1 × 1 and e^r × e^−r; for a finite set. Quadratic convergence.
 
     C_ab = 2 + e^{r_a−r_b} + e^{r_b−r_a} = 1/σ'(r_a − r_b): the weights undo the slope of the sigmoid. `share` sets
     the share of the second kind by hand (1: only those), None takes the masses that make C.
     """
+    require(mix_r, share=share)
     return _apart(Arm(reward=1.0), Arm(reward=-1.0), share, None)
 
 
-def mix_p(*, beta: float | None = None, cap: Cap = None, share: float | None = None) -> Sampler:
+def mix_p(*, beta: Positive | None = None, cap: Cap = None, share: Share | None = None) -> Sampler:
     """`mix_r` by the policy's own reward, 1 × 1 and (π/π_ref)^β × (π/π_ref)^−β; for a finite set. Quadratic.
 
     beta: None takes that of the loss. cap: largest reward difference believed, nats, or "range". share: as in `mix_r`.
     """
+    require(mix_p, beta=beta, cap=cap, share=share)
     if beta is None:
         return _apart(Arm(implied=1.0), Arm(implied=-1.0), share, cap)
     return _apart(Arm(beta, -beta), Arm(-beta, beta), share, cap)
@@ -165,8 +168,6 @@ def _apart(high: Arm, low: Arm, share: float | None, cap: Cap) -> Sampler:
     """Uniform pairs and pairs of high and low."""
     if share is None:
         return Sampler((ArmPair(Arm(), Arm()), ArmPair(high, low)), "mass", cap)
-    if not 0 <= share <= 1:
-        raise ValueError(f"share={share} is a share of the pairs, from 0 to 1, or None")
     pairs = ArmPair(Arm(), Arm(), 1 - share), ArmPair(high, low, share)
     return Sampler(tuple(pair for pair in pairs if pair.weight), "share", cap)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pyrite import parts, selectors
+from pyrite.options import Count, Natural, NonNegative, require
 from pyrite.selectors import Selector
 
 __all__ = ["even", "never", "original"]
@@ -43,7 +44,9 @@ class Schedule:
         return int(max(min(due, left, pairs), 0))
 
 
-def even(*, selector: str = "confidence()", window: int = 1, replay: float = 1.0, ties: Ties = "drop") -> Schedule:
+def even(
+    *, selector: str = "confidence()", window: Count = 1, replay: NonNegative = 1.0, ties: Ties = "drop"
+) -> Schedule:
     """The budget in equal parts over the rounds; the discriminator learns in each, then labels the rest of the round.
 
     Raises ValueError for a window of no round, negative replay, or an unknown selector.
@@ -51,21 +54,18 @@ def even(*, selector: str = "confidence()", window: int = 1, replay: float = 1.0
     >>> even().allotment(0, rounds=4, budget=10, used=0, in_period=0, pairs=64)
     2
     """
-    if window < 1:
-        raise ValueError(f"even has window={window}; give at least 1 round")
-    _check_replay(replay)
+    require(even, window=window, replay=replay, ties=ties)
     return Schedule(parts.part(selector, selectors), window=window, replay=replay, ties=ties)
 
 
-def original(*, labels: int = 5, period: int = 5, selector: str = "confidence()") -> Schedule:
+def original(*, labels: Natural = 5, period: Count = 5, selector: str = "confidence()") -> Schedule:
     """As published: a period's labels are bought from its first rounds, chosen within each round alone; learned once.
 
     Nothing is replayed, a round's silver labels are those from before learning, and a pair that gold finds equal
     keeps its silver order. Requests of the original are rounds here: SAMPN texts / texts a request = `period`, RELABELS
     = `labels`. Its dropout while scoring is not repeated. arXiv:2405.01511 and its code.
     """
-    if labels < 0 or period < 1:
-        raise ValueError(f"original has labels={labels}, period={period}; give labels from 0, a period from 1")
+    require(original, labels=labels, period=period)
     chosen = parts.part(selector, selectors)
     return Schedule(chosen, labels=labels, period=period, patient=True, replay=0.0, relabel=False, ties="silver")
 
@@ -73,8 +73,3 @@ def original(*, labels: int = 5, period: int = 5, selector: str = "confidence()"
 def never() -> Schedule:
     """No label is bought: the discriminator stays what it is."""
     return Schedule(parts.part("random()", selectors), labels=0)
-
-
-def _check_replay(replay: float) -> None:
-    if not replay >= 0:
-        raise ValueError(f"replay={replay}; give how many earlier labels are learned beside each new one, from 0")

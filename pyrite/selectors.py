@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pyrite import parts
+from pyrite.options import Share, require
 
 __all__ = ["confidence", "disagreement", "margin_top", "random", "with_random"]
 
@@ -51,14 +52,13 @@ def disagreement(margins: Tensor, generator: torch.Generator | None = None) -> T
 
 
 def with_random(
-    margins: Tensor, generator: torch.Generator | None = None, *, of: str = "confidence()", share: float = 0.5
+    margins: Tensor, generator: torch.Generator | None = None, *, of: str = "confidence()", share: Share = 0.5
 ) -> Tensor:
     """Another selector, with a random share: each next place goes to a random pair with probability `share`.
 
     Margins (E, B) -> (B,), the ranks B, B−1, …, 1. Raises ValueError for a share outside [0, 1].
     """
-    if not 0 <= share <= 1:
-        raise ValueError(f"with_random has share={share}; it is a share from 0 to 1")
+    require(with_random, share=share)
     chosen = parts.part(of, sys.modules[__name__])
     best = _order(chosen(margins, generator=generator))
     any_ = _order(random(margins, generator=generator))

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from pyrite import dropout, seeds
 from pyrite.models import recompute
-from pyrite.options import Share
+from pyrite.options import Count, Fraction, Natural, NonNegative, Positive, Share, check
 from pyrite.packing import Row, micro_batches
 from pyrite.processes import world
 from pyrite.progress import progress, say
@@ -40,21 +40,21 @@ class TrainingError(RuntimeError):
 class Training:
     """How a model is trained."""
 
-    lr: float = 1e-5
+    lr: Positive = 1e-5
     """Peak learning rate of AdamW."""
-    epochs: int = 1
-    batch_size: int = 32
+    epochs: Count = 1
+    batch_size: Count = 32
     """Rows in one optimizer step, over all processes."""
-    micro_tokens: int = 8192
+    micro_tokens: Count = 8192
     """Packed tokens in one forward pass; changes memory and speed, not the result."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup: int = 10
+    warmup: Natural = 10
     """Steps over which the learning rate rises from 0."""
-    floor: float = 0.1
+    floor: Share = 0.1
     """Last learning rate as a share of the peak."""
-    weight_decay: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.98)
-    clip: float = 1.0
+    weight_decay: NonNegative = 0.0
+    betas: tuple[Fraction, Fraction] = (0.9, 0.98)
+    clip: Positive = 1.0
     """Largest gradient norm."""
     dropout: Share | None = None
     """Of the model as it learns. By default the model's own in sft and 0 elsewhere, as references are read without."""
@@ -62,19 +62,12 @@ class Training:
     """Of the products, in training and in all that a step learns from; weights are float32."""
     recompute: bool = False
     """Gradient checkpointing: layers are computed again for their gradients, which saves memory and costs time."""
-    log_every: int = 10
-    save_every: int = 200
+    log_every: Count = 10
+    save_every: Count = 200
     """Steps between checkpoints."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "micro_tokens", "log_every", "save_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; give at least 1")
-        for name in ("lr", "clip"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} is {getattr(self, name)}; give a positive number")
-        if not 0 <= self.floor <= 1 or self.warmup < 0 or self.weight_decay < 0:
-            raise ValueError("floor must lie between 0 and 1, warmup and weight_decay must not be negative")
+        check(self)
 
 
 def ready(model: nn.Module, training: Training, *, name: str | None, own: bool = False) -> None:

@@ -13,6 +13,7 @@ from pyrite import golds
 from pyrite.accounts import Account, Budget
 from pyrite.golds import Scorer
 from pyrite.ledger import Ledger
+from pyrite.options import Count, Natural, NonNegative, Several, check
 from pyrite.processes import on_main
 from pyrite.progress import say
 
@@ -21,30 +22,25 @@ from pyrite.progress import say
 class Asking:
     """When gold is asked in a run's measurements, and what that may cost; by default always, for nothing."""
 
-    gold_every: int = 1
+    gold_every: Count = 1
     """Measurements to one with gold; the first and the last have it too."""
-    gold_prompts: int | None = None
+    gold_prompts: Several | None = None
     """Held-out prompts whose answers gold is asked about, the first ones; all by default."""
-    gold_budget: int | None = None
+    gold_budget: Natural | None = None
     """Answers gold may score at most, in the measurements; none is scored twice."""
-    gold_max_cost: float | None = None
+    gold_max_cost: NonNegative | None = None
     """Money to spend on that at most; needs --gold-cost."""
-    gold_cost: float = 0.0
+    gold_cost: NonNegative = 0.0
     """Price of scoring one answer."""
     gold_ledger: Path | None = None
     """SQLite file of paid scores, which runs may share; ledger.db in the run's folder by default."""
-    gold_batch: int = 1
+    gold_batch: Count = 1
     """Answers in one call of gold."""
 
     def __post_init__(self) -> None:
-        for name, least in (("gold_every", 1), ("gold_prompts", 2), ("gold_batch", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                why = ": one has no standard error" if name == "gold_prompts" else ""
-                raise ValueError(f"--{name.replace('_', '-')} {value}: give at least {least}{why}")
+        check(self)
         if self.gold_max_cost is not None and not self.gold_cost:
             raise ValueError(f"--gold-max-cost {self.gold_max_cost}: give --gold-cost, the price of one answer, too")
-        self._budget()  # refuses what is below 0
 
     @property
     def sparing(self) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from pyrite.fits import fit_rl
+from pyrite.options import Count, check
 
 NEEDS = ("gold", "gold_se", "proxy", "kl_k1")
 SURE = 2.0  # standard errors of the difference
@@ -22,12 +23,11 @@ class Stopping:
 
     stop_when_parted: bool = False
     """Stop once gold has fallen from its best while the proxy has not; the best policy by gold is kept in best/."""
-    patience: int = 2
+    patience: Count = 2
     """Measurements in a row that must say so."""
 
     def __post_init__(self) -> None:
-        if self.patience < 1:
-            raise ValueError(f"patience is {self.patience}; give at least 1 measurement")
+        check(self)
 
     def check(self, *, gold: object, proxy: object) -> None:
         """Raises ValueError where a run is to be stopped by numbers that nobody measures."""

@@ -125,7 +125,7 @@ def test_list(pyrite: Command, kind: str, member: str) -> None:
         (["sft", "--modle=x"], "unknown option --modle; did you mean 'model'?"),
         (["sft", "--model", "m"], "--data"),
         (["sft", "--model", "m", "--data", "d", "--out", "o", "--epochs", "many"], "--epochs"),
-        (["sft", "--model", "m", "--data", "d", "--out", "o", "--epochs", "0"], "epochs is 0; give at least 1"),
+        (["sft", "--model", "m", "--data", "d", "--out", "o", "--epochs", "0"], "--epochs 0: give at least 1"),
         (["sft", "--model", "m", "--data", "d", "--out", "o", "--schedule", "cosin"], "invalid choice 'cosin'"),
         (["sft", "--model", "m", "--data", "d", "--out", "o", "--lora-rank"], "--lora-rank"),
     ],

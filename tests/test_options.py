@@ -12,7 +12,7 @@ import pytest
 from annotated_types import Len
 
 from pyrite import options
-from pyrite.options import Count, Fraction, Half, Natural, NonNegative, Positive, Real, Share
+from pyrite.options import Count, Fraction, Minority, Natural, NonNegative, Positive, Real, Share, Text
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def test_examples() -> None:
         (0.0, NonNegative),
         (0, Share),
         (1, Share),
-        (0.49, Half),
+        (0.49, Minority),
         (-3.5, Real),
         (1, Count),
         (0, Natural),
@@ -53,6 +53,7 @@ def test_examples() -> None:
         ("file.jsonl", Share | str),
         ([1, 2], tuple[Count, ...]),
         (Path("x"), str),
+        ("", Text),
         ("x", Path),
         ({"a": 1.0}, Any),
         (lambda: 1, object),
@@ -65,26 +66,26 @@ def test_sense(value: Any, hint: Any) -> None:
 @pytest.mark.parametrize(
     ("value", "hint", "words"),
     [
-        (0, Positive, "must be above 0"),
-        (-0.1, NonNegative, "must be at least 0"),
-        (1.1, Share, "must be from 0 to 1"),
-        (1, Fraction, "must be at least 0 and below 1"),
-        (0.5, Half, "must be at least 0 and below 0.5"),
-        (math.nan, Real, "must be a finite number"),
-        (math.inf, Positive, "must be a finite number"),
-        (math.nan, float, "must be a finite number"),
-        ([1.0, math.inf], Any, "must be a finite number"),
-        (0, Count, "must be at least 1"),
+        (0, Positive, "give a number above 0"),
+        (-0.1, NonNegative, "give at least 0"),
+        (1.1, Share, "give 0 to 1"),
+        (1, Fraction, "give at least 0 and below 1"),
+        (0.5, Minority, "give at least 0 and below 0.5"),
+        (math.nan, Real, "give a finite number"),
+        (math.inf, Positive, "give a finite number"),
+        (math.nan, float, "give a finite number"),
+        ([1.0, math.inf], Any, "give a finite number"),
+        (0, Count, "give at least 1"),
         (1.5, Count, "is float, give int"),
         (True, Count, "is bool, give int"),
         (True, Positive, "is bool, give float"),
         ("1", Positive | None, "is str, give float or None"),
         (None, Positive, "is NoneType, give float"),
-        (-1, Share | str, "must be from 0 to 1"),
+        (-1, Share | str, "give 0 to 1"),
         ("", Share | str, "must not be empty"),
-        ((), Annotated[tuple[Count, ...], Len(1)], "must be at least 1 value"),
-        ((1, 0), tuple[Count, ...], "must be at least 1"),
-        ((0.1,), tuple[Share, Share], "must be 2 values"),
+        ((), Annotated[tuple[Count, ...], Len(1)], "give at least one"),
+        ((1, 0), tuple[Count, ...], "give at least 1"),
+        ((0.1,), tuple[Share, Share], "give 2 values"),
         (3, tuple[Count, ...], "is int, give a list"),
         ("c", Literal["a", "b"], "give 'a' or 'b'"),
     ],
@@ -96,12 +97,12 @@ def test_nonsense(value: Any, hint: Any, words: str) -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"group": Group(batch_size=0)}, "--batch-size 0: must be at least 1"),
-        ({"group": Group(betas=(0.9, 1.0))}, "--betas 0.9 1.0: must be at least 0 and below 1"),
-        ({"group": 3}, "--group 3: is int, give Group"),
+        ({"group": Group(batch_size=0)}, "--batch-size 0: give at least 1"),
+        ({"group": Group(betas=(0.9, 1.0))}, "--betas 0.9 1.0: give at least 0 and below 1"),
+        ({"group": 3}, "--group 3 is int, give Group"),
         ({"model": ""}, "--model '': must not be empty"),
-        ({"cap": 0}, "--cap 0: must be above 0"),
-        ({"n": ()}, "--n (nothing): must be at least 1 value"),
+        ({"cap": 0}, "--cap 0: give a number above 0"),
+        ({"n": ()}, "--n (nothing): give at least one"),
     ],
 )
 def test_a_config_is_refused_by_the_option_as_typed(given: dict[str, Any], message: str) -> None:
@@ -112,9 +113,9 @@ def test_a_config_is_refused_by_the_option_as_typed(given: dict[str, Any], messa
 
 
 def test_ranges_in_words() -> None:
-    assert [options.words(hint) for hint in (Positive, Share | None, Half, Count, str)] == [
+    assert [options.words(hint) for hint in (Positive, Share | None, Minority, Count, str)] == [
         "above 0",
-        "from 0 to 1",
+        "0 to 1",
         "at least 0 and below 0.5",
         "at least 1",
         "",

@@ -182,9 +182,9 @@ def test_the_zoo_as_data() -> None:
 @pytest.mark.parametrize(
     "spec, said",
     [
-        ("mixed(on_policy=1.2)", "on_policy=1.2 is a share"),
-        ("mix_r(share=-0.1)", "share=-0.1 is a share"),
-        ("mix_p(cap=-1.0)", "cap=-1.0; give the largest"),
+        ("mixed(on_policy=1.2)", "on_policy=1.2: give 0 to 1"),
+        ("mix_r(share=-0.1)", "share=-0.1: give 0 to 1"),
+        ("mix_p(cap=-1.0)", "cap=-1.0: give at least 0"),
         ("mix_p(cap='most')", "cap='most'"),
         ("mix_p(share=0.5, cap=1.0)", "a cap bounds pair weights by mass"),
         ("mixture(arms=[])", "at least one pair"),
@@ -207,7 +207,7 @@ def test_a_sampler_made_by_hand_is_checked() -> None:
 
 def test_exponents_must_be_finite_and_beta_known() -> None:
     with pytest.raises(ValueError, match="an exponent is not finite"):
-        samplers.mixed(kappa=math.inf)
+        Arm(policy=math.inf)
     with pytest.raises(ValueError, match=r"sampler\.at\(beta\)"):
         exact(samplers.mix_p(), *triple(3, 6))
 

@@ -53,10 +53,10 @@ def test_never_buys_nothing() -> None:
 @pytest.mark.parametrize(
     ("spec", "words"),
     [
-        ("even(window=0)", "at least 1 round"),
-        ("even(replay=-1)", "from 0"),
+        ("even(window=0)", "window=0: give at least 1"),
+        ("even(replay=-1)", "replay=-1: give at least 0"),
         ("even(selector='confident()')", "did you mean confidence"),
-        ("original(period=0)", "period from 1"),
+        ("original(period=0)", "period=0: give at least 1"),
         ("even(widow=2)", "did you mean window"),
     ],
 )

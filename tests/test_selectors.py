@@ -77,7 +77,7 @@ def test_the_random_share_is_that_share() -> None:
 def test_refusals() -> None:
     with pytest.raises(ValueError, match="at least 2 members"):
         chosen("disagreement()", MARGINS[:1], 1)
-    with pytest.raises(ValueError, match="share from 0 to 1"):
+    with pytest.raises(ValueError, match=r"share=1\.5: give 0 to 1"):
         chosen("with_random(share=1.5)", MARGINS, 1)
     with pytest.raises(ValueError, match="unknown name 'confident'"):
         chosen("with_random(of='confident()')", MARGINS, 1)

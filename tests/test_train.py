@@ -202,7 +202,7 @@ BAD += [("lr", math.nan), ("clip", -1.0), ("floor", 2.0), ("warmup", -1)]
 
 @pytest.mark.parametrize(("name", "value"), BAD)
 def test_options_out_of_range_are_refused(name: str, value: float) -> None:
-    with pytest.raises(ValueError, match=name):
+    with pytest.raises(ValueError, match=f"--{name.replace('_', '-')} "):
         Training(**{name: value})
 
 

@@ -61,7 +61,7 @@ def test_patience() -> None:
     assert [parted(some, patience=n) is not None for n in (1, 2, 3, 4)] == [True, True, True, False]
     assert Stopping().parted(some) is None
     assert Stopping(stop_when_parted=True, patience=3).parted(some) == some[1]
-    with pytest.raises(ValueError, match="patience is 0"):
+    with pytest.raises(ValueError, match="--patience 0: give at least 1"):
         Stopping(patience=0)
 
 

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from pyrite import parts
 from pyrite.golds.scores import Scorer, check_rows, check_scores
+from pyrite.options import Count, Natural, NonNegative, Real, Text, require
 from pyrite.seeds import derive
 
 
-def weighted_sum(*, golds: Sequence[str], weights: Sequence[float]) -> Scorer:
+def weighted_sum(*, golds: Sequence[str], weights: Sequence[Real]) -> Scorer:
     """Scorer: Σ_i weights_i · golds_i, of golds named as spec strings. Raises ValueError unless one weight each.
 
     >>> weighted_sum(golds=["length()", "word_collector(words=['fox'])"], weights=[-0.5, 3])([""], ["a fox"])
@@ -31,15 +32,14 @@ def weighted_sum(*, golds: Sequence[str], weights: Sequence[float]) -> Scorer:
     return score
 
 
-def noisy(*, gold: str, sd: float, seed: int = 0) -> Scorer:
+def noisy(*, gold: str, sd: NonNegative, seed: Natural = 0) -> Scorer:
     """Scorer: gold + sd · ε, ε ~ N(0, 1) a function of (seed, prompt, response): a text asked twice answers the same.
 
     >>> score = noisy(gold="length()", sd=1.0)
     >>> bool((score(["p", "p"], ["one", "two"]) == score(["p", "p"], ["two", "one"]).flip(0)).all())
     True
     """
-    if sd < 0:
-        raise ValueError(f"noisy has sd={sd}; a standard deviation is 0 or more")
+    require(noisy, sd=sd)
     scorer = named(gold)
 
     def score(prompts: list[str], responses: list[str]) -> Tensor:
@@ -50,19 +50,18 @@ def noisy(*, gold: str, sd: float, seed: int = 0) -> Scorer:
     return score
 
 
-def truncated(*, gold: str, words: int = 50) -> Scorer:
+def truncated(*, gold: str, words: Count = 50) -> Scorer:
     """Scorer: gold of the first `words` words of the response; the prompt stays whole.
 
     >>> truncated(gold="length()", words=2)(["one two three"], ["one two three"])
     tensor([2.])
     """
-    if words < 1:
-        raise ValueError(f"truncated has words={words}; it must keep at least 1 word")
+    require(truncated, words=words)
     scorer = named(gold)
     return lambda prompts, responses: scorer(prompts, [_first(y, words) for y in responses])
 
 
-def with_prompt(*, gold: str, separator: str = " ") -> Scorer:
+def with_prompt(*, gold: str, separator: Text = " ") -> Scorer:
     """Scorer: gold of prompt + separator + response, as the response to an empty prompt.
 
     >>> with_prompt(gold="word_collector()")(["data hope"], ["nothing"])
@@ -89,7 +88,7 @@ def named(gold: str) -> Scorer:
     return score
 
 
-def _first(text: str, words: int) -> str:
+def _first(text: str, words: Count) -> str:
     """A text up to the end of its n-th word, its spaces as they are."""
     said = text.split()
     if len(said) <= words:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 from pyrite.golds.scores import Scorer, each
+from pyrite.options import Natural, Real, require
 from pyrite.toy_words import VIVID_ADJECTIVES, VIVID_NOUNS
 
 LISTS = {
@@ -35,8 +36,7 @@ def length(*, unit: Literal["words", "chars"] = "words") -> Scorer:
     >>> length()(["Say hi."], ["hello my friend"])
     tensor([3.])
     """
-    if unit not in ("words", "chars"):
-        raise ValueError(f"length has unit={unit!r}; it must be 'words' or 'chars'")
+    require(length, unit=unit)
     return each(lambda _, y: len(y.split()) if unit == "words" else len(y))
 
 
@@ -52,7 +52,7 @@ def word_collector(*, words: Sequence[str] | str = "d2po") -> Scorer:
     return each(_distinct(words, "word_collector"))
 
 
-def reverse_word_collector(*, words: Sequence[str] | str = "common", start: float = 3.0) -> Scorer:
+def reverse_word_collector(*, words: Sequence[str] | str = "common", start: Real = 3.0) -> Scorer:
     """Scorer: start − |W(y) ∩ words|: every listed word costs a point, however often it occurs; case-sensitive.
 
     words: as in `word_collector`, or "common", nine of the commonest in English. From the code of Singhal et al. 2024.
@@ -64,7 +64,7 @@ def reverse_word_collector(*, words: Sequence[str] | str = "common", start: floa
     return each(lambda prompt, y: start - found(prompt, y))
 
 
-def token_density(*, least: int = 21) -> Scorer:
+def token_density(*, least: Natural = 21) -> Scorer:
     """Scorer: 10 · distinct / all tokens (words and marks) of the response; −5 below `least` tokens.
 
     >>> token_density(least=3)(["", ""], ["one two one .", "one"])
@@ -78,7 +78,7 @@ def token_density(*, least: int = 21) -> Scorer:
     return each(points)
 
 
-def reading_grade(*, least: int = 21) -> Scorer:
+def reading_grade(*, least: Natural = 21) -> Scorer:
     """Scorer: Flesch-Kincaid grade, 0.39 words/sentences + 11.8 syllables/words − 15.59; −10 below `least` words.
 
     Sentences: runs of `.`, `!`, `?`, at least 1. Syllables of a word: runs of vowels (aeiouy), a final silent e not

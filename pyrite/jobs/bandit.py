@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from pyrite import estimators, losses, parts, runs, samplers, seeds, tabular
+from pyrite.options import Count, Half, Natural, NonNegative, Positive, Several, Some
 from pyrite.progress import progress, say
 from pyrite.runs import Run
 from pyrite.samplers import Sampler
@@ -44,31 +45,31 @@ class Config:
     """Race samplers over a finite set of responses, where the optimum is known."""
 
     out: Path
-    samplers: tuple[str, ...] = ("uniform", "mix_r", "mix_p")
+    samplers: Some[str] = ("uniform", "mix_r", "mix_p")
     """Which pairs are drawn: see `pyrite list samplers`."""
-    actions: int = 20
+    actions: Several = 20
     """Responses to choose from."""
-    instances: int = 200
+    instances: Count = 200
     """Reward tables per repetition."""
-    seeds: int = 5
+    seeds: Count = 5
     """Independent repetitions; intervals are over them."""
-    beta: float = 3.0
+    beta: Positive = 3.0
     """Strength of the KL, of the loss and of samplers that know it."""
-    steps: int = 60
+    steps: Count = 60
     loss: str = "dpo"
     rate: str = "matched"
     """Learning rate: matched to the sampler, best (the best constant one at the optimum), or a number."""
-    scale: float = 1.0
+    scale: Positive = 1.0
     """Multiplies the rate."""
-    samples: int | None = None
+    samples: Count | None = None
     """Pairs drawn and labeled anew at each step; exact gradients by default."""
-    noise: float = 0.0
+    noise: Half = 0.0
     """Share of labels flipped, 0 to 0.5."""
     rewards: Literal["normal", "unit"] = "normal"
     """Rewards drawn from N(0, 1), or uniformly from [0, 1], where the theorems' bounds hold."""
-    ref_spread: float = 0.0
+    ref_spread: NonNegative = 0.0
     """Standard deviation of the reference's logits; 0 is the uniform reference."""
-    seed: int = 0
+    seed: Natural = 0
 
 
 def inputs(config: Config) -> dict[str, str | Path]:
@@ -115,8 +116,6 @@ def _one_thread() -> Iterator[None]:
 
 def _samplers(config: Config) -> dict[str, Sampler]:
     """The samplers by the names they were given."""
-    if not config.samplers:
-        raise ValueError("--samplers: give at least one, such as uniform")
     if len(set(config.samplers)) < len(config.samplers):
         raise ValueError(f"--samplers {' '.join(config.samplers)}: one is named twice")
     zoo: dict[str, Sampler] = {}
@@ -149,11 +148,6 @@ def _rate(text: str) -> tabular.Rate:
 
 def _world(config: Config) -> World:
     """Rewards and reference of every instance, repetition by repetition."""
-    for name, least in (("actions", 2), ("instances", 1), ("seeds", 1), ("steps", 1)):
-        if getattr(config, name) < least:
-            raise ValueError(f"--{name} {getattr(config, name)}: give at least {least}")
-    if not (math.isfinite(config.ref_spread) and config.ref_spread >= 0):
-        raise ValueError(f"--ref-spread {config.ref_spread}: give 0 or a positive number")
     draw = torch.randn if config.rewards == "normal" else torch.rand
     shape, rewards, refs = (config.instances, config.actions), [], []
     for repetition in range(config.seeds):

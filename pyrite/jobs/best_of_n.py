@@ -18,6 +18,7 @@ from torch import Tensor
 from pyrite import data, ensembles, estimators, golds, parts, runs
 from pyrite.loading import settings
 from pyrite.models import RewardModel, member_paths
+from pyrite.options import Count, Some
 from pyrite.progress import progress, say
 from pyrite.runs import Run
 
@@ -36,9 +37,9 @@ class Config:
     rewards: str
     """Folder of a reward run."""
     out: Path
-    objectives: tuple[str, ...] = ("mean()", "wco()", "uwo(weight=0.5)")
+    objectives: Some[str] = ("mean()", "wco()", "uwo(weight=0.5)")
     """How members become one score; every single member is reported as well."""
-    n: tuple[int, ...] = ()
+    n: tuple[Count, ...] = ()
     """Values of n; powers of two up to the number of answers by default."""
     truncated: Literal["exclude", "keep"] = "exclude"
     """What to do with answers cut before their end token."""
@@ -135,8 +136,6 @@ def _curve(name: str, gold: Tensor, proxy: Tensor, n: list[int], answers: int) -
 def _counts(asked: tuple[int, ...], answers: int, where: str) -> list[int]:
     if not asked:
         return [2**i for i in range(answers.bit_length()) if 2**i <= answers]
-    if min(asked) < 1:
-        raise ValueError(f"n = {min(asked)}: best of n needs at least 1 answer to choose from")
     if max(asked) > answers:
         raise ValueError(f"{where}: n = {max(asked)} but the fewest finished answers to a prompt are {answers}")
     return sorted(set(asked))

@@ -24,6 +24,7 @@ from pyrite.evaluation import Evaluation, Evaluator
 from pyrite.logps import Logps, Running
 from pyrite.losses.needs import needs, takes_ties
 from pyrite.models import Lora, Policy
+from pyrite.options import Count, Fraction, Natural, Several
 from pyrite.preferences import Loss, OnCut, Preferences, batch_loss, encode_pairs, gaps, measure, value_at_ref
 from pyrite.processes import world
 from pyrite.progress import say
@@ -51,7 +52,7 @@ class Config:
     """Preference pairs: prompt, chosen, rejected."""
     out: Path
     columns: str | None = None
-    held_out: float | str = 0.1
+    held_out: Fraction | str = 0.1
     """Pairs to measure on: a file, whose prompts are not learned from, or the share of the prompts to keep. With 0 the
     policy is measured on the training pairs, as part=train, and the last policy counts as the best."""
     loss: str = "dpo(beta=0.1)"
@@ -59,9 +60,9 @@ class Config:
     """self, none, prior, column, a model, a reference folder, ema(rate=0.01), or a sum: "0.5*self + 0.5*PATH"."""
     ref_cache: Path | None = None
     """Where reference files are kept and looked for; "references" beside the run's folder by default."""
-    max_length: int | None = None
+    max_length: Several | None = None
     """Longest prompt + response in tokens; the model's context by default."""
-    max_prompt: int | None = None
+    max_prompt: Count | None = None
     """Longest prompt in tokens; longer ones keep their end. Three quarters of max_length by default."""
     on_equal: Literal["error", "drop"] = "error"
     """What to do with a pair whose answers are equal."""
@@ -70,12 +71,12 @@ class Config:
     the better one: stop, exchange the answers, leave it out, or take it as it stands, as a label that was drawn."""
     on_cut: OnCut = "drop"
     """What to do with a pair of which truncation cut one answer only."""
-    measure_every: int | None = None
+    measure_every: Count | None = None
     """Steps between measurements on held-out pairs; a tenth of the run by default."""
     evaluation: Evaluation = Evaluation()
     lora: Lora = Lora()
     training: Training = Training(lr=1e-6)
-    seed: int = 0
+    seed: Natural = 0
 
 
 def inputs(config: Config) -> dict[str, str | Path]:
@@ -167,8 +168,6 @@ def _refuse(config: Config, wanted: frozenset[str]) -> None:
         )
     if "ref_tokens" in wanted and "column" in kinds:
         raise ValueError(f"--loss {config.loss} reads the reference token by token; --ref column has sums only")
-    if config.measure_every is not None and config.measure_every < 1:
-        raise ValueError(f"--measure-every {config.measure_every}: give at least 1 step")
 
 
 def _read(config: Config, loss: Loss) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

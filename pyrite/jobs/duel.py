@@ -26,6 +26,7 @@ from pyrite.dimensions import Dimensions, Option, filled
 from pyrite.dimensions.options import files
 from pyrite.duels import Missing, Rates
 from pyrite.objectives import OneScore, gold_scorers, model_scorers
+from pyrite.options import Natural, Several
 from pyrite.progress import progress, say
 from pyrite.rounds import Answer
 from pyrite.runs import Run
@@ -54,9 +55,9 @@ class Config:
     """Score by reward runs too: one folder for all options, or OPTION=FOLDER for each."""
     missing: Missing = "drop"
     """What an option without a verdict makes of its unit: it is dropped, or that option counts as a tie."""
-    times: int = 2000
+    times: Several = 2000
     """Resamples for the intervals."""
-    seed: int = 0
+    seed: Natural = 0
 
 
 class Unit(NamedTuple):
@@ -104,8 +105,6 @@ def run(config: Config) -> Run:
     run = runs.start("duel", config, inputs=inputs(config))
     if run.done:
         return run
-    if config.times < 2:
-        raise ValueError(f"--times {config.times}: give at least 2 resamples, 2000 for intervals to rely on")
     if not (config.dimensions or config.general):
         raise ValueError("duel: give --dimensions, a YAML file or soups, or --general with what makes an answer better")
     if config.rewards and not config.dimensions:

@@ -20,6 +20,7 @@ from pyrite import analyses, data, runs, text
 from pyrite.analyses import TokenRatios
 from pyrite.evaluation import Answers, Evaluation, Evaluator, response_logps
 from pyrite.models import Policy
+from pyrite.options import Count, Natural
 from pyrite.preferences import EncodedPairs, encode_pairs, paired
 from pyrite.progress import progress, say
 from pyrite.runs import Run
@@ -57,14 +58,14 @@ class Config:
     the better one: stop, exchange the answers, leave it out, or take it as it stands, as a label that was drawn."""
     alpaca_eval: str | None = None
     """Name of this model among generators: the first answer to each prompt is also written for AlpacaEval."""
-    min_count: int = 100
+    min_count: Count = 100
     """Occurrences a token needs to be listed among those moved most."""
     columns: str | None = None
-    limit: int | None = None
-    k: int = 1
+    limit: Count | None = None
+    k: Count = 1
     """Answers a prompt."""
-    max_new_tokens: int = 256
-    seed: int = 0
+    max_new_tokens: Count = 256
+    seed: Natural = 0
 
 
 def inputs(config: Config) -> dict[str, str | Path]:
@@ -160,8 +161,6 @@ def _options(config: Config) -> Evaluation:
 def _pairs(config: Config) -> list[dict[str, Any]]:
     if config.pairs and not config.ref:
         raise ValueError("--pairs compares the policy with its reference on pairs: give --ref too")
-    if config.min_count < 1:
-        raise ValueError(f"--min-count {config.min_count}: a token that is listed occurs at least once")
     if not config.pairs:
         return []
     how: dict[str, Any] = {"on_contradiction": config.on_contradiction, "on_tie": "drop", "note": say}

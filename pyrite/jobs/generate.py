@@ -17,6 +17,7 @@ from pyrite import data, runs, seeds, text
 from pyrite.dimensions import Variants
 from pyrite.generate import Samples, sample
 from pyrite.models import Policy, backbone
+from pyrite.options import Amplitude, Count, Natural, NonNegative
 from pyrite.progress import Advance, progress, say
 from pyrite.runs import Run
 
@@ -36,18 +37,18 @@ class Config:
     """Prompts: prompt, prompt_id."""
     out: Path
     columns: str | None = None
-    k: int = 2
+    k: Count = 2
     """Answers a prompt."""
-    limit: int | None = None
+    limit: Count | None = None
     """Use only the first so many prompts."""
     variants: Variants = Variants()
-    max_new_tokens: int = 256
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    rows: int = 512
+    max_new_tokens: Count = 256
+    temperature: NonNegative = 1.0
+    top_p: Amplitude = 1.0
+    top_k: Natural = 0
+    rows: Count = 512
     """Answers decoded at once; changes speed, not the result."""
-    seed: int = 0
+    seed: Natural = 0
 
 
 def inputs(config: Config) -> dict[str, str | Path]:

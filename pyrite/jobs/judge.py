@@ -17,6 +17,7 @@ from pyrite.judges import costs, humans
 from pyrite.judges.answers import Answers, Question, Tally
 from pyrite.judges.llm import Asking, LanguageJudge
 from pyrite.judges.pairs import Shown, request, verdict_row
+from pyrite.options import Count, Inside, Natural
 from pyrite.processes import world
 from pyrite.progress import progress, say
 from pyrite.runs import Run
@@ -72,7 +73,7 @@ class Export:
     criterion_id: str | None = None
     """Name of the criterion in the table of verdicts; the sentence by default."""
     format: Literal["csv", "jsonl"] = "csv"
-    seed: int = 0
+    seed: Natural = 0
 
 
 @dataclass(frozen=True)
@@ -97,10 +98,10 @@ class Agreement:
     out: Path
     second: str | None = None
     """verdicts.parquet of another judge, or of people; without one, how the first judge leans."""
-    n_boot: int = 1000
+    n_boot: Count = 1000
     """Resamples of prompts for the intervals."""
-    level: float = 0.95
-    seed: int = 0
+    level: Inside = 0.95
+    seed: Natural = 0
 
 
 Config = Ask | Export | Import | Agreement
@@ -208,8 +209,6 @@ def agreement(config: Agreement) -> Run:
     run = runs.start("judge", config, inputs=inputs(config))
     if run.done:
         return run
-    if config.n_boot < 1 or not 0 < config.level < 1:
-        raise ValueError(f"--n-boot {config.n_boot} and --level {config.level}: give at least 1, and between 0 and 1")
     judges = {name: agreeing.opinions(str(path)) for name, path in inputs(config).items()}
     generator = seeds.generator(config.seed, "agreement")
     options: dict[str, Any] = {"n_boot": config.n_boot, "level": config.level, "generator": generator}

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from pyrite import data, golds, judges, parts, runs, seeds, text
+from pyrite.options import Fraction, Half, Natural
 from pyrite.progress import progress, say
 from pyrite.runs import Run
 
@@ -42,10 +43,10 @@ class Config:
     """What says which answer of a pair is better, in place of the gold: "bradley_terry(gold='length()')"."""
     pairs: bool = True
     """Also make pairs, not only scores."""
-    noise: float = 0.0
+    noise: Half = 0.0
     """Share of the training pairs whose label is flipped, exactly."""
-    noise_seed: int = 0
-    held_out: float = 0.1
+    noise_seed: Natural = 0
+    held_out: Fraction = 0.1
     """Share of the prompts whose pairs are kept, clean, for measuring accuracy."""
     ties: Literal["drop", "keep"] = "drop"
     """Two answers that are equally good: left out, or kept with strength 0, which says that either may be chosen.
@@ -53,7 +54,7 @@ class Config:
     on_cut: Literal["drop", "rematch"] = "drop"
     """What to do with an answer that was cut before its end: leave its pair out, or pair the finished answers to its
     prompt among themselves."""
-    seed: int = 0
+    seed: Natural = 0
 
 
 def inputs(config: Config) -> dict[str, str | Path]:
@@ -90,8 +91,6 @@ def run(config: Config) -> Run:
 
 
 def _refuse(config: Config) -> None:
-    if not 0 <= config.noise <= 0.5:
-        raise ValueError(f"--noise {config.noise}: a share of flipped labels lies between 0 and 0.5")
     if not (config.gold or (config.judge and config.pairs)):
         raise ValueError("label needs --gold, or --judge for pairs; `pyrite list golds` shows what there is")
 

@@ -38,6 +38,7 @@ from pyrite.ledger import Ledger
 from pyrite.live import Live, Rules
 from pyrite.losses.needs import needs
 from pyrite.models import Lora, Policy
+from pyrite.options import Amplitude, Count, Fraction, Natural, NonNegative, Positive, Several
 from pyrite.processes import world
 from pyrite.progress import progress, say
 from pyrite.prompts import Turns
@@ -71,30 +72,30 @@ class Config:
     """Who says which answer is better: "bradley_terry(gold='length()')"."""
     out: Path
     columns: str | None = None
-    held_out: float = 0.1
+    held_out: Fraction = 0.1
     """Share of the prompts kept for measuring, where no --eval-prompts are given."""
     sampler: str = "on_policy()"
     """Which two distributions a pair is drawn from: reference(), on_policy(), hybrid(), mixed(kappa=0.5), ..."""
     loss: str = "soft_dpo(beta=0.1)"
-    rounds: int = 3
-    prompts_per_round: int | None = None
+    rounds: Count = 3
+    prompts_per_round: Count | None = None
     """Prompts answered in a round, all by default: each round takes the next ones, and once all have been asked, they
     come again in a new order."""
-    k: int = 2
+    k: Several = 2
     """Answers a prompt; an even number."""
     pairing: Pairing = "best_worst"
     labels: Labels = "soft"
     """soft and hard: the likelier answer is chosen; sampled: drawn by the judge's probability."""
-    gap: float = 0.0
+    gap: NonNegative = 0.0
     """Log-odds, nats, by which a pair's answers must differ; closer ones are ties."""
     ref: Literal["start", "previous"] = "start"
     """The reference of loss and sampler: the first policy, or the one each round begins with."""
     restart: bool = True
     """Every round has its own optimizer and learning rate schedule; --no-restart carries both through the run."""
-    temperature: float = 1.0
+    temperature: Positive = 1.0
     """After mixing, as are the next two."""
-    top_p: float = 1.0
-    top_k: int = 0
+    top_p: Amplitude = 1.0
+    top_k: Natural = 0
     on_cut: Literal["keep", "drop"] = "keep"
     """Pairs with an answer that was cut before its end; kept ones have no end token."""
     silver: str | None = None
@@ -103,19 +104,19 @@ class Config:
     label_schedule: str = "even()"
     """When labels are bought and learned by the discriminator: "even(selector='random()')", "original()", "never()"."""
     paying: Paying = Paying()
-    measure_every: int = 1
+    measure_every: Count = 1
     """Rounds between measurements and checkpoints."""
-    keep_every: int = 0
+    keep_every: Natural = 0
     """Rounds between policies that are kept in policies/, to be evaluated side by side; 0 keeps none."""
     stopping: Stopping = Stopping()
     evaluation: Evaluation = Evaluation()
     asking: Asking = Asking()
-    train_top: int | None = None
+    train_top: Natural | None = None
     """Layers of the policy that are trained, the last ones, with final norm and head; the rest it shares with the
     reference. All by default."""
     lora: Lora = Lora()
     training: Training = Training(lr=5e-7)
-    seed: int = 0
+    seed: Natural = 0
 
 
 def inputs(config: Config) -> dict[str, str | Path]:
@@ -213,11 +214,8 @@ def _parts(config: Config) -> Parts:
     loss = parts.part(config.loss, losses)
     if "kl" in needs(loss):
         raise ValueError(f"--loss {config.loss} reads the reference's whole distribution, which rounds do not keep")
-    if config.k < 2 or config.k % 2:
+    if config.k % 2:
         raise ValueError(f"--k {config.k}: answers are drawn two by two; give an even number")
-    for name in ("rounds", "measure_every"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)}: give at least 1")
     if needs(loss) & {"batch", "running"} and world().num_processes > 1:
         raise ValueError(f"--loss {config.loss} reads the whole batch at once: run it in one process")
     if not config.silver and config.label_schedule != Config.label_schedule:

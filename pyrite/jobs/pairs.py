@@ -25,6 +25,7 @@ import torch
 from pyrite import data, judges, parts, runs, seeds, text
 from pyrite.dimensions import Dimensions, Option, Turn, conditioned, filled
 from pyrite.dimensions.options import files
+from pyrite.options import Fraction, Natural, Some
 from pyrite.progress import progress, say
 from pyrite.runs import Run
 
@@ -51,19 +52,19 @@ class Config:
     """Preference dimensions: a YAML file, or the shipped soups."""
     options: tuple[str, ...] = ()
     """The options to make pairs for; by default all that were not added later."""
-    kinds: tuple[Kind, ...] = KINDS
+    kinds: Some[Kind] = KINDS
     judge: str = "bradley_terry(gold={gold}, hard=True)"
     """Who labels: a judge; {criterion}, {gold}, {sentence} and {id} stand for the option's own."""
     general: str | None = None
     """In place of dimensions: what is better in general, the gold, or criterion, that the judge is given."""
     preference_turn: Turn = "user"
     """Where the option stands in a pair's prompt: at the end of the last user turn, or in the system turn."""
-    held_out: float = 0.1
+    held_out: Fraction = 0.1
     """Share of the raw prompts whose pairs are kept for measuring accuracy."""
     ties: Literal["drop", "keep"] = "drop"
     """Two answers that are equally good: left out, or kept with strength 0, which says that either may be chosen.
     Losses that read strengths, such as soft_dpo, learn a probability of one half; for the others they are left out."""
-    seed: int = 0
+    seed: Natural = 0
 
 
 @dataclass(frozen=True)
@@ -139,8 +140,6 @@ def _tasks(config: Config) -> list[Task]:
         return [Task(option, (), ("general",), parts.part(filled(config.judge, option), judges))]
     known = Dimensions.load(str(config.dimensions))
     wanted = [known.option(id) for id in dict.fromkeys(config.options)] or [o for o in known.options if not o.later]
-    if not config.kinds:
-        raise ValueError(f"--kinds: give at least one of {', '.join(KINDS)}")
     judged = "labelled" in config.kinds
     return [
         Task(

@@ -29,6 +29,7 @@ from pyrite.kl_control import KLControl
 from pyrite.models import Lora, Policy, RewardEnsemble
 from pyrite.moments import normalized
 from pyrite.objectives import Combine
+from pyrite.options import Count, Fraction, Natural, NonNegative, Positive, Share, Some
 from pyrite.policy_gradient import Estimates, explained_variance, token_rewards, whiten
 from pyrite.progress import progress, say
 from pyrite.prompts import Turns
@@ -57,12 +58,12 @@ class Config:
     """Folder or Hub name of the policy to start from; it is the reference too."""
     prompts: str
     """Prompts: prompt, prompt_id."""
-    reward: tuple[str, ...]
+    reward: Some[str]
     """Folders of reward runs, or scorers such as "length()"; "0.5*runs/b" weighs one of several. With --dimensions a
     reward run scores each of a prompt's options, one of its own is ID=FOLDER, and golds are the options' own."""
     out: Path
     columns: str | None = None
-    held_out: float = 0.1
+    held_out: Fraction = 0.1
     """Share of the prompts kept for measuring, where no --eval-prompts are given."""
     objective: str = "mean()"
     """How the members of a reward run become one score: mean(), wco(), uwo(weight=0.5)."""
@@ -70,41 +71,41 @@ class Config:
     """gae (PPO, with a critic); rloo, group (GRPO), center, reinforce (without)."""
     value: str = "shared"
     """The critic: shared or detached, a head on the policy's trunk; or a folder, a model or reward model of its own."""
-    value_top: int | None = None
+    value_top: Natural | None = None
     """Layers of a critic of its own that are trained, the last ones; all by default."""
-    value_lora_rank: int = 0
+    value_lora_rank: Natural = 0
     """Adapters on a critic of its own in place of its weights, of the policy's --lora-alpha, -dropout and -targets."""
-    value_lr: float | None = None
+    value_lr: Positive | None = None
     """Learning rate of a critic of its own; the policy's by default."""
-    steps: int = 100
+    steps: Count = 100
     """Batches of answers."""
-    prompts_per_step: int = 32
+    prompts_per_step: Count = 32
     """Each step takes the next ones; once all have been asked, they come again in a new order."""
-    k: int = 1
+    k: Count = 1
     """Answers a prompt; rloo, group and center need 2."""
-    beta: float = 0.05
+    beta: NonNegative = 0.05
     """Price of a nat of KL from the reference, in units of the reward."""
     kl: Literal["k1", "k3", "none"] = "k1"
     kl_control: Literal["fixed", "adaptive", "target"] = "fixed"
-    kl_target: float | None = None
+    kl_target: Positive | None = None
     """Nats an answer."""
-    kl_horizon: float = 10_000.0
-    stop_kl: float | None = None
+    kl_horizon: Positive = 10_000.0
+    stop_kl: Positive | None = None
     """Nats a token from the policy that drew: beyond it a batch is not learned any further."""
-    ratio_clip: float = 0.2
+    ratio_clip: Positive = 0.2
     """How far a token's probability ratio may move in a batch and still be rewarded for it."""
-    value_clip: float | None = 0.2
-    value_weight: float = 0.1
-    gamma: float = 1.0
-    lam: float = 0.95
+    value_clip: Positive | None = 0.2
+    value_weight: NonNegative = 0.1
+    gamma: Share = 1.0
+    lam: Share = 0.95
     whiten: bool = True
     """Advantages get mean 0 and variance 1 over the tokens of a batch."""
     normalize: bool = False
     """Scores are divided by their running standard deviation, and centered."""
-    reward_clip: float | None = 10.0
-    missing_eos: float | None = None
+    reward_clip: Positive | None = 10.0
+    missing_eos: NonNegative | None = None
     """Taken off the score of an answer that was cut."""
-    measure_every: int = 10
+    measure_every: Count = 10
     """Steps between measurements and checkpoints."""
     stopping: Stopping = Stopping()
     evaluation: Evaluation = Evaluation()
@@ -114,13 +115,13 @@ class Config:
     """How the scores of a prompt's options become one: mean, weighted or min."""
     option_weights: tuple[str, ...] = ()
     """Of the options with --combine-rewards weighted: P1A=0.5."""
-    train_top: int | None = None
+    train_top: Natural | None = None
     """Layers of the policy that are trained, the last ones, with final norm and head; the rest it shares with the
     reference. All by default."""
     lora: Lora = Lora()
     training: Training = Training(lr=1e-6, epochs=4)
     """epochs: passes over a batch of answers; batch_size: prompts in an update."""
-    seed: int = 0
+    seed: Natural = 0
 
 
 def inputs(config: Config) -> dict[str, str | Path]:
@@ -281,9 +282,6 @@ def _checked(config: Config) -> KLControl:
     config.stopping.check(gold=config.evaluation.gold, proxy=config.evaluation.rewards)
     if config.method in ("rloo", "group", "center") and config.k < 2:
         raise ValueError(f"--method {config.method} compares the answers to a prompt: give --k 2 or more")
-    for name in ("steps", "prompts_per_step", "k", "measure_every"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)}: give at least 1")
     own = (config.value_top, config.value_lora_rank, config.value_lr) != (None, 0, None)
     if config.method != "gae" and (own or config.value != "shared"):
         raise ValueError(f"--method {config.method} has no critic: leave --value and options --value-... of one out")

@@ -16,6 +16,7 @@ import numpy as np
 from pyrite import data, references, runs
 from pyrite.loading import Dtype
 from pyrite.models import Policy
+from pyrite.options import Count, Natural, Several
 from pyrite.preferences import EncodedPairs, encode_pairs
 from pyrite.progress import say
 from pyrite.references import BadReference, Table, Text, identity, imports, readings, row_id, scoring
@@ -39,15 +40,15 @@ class Compute:
     """prior scores the answers without their prompts."""
     tokens: bool = True
     """Also store token log-probabilities, which some losses and analyses read; False halves the file."""
-    max_length: int | None = None
+    max_length: Several | None = None
     """Longest prompt + response in tokens; the model's context by default. As in training, for the same tokenizer."""
-    max_prompt: int | None = None
+    max_prompt: Count | None = None
     """Longest prompt in tokens; longer ones keep their end. Three quarters of max_length by default."""
     dtype: Dtype = "float32"
     """Of the weights."""
     precision: Dtype = "float32"
     """Of the products."""
-    micro_tokens: int = 16384
+    micro_tokens: Count = 16384
     """Packed tokens in one forward pass."""
     on_equal: Literal["error", "drop"] = "error"
     """What to do with a pair whose answers are equal."""
@@ -68,15 +69,15 @@ class Verify:
     """The loss reads token log-probabilities."""
     own_template: bool = False
     """The scoring model may have read prompts in another chat template than the policy's."""
-    max_length: int | None = None
+    max_length: Several | None = None
     """Longest prompt + response in tokens, as in training; the model's context by default."""
-    max_prompt: int | None = None
+    max_prompt: Count | None = None
     """Longest prompt in tokens, as in training; three quarters of max_length by default."""
-    rows: int = 32
+    rows: Count = 32
     """Answers to compute again."""
     on_equal: Literal["error", "drop"] = "error"
     """What to do with a pair whose answers are equal."""
-    seed: int = 0
+    seed: Natural = 0
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from torch import Tensor
 from pyrite import data, estimators, moved, parts, reward_losses, runs, seeds, text, train
 from pyrite.discriminators import pair_loss
 from pyrite.models import Lora, Pooling, RewardModel
+from pyrite.options import Count, Fraction, Natural, NonNegative, Several
 from pyrite.packing import Row
 from pyrite.progress import say
 from pyrite.runs import Run
@@ -36,19 +37,19 @@ class Config:
     """Preference pairs: prompt, chosen, rejected."""
     out: Path
     columns: str | None = None
-    held_out: float | str = 0.1
+    held_out: Fraction | str = 0.1
     """Pairs for measuring accuracy: a file, whose prompts are not learned from, or the share of the prompts to keep.
     With 0, accuracy is that on the training pairs, and called train_accuracy."""
-    members: int = 1
+    members: Count = 1
     """Reward models in the ensemble."""
     loss: str = "bradley_terry(center=0.001)"
     pooling: Pooling = "last"
     """Where the score is read: the end token, or the mean over the response."""
-    head_std: float = 0.02
+    head_std: NonNegative = 0.02
     """Standard deviation of a new head's weights."""
-    max_length: int | None = None
+    max_length: Several | None = None
     """Longest prompt + response in tokens; the model's context by default."""
-    max_prompt: int | None = None
+    max_prompt: Count | None = None
     """Longest prompt in tokens; longer ones keep their end. Three quarters of max_length by default."""
     on_equal: Literal["error", "drop"] = "error"
     """What to do with a pair whose answers are equal."""
@@ -57,7 +58,7 @@ class Config:
     the better one: stop, exchange the answers, leave it out, or take it as it stands, as a label that was drawn."""
     lora: Lora = Lora()
     training: Training = Training(epochs=2)
-    seed: int = 0
+    seed: Natural = 0
 
 
 def inputs(config: Config) -> dict[str, str | Path]:
@@ -72,9 +73,7 @@ def run(config: Config) -> Run:
     if run.done:
         return run
     loss = parts.part(config.loss, reward_losses)
-    loss(torch.zeros(1), torch.zeros(1))  # an option out of range is refused now
-    if config.members < 1:
-        raise ValueError(f"--members {config.members}: give at least 1")
+    loss(torch.zeros(1), torch.zeros(1))  # one that cannot be called is refused now
     pairs, held = _read(config)
     model = _member(config, 0)
     batches, clean = _rows(model, pairs), _rows(model, held)

@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from pyrite import data, runs, seeds, text
+from pyrite.options import Count, Natural, Several
 from pyrite.progress import say
 from pyrite.runs import Run
 
@@ -33,13 +34,13 @@ class Config:
     kind: Literal["pairs", "demos", "prompts"] = "pairs"
     """What the rows of the data are."""
     columns: str | None = None
-    vocabulary: int = 4096
-    hidden: int = 128
-    layers: int = 2
-    heads: int = 4
-    context: int = 1024
+    vocabulary: Count = 4096
+    hidden: Count = 128
+    layers: Count = 2
+    heads: Count = 4
+    context: Several = 1024
     """Longest prompt + response in tokens."""
-    seed: int = 0
+    seed: Natural = 0
 
 
 def inputs(config: Config) -> dict[str, str | Path]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from pyrite import data, moved, runs, text, train
 from pyrite.evaluation import response_logps
 from pyrite.models import Lora, Policy
+from pyrite.options import Fraction, Natural, Several
 from pyrite.packing import Row, micro_batches
 from pyrite.progress import say
 from pyrite.runs import Run
@@ -34,14 +35,14 @@ class Config:
     out: Path
     columns: str | None = None
     """Names of the columns where they differ, as ours=theirs: "prompt=question,response=answer"."""
-    held_out: float | str = 0.02
+    held_out: Fraction | str = 0.02
     """Demonstrations for measuring perplexity: a file, whose prompts are not learned from, or the share of the prompts
     to keep."""
-    max_length: int | None = None
+    max_length: Several | None = None
     """Longest prompt + response in tokens; the model's context by default."""
     lora: Lora = Lora()
     training: Training = Training()
-    seed: int = 0
+    seed: Natural = 0
 
 
 def inputs(config: Config) -> dict[str, str | Path]:

@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from pyrite import adapters, checkpoints, runs, soups
 from pyrite.loading import is_classifier, settings, verify
 from pyrite.members import OWN
+from pyrite.options import Count, Real
 from pyrite.progress import say
 from pyrite.runs import Run
 
@@ -40,15 +41,15 @@ class Config:
     ingredients: tuple[str, ...]
     """Folders with adapters, or of whole models; several."""
     out: Path
-    weights: tuple[float, ...] = ()
+    weights: tuple[Real, ...] = ()
     """One for each ingredient, at least 0, of sum 1; none: all alike."""
     normalize: bool = True
     """--no-normalize takes any weights as they stand: base + Σ w_i Δ_i, so a sum below 1 stays nearer to the base."""
     mode: Literal["delta", "factor", "svd", "full"] = "delta"
     """Adapters: their exact mean, A and B averaged apart, or the mean cut to --rank. Whole models: full."""
-    rank: int | None = None
+    rank: Count | None = None
     """Of mode svd; by default the ingredients' largest."""
-    steps: int | None = None
+    steps: Count | None = None
     """A soup for every way of dealing out 1/steps among the ingredients, in place of one at --weights."""
 
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from pyrite import runs, seeds, winrates
+from pyrite.options import Inside, Natural, NonNegative, Real, Several
 from pyrite.progress import say
 from pyrite.runs import Run
 from pyrite.sources import DataError, Source, read
@@ -53,14 +54,14 @@ class Config:
     """Models of the table that are the baseline told to be brief or long-winded: their rows replace the prior."""
     difficulty: Literal["auto", "none"] = "auto"
     """Control for hard prompts too: by the column of that name, else estimated where 3 models or more were judged."""
-    length_mean: float = GAMED.mean
+    length_mean: Real = GAMED.mean
     """Prior mean of the length coefficient, by default what AlpacaEval's gamed baselines say."""
-    length_precision: float = GAMED.precision
+    length_precision: NonNegative = GAMED.precision
     """Its precision; 0: no prior."""
-    n_boot: int = 1000
+    n_boot: Several = 1000
     """Resamples for the intervals."""
-    level: float = 0.95
-    seed: int = 0
+    level: Inside = 0.95
+    seed: Natural = 0
 
 
 class Judged(NamedTuple):
@@ -97,7 +98,6 @@ def run(config: Config) -> Run:
     run = runs.start("winrate", config, inputs=inputs(config))
     if run.done:
         return run
-    _refuse(config)
     table = tabled(config.data)
     found, source = _comparisons(table, config)
     prior = Prior(config.length_mean, config.length_precision)
@@ -172,18 +172,6 @@ def aligned(models: Sequence[dict[str, Any]]) -> list[str]:
     width = [max(map(len, column)) for column in zip(head, *body, strict=True)]
     place: list[Callable[..., str]] = [str.ljust] + [str.rjust] * (len(head) - 1)
     return ["  ".join(p(cell, w) for p, cell, w in zip(place, line, width, strict=True)) for line in (head, *body)]
-
-
-def _refuse(config: Config) -> None:
-    if config.n_boot < 2:
-        raise ValueError(f"--n-boot {config.n_boot}: give at least 2 resamples, 1000 for intervals to rely on")
-    if not 0 < config.level < 1:
-        raise ValueError(f"--level {config.level}: give a share between 0 and 1, as 0.95")
-    if not (math.isfinite(config.length_mean) and 0 <= config.length_precision < math.inf):
-        raise ValueError(
-            f"--length-mean {config.length_mean} --length-precision {config.length_precision}: give finite numbers, "
-            "the precision at least 0 (no prior)"
-        )
 
 
 def _win(raw: dict[str, Any]) -> float:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pyrite import options
 from pyrite.judges.answers import Answers, Kept, Question
 from pyrite.judges.asking import Desk, Pace, Trade
 from pyrite.judges.costs import Counter, Prices, by_characters, most
@@ -20,6 +21,7 @@ from pyrite.judges.forms import Case, Form, demonstrations
 from pyrite.judges.pairs import EQUAL, SHOWN, Said, Shown, Verdict, combined, shown
 from pyrite.judges.scores import Judge
 from pyrite.judges.verdicts import WINS, Reply, probability, read, several
+from pyrite.options import Count, Natural, NonNegative, Positive, Text
 from pyrite.progress import say
 
 LEDGER = "judge.db"
@@ -43,36 +45,36 @@ class Asking:
     """The judge may say that neither answer is better."""
     both_orders: bool = True
     """Ask about each pair in both orders, disagreement is a tie; otherwise once, in an order drawn by the seed."""
-    batch: int = 1
+    batch: Count = 1
     """Pairs in one request, cheaper and coarser; needs reply label."""
     demonstrations: str | None = None
     """File of solved cases shown first: prompt, a, b, label (A, B or TIE), and optionally reason."""
-    temperature: float = 0.0
-    max_tokens: int = 512
+    temperature: NonNegative = 0.0
+    max_tokens: Count = 512
     """Longest reply, its reasons included."""
     logprobs: bool = False
     """Take P(a beats b) from the probabilities of the label, where the server offers them."""
-    body: str = ""
+    body: Text = ""
     """More fields of the request, as a JSON object; null leaves one out: '{"max_tokens": null, "seed": 1}'."""
-    price_in: float = 0.0
+    price_in: NonNegative = 0.0
     """Money for a million tokens read."""
-    price_out: float = 0.0
+    price_out: NonNegative = 0.0
     """Money for a million tokens written."""
-    max_cost: float | None = None
+    max_cost: NonNegative | None = None
     """Money that all answers in the ledger's file may cost; the judge stops before it is exceeded."""
-    concurrency: int = 8
+    concurrency: Count = 8
     """Requests at once."""
-    per_minute: float | None = None
+    per_minute: Positive | None = None
     """Requests a minute, at most."""
-    timeout: float = 60.0
+    timeout: Positive = 60.0
     """Seconds to wait for an answer."""
-    retries: int = 6
+    retries: Natural = 6
     """Requests after one that was not answered, further and further apart."""
-    reasks: int = 2
+    reasks: Natural = 2
     """Requests after an answer without a verdict."""
-    backoff: float = 1.0
+    backoff: NonNegative = 1.0
     """Seconds before the first retry; each next one waits twice as long, up to a minute."""
-    seed: int = 0
+    seed: Natural = 0
     """Of the order of the answers."""
 
 
@@ -95,6 +97,7 @@ class LanguageJudge:
     """
 
     def __init__(self, model: str, criterion: str, criterion_id: str | None, asking: Asking, ledger: str) -> None:
+        options.check(asking)
         self.model, self.criterion, self.asking, self.ledger = model, criterion_id or criterion, asking, ledger
         shown = demonstrations(asking.demonstrations) if asking.demonstrations else ()
         self.form = Form(criterion, asking.reply, asking.ties, shown)
@@ -234,22 +237,22 @@ def llm(
     reply: Reply = Asking.reply,
     ties: bool = Asking.ties,
     both_orders: bool = Asking.both_orders,
-    batch: int = Asking.batch,
+    batch: Count = Asking.batch,
     demonstrations: str | None = Asking.demonstrations,
-    temperature: float = Asking.temperature,
-    max_tokens: int = Asking.max_tokens,
+    temperature: NonNegative = Asking.temperature,
+    max_tokens: Count = Asking.max_tokens,
     logprobs: bool = Asking.logprobs,
-    body: str = Asking.body,
-    price_in: float = Asking.price_in,
-    price_out: float = Asking.price_out,
-    max_cost: float | None = Asking.max_cost,
-    concurrency: int = Asking.concurrency,
-    per_minute: float | None = Asking.per_minute,
-    timeout: float = Asking.timeout,
-    retries: int = Asking.retries,
-    reasks: int = Asking.reasks,
-    backoff: float = Asking.backoff,
-    seed: int = Asking.seed,
+    body: Text = Asking.body,
+    price_in: NonNegative = Asking.price_in,
+    price_out: NonNegative = Asking.price_out,
+    max_cost: NonNegative | None = Asking.max_cost,
+    concurrency: Count = Asking.concurrency,
+    per_minute: Positive | None = Asking.per_minute,
+    timeout: Positive = Asking.timeout,
+    retries: Natural = Asking.retries,
+    reasks: Natural = Asking.reasks,
+    backoff: NonNegative = Asking.backoff,
+    seed: Natural = Asking.seed,
     ledger: str = LEDGER,
 ) -> Judge:
     """Judge: a language model, at any OpenAI-compatible endpoint, says which answer is better by a criterion.
@@ -268,10 +271,8 @@ def _refuse(model: str, asking: Asking, prices: Prices) -> None:
         raise ValueError("the judge's model has no name; give model, as its server knows it")
     if asking.max_cost is not None and not prices.paid:
         raise ValueError(f"max_cost is {asking.max_cost} without a price; give price_in and price_out")
-    if asking.batch < 1 or (asking.batch > 1 and (asking.reply != "label" or asking.logprobs)):
-        raise ValueError(f"batch is {asking.batch}; it is at least 1, and more than 1 needs reply label, no logprobs")
-    if not asking.temperature >= 0 or asking.max_tokens < 1:
-        raise ValueError("the judge's temperature must be at least 0, and its max_tokens at least 1")
+    if asking.batch > 1 and (asking.reply != "label" or asking.logprobs):
+        raise ValueError(f"batch is {asking.batch}; more than 1 needs reply label, no logprobs")
 
 
 def _more(body: str) -> dict[str, Any]:

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from pyrite import golds, parts
+from pyrite.options import Half, Positive, require
 
 Judge = Callable[[list[str], list[str], list[str]], Tensor]
 
 
-def bradley_terry(*, gold: str, scale: float = 1.0, noise: float = 0.0, hard: bool = False) -> Judge:
+def bradley_terry(*, gold: str, scale: Positive = 1.0, noise: Half = 0.0, hard: bool = False) -> Judge:
     """Judge: P(a beats b) = (1 − noise) σ((gold(a) − gold(b)) / scale) + noise σ((gold(b) − gold(a)) / scale).
 
     gold: any scorer named as a spec string, a reward model among them; each text is scored once a call. scale: score
@@ -22,10 +23,7 @@ def bradley_terry(*, gold: str, scale: float = 1.0, noise: float = 0.0, hard: bo
     >>> bradley_terry(gold="length()")(["hi"], ["one two"], ["one two"])
     tensor([0.5000])
     """
-    if not scale > 0:
-        raise ValueError(f"bradley_terry has scale={scale}; it must be positive")
-    if not 0 <= noise <= 0.5:
-        raise ValueError(f"bradley_terry has noise={noise}; it must be a share from 0 to 0.5")
+    require(bradley_terry, scale=scale, noise=noise)
     scorer = parts.part(gold, golds)
 
     def judge(prompts: list[str], a: list[str], b: list[str]) -> Tensor:

@@ -7,11 +7,12 @@ from torch import Tensor
 from pyrite.logps import PairLogps
 from pyrite.losses.dpo import logistic
 from pyrite.losses.ratios import log_ratios, references
+from pyrite.options import Half, Positive
 
 __all__ = ["aot"]
 
 
-def aot(pair: PairLogps, *, beta: float = 0.1, label_smoothing: float = 0.0, paired: bool = True) -> Tensor:
+def aot(pair: PairLogps, *, beta: Positive = 0.1, label_smoothing: Half = 0.0, paired: bool = True) -> Tensor:
     """Alignment via optimal transport: the batch's distribution of margins, not each margin, must rise.
 
     loss = −(1−ε) log σ(βδ) − ε log σ(−βδ),   δ = difference of equal ranks within the batch

@@ -6,11 +6,12 @@ from torch import Tensor
 
 from pyrite.logps import PairLogps
 from pyrite.losses.ratios import log_ratios
+from pyrite.options import Positive
 
 __all__ = ["apo_down", "apo_zero"]
 
 
-def apo_zero(pair: PairLogps, *, beta: float = 0.1) -> Tensor:
+def apo_zero(pair: PairLogps, *, beta: Positive = 0.1) -> Tensor:
     """Anchored preference optimization where chosen is better than the policy: chosen up, rejected down.
 
     loss = 1 − σ(βu) + σ(βv),   u, v = log π/π_ref of chosen, rejected
@@ -23,7 +24,7 @@ def apo_zero(pair: PairLogps, *, beta: float = 0.1) -> Tensor:
     return (-chosen).sigmoid() + rejected.sigmoid()
 
 
-def apo_down(pair: PairLogps, *, beta: float = 0.1) -> Tensor:
+def apo_down(pair: PairLogps, *, beta: Positive = 0.1) -> Tensor:
     """Anchored preference optimization where chosen is worse than the policy: chosen down, rejected further down.
 
     loss = σ(βu) + 1 − σ(β(u − v)),   u, v = log π/π_ref of chosen, rejected

@@ -7,11 +7,12 @@ from torch import Tensor
 
 from pyrite.logps import PairLogps
 from pyrite.losses.ratios import log_ratios, running
+from pyrite.options import Positive, Real
 
 __all__ = ["bco"]
 
 
-def bco(pair: PairLogps, *, beta: float = 0.1, delta: float | None = 0.0) -> Tensor:
+def bco(pair: PairLogps, *, beta: Positive = 0.1, delta: Real | None = 0.0) -> Tensor:
     """Binary classifier optimization: chosen above, rejected below a common reward δ.
 
     loss = −log σ(βu − δ) − log σ(−(βv − δ)),   u, v = log π/π_ref of chosen, rejected

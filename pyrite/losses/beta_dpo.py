@@ -9,12 +9,13 @@ from torch import Tensor
 from pyrite.logps import PairLogps
 from pyrite.losses.clamps import at_least
 from pyrite.losses.ratios import margin, running
+from pyrite.options import Fraction, NonNegative, Positive
 
 __all__ = ["beta_dpo"]
 SMALLEST = 1e-3
 
 
-def beta_dpo(pair: PairLogps, *, beta: float = 0.1, alpha: float = 0.6, rho: float = 0.0) -> Tensor:
+def beta_dpo(pair: PairLogps, *, beta: Positive = 0.1, alpha: NonNegative = 0.6, rho: Fraction = 0.0) -> Tensor:
     """DPO whose β follows the batch: larger where margins are above their running mean, smaller where below.
 
     loss = −log σ(β′Δ),   β′ = max(0.001, β(1 + α(mean Δ − M₀))),   Δ = log π(y_w)/π_ref(y_w) − log π(y_l)/π_ref(y_l)

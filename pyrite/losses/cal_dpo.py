@@ -7,11 +7,12 @@ from torch import Tensor
 from pyrite.logps import PairLogps
 from pyrite.losses.dpo import dpo
 from pyrite.losses.ratios import log_ratios
+from pyrite.options import Positive
 
 __all__ = ["cal_dpo"]
 
 
-def cal_dpo(pair: PairLogps, *, beta: float = 0.1) -> Tensor:
+def cal_dpo(pair: PairLogps, *, beta: Positive = 0.1) -> Tensor:
     """Calibrated DPO: rewards must differ, and be +½ and −½.
 
     loss = −log σ(β(u − v)) + (βu − ½)² + (βv + ½)²,   u, v = log π/π_ref of chosen, rejected

@@ -6,11 +6,12 @@ from torch import Tensor
 
 from pyrite.logps import PairLogps
 from pyrite.losses.dpo import posterior
+from pyrite.options import NonNegative, Positive
 
 __all__ = ["cpo"]
 
 
-def cpo(pair: PairLogps, *, beta: float = 0.1, alpha: float = 1.0) -> Tensor:
+def cpo(pair: PairLogps, *, beta: Positive = 0.1, alpha: NonNegative = 1.0) -> Tensor:
     """Contrastive preference optimization: no reference, but imitation of the chosen response.
 
     loss = −log σ(β(log π(y_w) − log π(y_l))) − α log π(y_w)/|y_w|

@@ -7,11 +7,12 @@ from torch import Tensor
 
 from pyrite.logps import PairLogps
 from pyrite.losses.ratios import margin
+from pyrite.options import Inside, Positive, require
 
 __all__ = ["discopop"]
 
 
-def discopop(pair: PairLogps, *, beta: float = 0.1, tau: float = 0.05) -> Tensor:
+def discopop(pair: PairLogps, *, beta: Positive = 0.1, tau: Inside = 0.05) -> Tensor:
     """DiscoPOP, the log-ratio modulated loss: logistic on the wrong side, exponential on the right one.
 
     loss = −(1−s) log σ(βΔ) + s e^{−βΔ},   s = σ(βΔ/τ),   Δ = log π(y_w)/π_ref(y_w) − log π(y_l)/π_ref(y_l)
@@ -22,8 +23,7 @@ def discopop(pair: PairLogps, *, beta: float = 0.1, tau: float = 0.05) -> Tensor
 
     Lu et al. 2024, arXiv:2406.08414, eq. 5.
     """
-    if not 0 < tau < 1:
-        raise ValueError(f"discopop: tau={tau} lets the exponential win on the wrong side; give it between 0 and 1")
+    require(discopop, tau=tau)  # else the exponential wins on the wrong side
     logits = beta * margin(pair)
     logistic = -(-logits / tau).sigmoid() * F.logsigmoid(logits)
     return logistic + (F.logsigmoid(logits / tau) - logits).exp()  # s e^{−βΔ}, without 0 · ∞

@@ -7,11 +7,12 @@ from torch import Tensor
 
 from pyrite.logps import PairLogps
 from pyrite.losses.ratios import margin, strength
+from pyrite.options import Half, Minority, Positive, require
 
 __all__ = ["dpo", "posterior", "robust", "soft_dpo"]
 
 
-def dpo(pair: PairLogps, *, beta: float = 0.1, label_smoothing: float = 0.0) -> Tensor:
+def dpo(pair: PairLogps, *, beta: Positive = 0.1, label_smoothing: Half = 0.0) -> Tensor:
     """Direct preference optimization; with label smoothing ε, conservative DPO.
 
     loss = −(1−ε) log σ(βΔ) − ε log σ(−βΔ),   Δ = log π(y_w)/π_ref(y_w) − log π(y_l)/π_ref(y_l)
@@ -25,7 +26,7 @@ def dpo(pair: PairLogps, *, beta: float = 0.1, label_smoothing: float = 0.0) -> 
     return logistic(beta * margin(pair), label_smoothing)
 
 
-def soft_dpo(pair: PairLogps, *, beta: float = 0.1, scale: float = 1.0) -> Tensor:
+def soft_dpo(pair: PairLogps, *, beta: Positive = 0.1, scale: Positive = 1.0) -> Tensor:
     """DPO towards a probability instead of a label: the cross-entropy to p = σ(scale · strength).
 
     loss = −p log σ(βΔ) − (1−p) log σ(−βΔ),   Δ = log π(y_w)/π_ref(y_w) − log π(y_l)/π_ref(y_l)
@@ -38,7 +39,7 @@ def soft_dpo(pair: PairLogps, *, beta: float = 0.1, scale: float = 1.0) -> Tenso
     return logistic(beta * margin(pair), (-scale * strength(pair)).sigmoid())
 
 
-def robust(pair: PairLogps, *, beta: float = 0.1, label_smoothing: float = 0.1) -> Tensor:
+def robust(pair: PairLogps, *, beta: Positive = 0.1, label_smoothing: Minority = 0.1) -> Tensor:
     """DPO that is unbiased where a share ε of the labels is flipped at random.
 
     loss = (−(1−ε) log σ(βΔ) + ε log σ(−βΔ)) / (1−2ε),   Δ = log π(y_w)/π_ref(y_w) − log π(y_l)/π_ref(y_l)
@@ -48,16 +49,13 @@ def robust(pair: PairLogps, *, beta: float = 0.1, label_smoothing: float = 0.1) 
 
     Chowdhury et al. 2024, arXiv:2403.00409, section 3.1.
     """
-    if not 0 <= label_smoothing < 0.5:
-        raise ValueError(
-            f"robust: label_smoothing={label_smoothing} is no share of flipped labels; give 0 to below 0.5"
-        )
+    require(robust, label_smoothing=label_smoothing)
     logits = beta * margin(pair)
     kept, flipped = -F.logsigmoid(logits), -F.logsigmoid(-logits)
     return ((1 - label_smoothing) * kept - label_smoothing * flipped) / (1 - 2 * label_smoothing)
 
 
-def posterior(pair: PairLogps, *, beta: float = 0.1) -> Tensor:
+def posterior(pair: PairLogps, *, beta: Positive = 0.1) -> Tensor:
     """DPO without a reference: entropy instead of a KL, the optimum ∝ exp(reward/β).
 
     loss = −log σ(β(log π(y_w) − log π(y_l)))

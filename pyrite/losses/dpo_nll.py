@@ -7,11 +7,12 @@ from torch import Tensor
 from pyrite.logps import PairLogps
 from pyrite.losses.bco import bco
 from pyrite.losses.dpo import dpo
+from pyrite.options import NonNegative, Positive, Real
 
 __all__ = ["dpo_nll", "mpo"]
 
 
-def dpo_nll(pair: PairLogps, *, beta: float = 0.1, alpha: float = 1.0) -> Tensor:
+def dpo_nll(pair: PairLogps, *, beta: Positive = 0.1, alpha: NonNegative = 1.0) -> Tensor:
     """DPO plus the chosen response's negative log-likelihood a token; elsewhere called RPO.
 
     loss = −log σ(βΔ) − α log π(y_w)/|y_w|,   Δ = log π(y_w)/π_ref(y_w) − log π(y_l)/π_ref(y_l)
@@ -27,11 +28,11 @@ def dpo_nll(pair: PairLogps, *, beta: float = 0.1, alpha: float = 1.0) -> Tensor
 def mpo(
     pair: PairLogps,
     *,
-    beta: float = 0.1,
-    delta: float | None = 0.0,
-    preference: float = 0.8,
-    quality: float = 0.2,
-    generation: float = 1.0,
+    beta: Positive = 0.1,
+    delta: Real | None = 0.0,
+    preference: NonNegative = 0.8,
+    quality: NonNegative = 0.2,
+    generation: NonNegative = 1.0,
 ) -> Tensor:
     """Mixed preference optimization: which is better, how good each is, and how to write the better one.
 

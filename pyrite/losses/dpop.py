@@ -7,11 +7,12 @@ from torch import Tensor
 
 from pyrite.logps import PairLogps
 from pyrite.losses.ratios import log_ratios
+from pyrite.options import NonNegative, Positive
 
 __all__ = ["dpop"]
 
 
-def dpop(pair: PairLogps, *, beta: float = 0.1, lam: float = 5.0) -> Tensor:
+def dpop(pair: PairLogps, *, beta: Positive = 0.1, lam: NonNegative = 5.0) -> Tensor:
     """DPO-positive: the chosen response may not become less likely than under the reference.
 
     loss = −log σ(β(u − v − λ[−u]₊)),   u, v = log π/π_ref of chosen, rejected

@@ -9,11 +9,12 @@ from torch import Tensor
 
 from pyrite.logps import PairLogps
 from pyrite.losses.ratios import margin
+from pyrite.options import Inside, Positive, require
 
 __all__ = ["exo"]
 
 
-def exo(pair: PairLogps, *, beta: float = 0.1, label_smoothing: float = 1e-3) -> Tensor:
+def exo(pair: PairLogps, *, beta: Positive = 0.1, label_smoothing: Inside = 1e-3) -> Tensor:
     """Efficient exact optimization on pairs: KL(preference of the policy ‖ label), where DPO has the two exchanged.
 
     loss = q log(q/(1−ε)) + (1−q) log((1−q)/ε),   q = σ(βΔ),   Δ = log π(y_w)/π_ref(y_w) − log π(y_l)/π_ref(y_l)
@@ -23,8 +24,7 @@ def exo(pair: PairLogps, *, beta: float = 0.1, label_smoothing: float = 1e-3) ->
 
     Ji et al. 2024, arXiv:2402.00856, eq. 16.
     """
-    if not 0 < label_smoothing < 1:
-        raise ValueError(f"exo: label_smoothing={label_smoothing} makes the loss infinite; give it above 0 and below 1")
+    require(exo, label_smoothing=label_smoothing)  # else the loss is infinite
     logits = beta * margin(pair)
     kept = F.logsigmoid(logits) - math.log1p(-label_smoothing)
     flipped = F.logsigmoid(-logits) - math.log(label_smoothing)

@@ -11,13 +11,16 @@ from torch import Tensor
 from pyrite.logps import PairLogps
 from pyrite.losses.clamps import at_most
 from pyrite.losses.ratios import log_ratios
+from pyrite.options import Positive, Share
 
 __all__ = ["f_dpo"]
 Divergence = Literal["reverse_kl", "forward_kl", "js", "alpha"]
 LARGEST = 80.0  # e^80 is still a float32
 
 
-def f_dpo(pair: PairLogps, *, beta: float = 0.1, divergence: Divergence = "reverse_kl", alpha: float = 0.5) -> Tensor:
+def f_dpo(
+    pair: PairLogps, *, beta: Positive = 0.1, divergence: Divergence = "reverse_kl", alpha: Share = 0.5
+) -> Tensor:
     """f-DPO: the KL that holds the policy to the reference replaced by another f-divergence.
 
     loss = −log σ(β(f′(e^u) − f′(e^v))),   u, v = log π/π_ref of chosen, rejected

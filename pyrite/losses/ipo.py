@@ -6,11 +6,12 @@ from torch import Tensor
 
 from pyrite.logps import PairLogps
 from pyrite.losses.ratios import margin
+from pyrite.options import Positive
 
 __all__ = ["ipo"]
 
 
-def ipo(pair: PairLogps, *, tau: float = 0.1, length_norm: bool = False) -> Tensor:
+def ipo(pair: PairLogps, *, tau: Positive = 0.1, length_norm: bool = False) -> Tensor:
     """Identity preference optimization: a margin to reach, not to exceed.
 
     loss = (Δ − 1/(2τ))²,   Δ = log π(y_w)/π_ref(y_w) − log π(y_l)/π_ref(y_l)

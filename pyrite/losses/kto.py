@@ -6,12 +6,18 @@ from torch import Tensor
 
 from pyrite.logps import PairLogps
 from pyrite.losses.ratios import log_ratios
+from pyrite.options import NonNegative, Positive
 
 __all__ = ["kto_pair"]
 
 
 def kto_pair(
-    pair: PairLogps, *, beta: float = 0.1, z0: float = 0.0, desirable: float = 1.0, undesirable: float = 1.0
+    pair: PairLogps,
+    *,
+    beta: Positive = 0.1,
+    z0: NonNegative = 0.0,
+    desirable: NonNegative = 1.0,
+    undesirable: NonNegative = 1.0,
 ) -> Tensor:
     """Kahneman-Tversky optimization, both responses of a pair at once.
 

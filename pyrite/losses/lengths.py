@@ -7,11 +7,12 @@ from torch import Tensor
 
 from pyrite.logps import Logps, PairLogps
 from pyrite.losses.ratios import margin, references
+from pyrite.options import NonNegative, Positive, Share
 
 __all__ = ["ld_dpo", "ln_dpo", "r_dpo"]
 
 
-def ln_dpo(pair: PairLogps, *, beta: float = 5.0) -> Tensor:
+def ln_dpo(pair: PairLogps, *, beta: Positive = 5.0) -> Tensor:
     """Length-normalized DPO: each log-ratio an average over its response's tokens.
 
     loss = −log σ(β(u/|y_w| − v/|y_l|)),   u, v = log π/π_ref of chosen, rejected
@@ -24,7 +25,7 @@ def ln_dpo(pair: PairLogps, *, beta: float = 5.0) -> Tensor:
     return -F.logsigmoid(beta * margin(pair, length_norm=True))
 
 
-def r_dpo(pair: PairLogps, *, beta: float = 0.1, alpha: float = 0.01) -> Tensor:
+def r_dpo(pair: PairLogps, *, beta: Positive = 0.1, alpha: NonNegative = 0.01) -> Tensor:
     """Length-regularized DPO: chosen must win by less where it is longer, by more where it is shorter.
 
     loss = −log σ(βΔ + α(|y_w| − |y_l|)),   Δ = log π(y_w)/π_ref(y_w) − log π(y_l)/π_ref(y_l)
@@ -38,7 +39,7 @@ def r_dpo(pair: PairLogps, *, beta: float = 0.1, alpha: float = 0.01) -> Tensor:
     return -F.logsigmoid(beta * margin(pair) + alpha * longer)
 
 
-def ld_dpo(pair: PairLogps, *, beta: float = 0.1, alpha: float = 0.5) -> Tensor:
+def ld_dpo(pair: PairLogps, *, beta: Positive = 0.1, alpha: Share = 0.5) -> Tensor:
     """Length-desensitized DPO: tokens beyond the shorter response's length count α.
 
     loss = −log σ(β(Δ − (1−α)(tail(y_w) − tail(y_l)))),   tail(y) = Σ_{t > min(|y_w|, |y_l|)} log π(y_t)/π_ref(y_t)

@@ -7,11 +7,12 @@ from torch import Tensor
 
 from pyrite.logps import PairLogps
 from pyrite.losses.ratios import log_ratios
+from pyrite.options import Positive
 
 __all__ = ["nca"]
 
 
-def nca(pair: PairLogps, *, beta: float = 0.1) -> Tensor:
+def nca(pair: PairLogps, *, beta: Positive = 0.1) -> Tensor:
     """Noise contrastive alignment on pairs: each response against the reference, so that the chosen one cannot sink.
 
     loss = −log σ(βu) − ½ log σ(−βu) − ½ log σ(−βv),   u, v = log π/π_ref of chosen, rejected

@@ -7,11 +7,12 @@ from torch import Tensor
 
 from pyrite.logps import PairLogps
 from pyrite.losses.ratios import margin, strength
+from pyrite.options import NonNegative, Positive
 
 __all__ = ["odpo"]
 
 
-def odpo(pair: PairLogps, *, beta: float = 0.1, alpha: float = 1.0) -> Tensor:
+def odpo(pair: PairLogps, *, beta: Positive = 0.1, alpha: NonNegative = 1.0) -> Tensor:
     """DPO with an offset: the stronger the preference, the larger the margin to reach.
 
     loss = −log σ(βΔ − α log strength),   Δ = log π(y_w)/π_ref(y_w) − log π(y_l)/π_ref(y_l)

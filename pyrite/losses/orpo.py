@@ -8,11 +8,12 @@ from torch import Tensor
 
 from pyrite.logps import PairLogps
 from pyrite.losses.clamps import at_most
+from pyrite.options import NonNegative
 
 __all__ = ["orpo"]
 
 
-def orpo(pair: PairLogps, *, lam: float = 0.1) -> Tensor:
+def orpo(pair: PairLogps, *, lam: NonNegative = 0.1) -> Tensor:
     """Odds ratio preference optimization: imitation of the chosen response, and better odds for it, in one stage.
 
     loss = −ā − λ log σ(lo(ā) − lo(b̄)),   lo(z) = z − log(1 − e^z),   ā, b̄ = log π(y)/|y| of chosen, rejected

@@ -6,11 +6,12 @@ from torch import Tensor
 
 from pyrite.logps import PairLogps
 from pyrite.losses.ratios import margin, strength
+from pyrite.options import Positive
 
 __all__ = ["rebel"]
 
 
-def rebel(pair: PairLogps, *, eta: float = 1.0) -> Tensor:
+def rebel(pair: PairLogps, *, eta: Positive = 1.0) -> Tensor:
     """Regression to relative rewards: the margin is a prediction of the reward difference, to be made exact.
 
     loss = (Δ/η − strength)²,   Δ = log π(y_w)/π_ref(y_w) − log π(y_l)/π_ref(y_l)

@@ -7,12 +7,13 @@ from torch import Tensor
 
 from pyrite.logps import PairLogps
 from pyrite.losses.clamps import at_most
+from pyrite.options import NonNegative, Positive, Real
 
 __all__ = ["alphapo", "simpo"]
 LARGEST = 80.0  # e^80 is still a float32
 
 
-def simpo(pair: PairLogps, *, beta: float = 2.0, gamma: float = 1.0) -> Tensor:
+def simpo(pair: PairLogps, *, beta: Positive = 2.0, gamma: NonNegative = 1.0) -> Tensor:
     """Simple preference optimization: no reference; average log-probabilities must differ by a margin γ.
 
     loss = −log σ(β(ā − b̄) − γ),   ā = log π(y_w)/|y_w|,   b̄ = log π(y_l)/|y_l|
@@ -24,7 +25,7 @@ def simpo(pair: PairLogps, *, beta: float = 2.0, gamma: float = 1.0) -> Tensor:
     return -F.logsigmoid(beta * (pair.chosen.mean - pair.rejected.mean) - gamma)
 
 
-def alphapo(pair: PairLogps, *, beta: float = 2.0, gamma: float = 1.0, alpha: float = 0.25) -> Tensor:
+def alphapo(pair: PairLogps, *, beta: Positive = 2.0, gamma: NonNegative = 1.0, alpha: Real = 0.25) -> Tensor:
     """SimPO with a reshaped reward: α > 0 presses on unlikely responses, α < 0 on likely ones, α = 0 is simpo.
 
     loss = −log σ(β(r(ā) − r(b̄)) − γ),   r(z) = (1 − e^{−αz})/α,   ā, b̄ = log π(y)/|y| of chosen, rejected

@@ -6,11 +6,12 @@ from torch import Tensor
 
 from pyrite.logps import PairLogps
 from pyrite.losses.ratios import margin
+from pyrite.options import NonNegative, Positive
 
 __all__ = ["hinge", "slic"]
 
 
-def hinge(pair: PairLogps, *, beta: float = 0.1) -> Tensor:
+def hinge(pair: PairLogps, *, beta: Positive = 0.1) -> Tensor:
     """DPO with a hinge in place of the logistic loss; elsewhere called SLiC or RSO.
 
     loss = [1 − βΔ]₊,   Δ = log π(y_w)/π_ref(y_w) − log π(y_l)/π_ref(y_l)
@@ -22,7 +23,7 @@ def hinge(pair: PairLogps, *, beta: float = 0.1) -> Tensor:
     return (1 - beta * margin(pair)).relu()
 
 
-def slic(pair: PairLogps, *, delta: float = 1.0, lam: float = 0.1) -> Tensor:
+def slic(pair: PairLogps, *, delta: NonNegative = 1.0, lam: NonNegative = 0.1) -> Tensor:
     """Sequence likelihood calibration: a margin between the log-probabilities, and imitation of the chosen response.
 
     loss = [δ − log π(y_w) + log π(y_l)]₊ − λ log π(y_w)

@@ -6,11 +6,12 @@ from torch import Tensor
 
 from pyrite.logps import PairLogps
 from pyrite.losses.ratios import log_ratios, strength
+from pyrite.options import Positive
 
 __all__ = ["sppo"]
 
 
-def sppo(pair: PairLogps, *, beta: float = 0.1, soft: bool = False) -> Tensor:
+def sppo(pair: PairLogps, *, beta: Positive = 0.1, soft: bool = False) -> Tensor:
     """Self-play preference optimization: each log-ratio towards its response's probability to win.
 
     loss = (u − (P−½)/β)² + (v + (P−½)/β)²,   u, v = log π/π_ref of chosen, rejected

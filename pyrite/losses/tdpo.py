@@ -9,11 +9,12 @@ from torch import Tensor
 
 from pyrite.logps import Logps, PairLogps
 from pyrite.losses.ratios import margin
+from pyrite.options import NonNegative, Positive
 
 __all__ = ["tdpo"]
 
 
-def tdpo(pair: PairLogps, *, beta: float = 0.1, alpha: float = 0.5, version: Literal[1, 2] = 2) -> Tensor:
+def tdpo(pair: PairLogps, *, beta: Positive = 0.1, alpha: NonNegative = 0.5, version: Literal[1, 2] = 2) -> Tensor:
     """Token-level DPO: the forward KL at every position of the rejected response is held down as well.
 
     loss = −log σ(β(Δ − α(K_l − sg K_w))),   K(y) = Σ_t KL(π_ref(· | x, y_<t) ‖ π(· | x, y_<t))

@@ -7,11 +7,12 @@ from torch import Tensor
 
 from pyrite.logps import Logps, PairLogps
 from pyrite.losses.dpo import dpo
+from pyrite.options import Positive
 
 __all__ = ["wpo"]
 
 
-def wpo(pair: PairLogps, *, beta: float = 0.1) -> Tensor:
+def wpo(pair: PairLogps, *, beta: Positive = 0.1) -> Tensor:
     """Weighted preference optimization: pairs count as much as the policy would have written them itself.
 
     loss = −w(y_w) w(y_l) log σ(βΔ),   w(y) = sg exp(mean_t [log π(y_t) − log Σ_v π(v)²])

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from pyrite.logps import PairLogps
 from pyrite.losses.dpo import dpo
+from pyrite.options import NonNegative, Positive
 
 __all__ = ["xpo"]
 
@@ -15,8 +16,8 @@ __all__ = ["xpo"]
 def xpo(
     pair: PairLogps,
     *,
-    beta: float = 0.1,
-    alpha: float = 1e-3,
+    beta: Positive = 0.1,
+    alpha: NonNegative = 1e-3,
     from_ref: Literal["rejected", "chosen", "both"] = "rejected",
 ) -> Tensor:
     """Exploratory preference optimization: DPO that makes the reference's own responses a little less likely.

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from pyrite.options import Amplitude, Count, fault
 from pyrite.references.tables import FIRST_PART, MANIFEST, PLAN
 
 Kind = Literal["self", "none", "column", "prior", "ema", "model", "table"]
@@ -130,16 +131,17 @@ def _kind_of(name: str, piece: str, spec: str) -> tuple[Kind, str]:
 
 
 def _rate(text: str) -> float:
-    value = float(text)
-    if not 0 < value <= 1:
-        raise ValueError("a rate lies above 0 and is at most 1")
-    return value
+    return _in_range(float(text), Amplitude)
 
 
 def _steps(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise ValueError("give a whole number of steps, at least 1")
-    return int(text)
+    return _in_range(int(text) if text.isdecimal() else text, Count)
+
+
+def _in_range(value: Any, hint: Any) -> Any:
+    if wrong := fault(value, hint):
+        raise ValueError(wrong)
+    return value
 
 
 def _dtype(text: str) -> str:

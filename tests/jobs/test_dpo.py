@@ -179,7 +179,7 @@ def test_refusals_before_work(config: dpo.Config, tmp_path: Path) -> None:
         ({"ref": "slef"}, "did you mean 'self'"),
         ({"ref": "none + self"}, "cannot be part of a sum"),
         ({"ref": "column"}, "chosen_logprob"),
-        ({"measure_every": 0}, "give at least 1 step"),
+        ({"measure_every": 0}, "--measure-every 0: give at least 1"),
         ({"evaluation": Evaluation(gold="length()")}, "--eval-prompts"),
         ({"model": str(tmp_path / "nowhere")}, "nowhere"),
     ):

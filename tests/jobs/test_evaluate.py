@@ -199,7 +199,7 @@ def test_refusals_before_work(config: evaluate.Config, tiny: Path, tmp_path: Pat
         ({"pairs": str(tmp_path / "pairs.jsonl")}, "give --ref too"),
         ({"pairs": str(tmp_path / "pairs.jsonl"), "ref": str(tiny)}, "no file"),
         ({"min_count": 0}, "--min-count 0"),
-        ({"k": 0}, "k=0"),
+        ({"k": 0}, "--k 0"),
         ({"max_new_tokens": 64}, "reads 64 at most"),
     ):
         with pytest.raises(ValueError, match=words) as error:

@@ -90,15 +90,15 @@ def test_an_interruption_repeats_no_work(config: generate.Config, monkeypatch: p
 
 
 BAD = [
-    ({"k": 0}, "k=0"),
+    ({"k": 0}, "--k 0"),
     ({"rows": 0}, "rows"),
     ({"temperature": -1.0}, "temperature"),
-    ({"top_p": 0.0}, "top_p"),
-    ({"top_k": -1}, "top_k"),
-    ({"max_new_tokens": 0}, "max_new_tokens"),
+    ({"top_p": 0.0}, "--top-p 0.0"),
+    ({"top_k": -1}, "--top-k -1"),
+    ({"max_new_tokens": 0}, "--max-new-tokens 0"),
     ({"max_new_tokens": 64}, "max-new-tokens 64: .* reads 64 at most"),
     ({"max_new_tokens": 62}, "leaves no room"),
-    ({"limit": 0}, "no prompts"),
+    ({"limit": 0}, "--limit 0"),
 ]
 
 

@@ -125,7 +125,7 @@ def test_a_scorer_without_scores_is_refused_before_work(tmp_path: Path) -> None:
     config = label.Config(str(tmp_path / "c.jsonl"), tmp_path / "run", gold=f"{tmp_path / 'mine.py'}:score()")
     with pytest.raises(ValueError, match="scores must be finite"):
         label.run(config)
-    with pytest.raises(ValueError, match=r"--noise 0\.7: a share"):
+    with pytest.raises(ValueError, match=r"--noise 0\.7: give 0 to 0\.5"):
         label.run(replace(config, gold="length()", noise=0.7))
     assert not (tmp_path / "run").exists()
 

@@ -288,7 +288,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"dimensions": None}, "needs --dimensions.* or --general; and not both"),
     ({"dimensions": None, "general": "length()"}, "--options are of --dimensions"),
     ({"options": ("lang",)}, "unknown preference 'lang': did you mean long"),
-    ({"kinds": ()}, "--kinds: give at least one of labelled"),
+    ({"kinds": ()}, r"--kinds \(nothing\): give at least one"),
     ({"options": ("red",)}, "preference red has no gold"),
     ({"judge": "bradley_terry(gold='length()')"}, "says the same of every preference"),
     ({"judge": "bradley_tery(gold={gold})"}, "did you mean bradley_terry"),
@@ -296,7 +296,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
         {"options": ("dog",), "kinds": ("neutral_vs_negative",)},
         "no two answers for neutral_vs_negative of dog",
     ),
-    ({"held_out": 1.0}, "held-out fraction is 1.0"),
+    ({"held_out": 1.0}, "--held-out 1.0"),
 ]
 
 

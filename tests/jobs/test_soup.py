@@ -297,7 +297,7 @@ def test_whole_models_that_differ_are_refused(wholes: list[str], base: Path, tmp
         (3, {"rank": 0, "mode": "svd"}, "--rank 0"),
         (3, {"steps": 2, "weights": (0.2, 0.3, 0.5)}, "leave out --weights"),
         (3, {"steps": 2, "normalize": False}, "leave out --weights and --no-normalize"),
-        (3, {"steps": 0}, "0 steps"),
+        (3, {"steps": 0}, "--steps 0"),
         (3, {"mode": "full"}, "modes other than full merge adapters"),
     ],
 )

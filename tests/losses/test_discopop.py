@@ -30,5 +30,5 @@ def test_far_margins_stay_finite():
 
 @pytest.mark.parametrize("tau", [0.0, 1.0, -0.05])
 def test_refuses_a_temperature_that_explodes(tau):
-    with pytest.raises(ValueError, match="between 0 and 1"):
+    with pytest.raises(ValueError, match="above 0 and below 1"):
         discopop(pair_with(ratios=([0.0], [0.0])), tau=tau)

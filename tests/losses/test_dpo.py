@@ -59,7 +59,7 @@ def test_robust_is_dpo_on_the_clean_labels_on_average():
 
 @pytest.mark.parametrize("share", [-0.1, 0.5, 0.9])
 def test_robust_refuses_labels_that_say_nothing(share):
-    with pytest.raises(ValueError, match=r"0 to below 0\.5"):
+    with pytest.raises(ValueError, match=r"at least 0 and below 0\.5"):
         robust(pair_of(random_rows(1, seed=0)), label_smoothing=share)
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pyrite import experiments, runs
+from pyrite.options import Count, Natural
 from pyrite.recipes.live_reward import chain, results, settings
 from pyrite.recipes.live_reward.claims import CLAIMS
 from pyrite.recipes.live_reward.settings import Scale, Settings
@@ -29,9 +30,9 @@ class Config:
     scale: Scale = "toy"
     """The embedded worlds in minutes on 2 cores."""
     out: Path = Path("runs/live_reward")
-    seeds: int = 1
+    seeds: Count = 1
     """Independent whole chains."""
-    first_seed: int = 0
+    first_seed: Natural = 0
 
 
 def run(config: Config) -> Path:

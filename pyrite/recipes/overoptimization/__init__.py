@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pyrite import experiments, runs
+from pyrite.options import Count, Natural
 from pyrite.recipes.overoptimization import chain, claims, ppo_claims, results, settings
 from pyrite.recipes.overoptimization.settings import Scale, Settings
 from pyrite.report import charts, overoptimization_page
@@ -33,9 +34,9 @@ class Config:
     scale: Scale = "toy"
     """The embedded world in minutes on 2 cores, or the published setting."""
     out: Path = Path("runs/overoptimization")
-    seeds: int = 1
+    seeds: Count = 1
     """Independent whole chains."""
-    first_seed: int = 0
+    first_seed: Natural = 0
 
 
 def run(config: Config) -> Path:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pyrite import experiments, runs
+from pyrite.options import Count, Natural
 from pyrite.progress import say
 from pyrite.recipes.references import chain, results, settings
 from pyrite.recipes.references.claims import CLAIMS
@@ -30,9 +31,9 @@ class Config:
     scale: Scale = "toy"
     """The embedded world in minutes on 2 cores."""
     out: Path = Path("runs/references")
-    seeds: int = 1
+    seeds: Count = 1
     """Independent whole chains."""
-    first_seed: int = 0
+    first_seed: Natural = 0
 
 
 def run(config: Config) -> Path:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pyrite import experiments, runs
+from pyrite.options import Count, Natural
 from pyrite.recipes.soups import chain, results, settings
 from pyrite.recipes.soups.claims import CLAIMS
 from pyrite.recipes.soups.settings import Scale, Settings
@@ -28,9 +29,9 @@ class Config:
     scale: Scale = "toy"
     """The embedded world in minutes on 2 cores."""
     out: Path = Path("runs/soups")
-    seeds: int = 1
+    seeds: Count = 1
     """Independent whole chains."""
-    first_seed: int = 0
+    first_seed: Natural = 0
 
 
 def run(config: Config) -> Path:
