@@ -164,7 +164,7 @@ Fault = tuple[bool, str]  # whether the type is right and only the value is not;
 def _fault(value: Any, hint: Any) -> Fault | None:
     if get_origin(hint) is Annotated:
         inner, *rules = get_args(hint)
-        if isinstance(value, str) and any(isinstance(rule, Len) for rule in rules):
+        if inner is str and isinstance(value, str) and any(isinstance(rule, Len) for rule in rules):
             inner = Any  # how long a text is, its own rule says
         return _fault(value, inner) or next((f for rule in rules if (f := _broken(value, rule))), None)
     if get_origin(hint) in (Union, types.UnionType):
@@ -177,8 +177,8 @@ def _fault(value: Any, hint: Any) -> Fault | None:
         return _of_type(value, hint)
     if get_origin(hint) in (list, tuple, Sequence):
         return _of_many(value, get_args(hint))
-    if isinstance(hint, type) and is_dataclass(hint):
-        return None if isinstance(value, hint) else (False, f"is {type(value).__name__}, give {hint.__name__}")
+    if isinstance(hint, type) and hint not in (Any, object) and not isinstance(value, hint):
+        return False, f"is {type(value).__name__}, give {hint.__name__}"
     return _anything(value)
 
 

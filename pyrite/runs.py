@@ -40,6 +40,8 @@ SPEC = re.compile(r"\s*(?:[-+]?[\d.]+\s*\*\s*)?(?:([^()]+\.py):)?\s*\w+\s*(\(.*\
 NAMES_A_PATH = ("path", "file", "folder", "model", "tokenizer", "data", "demonstrations", "base")
 WRITTEN = ("ledger",)  # options of a spec string that name a file to write
 
+Inputs = Mapping[str, str | Path]
+
 
 class RunError(ValueError):
     """A run folder cannot be used as asked; the message says why and what to do."""
@@ -171,17 +173,18 @@ class Run:
         self.started = now
 
 
-def start(job: str, config: Any, *, inputs: Mapping[str, str | Path]) -> Run:
+def start(job: str, config: Any, *, inputs: Inputs | Callable[[Any], Inputs]) -> Run:
     """The run of `config` in the folder `config.out`: new, to be resumed, or done.
 
-    inputs: name to path of what the job reads; their hashes belong to the run's identity.
+    inputs: name to path of what the job reads, or a function of the config that says so, asked once the options are
+    found good; their hashes belong to the run's identity.
     Raises ValueError for an option out of its range, RunError for a folder that holds another run or anything else,
     that another process works in, or that cannot be written.
     """
     options.check(config)
     progress.anew()
     run = Run(Path(config.out).expanduser(), {"job": job, **plain_config(config)}, {}, job=config)
-    found, trouble = on_main(_looked)(run, inputs)
+    found, trouble = on_main(_looked)(run, inputs(config) if callable(inputs) else inputs)
     if trouble:
         raise RunError(trouble)
     run.inputs, run.paths, run.results = found

@@ -79,7 +79,7 @@ def inputs(config: Config) -> dict[str, str | Path]:
 
 def run(config: Config) -> Run:
     """Draw the rewards, run every sampler on them, measure orders, bounds and floors."""
-    run = runs.start("bandit", config, inputs=inputs(config))
+    run = runs.start("bandit", config, inputs=inputs)
     if run.done:
         return run
     zoo, loss, rate = _samplers(config), _loss(config), _rate(config.rate)

@@ -54,7 +54,7 @@ def inputs(config: Config) -> dict[str, str | Path]:
 
 def run(config: Config) -> Run:
     """Score, standardize, aggregate, estimate."""
-    run = runs.start("best_of_n", config, inputs=inputs(config))
+    run = runs.start("best_of_n", config, inputs=inputs)
     if run.done:
         return run
     objectives = {spec: parts.part(spec, ensembles) for spec in config.objectives}

@@ -88,7 +88,7 @@ def inputs(config: Config) -> dict[str, str | Path]:
 
 def run(config: Config) -> Run:
     """Score the reference once, train, measure the last and the best policy on held-out pairs."""
-    run = runs.start("dpo", config, inputs=inputs(config))
+    run = runs.start("dpo", config, inputs=inputs)
     if run.done:
         return run
     loss = parts.part(config.loss, losses)

@@ -102,7 +102,7 @@ def inputs(config: Config) -> dict[str, str | Path]:
 
 def run(config: Config) -> Run:
     """Read, judge, count, score."""
-    run = runs.start("duel", config, inputs=inputs(config))
+    run = runs.start("duel", config, inputs=inputs)
     if run.done:
         return run
     if not (config.dimensions or config.general):

@@ -76,7 +76,7 @@ def inputs(config: Config) -> dict[str, str | Path]:
 
 def run(config: Config) -> Run:
     """Sample, score by everybody, summarize with standard errors over prompts; analyze the pairs."""
-    run = runs.start("evaluate", config, inputs=inputs(config))
+    run = runs.start("evaluate", config, inputs=inputs)
     if run.done:
         return run
     pairs = _pairs(config)

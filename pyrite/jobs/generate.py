@@ -58,7 +58,7 @@ def inputs(config: Config) -> dict[str, str | Path]:
 
 def run(config: Config) -> Run:
     """Sample, mark what was cut, store."""
-    run = runs.start("generate", config, inputs=inputs(config))
+    run = runs.start("generate", config, inputs=inputs)
     if run.done:
         return run
     prompts = config.variants.of(data.load(config.prompts, "prompts", columns=config.columns)[: config.limit])

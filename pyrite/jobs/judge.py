@@ -17,7 +17,7 @@ from pyrite.judges import costs, humans
 from pyrite.judges.answers import Answers, Question, Tally
 from pyrite.judges.llm import Asking, LanguageJudge
 from pyrite.judges.pairs import Shown, request, verdict_row
-from pyrite.options import Count, Inside, Natural
+from pyrite.options import Count, Inside, Natural, check
 from pyrite.processes import world
 from pyrite.progress import progress, say
 from pyrite.runs import Run
@@ -121,6 +121,7 @@ def inputs(config: Config) -> dict[str, str | Path]:
 
 def run(config: Config) -> Run:
     """Do what the kind of config says."""
+    check(config)
     if isinstance(config, Ask):
         return ask(config)
     if isinstance(config, Export):
@@ -138,7 +139,7 @@ def ask(config: Ask) -> Run:
         judge, _, texts = _asked(config)
         results = _estimated(judge, judge.questions(*texts), config.tokenizer)
         return Run(config.out, runs.plain_config(config), {}, results)
-    run = runs.start("judge", config, inputs=inputs(config))
+    run = runs.start("judge", config, inputs=inputs)
     if run.done:
         return run
     if world().num_processes > 1:
@@ -168,7 +169,7 @@ def ask(config: Ask) -> Run:
 
 def export(config: Export) -> Run:
     """Write the pairs as a person gets them, and what they were made of."""
-    run = runs.start("judge", config, inputs=inputs(config))
+    run = runs.start("judge", config, inputs=inputs)
     if run.done:
         return run
     rows = _pairs(config)
@@ -186,7 +187,7 @@ def export(config: Export) -> Run:
 
 def import_(config: Import) -> Run:
     """Check every label, then write the verdicts."""
-    run = runs.start("judge", config, inputs=inputs(config))
+    run = runs.start("judge", config, inputs=inputs)
     if run.done:
         return run
     if not (config.exported / "done.json").exists():
@@ -206,7 +207,7 @@ def import_(config: Import) -> Run:
 
 def agreement(config: Agreement) -> Run:
     """Join the verdicts by pair and criterion, count, resample, write."""
-    run = runs.start("judge", config, inputs=inputs(config))
+    run = runs.start("judge", config, inputs=inputs)
     if run.done:
         return run
     judges = {name: agreeing.opinions(str(path)) for name, path in inputs(config).items()}

@@ -64,7 +64,7 @@ def inputs(config: Config) -> dict[str, str | Path]:
 
 def run(config: Config) -> Run:
     """Score, pair, flip, store."""
-    run = runs.start("label", config, inputs=inputs(config))
+    run = runs.start("label", config, inputs=inputs)
     if run.done:
         return run
     _refuse(config)

@@ -39,7 +39,7 @@ def inputs(config: Config) -> dict[str, str | Path]:
 
 def run(config: Config) -> Run:
     """Load, merge, compare both on a text, save; results hold the largest difference."""
-    run = runs.start("merge", config, inputs=inputs(config))
+    run = runs.start("merge", config, inputs=inputs)
     if run.done:
         return run
     kind = adapters_of(config.model).get("task_type")

@@ -126,7 +126,7 @@ def inputs(config: Config) -> dict[str, str | Path]:
 
 def run(config: Config) -> Run:
     """Round after round; goes on from the last checkpoint."""
-    run = runs.start("online", config, inputs=inputs(config))
+    run = runs.start("online", config, inputs=inputs)
     if run.done:
         return run
     named = _parts(config)

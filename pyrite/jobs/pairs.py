@@ -104,7 +104,7 @@ def inputs(config: Config) -> dict[str, str | Path]:
 
 def run(config: Config) -> Run:
     """Split, couple, judge, store."""
-    run = runs.start("pairs", config, inputs=inputs(config))
+    run = runs.start("pairs", config, inputs=inputs)
     if run.done:
         return run
     tasks = _tasks(config)

@@ -136,7 +136,7 @@ def inputs(config: Config) -> dict[str, str | Path]:
 
 def run(config: Config) -> Run:
     """Step after step; goes on from the last checkpoint."""
-    run = runs.start("ppo", config, inputs=inputs(config))
+    run = runs.start("ppo", config, inputs=inputs)
     if run.done:
         return run
     loaded: dict[Path, RewardEnsemble] = {}  # a reward run that is the proxy too is loaded once

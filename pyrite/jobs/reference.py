@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from pyrite import data, references, runs
+from pyrite import data, options, references, runs
 from pyrite.loading import Dtype
 from pyrite.models import Policy
 from pyrite.options import Count, Natural, Several
@@ -111,6 +111,7 @@ def inputs(config: Config) -> dict[str, str | Path]:
 
 def run(config: Config) -> Run:
     """Do what the kind of config says."""
+    options.check(config)
     if isinstance(config, Compute):
         return compute(config)
     return verify(config) if isinstance(config, Verify) else import_(config)
@@ -118,7 +119,7 @@ def run(config: Config) -> Run:
 
 def compute(config: Compute) -> Run:
     """Read, score, store; an interrupted run goes on where it stopped."""
-    run = runs.start("reference", config, inputs=inputs(config))
+    run = runs.start("reference", config, inputs=inputs)
     if run.done:
         return run
     pairs = data.load(config.data, "pairs", columns=config.columns, on_equal=config.on_equal, note=say)
@@ -151,7 +152,7 @@ def compute(config: Compute) -> Run:
 
 def import_(config: Import) -> Run:
     """Check every number, then store."""
-    run = runs.start("reference", config, inputs=inputs(config))
+    run = runs.start("reference", config, inputs=inputs)
     if run.done:
         return run
     sums = imports.read(config.file, names=(config.chosen, config.rejected), columns=config.columns, note=say)

@@ -69,7 +69,7 @@ def inputs(config: Config) -> dict[str, str | Path]:
 
 def run(config: Config) -> Run:
     """Train every member on the same pairs, measure it on held-out pairs, save it."""
-    run = runs.start("reward", config, inputs=inputs(config))
+    run = runs.start("reward", config, inputs=inputs)
     if run.done:
         return run
     loss = parts.part(config.loss, reward_losses)

@@ -50,7 +50,7 @@ def inputs(config: Config) -> dict[str, str | Path]:
 
 def run(config: Config) -> Run:
     """Train the tokenizer, draw the weights, save both."""
-    run = runs.start("scratch", config, inputs=inputs(config))
+    run = runs.start("scratch", config, inputs=inputs)
     if run.done:
         return run
     if config.hidden % config.heads:

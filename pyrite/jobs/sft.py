@@ -53,7 +53,7 @@ def inputs(config: Config) -> dict[str, str | Path]:
 
 def run(config: Config) -> Run:
     """Train, measure held-out perplexity, save."""
-    run = runs.start("sft", config, inputs=inputs(config))
+    run = runs.start("sft", config, inputs=inputs)
     if run.done:
         return run
     training, held = _read(config)

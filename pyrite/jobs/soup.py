@@ -63,7 +63,7 @@ def inputs(config: Config) -> dict[str, str | Path]:
 
 def run(config: Config) -> Run:
     """Check that the ingredients go together, merge, write; one soup, or a grid of them."""
-    run = runs.start("soup", config, inputs=inputs(config))
+    run = runs.start("soup", config, inputs=inputs)
     if run.done:
         return run
     points = _points(config)

@@ -95,7 +95,7 @@ def inputs(config: Config) -> dict[str, str | Path]:
 
 def run(config: Config) -> Run:
     """Read, estimate, resample, write."""
-    run = runs.start("winrate", config, inputs=inputs(config))
+    run = runs.start("winrate", config, inputs=inputs)
     if run.done:
         return run
     table = tabled(config.data)
