@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import pytest
+import tyro
 from annotated_types import Ge, Gt, Interval, Len, Predicate
 
 from pyrite import cli, jobs, options, parts, recipes
@@ -40,7 +41,7 @@ def leaves(schema: Any) -> Iterator[tuple[str, Any, Any]]:
         if is_dataclass(field.default):
             yield from leaves(type(field.default))
         else:
-            yield field.name, annotated[field.name], field.default
+            yield field.name, annotated[field.name], MISSING if field.default is tyro.MISSING else field.default
 
 
 SCHEMAS = schemas()
@@ -182,7 +183,7 @@ def test_nonsense_in_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, com
     schema = SCHEMAS[command]
     run = importlib.import_module(f"pyrite.jobs.{command.split()[0]}").run
     annotated = options.hints(schema)
-    needed = {field.name: "nothing" for field in fields(schema) if field.default is MISSING}
+    needed = {name: "nothing" for name, _, default in leaves(schema) if default is MISSING}
     needed |= {name: ("nothing", "other") for name in needed if several(annotated[name])}
     good = schema(**needed)
     for name, hint, _ in leaves(schema):
