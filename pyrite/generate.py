@@ -80,7 +80,9 @@ def sample(
         record = Record.empty(len(prompts) * k, job.steps, job.device)
         for chunk in ask.chunks(job.device):
             record.write(chunk.rows, job.run(chunk))
-    return _samples(job, record, k, job.path)  # outside of inference mode, so that the results may enter a loss
+    return _samples(
+        job, record, k, job.path(prompts)
+    )  # outside of inference mode, so that the results may enter a loss
 
 
 def sample_mixed(
@@ -123,7 +125,7 @@ def sample_mixed(
         for part, job in zip(parts, jobs, strict=True):
             for chunk in ask.chunks(policy.device, part):
                 record.write(chunk.rows, _run(job, chunk, part, policy))
-    path = SLOWEST[min(SLOWEST.index(job.path) for job in jobs)]
+    path = SLOWEST[min(SLOWEST.index(job.path(prompts)) for job in jobs)]
     return _samples(jobs[0], record, k, path, ran.to(policy.device))
 
 

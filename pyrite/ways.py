@@ -13,7 +13,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -44,17 +44,26 @@ def ways(model: PreTrainedModel) -> Ways:
 
     Where no small model can be made, or the stock model cannot read a bare text, texts of one length share a forward.
     """
+    return replace(told(model, _told) or Ways(), **_lengths(model.config))
+
+
+def told(model: PreTrainedModel, question: Callable[[PreTrainedModel], Answer]) -> Answer | None:
+    """What a small model of the same architecture answers, asked once in a process; None where none can be made."""
     config = _small_config(model)
-    text = json.dumps(config.to_dict(), sort_keys=True, default=str) if config is not None else ""
-    key = f"{type(model).__module__}.{type(model).__qualname__} {text}"
+    if config is None:
+        return None
+    shape = json.dumps(config.to_dict(), sort_keys=True, default=str)
+    key = f"{type(model).__module__}.{type(model).__qualname__} {question.__qualname__} {shape}"
     if key not in _FOUND:
-        with torch.inference_mode(False), torch.device("cpu"):
-            small = None if config is None else _built(model, config)
-            _FOUND[key] = Ways() if small is None else _told(small)
-    return replace(_FOUND[key], **_lengths(model.config))
+        plain = torch.autocast("cpu", enabled=False)
+        with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"), plain:
+            small = _built(model, config)
+            _FOUND[key] = None if small is None else question(small)
+    return _FOUND[key]
 
 
-_FOUND: dict[str, Ways] = {}
+Answer = TypeVar("Answer")
+_FOUND: dict[str, Any] = {}
 
 
 def _lengths(config: Any) -> dict[str, Any]:
@@ -77,15 +86,6 @@ def _lengths(config: Any) -> dict[str, Any]:
             turns.append(text.max_position_embeddings)
             dynamic = True
     return {"longest": min(*turns, *near, NEVER), "turn": min(turns), "dynamic": dynamic}
-
-
-def clone(model: PreTrainedModel) -> PreTrainedModel | None:
-    """A small model of the same class and options with sizeable weights; None where none can be made.
-
-    A large model's widths are made smaller, its layers are kept. The global random stream is left as it was.
-    """
-    config = _small_config(model)
-    return None if config is None else _built(model, config)
 
 
 def _small_config(model: PreTrainedModel) -> Any:
@@ -169,7 +169,6 @@ ANSWERS = (((7, 6, 11, 4), (10, 12)), ((6, 13, 3, 8, 5), (14, 7, 9)))
 Read = dict[str, Tensor]  # "logits" (N, ...), and "states" (N, L, H) where the trunk gives some
 
 
-@torch.no_grad()
 def _told(model: PreTrainedModel) -> Ways:
     rows = _rows(model)
     batch = pack(rows, padded=True)

@@ -20,6 +20,7 @@ from pyrite.decoding.adapters import innermost, silent
 from pyrite.decoding.cached_attention import additive, attend, attending
 from pyrite.decoding.caches import Columns
 from pyrite.decoding.lean import Lean, is_lean
+from pyrite.ways import told
 
 TESTED = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "gpt_neox"})
 PREFILL = 16384  # tokens, padding included, of one prefill forward
@@ -40,8 +41,9 @@ class Engine(NamedTuple):
 def open_engine(model: nn.Module, columns: int) -> Engine | None:
     """The fastest way to run a causal LM over up to `columns` tokens from our cache; None where there is none.
 
-    Families outside `TESTED`, and wrapped models, are compared with the stock forward on a few tokens first, in their
-    own precision. Under autocast the engine computes in that of autocast.
+    Families outside `TESTED`, and wrapped models, are compared with the stock forward on a few tokens first: a small
+    model of the same architecture, and the model itself in its own precision. Under autocast the engine computes in
+    that of autocast.
     """
     windows = _windows(model, columns)
     if windows is None:
@@ -49,7 +51,11 @@ def open_engine(model: nn.Module, columns: int) -> Engine | None:
     if set(windows.values()) == {None} and _is_tested(inside := innermost(model)) and is_lean(inside):
         return Engine("lean", Lean(inside, columns, attend), windows)
     engine = Engine("cached", _stock(model), windows)
-    return engine if _is_tested(model) or _agrees(model, engine) else None
+    if _is_tested(model):
+        return engine
+    if not _is_tested(stock := transformers_model(model)) and not told(stock, _caches):
+        return None
+    return engine if _agrees(model, engine) else None
 
 
 def without_adapters(engine: Engine, layers: Sequence[Any]) -> Engine:
@@ -173,6 +179,11 @@ def _stock(model: nn.Module) -> Forward:
 
 def _is_tested(model: nn.Module) -> bool:
     return isinstance(model, PreTrainedModel) and model.config.model_type in TESTED
+
+
+def _caches(model: PreTrainedModel) -> bool:
+    windows = _windows(model, 32)
+    return windows is not None and _agrees(model, Engine("cached", _stock(model), windows))
 
 
 def _agrees(model: nn.Module, engine: Engine) -> bool:

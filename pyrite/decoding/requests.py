@@ -14,6 +14,7 @@ from pyrite.decoding.adapters import adapter_layers, base_of
 from pyrite.decoding.engines import transformers_model
 from pyrite.decoding.sampling import Chunk, Job, chunks
 from pyrite.decoding.voices import Voice
+from pyrite.loading import context_of
 
 ROWS, ROWS_CPU = 512, 128  # that decode together by default; on a processor its caches should hold theirs
 
@@ -148,11 +149,11 @@ def check_tokenizers(policy: Any, ref: Any) -> None:
 
 def _check_prompts(model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
     text = model.config.get_text_config()
-    context = getattr(text, "max_position_embeddings", None)
+    context = context_of(transformers_model(model))
     for index, prompt in enumerate(prompts):
         if not len(prompt):
             raise ValueError(f"prompt {index} is empty: give at least one token, such as a start token")
-        if context and len(prompt) + max_new_tokens > context:
+        if len(prompt) + max_new_tokens > context:
             raise ValueError(
                 f"prompt {index} has {len(prompt)} tokens and max_new_tokens is {max_new_tokens}, beyond the "
                 f"model's context of {context}: shorten one of them"

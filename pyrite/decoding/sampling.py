@@ -18,6 +18,7 @@ from pyrite.decoding.draws import Draw, draw, streams, token_logp, uniforms
 from pyrite.decoding.engines import Decoder, Path, Prompts
 from pyrite.decoding.uncached import Uncached
 from pyrite.decoding.voices import Voice
+from pyrite.forwards import rotate_anew
 from pyrite.samplers import mixed_logits
 
 CHECK = 4  # steps between two looks at which rows have finished
@@ -40,17 +41,17 @@ class Job:
     def device(self) -> torch.device:
         return self.voices[0].device
 
-    @property
-    def path(self) -> Path:
-        """How the models are run: the slower way of two."""
-        paths = {voice.engine.path if voice.engine else None for voice in self.voices}
+    def path(self, prompts: Sequence[Sequence[int]]) -> Path:
+        """How the models are run on these prompts: the slower way of two."""
+        columns = max(map(len, prompts)) + self.steps
+        paths = {v.engine.path if v.engine and columns <= v.ways.turn else None for v in self.voices}
         if None in paths:
             return "generate" if len(self.voices) == 1 else "uncached"
         return "cached" if "cached" in paths else "lean"
 
     def run(self, chunk: Chunk) -> Record:
         """Samples of the rows of a chunk."""
-        return _generate(self, chunk) if self.path == "generate" else _decode(self, chunk)
+        return _generate(self, chunk) if self.path(chunk.prompts.tokens) == "generate" else _decode(self, chunk)
 
     def draw(self, logits: Sequence[Tensor], exponents: Tensor | None, state: Tensor, step: int) -> Draw:
         """Tokens from the logits (N, V) of each voice, mixed by exponents (N, 2) before temperature and truncation."""
@@ -141,21 +142,44 @@ def _decode(job: Job, chunk: Chunk) -> Record:
 
 def _decoder(job: Job, voice: Voice, prompts: Prompts, stack: ExitStack, device: torch.device) -> Decoder | Uncached:
     """The rows under one voice; the model attends in our way until the stack is left, if it is run from our cache."""
-    if job.path == "uncached" or voice.engine is None:
+    if job.path(prompts.tokens) == "uncached" or voice.engine is None:
         return Uncached(voice, prompts, steps=job.steps, device=device)
     stack.enter_context(attending(voice.model))
     return Decoder(voice.engine, prompts, steps=job.steps, device=device)
 
 
 def _generate(job: Job, chunk: Chunk) -> Record:
-    """By transformers' `generate`, greedy over logits in which our own draw has left one token."""
+    """By transformers' `generate`, greedy over logits in which our own draw has left one token.
+
+    Prompts are padded at the left, unless that would change what the model says: then those of one length go together.
+    """
     (voice,), device = job.voices, chunk.rows.device
-    rows = [p for p, n in zip(chunk.prompts.tokens, chunk.prompts.repeats, strict=True) for _ in range(n)]
-    width = len(rows[0])
-    tokens = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows], device=device)
-    visible = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+    rows = [list(p) for p, n in zip(chunk.prompts.tokens, chunk.prompts.repeats, strict=True) for _ in range(n)]
     record = Record.empty(len(rows), job.steps, device)
-    config = GenerationConfig(
+    together: dict[int, list[int]] = {}
+    for index, row in enumerate(rows):
+        together.setdefault(len(row) if voice.alone else 0, []).append(index)
+    for group in together.values():
+        width = max(len(rows[index]) for index in group)
+        tokens = torch.tensor([[0] * (width - len(rows[i])) + rows[i] for i in group], device=device)
+        visible = torch.tensor([[0] * (width - len(rows[i])) + [1] * len(rows[i]) for i in group], device=device)
+        drawing = _Drawing(job, chunk, record, torch.tensor(group, device=device), width)
+        if voice.ways.dynamic:
+            rotate_anew(voice.model)
+        with silent(voice.silenced):
+            voice.model.generate(
+                tokens,
+                attention_mask=visible,
+                generation_config=_greedy(job),
+                logits_processor=LogitsProcessorList([drawing]),
+            )
+        job.progress(len(group))
+    return record
+
+
+def _greedy(job: Job) -> GenerationConfig:
+    (voice,) = job.voices
+    return GenerationConfig(
         do_sample=False,
         num_beams=1,
         repetition_penalty=1.0,
@@ -163,23 +187,20 @@ def _generate(job: Job, chunk: Chunk) -> Record:
         eos_token_id=job.eos.tolist() or [voice.model.config.get_text_config().vocab_size],  # None: the model's own
         pad_token_id=0,
     )
-    drawing = LogitsProcessorList([_Drawing(job, chunk, record, width)])
-    with silent(voice.silenced):
-        voice.model.generate(tokens, attention_mask=visible, generation_config=config, logits_processor=drawing)
-    job.progress(len(rows))
-    return record
 
 
 class _Drawing(LogitsProcessor):
     """Draws each row's token from its own stream, records it, and leaves it as the only choice."""
 
-    def __init__(self, job: Job, chunk: Chunk, record: Record, width: int) -> None:
-        self.job, self.chunk, self.record, self.width = job, chunk, record, width
+    def __init__(self, job: Job, chunk: Chunk, record: Record, rows: Tensor, width: int) -> None:
+        self.job, self.record, self.rows, self.width = job, record, rows, width
+        self.state = chunk.state[rows]
+        self.exponents = None if chunk.exponents is None else chunk.exponents[rows.cpu()]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         step = input_ids.shape[1] - self.width
-        drawn = self.job.draw([scores], self.chunk.exponents, self.chunk.state, step)
-        self.record.write((torch.arange(len(scores), device=scores.device), step), drawn)
+        drawn = self.job.draw([scores], self.exponents, self.state, step)
+        self.record.write((self.rows, step), drawn)
         return torch.full_like(scores, float("-inf")).scatter(1, drawn.token[:, None], 0.0)
 
 

@@ -43,10 +43,12 @@ class Uncached:
         """Logits (N, V) after one more token (N,) in each row."""
         row = torch.arange(len(tokens), device=tokens.device)
         self.texts.ids[row, self.last] = tokens
-        parts = self.texts.logits(self.voice, row, self.last, self.last + 1)
-        found = [logits[row[: len(rows)], self.last[rows] - first] for rows, first, logits in parts]
+        found, order = [], []
+        for rows, first, logits in self.texts.logits(self.voice, row, self.last, self.last + 1):
+            found.append(logits[row[: len(rows)], self.last[rows] - first])
+            order.append(rows)
         self.last = self.last + 1
-        return torch.cat(found)
+        return torch.cat(found)[torch.cat(order).argsort()]
 
     def keep(self, rows: Tensor) -> None:
         """Go on with these rows only."""
@@ -65,13 +67,14 @@ class _Texts:
         self.start = lengths.repeat_interleave(repeats)
 
     def logits(self, voice: Voice, order: Tensor, begin: Tensor, end: Tensor) -> Iterator[tuple[Tensor, int, Tensor]]:
-        """Logits of columns begin (N,) to end (N,) of every row, some rows at a time in this order.
+        """Logits of columns begin (N,) to end (N,) of every row, some rows at a time, in this order if they may mix.
 
         Yields the rows (n,), the first of their columns and the logits from it on (n, columns, V).
         """
         vocabulary = voice.model.config.get_text_config().vocab_size
         first, width = int(begin.min()), int(end.max())
         size = min(LOGITS // ((width - first) * vocabulary), PREFILL // width)
-        for rows in order.split(max(1, size)):
+        groups = [order[group] for group in voice.ways.apart(end[order].tolist())]
+        for rows in (rows for group in groups for rows in group.split(max(1, size))):
             first, width = int(begin[rows].min()), int(end[rows].max())
             yield rows, first, voice.logits(self.ids[rows, :width], width - first)

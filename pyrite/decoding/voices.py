@@ -9,21 +9,31 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
 
 from pyrite.decoding.adapters import base_of, silent
 from pyrite.decoding.engines import Engine, open_engine, transformers_model, without_adapters
+from pyrite.forwards import Ways, rotate_anew
 from pyrite.linears import FastLinears
+from pyrite.ways import CLOSE, told, ways
 
+ANY = Ways(padded=True)
+VAST = 1 << 30  # no token
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Voice:
-    """A model, its engine (None: it cannot decode from our cache), and the adapted layers to silence while it runs."""
+    """A model, its engine (None: it cannot decode from our cache), and the adapted layers to silence while it runs.
+
+    ways: which texts may share a forward of it. alone: `generate` takes prompts of one length only, without pads.
+    """
 
     model: Any
     engine: Engine | None = None
     silenced: tuple[Any, ...] = ()
+    ways: Ways = ANY
+    alone: bool = False
 
     @property
     def device(self) -> torch.device:
@@ -33,16 +43,38 @@ class Voice:
         """Logits (N, last, V) of the last columns of whole texts ids (N, T), padded at the right, nothing masked."""
         takes = inspect.signature(transformers_model(self.model).forward).parameters
         keep = {"logits_to_keep": last} if "logits_to_keep" in takes else {}
+        if self.ways.dynamic:
+            rotate_anew(self.model)
         with silent(self.silenced), FastLinears():
             return self.model(input_ids=ids, use_cache=False, **keep).logits[:, -last:]
 
 
 def open_voice(model: Any, columns: int) -> Voice:
     """A model over texts of up to `columns` tokens, in the fastest way it can be run."""
-    engine = open_engine(model, columns)
+    stock = transformers_model(model)
+    found = ways(stock)
+    if found.dynamic:
+        rotate_anew(stock)
+    engine = open_engine(model, min(columns, found.turn))
     if engine is None:
         log.warning("%s cannot decode from our cache: using transformers' generate", type(model).__name__)
-    return Voice(model, engine)
+    alone = columns > found.turn or (engine is None and not told(stock, _ignores_pads))
+    return Voice(model, engine, ways=found, alone=alone)
+
+
+def _ignores_pads(model: PreTrainedModel) -> bool:
+    """Whether `generate` gives a prompt behind pads the logits that it gives the prompt alone."""
+    config = GenerationConfig(do_sample=False, max_new_tokens=4, eos_token_id=[VAST], pad_token_id=0)
+    show: dict[str, Any] = {"generation_config": config, "output_logits": True, "return_dict_in_generate": True}
+    size = model.config.get_text_config().vocab_size
+    long, short = [[token % size for token in tokens] for tokens in ([5, 3, 8, 4, 9, 7], [6, 10, 11])]
+    try:
+        alone = torch.stack(model.generate(torch.tensor([short]), **show).logits)[:, 0]  # type: ignore[attr-defined,operator]
+        both, mask = torch.tensor([long, [0, 0, 0, *short]]), torch.tensor([[1] * 6, [0, 0, 0, 1, 1, 1]])
+        padded = torch.stack(model.generate(both, attention_mask=mask, **show).logits)[:, 1]  # type: ignore[attr-defined,operator]
+    except Exception:  # whatever a foreign model raises, it cannot be run so
+        return False
+    return bool((alone - padded).abs().max() <= CLOSE * alone.abs().max())
 
 
 def open_reference(ref_model: Any, policy: Voice, columns: int) -> Voice:
@@ -56,4 +88,5 @@ def open_reference(ref_model: Any, policy: Voice, columns: int) -> Voice:
     model, layers = base_of(policy.model)
     if not layers:
         return open_voice(model, columns)
-    return Voice(model, without_adapters(policy.engine, layers) if policy.engine else None, layers)
+    engine = without_adapters(policy.engine, layers) if policy.engine else None
+    return Voice(model, engine, layers, policy.ways, policy.alone)

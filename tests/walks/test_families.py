@@ -6,11 +6,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import CONFIGS, MORE, PACKED, build, by_loop, random_rows
+from families import MORE, PACKED, VOCAB, build, by_loop, random_rows
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Cohere2Config,
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
 
-from pyrite import ways
+from pyrite import progress, ways
+from pyrite.generate import sample, sample_mixed
 from pyrite.models import Policy, RewardModel
 from pyrite.packing import Row
 from pyrite.text import Encoded
@@ -94,6 +102,42 @@ def test_a_score_does_not_depend_on_its_batch(family: str, tokenizer) -> None:
     torch.testing.assert_close(model.raw_scores(texts), want, atol=2e-5, rtol=1e-5)
 
 
+def alone(family: str, noise: float, prompt: list[int], steps: int) -> list[int]:
+    """What transformers' own `generate` says to one prompt."""
+    config = GenerationConfig(do_sample=False, max_new_tokens=steps, eos_token_id=[VOCAB], pad_token_id=0)
+    with torch.no_grad():
+        said = build(family, noise=noise).generate(torch.tensor([prompt]), generation_config=config)
+    return said[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("noise", [0.15, 0.0], ids=["sizeable", "fresh"])
+@pytest.mark.parametrize("family", SPEAK)
+def test_a_prompt_is_answered_as_alone(family: str, noise: float) -> None:
+    prompts = [list(row.prompt) for row in random_rows([(n, [1]) for n in (3, 9, 1, 6)])]
+    steps = 6 if family == "dynamic llama" else 12  # its context is its turn
+    drawn = sample(build(family, noise=noise), prompts, eos=[], temperature=0, max_new_tokens=steps)
+    assert drawn.responses() == [alone(family, noise, prompt, steps) for prompt in prompts]
+    policy = Policy(build(family, noise=noise), None)  # type: ignore[arg-type]  # no text is read
+    rows = [Row(p, [r]) for p, r in zip(prompts, drawn.responses(), strict=True)]
+    if family not in LONG:  # one text is read otherwise than it is drawn, token by token
+        with torch.no_grad():
+            torch.testing.assert_close(policy(policy.pack(rows)), drawn.policy_logps.flatten(), atol=5e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["bloom", "recurrent_gemma", "long phi3"])
+def test_two_models_are_mixed_as_alone(family: str) -> None:
+    prompts = [list(row.prompt) for row in random_rows([(n, [1]) for n in (3, 9, 12)])]
+    ours, theirs = build(family), build(family, seed=1)
+    arms = torch.tensor([[[0.5, 0.5]]])
+
+    def draw(prompts: list[list[int]]) -> Tensor:
+        options = {"eos": [], "temperature": 0, "max_new_tokens": 6}
+        return sample_mixed(ours, theirs, prompts, exponents=arms.expand(len(prompts), 1, 2), **options).policy_logps
+
+    single = torch.cat([draw([prompt]) for prompt in prompts])
+    torch.testing.assert_close(draw(prompts), single, atol=5e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("family", REFUSED)
 def test_what_is_no_causal_language_model_is_refused_as_a_policy_in_one_line(family: str, tiny: Path, tmp_path) -> None:
     build(family).save_pretrained(tmp_path)
@@ -129,8 +173,6 @@ def test_a_padded_model_computes_logits_of_responses_only(tokenizer, monkeypatch
 
 
 def test_a_run_says_once_that_a_model_runs_padded(tiny: Path, tmp_path, capsys) -> None:
-    from pyrite import progress
-
     build("bloom").save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(tiny).save_pretrained(tmp_path)
     progress.anew()
@@ -141,8 +183,6 @@ def test_a_run_says_once_that_a_model_runs_padded(tiny: Path, tmp_path, capsys) 
 
 
 def test_a_large_shape_is_told_by_a_small_one() -> None:
-    from transformers import AutoModelForCausalLM, Cohere2Config, Qwen2Config
-
     for config, packed, bare in (
         (Qwen2Config(num_attention_heads=14, num_key_value_heads=2, hidden_size=896), True, True),
         (Cohere2Config(), True, False),
@@ -150,4 +190,3 @@ def test_a_large_shape_is_told_by_a_small_one() -> None:
         with torch.device("meta"):
             found = ways.ways(AutoModelForCausalLM.from_config(config))
         assert (found.packed, found.bare, found.causal, found.padded, found.head) == (packed, bare, True, True, True)
-    assert CONFIGS
