@@ -22,6 +22,7 @@ from pyrite.packing import Packed, Row
 from pyrite.text import Encoded
 
 NEVER = 1 << 40
+STATES = frozenset({"conv1d_state", "recurrent_states"})  # RecurrentGemma's, which the next text would begin with
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def states(model: PreTrainedModel, batch: Packed, ways: Ways, *, pad: int | None
     """Hidden states (S, H) of a batch after the final norm, however it is laid out; `places` says what is where."""
     if not batch.padded:
         if ways.dynamic:
-            rotate_anew(model)
+            forget(model)
         return trunk_states(model, batch)
     trunk = model.base_model
     return by_group(model, batch, ways, lambda ids, mask: run(trunk, ids, mask).last_hidden_state, pad=pad).flatten(
@@ -117,7 +118,7 @@ def by_group(model: PreTrainedModel, batch: Packed, ways: Ways, read: Read, *, p
         even = all(lengths[i] == width for i in group)
         rows = torch.tensor(group, device=ids.device)
         if ways.dynamic:
-            rotate_anew(model)
+            forget(model)
         with FastLinears():
             part = read(ids[rows, :width], None if even else mask[rows, :width])
         rest = bucket.queries - width
@@ -128,13 +129,15 @@ def by_group(model: PreTrainedModel, batch: Packed, ways: Ways, read: Read, *, p
     return torch.cat(parts)[order.argsort()]
 
 
-def rotate_anew(model: nn.Module) -> None:
-    """Rotary embeddings that grow with the longest text they have met forget it."""
+def forget(model: nn.Module) -> None:
+    """What modules keep of earlier texts is dropped: rotary embeddings grown to the longest, recurrent states."""
     for module in model.modules():
         first = getattr(module, "original_inv_freq", None)
         if isinstance(first, Tensor) and hasattr(module, "max_seq_len_cached"):
             module.inv_freq = first.clone()
             module.max_seq_len_cached = module.original_max_seq_len
+        for name in STATES & vars(module).keys():
+            setattr(module, name, None)
 
 
 def pad_of(model: PreTrainedModel) -> int | None:

@@ -18,7 +18,7 @@ from pyrite.decoding.draws import Draw, draw, streams, token_logp, uniforms
 from pyrite.decoding.engines import Decoder, Path, Prompts
 from pyrite.decoding.uncached import Uncached
 from pyrite.decoding.voices import Voice
-from pyrite.forwards import rotate_anew
+from pyrite.forwards import forget
 from pyrite.samplers import mixed_logits
 
 CHECK = 4  # steps between two looks at which rows have finished
@@ -164,8 +164,7 @@ def _generate(job: Job, chunk: Chunk) -> Record:
         tokens = torch.tensor([[0] * (width - len(rows[i])) + rows[i] for i in group], device=device)
         visible = torch.tensor([[0] * (width - len(rows[i])) + [1] * len(rows[i]) for i in group], device=device)
         drawing = _Drawing(job, chunk, record, torch.tensor(group, device=device), width)
-        if voice.ways.dynamic:
-            rotate_anew(voice.model)
+        forget(voice.model)
         with silent(voice.silenced):
             voice.model.generate(
                 tokens,

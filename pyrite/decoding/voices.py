@@ -13,7 +13,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from pyrite.decoding.adapters import base_of, silent
 from pyrite.decoding.engines import Engine, open_engine, transformers_model, without_adapters
-from pyrite.forwards import Ways, rotate_anew
+from pyrite.forwards import Ways, forget
 from pyrite.linears import FastLinears
 from pyrite.ways import CLOSE, told, ways
 
@@ -44,7 +44,7 @@ class Voice:
         takes = inspect.signature(transformers_model(self.model).forward).parameters
         keep = {"logits_to_keep": last} if "logits_to_keep" in takes else {}
         if self.ways.dynamic:
-            rotate_anew(self.model)
+            forget(self.model)
         with silent(self.silenced), FastLinears():
             return self.model(input_ids=ids, use_cache=False, **keep).logits[:, -last:]
 
@@ -54,7 +54,7 @@ def open_voice(model: Any, columns: int) -> Voice:
     stock = transformers_model(model)
     found = ways(stock)
     if found.dynamic:
-        rotate_anew(stock)
+        forget(stock)
     engine = open_engine(model, min(columns, found.turn))
     if engine is None:
         log.warning("%s cannot decode from our cache: using transformers' generate", type(model).__name__)
