@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import ast
+import contextlib
+import csv
 import gzip
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 Row = dict[str, Any]
+# columns of CSV files that hold texts or names, whatever they look like
+TEXTS = frozenset(
+    "prompt prompt_id asked asked_id response chosen rejected completion instruction input output output_1 output_2 "
+    "question response_j response_k text post history human_ref_A human_ref_B response1 response2 response_1 response_2"
+    " model baseline baseline_output generator generator_1 generator_2 pair_id criterion better a b reason".split()
+)
 
 
 class Placed(dict[str, Any]):
@@ -50,8 +59,10 @@ class Source:
 
 
 def read(path: str) -> Source:
-    """Rows of a JSON, JSONL (.gz) or Parquet file, a `datasets` folder ("folder[:split]") or a Hub name.
+    """Rows of a file, a `datasets` folder ("folder[:split]") or a Hub name.
 
+    Files: JSON, JSONL, CSV, TSV (each gzipped too), Parquet. CSV knows only texts: there columns of numbers, of true
+    and false, and messages written as JSON become such; a column with the name of a text stays text.
     Raises DataError where there are none, or where a line is not a JSON object.
     """
     name, _, part = path.rpartition(":")
@@ -70,6 +81,8 @@ def read(path: str) -> Source:
 
 def _read_file(path: str) -> Source:
     try:
+        if re.search(r"\.(csv|tsv)(\.gz)?$", path):
+            return _read_csv(path)
         return _read_parquet(path) if path.endswith(".parquet") else _read_json(path)
     except (OSError, EOFError, UnicodeDecodeError) as error:
         raise DataError(f"cannot read {path}: {str(error).splitlines()[0]}") from error
@@ -77,10 +90,10 @@ def _read_file(path: str) -> Source:
 
 def _read_json(path: str) -> Source:
     if not re.search(r"\.(json|jsonl|ndjson)(\.gz)?$", path):
-        raise DataError(f"cannot read {path}: the name must end in .json, .jsonl (or either + .gz) or .parquet")
-    opened = gzip.open if path.endswith(".gz") else open
-    with opened(path, "rt", encoding="utf-8-sig") as file:
-        text = cast(str, file.read())
+        raise DataError(
+            f"cannot read {path}: the name must end in .json, .jsonl, .csv, .tsv (or these + .gz) or .parquet"
+        )
+    text = _text(path)
     if text.lstrip().startswith("["):
         source = Source(path, _parsed(text, path))
     else:  # split at newlines alone: splitlines() would also break at separators that JSON texts may hold
@@ -98,6 +111,87 @@ def _parsed(text: str, where: str) -> Any:
         return json.loads(text)  # NaN and Infinity pass here and are refused by column later
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where} is not JSON: {error}") from error
+
+
+def _text(path: str, newline: str | None = None) -> str:
+    opened = gzip.open if path.endswith(".gz") else open
+    with opened(path, "rt", encoding="utf-8-sig", newline=newline) as file:
+        return cast(str, file.read())
+
+
+def _read_csv(path: str) -> Source:
+    """Rows below a header, with the lines they begin on: a quoted cell may go over several."""
+    lines = re.split(r"(?<=\n)|(?<=\r)(?!\n)", _text(path, ""))
+    head = next((line for line in lines if line.strip()), "")
+    delimiter = "\t" if re.search(r"\.tsv(\.gz)?$", path) else max(",;\t", key=head.count)
+    csv.field_size_limit(2**31 - 1)
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
+    rows: list[tuple[int, list[str]]] = []
+    begin = 1
+    try:
+        for cells in reader:
+            rows += [(begin, cells)] if cells else []
+            begin = reader.line_num + 1
+    except csv.Error as error:
+        raise DataError(
+            f"{path}, line {begin}: not CSV: {error}; a cell with quotes or line breaks needs quotes"
+        ) from None
+    if not rows:
+        return Source(path, [])
+    (_, header), *body = rows
+    header = [name.strip() or ("index" if not i else "") for i, name in enumerate(header)]  # pandas leaves it unnamed
+    doubled = next((name for name in header if header.count(name) > 1), None)
+    if doubled is not None:
+        raise DataError(f"{path}, line 1: two columns are called {doubled!r}; give each its own name")
+    for line, cells in body:
+        if len(cells) != len(header):
+            raise DataError(
+                f"{path}, line {line} has {len(cells)} cells and the header {len(header)}: "
+                f"a text that holds {delimiter!r} or a line break needs quotes"
+            )
+    columns = [_column(name, [cells[i] for _, cells in body]) for i, name in enumerate(header)]
+    table = [dict(zip(header, cells, strict=True)) for cells in zip(*columns, strict=True)]
+    return Source(path, table, "line", [line for line, _ in body])
+
+
+def _column(name: str, cells: list[str]) -> list[Any]:
+    """The cells of a CSV column as the values they stand for; a text stays one, also where it looks like a number."""
+    if name in TEXTS:
+        return [_structure(cell, _turns) for cell in cells]
+    given = {cell.strip() for cell in cells} - {""}
+    for read in (_truth, int, float, _structured):
+        with contextlib.suppress(ValueError):
+            known = {cell: read(cell) for cell in given}
+            return [known.get(cell.strip()) for cell in cells]
+    return list(cells)
+
+
+def _truth(cell: str) -> bool:
+    if cell.lower() not in ("true", "false"):
+        raise ValueError
+    return cell.lower() == "true"
+
+
+def _structured(cell: str) -> Any:
+    found = _structure(cell, lambda value: isinstance(value, list | dict))
+    if found is cell:
+        raise ValueError
+    return found
+
+
+def _structure(cell: str, wanted: Callable[[Any], bool]) -> Any:
+    """What is wanted and written in a cell as JSON, or as Python prints it (pandas does); else the text itself."""
+    for read in (json.loads, ast.literal_eval) if cell.lstrip()[:1] in ("[", "{") else ():
+        with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+            if wanted(found := read(cell)):
+                return found
+    return cell
+
+
+def _turns(value: Any) -> bool:
+    """Whether a value is a message or messages."""
+    turns = value if isinstance(value, list) else [value]
+    return bool(turns) and all(isinstance(turn, dict) and {"role", "from"} & turn.keys() for turn in turns)
 
 
 def _read_parquet(path: str) -> Source:
@@ -123,7 +217,7 @@ def _read_folder(path: str, part: str) -> Source:
 
 def _read_hub(path: str) -> Source:
     name, _, part = path.partition(":")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or re.search(r"\.(jsonl?|ndjson|parquet|gz)$", name):
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or re.search(r"\.(jsonl?|ndjson|parquet|[ct]sv|gz)$", name):
         raise DataError(f"no file {path}; give a file, a datasets folder or a Hub name (org/name[:split])")
     import datasets
 

@@ -20,6 +20,7 @@ from pyrite.estimators import Interval
 
 CHUNK = 1 << 20  # resamples x rows worked on at once: bounds memory
 RIDGE = 1e-3  # precision of the coefficients that have no prior: separable data then have a (far) solution
+NODES = 15  # of the integral over unknown difficulties
 GAMED_WEIGHT = 0.2  # of the rows of all gamed baselines together, each of the model's own rows weighing 1
 
 
@@ -37,10 +38,16 @@ class Prior(NamedTuple):
     precision: float
 
 
-# What AlpacaEval's two gamed baselines say, for when their rows are not at hand: the mean of their published φ
-# (-1.584 verbose, -1.642 concise), and the information Σ 0.1 x² p(1 − p) about φ in their 2 x 805 rows.
-GAMED = Prior(-1.61, 13.6)
+# For when the rows of AlpacaEval's two gamed baselines are not at hand: the information Σ 0.1 x² p(1 − p) about φ in
+# their 2 x 805 rows, centered where the published length-controlled rates come out without bias. That is at -2.0 where
+# the difficulties of the prompts are known, and at -1.8 where they are estimated from a few models. The mean of the two
+# baselines' own φ, -1.61, is too weak for other models: their rates came out .60 points too low on average.
+KNOWN = Prior(-2.0, 13.6)
+GAMED = Prior(-1.8, 13.6)
 FREE = Prior(0.0, 0.0)
+# Standard deviation of the log-odds of prompts of which nobody says how hard they are: the value at which 50 models of
+# the public leaderboard, each by itself, come out best, and two that bound what is not known.
+SPREAD, SPREADS = 3.5, (2.0, 5.0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,13 +55,15 @@ class Comparisons:
     """M models judged on Q prompts against one baseline.
 
     wins, gap (M, Q); difficulty (Q,) of the prompts, None where unknown. gamed: (wins, gap), each (G, Q), of the
-    baseline told to be brief or long-winded, against itself; their rows then take the place of the prior.
+    baseline told to be brief or long-winded, against itself; their rows then take the place of the prior. spread: the
+    standard deviation, in log-odds, of unknown difficulties that are integrated out; without difficulties only.
     """
 
     wins: Tensor
     gap: Tensor
     difficulty: Tensor | None = None
     gamed: tuple[Tensor, Tensor] | None = None
+    spread: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,6 +168,60 @@ def newton(
     return b
 
 
+def fit_spread(
+    wins: Tensor,
+    gap: Tensor,
+    *,
+    spread: float,
+    prior: Prior = GAMED,
+    gamed: tuple[Tensor, Tensor] | None = None,
+    weight: Tensor | None = None,
+    start: Tensor | None = None,
+) -> Tensor:
+    """Coefficients (3,) of P(win) = ∫ σ(φ x + θ + spread z) dN(z): prompts of which nobody knows how hard they are.
+
+    By Fisher scoring under the prior of φ, the integral by Gauss and Hermite; ψ = 0. Arguments as of `fit`. The gamed
+    rows are of the baseline against itself, and have no spread. weight (B, Q) -> (B, 3).
+    """
+    seen = wins.isfinite() & gap.isfinite()
+    design, y = torch.stack([gap, torch.ones_like(gap)], -1)[seen], wins[seen]
+    times, deviation = (seen.double() * (1.0 if weight is None else weight))[..., seen], torch.full_like(y, spread)
+    if gamed is not None:
+        rows, more = _gamed_rows(None, *gamed)
+        kept = more.isfinite() & rows[:, 0].isfinite()
+        design, y = torch.cat([design, rows[kept][:, [0, 2]]]), torch.cat([y, more[kept]])
+        share = torch.full((*times.shape[:-1], int(kept.sum())), GAMED_WEIGHT / len(gamed[0]), dtype=times.dtype)
+        times, deviation, prior = torch.cat([times, share], -1), torch.cat([deviation, more[kept] * 0]), FREE
+    mean = torch.tensor([prior.mean, 0.0], dtype=torch.float64)
+    precision = torch.tensor([prior.precision, RIDGE], dtype=torch.float64).clamp(min=RIDGE)
+    nodes, share = _normal_nodes()
+    b = (mean if start is None else start[..., [0, 2]]).expand(*times.shape[:-1], -1).clone()
+    for _ in range(200):
+        q = torch.sigmoid((b @ design.T)[..., None] + deviation[:, None] * nodes)
+        p, d = q @ share, (q * (1 - q)) @ share
+        certain = (p * (1 - p)).clamp(min=1e-300)
+        slope = (times * (y - p) * d / certain) @ design - precision * (b - mean)
+        bend = torch.einsum("...n,ni,nj->...ij", times * d * d / certain, design, design) + torch.diag(precision)
+        step = torch.linalg.solve(bend, slope)
+        step = step / step.abs().amax(-1, keepdim=True).clamp(min=1.0)
+        b = b + step
+        if step.abs().max() < 1e-9:
+            break
+    return torch.stack([b[..., 0], torch.zeros_like(b[..., 0]), b[..., 1]], -1)
+
+
+def controlled_spread(coefficients: Tensor, spread: float) -> Tensor:
+    """The length-controlled win rate in percent over prompts of unknown difficulty, 100 ∫ σ(θ + spread z) dN(z).
+
+    (..., 3) -> (...).
+
+    >>> round(controlled_spread(torch.tensor([0.0, 0.0, -2.0]).double(), 0.0).item(), 6)
+    11.920292
+    """
+    nodes, share = _normal_nodes()
+    return 100 * torch.sigmoid(coefficients[..., 2:3] + spread * nodes) @ share
+
+
 def controlled(coefficients: Tensor, difficulty: Tensor) -> Tensor:
     """P(win) of each prompt in percent, were both answers equally long: 100 σ(ψ γ + θ). (..., 3), (Q,) -> (..., Q).
 
@@ -248,6 +311,14 @@ def interval(value: Tensor, boot: Tensor, *, level: float = 0.95) -> Interval:
 def _of_model(found: Comparisons, m: int, prior: Prior, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Coefficients (3,), length-controlled win rate (), and of the resamples (B,)."""
     wins, gap = found.wins[m].double(), found.gap[m].double()
+    if found.difficulty is None and found.spread:
+        size = max(1, CHUNK // (NODES * len(gap)))
+        whole = fit_spread(wins, gap, spread=found.spread, prior=prior, gamed=found.gamed)
+        again = [
+            fit_spread(wins, gap, spread=found.spread, prior=prior, gamed=found.gamed, weight=some, start=whole)
+            for some in counts.split(size)
+        ]
+        return whole, controlled_spread(whole, found.spread), controlled_spread(torch.cat(again), found.spread)
     gamma = torch.zeros_like(gap) if found.difficulty is None else found.difficulty.double()
     has = gap.isfinite()
     whole = fit(wins, gap, gamma, prior=prior, gamed=found.gamed)
@@ -257,6 +328,13 @@ def _of_model(found: Comparisons, m: int, prior: Prior, counts: Tensor) -> tuple
         again = fit(wins, gap, gamma, prior=prior, gamed=found.gamed, weight=some, start=whole)
         boot.append((controlled(again, gamma) * some)[:, has].sum(-1) / some[:, has].sum(-1))
     return whole, rate, torch.cat(boot)
+
+
+def _normal_nodes() -> tuple[Tensor, Tensor]:
+    """Nodes and weights of an integral over a standard normal, by Gauss and Hermite (Golub & Welsch 1969)."""
+    beside = torch.arange(1, NODES, dtype=torch.float64).sqrt()
+    nodes, vectors = torch.linalg.eigh(torch.diag(beside, 1) + torch.diag(beside, -1))
+    return nodes, vectors[0].square()
 
 
 def _gamed_rows(difficulty: Tensor | None, wins: Tensor, gap: Tensor) -> tuple[Tensor, Tensor]:

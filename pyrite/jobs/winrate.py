@@ -12,9 +12,9 @@ import io
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,12 +24,23 @@ from pyrite.options import Inside, Natural, NonNegative, Real, Several
 from pyrite.progress import say
 from pyrite.runs import Run
 from pyrite.sources import DataError, Source, read
-from pyrite.winrates import GAMED, Comparisons, Prior, Rates
+from pyrite.winrates import GAMED, KNOWN, Comparisons, Prior, Rates
 
 OUTPUTS = {
     "winrates.json": "raw and length-controlled win rates of every model and their differences, with intervals",
     "winrates.csv": "one row a model, the best first",
+    "difficulty.csv": "how hard each prompt is, where that is known or was estimated; --difficulty reads it",
 }
+UNKNOWN = (
+    "how hard the prompts are is not known, as fewer than 3 models were judged. The length-controlled rates assume a "
+    "usual spread of difficulties, and their intervals are widened by what that leaves open; give difficulties by "
+    "--difficulty FILE, or judge 3 models or more"
+)
+LEFT_OUT = (
+    "the difficulty of the prompts is left out, as --difficulty none says. Length-controlled rates are then too high "
+    "for models that mostly lose: by 4.6 points on average on the public leaderboard"
+)
+WORDS = ("auto", "none")  # of --difficulty
 ENOUGH = 3  # models whose verdicts tell hard prompts from weak models
 # our columns, and what else they may be called; the last names are AlpacaEval's
 NAMES = {
@@ -52,10 +63,11 @@ class Config:
     out: Path
     gamed: tuple[str, ...] = ()
     """Models of the table that are the baseline told to be brief or long-winded: their rows replace the prior."""
-    difficulty: Literal["auto", "none"] = "auto"
-    """Control for hard prompts too: by the column of that name, else estimated where 3 models or more were judged."""
-    length_mean: Real = GAMED.mean
-    """Prior mean of the length coefficient, by default what AlpacaEval's gamed baselines say."""
+    difficulty: str = "auto"
+    """How hard the prompts are: a file with prompt_id and difficulty; auto, the column of that name, else estimated
+    where 3 models or more were judged; none, left out."""
+    length_mean: Real | None = None
+    """Prior mean of the length coefficient; by default -2.0 where difficulties are given, else -1.8."""
     length_precision: NonNegative = GAMED.precision
     """Its precision; 0: no prior."""
     n_boot: Several = 1000
@@ -86,11 +98,13 @@ class Table:
     length: Tensor
     baseline_length: Tensor
     difficulty: Tensor | None
+    prompts: list[Any]
 
 
 def inputs(config: Config) -> dict[str, str | Path]:
     """What the job reads."""
-    return {"data": config.data}
+    files = {"data": config.data} | ({} if config.difficulty in WORDS else {"difficulty": config.difficulty})
+    return {**files}
 
 
 def run(config: Config) -> Run:
@@ -99,24 +113,31 @@ def run(config: Config) -> Run:
     if run.done:
         return run
     table = tabled(config.data)
+    if config.difficulty not in WORDS:
+        table = replace(table, difficulty=difficulties(config.difficulty, table.prompts))
     found, source = _comparisons(table, config)
-    prior = Prior(config.length_mean, config.length_precision)
-    generator = seeds.generator(config.seed, "win rates")
-    rates = winrates.rates(found, prior=prior, n_boot=config.n_boot, generator=generator)
+    spreads = (winrates.SPREAD, *winrates.SPREADS) if found.spread else (0.0,)
+    rates = [_rates(replace(found, spread=spread), config, given=table.difficulty is not None) for spread in spreads]
     run.open()
     models = sorted(_models(table, rates, config.level), key=lambda row: -row["lc"])
     differences = list(_differences(table.models, rates, config.level))
+    warning = UNKNOWN if found.spread else LEFT_OUT if found.difficulty is None else ""
     missing = int((table.length.isfinite() & ~table.wins.isfinite()).sum())
     say(f"winrate: {len(models)} models on {table.wins.shape[1]} prompts against {table.baseline}")
     say(f"  {missing} comparisons without a verdict; difficulty of prompts {source}")
     for line in aligned(models):
         say(f"  {line}")
+    if warning:
+        say(f"winrate: warning: {warning}")
     if run.writes:
-        whole = {"baseline": table.baseline, "difficulty": source, "models": models, "differences": differences}
-        runs.write_json(run.folder / "winrates.json", whole)
+        about = {"baseline": table.baseline, "difficulty": source} | ({"warning": warning} if warning else {})
+        runs.write_json(run.folder / "winrates.json", {**about, "models": models, "differences": differences})
+        if found.difficulty is not None:
+            runs.write_text(run.folder / "difficulty.csv", _difficulties(table.prompts, found.difficulty))
         runs.write_text(run.folder / "winrates.csv", _csv(models))
     rows = {row["model"]: {name: row[name] for name in ("raw", "raw_se", "lc", "lc_se")} for row in models}
-    return run.finish(models=rows, prompts=table.wins.shape[1], no_verdict=missing)
+    said = {"difficulty": source} | ({"warning": warning} if warning else {})
+    return run.finish(models=rows, prompts=table.wins.shape[1], no_verdict=missing, **said)
 
 
 def tabled(path: str) -> Table:
@@ -133,6 +154,29 @@ def tabled(path: str) -> Table:
             raise DataError(f"{source.at(i)}: {error}") from error
         rows[row.prompt, row.model] = row
     return _grid(list(rows.values()), source)
+
+
+def difficulties(path: str, prompts: Sequence[Any]) -> Tensor:
+    """How hard the prompts are (Q,), from a file with their ids and `difficulty` or `instruction_difficulty`.
+
+    Raises DataError with the row, or with a prompt that is not there.
+    """
+    source = read(path)
+    found: dict[str, float] = {}
+    for i, row in enumerate(source.rows):
+        id = next((row[name] for name in ("prompt_id", "instruction", "index") if row.get(name) is not None), None)
+        value = next((row[name] for name in ("difficulty", "instruction_difficulty") if name in row), None)
+        if id is None or value is None:
+            raise DataError(f"{source.at(i)}: difficulties need prompt_id (or instruction, or index) and difficulty")
+        try:
+            found[str(id)] = _number(float(value) if isinstance(value, str) else value, "difficulty")
+        except ValueError as error:
+            raise DataError(f"{source.at(i)}: difficulty is {value!r:.40}; it must be a finite number") from error
+    missing = [prompt for prompt in prompts if str(prompt) not in found]
+    if missing:
+        count = f"{len(missing)} of {len(prompts)} prompts have no difficulty in it"
+        raise DataError(f"{source.name}: {count}, the first is {missing[0]!r:.60}; add them, by the ids of --data")
+    return torch.tensor([found[str(prompt)] for prompt in prompts], dtype=torch.float64)
 
 
 def judged(raw: dict[str, Any]) -> Judged:
@@ -236,7 +280,7 @@ def _grid(rows: list[Judged], source: Source) -> Table:
         if row.difficulty is not None and hard.setdefault(row.prompt, row.difficulty) != row.difficulty:
             raise DataError(f"{source.name}: prompt {row.prompt!r:.60} has two difficulties; a prompt has one")
     given = torch.tensor([hard[prompt] for prompt in prompts], dtype=torch.float64) if hard else None
-    return Table(models, rows[0].baseline, wins, length, baseline_length, given)
+    return Table(models, rows[0].baseline, wins, length, baseline_length, given, prompts)
 
 
 def _comparisons(table: Table, config: Config) -> tuple[Comparisons, str]:
@@ -248,12 +292,24 @@ def _comparisons(table: Table, config: Config) -> tuple[Comparisons, str]:
     if config.difficulty == "none":
         return Comparisons(table.wins, gap, None, rows), "left out"
     if table.difficulty is not None:
-        return Comparisons(table.wins, gap, table.difficulty, rows), "from the table"
+        where = "the table" if config.difficulty == "auto" else config.difficulty
+        return Comparisons(table.wins, gap, table.difficulty, rows), f"from {where}"
     if len(others) < ENOUGH:
-        return Comparisons(table.wins, gap, None, rows), f"left out, {ENOUGH} models are needed to estimate it"
-    prior = Prior(config.length_mean, config.length_precision)
-    hard = winrates.difficulty(table.wins[others], gap[others], prior=prior)
+        unknown = Comparisons(table.wins, gap, None, rows, winrates.SPREAD)
+        return unknown, f"left out, {ENOUGH} models are needed to estimate it"
+    hard = winrates.difficulty(table.wins[others], gap[others], prior=_prior(config, given=False))
     return Comparisons(table.wins, gap, hard, rows), f"estimated from {len(others)} models"
+
+
+def _prior(config: Config, *, given: bool) -> Prior:
+    """What is known of the length coefficient, by whether the difficulties of the prompts are given."""
+    usual = (KNOWN if given else GAMED).mean
+    return Prior(usual if config.length_mean is None else config.length_mean, config.length_precision)
+
+
+def _rates(found: Comparisons, config: Config, *, given: bool) -> Rates:
+    generator = seeds.generator(config.seed, "win rates")  # the same resamples every time
+    return winrates.rates(found, prior=_prior(config, given=given), n_boot=config.n_boot, generator=generator)
 
 
 def _known(name: str, models: list[str]) -> bool:
@@ -263,7 +319,9 @@ def _known(name: str, models: list[str]) -> bool:
     return True
 
 
-def _models(table: Table, rates: Rates, level: float) -> Iterator[dict[str, Any]]:
+def _models(table: Table, several: Sequence[Rates], level: float) -> Iterator[dict[str, Any]]:
+    """A row for each model, by the first rates; intervals that hold those of all."""
+    rates = several[0]
     for m, model in enumerate(table.models):
         wins = table.wins[m]
         seen = wins[wins.isfinite()]
@@ -275,7 +333,7 @@ def _models(table: Table, rates: Rates, level: float) -> Iterator[dict[str, Any]
             "tied": int((seen == 0.5).sum()),
             **_with_interval("raw", rates.raw[m], rates.raw_boot[:, m], level),
             "raw_se": rates.raw_error[m].item(),
-            **_with_interval("lc", rates.lc[m], rates.lc_boot[:, m], level),
+            **_widened("lc", [(one.lc[m], one.lc_boot[:, m]) for one in several], level),
             "lc_se": rates.lc_error[m].item(),
             **dict(zip(("phi", "psi", "theta"), rates.coefficients[m].tolist(), strict=True)),
             "length": table.length[m].nanmean().item(),
@@ -283,19 +341,33 @@ def _models(table: Table, rates: Rates, level: float) -> Iterator[dict[str, Any]
         }
 
 
-def _differences(models: list[str], rates: Rates, level: float) -> Iterator[dict[str, Any]]:
+def _differences(models: list[str], several: Sequence[Rates], level: float) -> Iterator[dict[str, Any]]:
     """Every pair of models, resampled together."""
+    rates = several[0]
     for a, b in itertools.combinations(range(len(models)), 2):
-        raw, lc = (
-            _with_interval(name, value[a] - value[b], boot[:, a] - boot[:, b], level)
-            for name, value, boot in (("raw", rates.raw, rates.raw_boot), ("lc", rates.lc, rates.lc_boot))
-        )
+        raw = _with_interval("raw", rates.raw[a] - rates.raw[b], rates.raw_boot[:, a] - rates.raw_boot[:, b], level)
+        parted = [(one.lc[a] - one.lc[b], one.lc_boot[:, a] - one.lc_boot[:, b]) for one in several]
+        lc = _widened("lc", parted, level)
         yield {"a": models[a], "b": models[b], **raw, **lc}
 
 
 def _with_interval(name: str, value: Tensor, boot: Tensor, level: float) -> dict[str, float]:
     mean, lo, hi = winrates.interval(value, boot, level=level)
     return {name: mean.item(), f"{name}_lo": lo.item(), f"{name}_hi": hi.item()}
+
+
+def _widened(name: str, several: Sequence[tuple[Tensor, Tensor]], level: float) -> dict[str, float]:
+    """The first value, and the interval that holds those of all."""
+    found = [_with_interval(name, value, boot, level) for value, boot in several]
+    low, high = min(one[f"{name}_lo"] for one in found), max(one[f"{name}_hi"] for one in found)
+    return found[0] | {f"{name}_lo": low, f"{name}_hi": high}
+
+
+def _difficulties(prompts: Sequence[Any], hard: Tensor) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerows([("prompt_id", "difficulty"), *zip(prompts, hard.tolist(), strict=True)])
+    return text.getvalue()
 
 
 def _csv(models: Sequence[dict[str, Any]]) -> str:
