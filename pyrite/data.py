@@ -2,8 +2,9 @@
 
 Kinds and their columns (`prompt` is a text or a list of messages, `response` a text):
 prompts {prompt_id, prompt}; demos {.., response}; pairs {.., chosen, rejected, [strength], [flipped]};
-candidates {.., sample, response, finished, length, logp}, one row a response. Rows of any kind may carry what their
-prompt was made from: asked, the raw prompt, asked_id, and preferences, a list of ids (`pyrite.dimensions`).
+candidates {.., sample, response, finished, length, logp}, one row a response; answers {.., response}, to be judged,
+which may be empty. Rows of any kind may carry what their prompt was made from: asked, the raw prompt, asked_id, and
+preferences, a list of ids (`pyrite.dimensions`).
 """
 
 from __future__ import annotations
@@ -18,22 +19,29 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from pyrite.layouts import LAYOUTS, Layout, Skip, messages
+from pyrite.layouts import LAYOUTS, Layout, MisplacedError, Skip, messages
 from pyrite.sources import DataError, Placed, Row, Source, read
 from pyrite.text import plain
 
-Kind = Literal["prompts", "demos", "pairs", "candidates"]
+Kind = Literal["prompts", "demos", "pairs", "candidates", "answers"]
 
 OnContradiction = Literal["error", "swap", "drop", "keep"]
 CONTRADICTION = "their strength or probability says that the rejected answer is the better one"
 CONDITIONED = ("asked", "asked_id", "preferences")  # what a prompt under preferences was made from
 PROBABILITY_FLOOR = 1e-4  # a judge's certainty becomes at most ln(9999) = 9.21 nats
-_TEXTS = {"prompts": (), "demos": ("response",), "pairs": ("chosen", "rejected"), "candidates": ("response",)}
+_TEXTS = {
+    "prompts": (),
+    "demos": ("response",),
+    "pairs": ("chosen", "rejected"),
+    "candidates": ("response",),
+    "answers": ("response",),
+}
 _NONEMPTY = {"demos": "response", "pairs": "chosen"}
 _TYPES = {
     "sample": ((int,), "a whole number"),
@@ -82,15 +90,17 @@ def load(
     if on_equal not in ("error", "drop"):
         raise DataError(f"on_equal is {on_equal!r}; it must be 'error' or 'drop'")
     source = _renamed(read(str(path)), columns)
-    layout = _layout(source, kind)
+    total = len(source.rows)
+    source, layout, alone = _gathered(source, _layout(source, kind))
     rows, dropped, swaps = _converted(source, kind, layout, on_equal, on_contradiction, on_tie)
+    dropped += alone
     if swaps and note is not None:
-        note(f"{source.name}: in {swaps} of {len(source.rows)} rows chosen and rejected are exchanged: {CONTRADICTION}")
+        note(f"{source.name}: in {swaps} of {total} rows chosen and rejected are exchanged: {CONTRADICTION}")
     for reason, count in dropped.items():
         if note is not None:
-            note(f"{source.name}: {count} of {len(source.rows)} rows left out: {reason}")
+            note(f"{source.name}: {count} of {total} rows left out: {reason}")
     if not rows:
-        raise DataError(f"{source.name}: no row is left of {len(source.rows)}; {'; '.join(dropped)}")
+        raise DataError(f"{source.name}: no row is left of {total}; {'; '.join(dropped)}")
     return rows
 
 
@@ -264,6 +274,25 @@ def _layout(source: Source, kind: str) -> Layout:
     raise DataError(
         f"{source.at(0)}: {kind} need {', '.join(needs)}; missing {', '.join(missing)}"
         f"{_nearest(missing[0], present)}; rename with columns {missing[0]}=NAME"
+    )
+
+
+def _gathered(source: Source, layout: Layout) -> tuple[Source, Layout, Counter[str]]:
+    """The rows, made pairs where the layout has one answer a row, and how many of them make none, by reason."""
+    if layout.gather is None:
+        return source, layout, Counter()
+    try:
+        pairs, alone = layout.gather(source.rows)
+    except MisplacedError as error:
+        raise DataError(f"{source.at(error.row)}: {error}") from error
+    except ValueError as error:
+        raise DataError(f"{source.name}: {error}") from error
+    numbers = [source.numbers[i] if source.numbers else i + 1 for i, _ in pairs]
+    made = Source(source.name, [row for _, row in pairs], source.unit, numbers)
+    return (
+        made,
+        replace(layout, needs=("prompt", "chosen", "rejected"), reads=layout.needs, gather=None),
+        Counter(alone),
     )
 
 

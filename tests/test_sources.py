@@ -106,5 +106,7 @@ def test_broken_and_unknown_files_are_refused(tmp_path):
         assert refusal(tmp_path / name).startswith(f"cannot read {tmp_path / name}: ")
     (tmp_path / "c.parquet").write_bytes(b"plain")
     assert "c.parquet is not Parquet" in refusal(tmp_path / "c.parquet")
+    (tmp_path / "d.txt").write_text("a,b")
+    assert "must end in .json, .jsonl" in refusal(tmp_path / "d.txt")
     (tmp_path / "d.csv").write_text("a,b")
-    assert "must end in .json, .jsonl" in refusal(tmp_path / "d.csv")
+    assert "d.csv is empty" in refusal(tmp_path / "d.csv")

@@ -22,10 +22,12 @@ from pyrite.processes import world
 from pyrite.progress import progress, say
 from pyrite.runs import Run
 from pyrite.sources import Row, read
+from pyrite.text import plain
 
 ANSWER = ("response", "sample", "finished", "length", "logp")  # what a candidate has of its own
 OUTPUTS = {
     "verdicts.parquet": "ask, import: the pairs with preference (1 a, 2 b, 0 tie, null), p, order, p_ab, p_ba, raw",
+    "comparisons.parquet": "ask --answers: the verdicts as `pyrite winrate` reads them",
     "ledger.db": "ask: every answer with its text, tokens and cost, unless --ledger names another file",
     "pairs.csv": "export: blinded pairs to be labelled, or pairs.jsonl",
     "pairs.parquet": "export: what the pairs were made of; import reads it",
@@ -55,6 +57,10 @@ class Ask:
     """Say what it would cost, by the prompts as they would be sent, and ask nobody."""
     tokenizer: str | None = None
     """Tokenizer that counts for --estimate, a folder or a Hub name; without one, characters / 4."""
+    answers: tuple[str, ...] = ()
+    """Instead: answers of models that are compared with --baseline, a file each, as FILE or NAME=FILE."""
+    baseline: str | None = None
+    """The answers that those of --answers are compared with, as FILE or NAME=FILE."""
     asking: Asking = Asking()
 
 
@@ -116,6 +122,9 @@ def inputs(config: Config) -> dict[str, str | Path]:
     else:
         shown = config.asking.demonstrations if isinstance(config, Ask) else None
         files = {"pairs": config.pairs, "candidates": config.candidates, "demonstrations": shown}
+    if isinstance(config, Ask):
+        given = {f"answers {i}": one for i, one in enumerate(config.answers)} | {"baseline": config.baseline}
+        files |= {name: _split(one)[1] for name, one in given.items() if one}
     return {name: path for name, path in files.items() if path}
 
 
@@ -158,6 +167,9 @@ def ask(config: Ask) -> Run:
         for row, verdict in zip(rows, verdicts, strict=True)
     ]
     data.write(table, run.folder / "verdicts.parquet")
+    if config.answers:
+        data.write(_comparisons(table), run.folder / "comparisons.parquet")
+        say(f"judge: win rates: pyrite winrate --data {run.folder / 'comparisons.parquet'} --out ...")
     found, spent = _counted(table), _tally(judge.ledger, keys)
     say(f"judge: {', '.join(f'{count} {name}' for name, count in found.items())}; {spent.cost:.6g} paid in all")
     if spent.failed:
@@ -219,10 +231,10 @@ def agreement(config: Agreement) -> Run:
     run.open()
     for name, values in found.items():
         say(f"judge: {name}: {', '.join(f'{key} {_shown(value)}' for key, value in values.items())}")
-    plain = {name: {key: _plain(value) for key, value in values.items()} for name, values in found.items()}
+    whole = {name: {key: _plain(value) for key, value in values.items()} for name, values in found.items()}
     if run.writes:
-        runs.write_json(run.folder / "agreement.json", plain)
-    return run.finish(**plain)
+        runs.write_json(run.folder / "agreement.json", whole)
+    return run.finish(**whole)
 
 
 def _asked(config: Ask) -> tuple[LanguageJudge, list[Row], tuple[list[str], list[str], list[str]]]:
@@ -235,8 +247,14 @@ def _asked(config: Ask) -> tuple[LanguageJudge, list[Row], tuple[list[str], list
 
 def _pairs(config: Ask | Export) -> list[Row]:
     """Rows {prompt_id, prompt, a, b, ...}, and what else the file has."""
-    if bool(config.pairs) == bool(config.candidates):
-        raise ValueError("judge: give either --pairs or --candidates")
+    compared = isinstance(config, Ask) and bool(config.answers or config.baseline)
+    if bool(config.pairs) + bool(config.candidates) + compared != 1:
+        raise ValueError(
+            "judge: give either --pairs or --candidates"
+            + (", or --answers with --baseline" if isinstance(config, Ask) else "")
+        )
+    if isinstance(config, Ask) and compared:
+        return _compared(config)
     if config.pairs:
         rows = data.load(config.pairs, "pairs", columns=config.columns, on_equal="drop", note=say)
         sides = [{"a": row.pop("chosen"), "b": row.pop("rejected")} for row in rows]
@@ -253,6 +271,70 @@ def _pairs(config: Ask | Export) -> list[Row]:
         raise ValueError(f"{config.candidates}: no pair of different, finished answers to one prompt; {lost}")
     say(f"judge: {len(sound)} pairs; {lost}")
     return [_couple(a, b) for a, b in sound]
+
+
+def _compared(config: Ask) -> list[Row]:
+    """The baseline's answer (a) and a model's (b) to every prompt that both have answered, model by model."""
+    if not (config.answers and config.baseline):
+        raise ValueError("judge: --answers and --baseline belong together; give both")
+    theirs, base = _answers(config.baseline, config.columns)
+    rows: list[Row] = []
+    seen = {theirs}
+    for given in config.answers:
+        name, mine = _answers(given, config.columns)
+        if name in seen:
+            raise ValueError(f"judge: two files of answers are called {name!r}; name them, as in --answers NAME=FILE")
+        seen.add(name)
+        common = [prompt for prompt in mine if prompt in base]
+        if not common:
+            raise ValueError(f"judge: {name} and {theirs} have answered no prompt in common, compared by their texts")
+        alone = (
+            f"{len(mine) - len(common)} prompts only {name} has answered and {len(base) - len(common)} only {theirs}"
+        )
+        say(f"judge: {name} against {theirs}: {len(common)} pairs; left out: {alone}")
+        for prompt in common:
+            a, b = base[prompt], mine[prompt]
+            asked = {key: value for key, value in a.items() if key in ("prompt_id", "prompt", *data.CONDITIONED)}
+            rows.append({**asked, "a": a["response"], "b": b["response"], "generator_1": theirs, "generator_2": name})
+    return rows
+
+
+def _answers(given: str, columns: str | None) -> tuple[str, dict[str, Row]]:
+    """The name of a model, and its first answer to each prompt."""
+    name, file = _split(given)
+    rows = data.load(file, "answers", columns=columns, note=say)
+    named = {str(row["generator"]) for row in rows if row.get("generator")}
+    found: dict[str, Row] = {}
+    for row in rows:
+        found.setdefault(plain(row["prompt"]), row)
+    cut = sum(row.get("finished") is False for row in found.values())
+    if len(found) < len(rows) or cut:
+        more = len(rows) - len(found)
+        say(
+            f"judge: {file}: {more} further answers to a prompt left out; {cut} answers were cut, and are judged as cut"
+        )
+    return name or (named.pop() if len(named) == 1 else Path(file).stem), found
+
+
+def _split(given: str) -> tuple[str, str]:
+    """Name and file of NAME=FILE; no name where there is only a file."""
+    name, sign, file = given.partition("=")
+    return (name, file) if sign and name and file and not Path(given).exists() else ("", given)
+
+
+def _comparisons(table: list[Row]) -> list[Row]:
+    """The verdicts as `pyrite winrate` reads them."""
+    return [
+        {
+            "prompt_id": row["prompt_id"],
+            "model": row["generator_2"],
+            "baseline": row["generator_1"],
+            "win": None if row["p"] is None else 1 - row["p"],
+            "output": row["b"],
+            "baseline_output": row["a"],
+        }
+        for row in table
+    ]
 
 
 def _sound(a: Row, b: Row) -> bool:
