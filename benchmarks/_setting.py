@@ -18,7 +18,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-JUDGED = Path(__file__).parents[2] / "shared" / "data" / "judged_pairs.jsonl.gz"
+# made by benchmarks/judged.py, which says where the data come from
+JUDGED = Path(__file__).with_name("judged_pairs.jsonl.gz")
+JUDGED = JUDGED if JUDGED.exists() else Path(__file__).parents[2] / "shared" / "data" / "judged_pairs.jsonl.gz"
 PAIRS = 8  # in one optimizer step: the peer's default batch
 SORTED = 50  # batches that group_by_length sorts together
 LONGEST = 1024  # tokens of prompt + response: the peer's default limit
@@ -111,7 +113,7 @@ def synthetic(case: Case, count: int) -> list[Pair]:
 def judged(case: Case, count: int) -> list[Pair]:
     """Real instructions and answers, a token for each word and each punctuation mark."""
     if not JUDGED.exists():
-        raise SystemExit(f"{JUDGED}: no such file; leave out --data judged")
+        raise SystemExit(f"{JUDGED}: no such file; make it with benchmarks/judged.py, or leave out --data judged")
 
     def ids(text: str) -> list[int]:
         return [4 + zlib.crc32(word.encode()) % (case.vocab - 4) for word in re.findall(r"\w+|[^\w\s]", text)]

@@ -109,8 +109,17 @@ def pair_without_prompt(row: Row) -> Row:
 
 
 def pair_from_outputs(row: Row) -> Row:
-    """AlpacaFarm: instruction, input, output_1, output_2, preference = number of the better, 1 or 2."""
-    return _preferred(row, [text(row, "output_1"), text(row, "output_2")], first=1)
+    """AlpacaFarm: instruction, input, output_1, output_2, preference = number of the better, 1 or 2.
+
+    AlpacaEval's weighted judges give a preference between 1 and 2, which is 1 + P(the second is better).
+    """
+    answers, value = [text(row, "output_1"), text(row, "output_2")], row["preference"]
+    if not isinstance(value, float) or not 1 < value < 2:
+        return _preferred(row, answers, first=1)
+    if value == 1.5:
+        raise Skip("neither answer is better (preference 1.5)")
+    pair = _preferred({**row, "preference": round(value)}, answers, first=1)
+    return pair | {"probability": max(value - 1, 2 - value)}
 
 
 def pair_from_answers(row: Row) -> Row:
@@ -362,8 +371,8 @@ LAYOUTS: dict[str, tuple[Layout, ...]] = {
         Layout(("conversations",), demo_from_turns, reads=("system",)),
     ),
     "pairs": (
-        Layout(("conversations", "chosen", "rejected"), pair_from_turns, reads=("system",)),
         Layout(("prompt", "chosen", "rejected"), pair_with_prompt),
+        Layout(("conversations", "chosen", "rejected"), pair_from_turns, reads=("system",)),
         Layout(("chosen", "rejected"), pair_without_prompt),
         Layout(("instruction", "output_1", "output_2", "preference"), pair_from_outputs, reads=("input",)),
         Layout(("instruction", "answers", "preference"), pair_from_answers, reads=("input",)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import importlib.util
 import json
 import sys
 from collections.abc import Callable
@@ -104,6 +105,16 @@ PAIRS: dict[str, Rows] = {
             "overall_preference": 3 if i % 2 else -2,
         }
     ),
+    "AlpacaEval": four(
+        lambda p, g, b, i: {
+            "instruction": p,
+            "output_1": b if i % 2 else g,
+            "output_2": g if i % 2 else b,
+            "generator_1": "base",
+            "generator_2": "mine",
+            "preference": 1.9 if i % 2 else 1.000004,
+        }
+    ),
     "HelpSteer": four(
         lambda p, g, b, _: [
             {"prompt": p, "response": b, "helpfulness": 1, "correctness": 2},
@@ -197,6 +208,7 @@ def test_what_makes_no_pair_is_counted(pyrite: Command, tiny: Path, capsys: pyte
     [
         ("HelpSteer2", {"preference_strength": 0}, "neither answer is better"),
         ("HelpSteer3", {"overall_preference": None}, "it has no preference"),
+        ("AlpacaEval", {"preference": 1.5}, "neither answer is better"),
         (
             "ShareGPT",
             {"chosen": {"from": "gpt", "value": GOOD[0]}, "rejected": {"from": "gpt", "value": GOOD[0]}},
@@ -380,3 +392,49 @@ def test_a_general_duel_needs_no_dimensions(pyrite: Command, tmp_path: Path) -> 
         "bradley_terry(gold='length()', hard=True)", "--out", "own",
     )  # fmt: skip
     assert read_json(Path("own/done.json"))["matrix"] == done["matrix"]
+
+
+def test_the_judged_pairs_are_built_from_their_source(pyrite: Command, tiny: Path) -> None:
+    """Two annotation files as alpaca_eval has them, to the files that benchmarks and tests on real data read."""
+    spec = importlib.util.spec_from_file_location("judged", Path(__file__).parents[2] / "benchmarks" / "judged.py")
+    assert spec and spec.loader
+    judged = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(judged)
+    preferences = {"one": (1.1, 2.0, 1.5, 1.000004), "two": (1.0, 1.25, 0.0, 2.0)}
+    for model, values in preferences.items():
+        rows = [
+            {"instruction": p, "output_1": g, "output_2": b, "generator_1": "gpt4", "generator_2": model}
+            | {"dataset": "koala", "annotator": judged.JUDGE, "preference": value}
+            for p, g, b, value in zip(P, GOOD, BAD, values, strict=True)
+        ]
+        folder = Path("source/results") / model / judged.JUDGE
+        folder.mkdir(parents=True)
+        (folder / "annotations.json").write_text(json.dumps(rows))
+    board = Path("source") / judged.BOARD
+    board.parent.mkdir(parents=True)
+    columns = [*judged.RATES, *judged.COUNTS]
+    board.write_text(
+        "\n".join([",".join(["", *columns]), *(f"{model}{',12' * len(columns)}" for model in preferences)])
+    )
+    judged.build(Path("source"), Path("built"), tuple(preferences), ("two",))
+    rows = load("built/judged_pairs.jsonl.gz", "pairs")
+    seen = [
+        (row["prompt_id"], row["model"], row["chosen"] == GOOD[row["prompt_id"]], row["probability"]) for row in rows
+    ]
+    assert seen == [
+        (0, "one", True, 0.9),
+        (0, "two", True, 1.0),
+        (1, "one", False, 1.0),
+        (1, "two", True, 0.75),
+        (2, "one", True, 0.5),
+        (2, "two", True, 0.5),
+        (3, "one", True, 0.999996),
+        (3, "two", False, 1.0),
+    ]
+    assert [row["source"] for row in rows] == ["koala"] * 8
+    table = read_json(Path("built/winrates.json"))["models"]["two"]
+    assert table["rows"] == [
+        [i, len(b), len(g), p] for i, (g, b, p) in enumerate(zip(GOOD, BAD, (1, 1.25, 1.5, 2), strict=True))
+    ]
+    assert table["published"]["win_rate"] == 12.0
+    pyrite("reward", "--model", tiny, "--data", "built/judged_pairs.jsonl.gz", "--out", "reward", *QUICK[:-1], 0.5)
