@@ -6,23 +6,24 @@ KL(policy || ref) = E_policy[log pi - log pi_ref] is estimated where it is defin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pyrite import analyses, data, ensembles, estimators, golds, parts, seeds, text
+from pyrite import analyses, data, ensembles, estimators, golds, long_prompts, parts, seeds, text
 from pyrite.divergences import Divergences, divergences
 from pyrite.generate import Samples, sample
 from pyrite.logps import Logps
+from pyrite.long_prompts import OnLong
 from pyrite.models import Policy, RewardEnsemble, backbone
 from pyrite.options import Count
 from pyrite.packing import Row, micro_batches
-from pyrite.progress import Advance
+from pyrite.progress import Advance, say
 from pyrite.truths import ALWAYS, Asking
 
 
@@ -94,6 +95,8 @@ class Evaluator:
     options: Evaluation
     seed: int
     asking: Asking = ALWAYS
+    long: Mapping[str, int] = field(default_factory=dict)
+    """How many prompts were too long, by what was done with them."""
 
     @classmethod
     def load(
@@ -107,8 +110,10 @@ class Evaluator:
         prompts: list[dict[str, Any]] | None = None,
         asking: Asking = ALWAYS,
         loaded: dict[Path, RewardEnsemble] | None = None,
+        max_prompt: int | None = None,
+        on_long: OnLong | None = None,
     ) -> Evaluator:
-        """Everything read, and whatever cannot work refused: options, scorers, prompts too long for the policy.
+        """Everything read, and whatever cannot work refused: options, scorers. Long prompts: as `long_prompts.fit`.
 
         ref: a path, a loaded policy, or `policy` itself, which then is its own reference without its adapters.
         prompts: rows in place of those in `options.eval_prompts`. asking: for a gold that whoever measures asks itself.
@@ -117,19 +122,22 @@ class Evaluator:
         if asking.sparing and not options.gold:
             raise ValueError("options --gold-... say when gold is asked and what it may cost: give --gold too, or none")
         gold = parts.part(options.gold, golds) if options.gold else None
+        given = prompts is not None
         rows = prompts or data.load(str(options.eval_prompts), "prompts", columns=columns)
         prompts = rows[: options.eval_limit]
         if gold and not asking.counted:  # one that cannot score is refused now, unless a try has a price
             golds.check_scores(gold([text.plain(prompts[0]["prompt"])], ["hello"]), 1, name=str(options.gold))
-        if policy.context <= options.max_new_tokens:
-            raise ValueError(f"--max-new-tokens {options.max_new_tokens}: the policy reads {policy.context} at most")
-        ids = text.encode_prompts(
+        fitted = long_prompts.fit(
             policy.tokenizer,
-            [row["prompt"] for row in prompts],
-            max_length=policy.context - options.max_new_tokens,
-            where=lambda i: data.place(rows[i]),
+            prompts,
+            most=long_prompts.room(policy.context, options.max_new_tokens, max_prompt),
+            context=policy.context,
+            on_long=on_long or ("truncate" if given else None),
+            note=lambda words: say(f"to measure on: {words}"),
         )
-        made = cls(prompts, ids, gold, _proxy(options, loaded), _reference(policy, ref), options, seed, asking)
+        prompts, ids = fitted.rows, fitted.ids
+        scorers = gold, _proxy(options, loaded), _reference(policy, ref)
+        made = cls(prompts, ids, *scorers, options, seed, asking, fitted.counts())
         replace(made, prompts=prompts[:1], ids=ids[:1])._sample(policy, new=1)  # refuses options out of range
         return made
 

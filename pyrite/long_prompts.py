@@ -34,7 +34,9 @@ def room(context: int, new: int, max_prompt: int | None) -> int:
     """Longest prompt in tokens where `new` tokens are drawn behind it. Raises ValueError if options leave no room."""
     most = context - new
     if most < 1:
-        raise ValueError(f"--max-new-tokens {new}: the model reads {context} tokens at most, prompt and answer together")
+        raise ValueError(
+            f"--max-new-tokens {new}: the model reads {context} tokens at most, prompt and answer together"
+        )
     if max_prompt is not None and max_prompt > most:
         raise ValueError(
             f"--max-prompt {max_prompt}: the model reads {context} tokens at most, and --max-new-tokens takes {new}; "
@@ -44,16 +46,20 @@ def room(context: int, new: int, max_prompt: int | None) -> int:
 
 
 def fit(
-    tokenizer: Any, rows: Sequence[Row], *, most: int, context: int, on_long: OnLong, note: Callable[[str], object]
+    tokenizer: Any,
+    rows: Sequence[Row],
+    *,
+    most: int,
+    context: int,
+    on_long: OnLong | None,
+    note: Callable[[str], object],
 ) -> Fitted:
     """The rows with prompts of at most `most` tokens, in a model that reads `context`.
 
-    A longer prompt is cut (it keeps its end and what the chat template writes around it), its row is left out, or it
-    is an error. Raises DataError for that, and if no prompt is left, or none fits because an answer takes nearly all of
-    the context.
+    A longer prompt is cut (it keeps its end, and what the chat template writes around it), its row is left out, or it
+    is an error. Without on_long it is cut, but if all prompts are too long, an option is wrong and not the data: that
+    is an error. Raises DataError for these, and if no prompt is left.
     """
-    if most < 1:
-        raise ValueError(f"--max-prompt {most}: a prompt has at least 1 token")
     ids = text.encode_prompts(tokenizer, [row["prompt"] for row in rows], where=lambda i: data.place(rows[i]))
     long = [i for i, one in enumerate(ids) if len(one) > most]
     if not long:
@@ -61,11 +67,11 @@ def fit(
     places = ", ".join(f"{data.place(rows[i])} ({len(ids[i])} tokens)" for i in long[:NAMED])
     named = f"{places}{', ...' if len(long) > NAMED else ''}"
     counted = f"{len(long)} of {len(rows)} prompts have more than {most} tokens"
-    if on_long == "error" or (len(long) == len(rows) and most * 8 < context):
+    if on_long == "error" or (on_long is None and len(long) == len(rows)):
+        length = len(ids[long[0]])
         raise DataError(
-            f"{data.place(rows[long[0]])}: the prompt has {len(ids[long[0]])} tokens and leaves no room for an answer: a "
-            f"prompt may have {most} of the {context} tokens that the model reads ({counted}); "
-            + ("--on-long truncate cuts such prompts, drop leaves them out" if most * 8 >= context else "leave it more")
+            f"{data.place(rows[long[0]])}: the prompt has {length} tokens and leaves no room for an answer in a "
+            f"context of {context}: {counted}; --on-long truncate cuts them, drop leaves them out"
         )
     if on_long == "drop":
         note(f"{counted} and are left out: {named}")

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from pyrite import data, seeds, text, train
+from pyrite import data, long_prompts, seeds, train
 from pyrite.evaluation import Evaluation
+from pyrite.long_prompts import Fitted, OnLong
 from pyrite.models import Policy
 from pyrite.progress import say
+from pyrite.sources import Row
 
 
 @dataclass(frozen=True)
@@ -65,11 +67,20 @@ def split(
     return asked, test
 
 
-def encoded(policy: Policy, rows: Sequence[dict[str, Any]], *, new: int, source: str) -> list[list[int]]:
-    """Token ids of prompts, with room for `new` tokens behind. Raises ValueError for a prompt that is too long."""
-    return text.encode_prompts(
+def encoded(
+    policy: Policy,
+    rows: Sequence[Row],
+    *,
+    new: int,
+    max_prompt: int | None = None,
+    on_long: OnLong | None = None,
+) -> Fitted:
+    """Prompts to learn from, with room for `new` tokens behind each; long ones as `long_prompts.fit` has them."""
+    return long_prompts.fit(
         policy.tokenizer,
-        [row["prompt"] for row in rows],
-        max_length=policy.context - new,
-        where=lambda i: data.place(rows[i], f"{source}: prompt {rows[i]['prompt_id']}"),
+        rows,
+        most=long_prompts.room(policy.context, new, max_prompt),
+        context=policy.context,
+        on_long=on_long,
+        note=lambda words: say(f"to learn from: {words}"),
     )

@@ -151,7 +151,9 @@ def encode_prompts(
             slots[key] = len(texts)
             texts.append(_rendered(tokenizer, prompt, name, row))
         slot_of.append(slots[key])
-    unique = [_cut(ids, max_prompt, tokenizer) for ids in _with_start(tokenizer, _tokenize(tokenizer, texts))]
+    whole = _with_start(tokenizer, _tokenize(tokenizer, texts))
+    of = {slot: prompt for slot, prompt in zip(slot_of, prompts, strict=True)}
+    unique = [_cut(tokenizer, of[slot], ids, max_prompt) for slot, ids in enumerate(whole)]
     _check_room(unique, slot_of, max_length, name)
     return [list(unique[slot]) for slot in slot_of]
 
@@ -254,13 +256,46 @@ def _with_start(tokenizer: Any, rows: list[list[int]]) -> list[list[int]]:
     return [row if row[:1] == [start] else [start, *row] for row in rows]
 
 
-def _cut(ids: list[int], most: int | None, tokenizer: Any) -> list[int]:
+def _cut(tokenizer: Any, prompt: Prompt, ids: list[int], most: int | None) -> list[int]:
+    """At most so many ids of a prompt: its end, behind its start token or inside all that a chat template writes."""
     if most is None or len(ids) <= most:
         return ids
     if most < 1:
         raise ValueError(f"max_prompt is {most}; it must be at least 1 token")
+    if tokenizer.chat_template and (shown := _shortened(tokenizer, prompt, most)):
+        return shown
     kept = ids[:1] if most > 1 and ids[0] == _start_id(tokenizer) else []
     return kept + ids[len(ids) - most + len(kept) :]
+
+
+def _shortened(tokenizer: Any, prompt: Prompt, most: int) -> list[int] | None:
+    """The ids of the longest end of a conversation that fits: without its oldest turns, its first turn then cut.
+
+    System turns stay, and some of the last user turn. None if they are too long even so.
+    """
+    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    asked = [i for i, turn in enumerate(turns) if turn["role"] == "user"]
+    opening = turns[: asked[0]] if asked and asked[0] and turns[0]["role"] != "assistant" else []
+
+    def ids(at: int, kept: int) -> list[int] | None:
+        first = {**turns[at], "content": turns[at]["content"][len(turns[at]["content"]) - kept :]}
+        try:
+            shown = _rendered(tokenizer, [*opening, first, *turns[at + 1 :]], lambda _: "", 0)
+        except ValueError:  # the template refuses what is left
+            return None
+        (row,) = _with_start(tokenizer, _tokenize(tokenizer, [shown]))
+        return row if len(row) <= most else None
+
+    for at in asked:
+        low, high, found = 1, len(turns[at]["content"]), ids(at, 1)
+        if found is None:
+            continue
+        while low < high:
+            middle = (low + high + 1) // 2
+            more = ids(at, middle)
+            low, high, found = (middle, high, more) if more else (low, middle - 1, found)
+        return found
+    return None
 
 
 def _check_room(unique: list[list[int]], slot_of: list[int], most: int | None, where: Callable[[int], str]) -> None:
@@ -271,5 +306,5 @@ def _check_room(unique: list[list[int]], slot_of: list[int], most: int | None, w
         if most is not None and length >= most:
             raise ValueError(
                 f"{where(row)}: the prompt has {length} tokens and leaves no room for a response "
-                f"in a context of {most}; raise the context, shorten the prompt, or set max_prompt"
+                f"in a context of {most}; shorten the prompt, or use a model that reads more"
             )

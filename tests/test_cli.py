@@ -285,9 +285,12 @@ BAD_INPUT = {
     "no file": (REWARD.replace("{}", "nowhere.jsonl"), ["no file"]),
     "not JSON": (REWARD.replace("{}", "broken.jsonl"), ["broken.jsonl, line 2 is not JSON"]),
     "chosen equals rejected": (REWARD.replace("{}", "equal.jsonl"), ["equal.jsonl, line 2", "chosen equals rejected"]),
-    "long prompt": ("sft --model {tiny} --data {place}/long.jsonl --out {place}/run", ["71 tokens", "context of 64"]),
+    "long prompt": (
+        "sft --model {tiny} --data {place}/long.jsonl --out {place}/run --on-long error",
+        ["71 tokens", "context of 64"],
+    ),
     "long prompt to answer": (
-        "generate --model {tiny} --prompts {place}/long.jsonl --out {place}/run --max-new-tokens 8",
+        "generate --model {tiny} --prompts {place}/long.jsonl --out {place}/run --max-new-tokens 8 --on-long error",
         ["long.jsonl", "71 tokens", "leaves no room"],
     ),
     "unknown loss": (GOOD_REWARD + " --loss bradly_terry()", ["did you mean bradley_terry"]),

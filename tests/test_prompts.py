@@ -68,7 +68,10 @@ def test_no_raw_prompt_is_learned_from_and_measured_on(tmp_path: Path) -> None:
 
 def test_room_for_the_answer(tiny: Path) -> None:
     policy = Policy.load(tiny)
-    rows = [{"prompt_id": "a", "prompt": "tell me " * 20}]
-    assert len(prompts.encoded(policy, rows, new=8, source="file")[0]) >= 40
-    with pytest.raises(ValueError, match="file: prompt a"):
-        prompts.encoded(policy, rows, new=60, source="file")
+    rows = [{"prompt_id": "a", "prompt": "tell me " * 20}, {"prompt_id": "b", "prompt": "tell me"}]
+    whole = prompts.encoded(policy, rows, new=8).ids
+    assert len(whole[0]) >= 40
+    cut = prompts.encoded(policy, rows, new=60)
+    assert cut.counts() == {"prompts_cut": 1} and cut.ids[0] == whole[0][:1] + whole[0][-3:]
+    with pytest.raises(ValueError, match="the row of prompt 'a': the prompt has 41 tokens"):
+        prompts.encoded(policy, rows[:1], new=60)

@@ -19,9 +19,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pyrite import data, losses, moved, parts, references, runs, seeds, train
+from pyrite import data, long_prompts, losses, moved, parts, references, runs, seeds, train
 from pyrite.evaluation import Evaluation, Evaluator
 from pyrite.logps import Logps, Running
+from pyrite.long_prompts import OnLong
 from pyrite.losses.needs import needs, takes_ties
 from pyrite.models import Lora, Policy
 from pyrite.options import Count, Fraction, Natural, Several
@@ -63,7 +64,9 @@ class Config:
     max_length: Several | None = None
     """Longest prompt + response in tokens; the model's context by default."""
     max_prompt: Count | None = None
-    """Longest prompt in tokens; longer ones keep their end. Three quarters of max_length by default."""
+    """Longest prompt in tokens; three quarters of max_length by default."""
+    on_long: OnLong = "truncate"
+    """What to do with a longer prompt: cut it to its end, leave its pair out, or stop."""
     on_equal: Literal["error", "drop"] = "error"
     """What to do with a pair whose answers are equal."""
     on_contradiction: data.OnContradiction = "error"
@@ -100,7 +103,7 @@ def run(config: Config) -> Run:
     evaluator = _evaluator(config, policy)
     if evaluator:
         _tell_overlap(pairs, evaluator)
-    learn, test, dropped = _prepare(policy, pairs, held, config, wanted)
+    learn, test, dropped, cut = _prepare(policy, pairs, held, config, wanted)
     live = Live.of(policy, config, wanted)
     running = Running.zero(device=policy.device) if "running" in wanted else None
     whole = bool(wanted & {"batch", "running"})
@@ -148,8 +151,9 @@ def run(config: Config) -> Run:
     after = gaps(policy, test.rows[: moved.ROWS], training.precision)
     margin = moved.shift("margin", before, after, least=0.1)
     found = moved.tell("dpo", first.change(policy), training.lr, margin)
+    long = {"prompts_cut": cut} if cut else {}
     ends = {"start": start, "last": watch.last, "best": watch.best}
-    return run.finish(pairs=len(learn), dropped=len(dropped), **ends, moved=found)
+    return run.finish(pairs=len(learn), dropped=len(dropped), **long, **ends, moved=found)
 
 
 def _refuse(config: Config, wanted: frozenset[str]) -> None:
@@ -193,7 +197,11 @@ def _evaluator(config: Config, policy: Policy) -> Evaluator | None:
             raise ValueError("--gold and --rewards score answers to --eval-prompts: name that file too")
         return None
     return Evaluator.load(
-        config.evaluation, policy, ref=policy if policy.reversible else config.model, seed=config.seed
+        config.evaluation,
+        policy,
+        ref=policy if policy.reversible else config.model,
+        seed=config.seed,
+        on_long=config.on_long,
     )
 
 
@@ -206,15 +214,25 @@ def _tell_overlap(pairs: list[dict[str, Any]], evaluator: Evaluator) -> None:
 
 def _prepare(
     policy: Policy, pairs: list[dict], held: list[dict], config: Config, wanted: frozenset[str]
-) -> tuple[Preferences, Preferences, list[dict[str, Any]]]:
-    """Both sets of pairs as token rows with the reference's log-probabilities, and what was left out of them.
+) -> tuple[Preferences, Preferences, list[dict[str, Any]], int]:
+    """Both sets of pairs as token rows with the reference's log-probabilities, what was left out of them, and of how
+    many the prompt was cut.
 
     One reference file covers both, so that it serves every seed's way of dividing the data.
     """
     length = config.max_length or policy.context
     prompt = config.max_prompt if config.max_prompt is not None else length * 3 // 4
     limits = {"max_length": length, "max_prompt": prompt}
-    made = encode_pairs(policy.tokenizer, pairs + held, on_cut=config.on_cut, source=config.data, **limits)
+    fitted = long_prompts.fit(
+        policy.tokenizer,
+        pairs + held,
+        most=prompt,
+        context=length,
+        on_long=config.on_long,
+        note=lambda words: say(f"dpo: {words}"),
+    )
+    made = encode_pairs(policy.tokenizer, fitted.rows, on_cut=config.on_cut, source=config.data, **limits)
+    made = replace(made, dropped=fitted.dropped + made.dropped)
     sources = references.parse(config.ref)
     ref = None
     if sources[0].kind == "none" and "ref" in wanted:
@@ -246,7 +264,7 @@ def _prepare(
         raise ValueError(f"{config.data}: no pair is left to learn from ({len(made.dropped)} dropped)")
     if held and not test:
         raise ValueError(f"{config.held_out}: no held-out pair is left of {len(held)} ({len(made.dropped)} dropped)")
-    return prefs.at(learn), prefs.at(test), made.dropped
+    return prefs.at(learn), prefs.at(test), made.dropped, fitted.cut
 
 
 def _suitable(ref: Logps | None, config: Config, wanted: frozenset[str]) -> Logps:

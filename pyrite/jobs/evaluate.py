@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import csv
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from pyrite import analyses, data, runs, text
+from pyrite import analyses, data, long_prompts, runs, text
 from pyrite.analyses import TokenRatios
 from pyrite.evaluation import Answers, Evaluation, Evaluator, response_logps
+from pyrite.long_prompts import OnLong
 from pyrite.models import Policy
 from pyrite.options import Count, Natural
 from pyrite.preferences import EncodedPairs, encode_pairs, paired
@@ -64,6 +65,11 @@ class Config:
     limit: Count | None = None
     k: Count = 1
     """Answers a prompt."""
+    max_prompt: Count | None = None
+    """Longest prompt in tokens; what --max-new-tokens leaves of the model's context by default."""
+    on_long: OnLong | None = None
+    """What to do with a longer prompt: cut it to its end, leave its row out, or stop. By default it is cut, unless all
+    prompts are too long."""
     max_new_tokens: Count = 256
     seed: Natural = 0
 
@@ -81,7 +87,15 @@ def run(config: Config) -> Run:
         return run
     pairs = _pairs(config)
     policy = Policy.load(config.model)
-    evaluator = Evaluator.load(_options(config), policy, ref=config.ref, seed=config.seed, columns=config.columns)
+    evaluator = Evaluator.load(
+        _options(config),
+        policy,
+        ref=config.ref,
+        seed=config.seed,
+        columns=config.columns,
+        max_prompt=config.max_prompt,
+        on_long=config.on_long,
+    )
     made = _encoded(policy, pairs, config)
     run.open()
     say(f"evaluate: {config.k} answers to each of {len(evaluator.prompts)} prompts")
@@ -103,7 +117,7 @@ def run(config: Config) -> Run:
     worth |= {"repetition": state.repetition, "degenerate": state.degenerate}
     run.log(step=0, **{name: pair["mean"] for name, pair in summary.items()}, **worth)
     ranked = {name: value for name, value in found.get("pairs", {}).items() if name in RANKED}
-    return run.finish(answers=len(answers.rows), **summary, **worth, **ranked)
+    return run.finish(answers=len(answers.rows), **summary, **worth, **ranked, **evaluator.long)
 
 
 def _for_alpaca_eval(answers: Answers, config: Config) -> list[dict[str, str]]:
@@ -170,7 +184,16 @@ def _pairs(config: Config) -> list[dict[str, Any]]:
 def _encoded(policy: Policy, pairs: list[dict[str, Any]], config: Config) -> EncodedPairs | None:
     if not pairs:
         return None
-    made = encode_pairs(policy.tokenizer, pairs, max_length=policy.context, source=str(config.pairs))
+    fitted = long_prompts.fit(
+        policy.tokenizer,
+        pairs,
+        most=policy.context * 3 // 4,
+        context=policy.context,
+        on_long=config.on_long or "truncate",
+        note=lambda words: say(f"evaluate --pairs: {words}"),
+    )
+    made = encode_pairs(policy.tokenizer, fitted.rows, max_length=policy.context, source=str(config.pairs))
+    made = replace(made, dropped=fitted.dropped + made.dropped)
     if not made.pairs:
         reason = made.dropped[0]["reason"]
         raise ValueError(f"{config.pairs}: none of {len(pairs)} pairs can be scored, the first because {reason}")

@@ -13,9 +13,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from torch import Tensor
 
-from pyrite import data, runs, seeds, text
+from pyrite import data, long_prompts, runs, seeds, text
 from pyrite.dimensions import Variants
 from pyrite.generate import Samples, sample
+from pyrite.long_prompts import OnLong
 from pyrite.models import Policy, backbone
 from pyrite.options import Amplitude, Count, Natural, NonNegative
 from pyrite.progress import Advance, progress, say
@@ -42,6 +43,11 @@ class Config:
     limit: Count | None = None
     """Use only the first so many prompts."""
     variants: Variants = Variants()
+    max_prompt: Count | None = None
+    """Longest prompt in tokens; what --max-new-tokens leaves of the model's context by default."""
+    on_long: OnLong | None = None
+    """What to do with a longer prompt: cut it to its end, leave its row out, or stop. By default it is cut, unless all
+    prompts are too long."""
     max_new_tokens: Count = 256
     temperature: NonNegative = 1.0
     top_p: Amplitude = 1.0
@@ -63,15 +69,15 @@ def run(config: Config) -> Run:
         return run
     prompts = config.variants.of(data.load(config.prompts, "prompts", columns=config.columns)[: config.limit])
     policy = Policy.load(config.model)
-    room = policy.context - config.max_new_tokens
-    if room < 1:
-        raise ValueError(f"--max-new-tokens {config.max_new_tokens}: {config.model} reads {policy.context} at most")
-    ids = text.encode_prompts(
+    fitted = long_prompts.fit(
         policy.tokenizer,
-        [row["prompt"] for row in prompts],
-        max_length=room,
-        where=lambda i: f"{data.place(prompts[i])}, with {config.max_new_tokens} new tokens",
+        prompts,
+        most=long_prompts.room(policy.context, config.max_new_tokens, config.max_prompt),
+        context=policy.context,
+        on_long=config.on_long,
+        note=lambda words: say(f"generate: {words}"),
     )
+    prompts, ids = fitted.rows, fitted.ids
     _sample(policy, prompts[:1], ids[:1], config, new=min(1, config.max_new_tokens))  # refuses options out of range
     run.open()
     say(f"generate: {config.k} answers to each of {len(prompts)} prompts")
@@ -92,6 +98,7 @@ def run(config: Config) -> Run:
         answers=len(table),
         missing_eos=1 - float(finished.mean()),
         mean_length=float(table["length"].to_numpy().mean()),
+        **fitted.counts(),
     )
 
 

@@ -36,6 +36,7 @@ from pyrite.labelers import Labeler, Paying
 from pyrite.labels import Labels, Pairing
 from pyrite.ledger import Ledger
 from pyrite.live import Live, Rules
+from pyrite.long_prompts import OnLong
 from pyrite.losses.needs import needs
 from pyrite.models import Lora, Policy
 from pyrite.options import Amplitude, Count, Fraction, Natural, NonNegative, Positive, Several
@@ -74,6 +75,11 @@ class Config:
     columns: str | None = None
     held_out: Fraction = 0.1
     """Share of the prompts kept for measuring, where no --eval-prompts are given."""
+    max_prompt: Count | None = None
+    """Longest prompt in tokens; what --max-new-tokens leaves of the model's context by default."""
+    on_long: OnLong | None = None
+    """What to do with a longer prompt: cut it to its end, leave its row out, or stop. By default it is cut, unless all
+    prompts are too long."""
     sampler: str = "on_policy()"
     """Which two distributions a pair is drawn from: reference(), on_policy(), hybrid(), mixed(kappa=0.5), ..."""
     loss: str = "soft_dpo(beta=0.1)"
@@ -133,13 +139,13 @@ def run(config: Config) -> Run:
     asked, test = prompts.split(
         config.prompts, config.evaluation, columns=config.columns, held_out=config.held_out, seed=config.seed
     )
-    turns = Turns(len(asked), min(config.prompts_per_round or len(asked), len(asked)), config.seed)
     policy = Policy.load(config.model, lora=config.lora, top=config.train_top)
     train.ready(policy, config.training, name=config.model)
     weights = moved.Weights.of(policy)
     start = policy if policy.reversible else policy.frozen_copy()
+    limits: dict[str, Any] = {"max_prompt": config.max_prompt, "on_long": config.on_long}
     evaluator = Evaluator.load(
-        config.evaluation, policy, ref=start, seed=config.seed, prompts=test, asking=config.asking
+        config.evaluation, policy, ref=start, seed=config.seed, prompts=test, asking=config.asking, **limits
     )
     ref = start if config.ref == "start" else policy.frozen_copy()
     players = Players(policy, ref, config.training.precision)
@@ -149,7 +155,9 @@ def run(config: Config) -> Run:
     # a discriminator has a precision of its own, in which it reads its policy and the start
     silver = named.silver(Players(policy, start), seeds.derive(config.seed, "silver")) if named.silver else None
     drawing = _drawing(named.sampler, config)
-    ids = prompts.encoded(policy, asked, new=config.evaluation.max_new_tokens, source=config.prompts)
+    fitted = prompts.encoded(policy, asked, new=config.evaluation.max_new_tokens, **limits)
+    asked, ids = fitted.rows, fitted.ids
+    turns = Turns(len(asked), min(config.prompts_per_round or len(asked), len(asked)), config.seed)
     players.draw(asked[:1], ids[:1], replace(drawing, max_new_tokens=1), number=0)  # refuses options out of range
     run.open()
     say(f"online: {config.rounds} rounds of {turns.size} prompts, {len(test)} to measure on")
@@ -186,7 +194,8 @@ def run(config: Config) -> Run:
     journal.tell()
     counts = {"labels": journal.labels, "answers": journal.answers}
     found = moved.tell("online", weights.change(policy), config.training.lr, journal.shift)
-    return run.finish(start=journal.start, last=journal.last, fit=journal.fit, **counts, moved=found)
+    long = fitted.counts() | {f"eval_{name}": count for name, count in evaluator.long.items()}
+    return run.finish(start=journal.start, last=journal.last, fit=journal.fit, **counts, moved=found, **long)
 
 
 @dataclass(frozen=True)

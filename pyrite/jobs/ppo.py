@@ -26,6 +26,7 @@ from pyrite.dimensions import Dimensions, Variants
 from pyrite.evaluation import Evaluation, Evaluator
 from pyrite.journal import Journal
 from pyrite.kl_control import KLControl
+from pyrite.long_prompts import OnLong
 from pyrite.models import Lora, Policy, RewardEnsemble
 from pyrite.moments import normalized
 from pyrite.objectives import Combine
@@ -65,6 +66,11 @@ class Config:
     columns: str | None = None
     held_out: Fraction = 0.1
     """Share of the prompts kept for measuring, where no --eval-prompts are given."""
+    max_prompt: Count | None = None
+    """Longest prompt in tokens; what --max-new-tokens leaves of the model's context by default."""
+    on_long: OnLong | None = None
+    """What to do with a longer prompt: cut it to its end, leave its row out, or stop. By default it is cut, unless all
+    prompts are too long."""
     objective: str = "mean()"
     """How the members of a reward run become one score: mean(), wco(), uwo(weight=0.5)."""
     method: Method = "gae"
@@ -146,10 +152,19 @@ def run(config: Config) -> Run:
     train.ready(policy, config.training, name=config.model)
     weights = moved.Weights.of(policy)
     start = policy if policy.reversible else policy.frozen_copy()
+    limits: dict[str, Any] = {"max_prompt": config.max_prompt, "on_long": config.on_long}
     evaluator = Evaluator.load(
-        config.evaluation, policy, ref=start, seed=config.seed, prompts=test, asking=config.asking, loaded=loaded
+        config.evaluation,
+        policy,
+        ref=start,
+        seed=config.seed,
+        prompts=test,
+        asking=config.asking,
+        loaded=loaded,
+        **limits,
     )
-    ids = prompts.encoded(policy, asked, new=config.evaluation.max_new_tokens, source=config.prompts)
+    fitted = prompts.encoded(policy, asked, new=config.evaluation.max_new_tokens, **limits)
+    asked, ids = fitted.rows, fitted.ids
     learners = _learners(policy, config)
     players = Players(policy, start, config.training.precision)
     run.open()
@@ -191,7 +206,10 @@ def run(config: Config) -> Run:
     learners.finish(run)
     journal.tell()
     found = moved.tell("ppo", weights.change(policy), config.training.lr, journal.shift)
-    return run.finish(start=journal.start, last=journal.last, fit=journal.fit, answers=journal.answers, moved=found)
+    long = fitted.counts() | {f"eval_{name}": count for name, count in evaluator.long.items()}
+    return run.finish(
+        start=journal.start, last=journal.last, fit=journal.fit, answers=journal.answers, moved=found, **long
+    )
 
 
 def _prompts(config: Config, rewards: Sequence[Reward]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

@@ -13,8 +13,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from pyrite import data, options, references, runs
+from pyrite import data, long_prompts, options, references, runs
 from pyrite.loading import Dtype
+from pyrite.long_prompts import OnLong
 from pyrite.models import Policy
 from pyrite.options import Count, Natural, Several
 from pyrite.preferences import EncodedPairs, encode_pairs
@@ -43,7 +44,9 @@ class Compute:
     max_length: Several | None = None
     """Longest prompt + response in tokens; the model's context by default. As in training, for the same tokenizer."""
     max_prompt: Count | None = None
-    """Longest prompt in tokens; longer ones keep their end. Three quarters of max_length by default."""
+    """Longest prompt in tokens; three quarters of max_length by default."""
+    on_long: OnLong = "truncate"
+    """What to do with a longer prompt: cut it to its end, leave its pair out, or stop."""
     dtype: Dtype = "float32"
     """Of the weights."""
     precision: Dtype = "float32"
@@ -123,9 +126,14 @@ def compute(config: Compute) -> Run:
     if run.done:
         return run
     pairs = data.load(config.data, "pairs", columns=config.columns, on_equal=config.on_equal, note=say)
-    texts = _texts(pairs)
     policy = Policy.load(config.model, dtype=config.dtype)
     max_length, max_prompt = readings.limits(policy.context, config.max_length, config.max_prompt)
+    long: dict[str, int] = {}
+    if config.conditioning == "prompt":
+        limits: dict[str, Any] = {"most": max_prompt, "context": max_length, "on_long": config.on_long}
+        fitted = long_prompts.fit(policy.tokenizer, pairs, **limits, note=lambda words: say(f"reference: {words}"))
+        pairs, long = fitted.rows, fitted.counts()
+    texts = _texts(pairs)
     reading = readings.read(
         policy.tokenizer,
         texts,
@@ -147,7 +155,7 @@ def compute(config: Compute) -> Run:
         files=identity.files_hash(config.model),
         budget=config.micro_tokens,
     )
-    return run.finish(**_summary(table))
+    return run.finish(**_summary(table), **long)
 
 
 def import_(config: Import) -> Run:

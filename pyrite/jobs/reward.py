@@ -15,8 +15,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pyrite import data, estimators, moved, parts, reward_losses, runs, seeds, text, train
+from pyrite import data, estimators, long_prompts, moved, parts, reward_losses, runs, seeds, text, train
 from pyrite.discriminators import pair_loss
+from pyrite.long_prompts import Fitted, OnLong
 from pyrite.models import Lora, Pooling, RewardModel
 from pyrite.options import Count, Fraction, Natural, NonNegative, Several
 from pyrite.packing import Row
@@ -50,7 +51,9 @@ class Config:
     max_length: Several | None = None
     """Longest prompt + response in tokens; the model's context by default."""
     max_prompt: Count | None = None
-    """Longest prompt in tokens; longer ones keep their end. Three quarters of max_length by default."""
+    """Longest prompt in tokens; three quarters of max_length by default."""
+    on_long: OnLong = "truncate"
+    """What to do with a longer prompt: cut it to its end, leave its pair out, or stop."""
     on_equal: Literal["error", "drop"] = "error"
     """What to do with a pair whose answers are equal."""
     on_contradiction: data.OnContradiction = "error"
@@ -76,6 +79,8 @@ def run(config: Config) -> Run:
     loss(torch.zeros(1), torch.zeros(1))  # one that cannot be called is refused now
     pairs, held = _read(config)
     model = _member(config, 0)
+    long = [_fitting(model, some, config) for some in (pairs, held)]
+    pairs, held = (fitted.rows for fitted in long)
     batches, clean = _rows(model, pairs), _rows(model, held)
     test, prompts = (clean, data.clusters(held)) if held else (batches, data.clusters(pairs))
     run.open()
@@ -108,7 +113,7 @@ def run(config: Config) -> Run:
             runs.write_json(folder / "measured.json", measured)
         run.wait()
     train.discard_checkpoints(run)
-    counts = {"pairs": len(batches), "held_out_pairs": len(clean)}
+    counts = {"pairs": len(batches), "held_out_pairs": len(clean), **long[0].counts()}
     return run.finish(members=_results(run, config), **counts, **_baseline(test, prompts, "" if held else "train_"))
 
 
@@ -147,6 +152,12 @@ def _member(config: Config, member: int) -> RewardModel:
     )
     train.ready(model, config.training, name=None if member else config.model)
     return model
+
+
+def _fitting(model: RewardModel, pairs: list[dict[str, Any]], config: Config) -> Fitted:
+    """Pairs whose prompts are no longer than the model is to read."""
+    limits: dict[str, Any] = {"most": model.max_prompt, "context": model.max_length, "on_long": config.on_long}
+    return long_prompts.fit(model.tokenizer, pairs, **limits, note=lambda words: say(f"reward: {words}"))
 
 
 def _rows(model: RewardModel, pairs: list[dict[str, Any]]) -> list[Row]:

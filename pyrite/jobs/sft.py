@@ -8,12 +8,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pyrite import data, moved, runs, text, train
+from pyrite import data, long_prompts, moved, runs, text, train
 from pyrite.evaluation import response_logps
+from pyrite.long_prompts import Fitted, OnLong
 from pyrite.models import Lora, Policy
 from pyrite.options import Fraction, Natural, Several
 from pyrite.packing import Row, micro_batches
@@ -40,6 +42,11 @@ class Config:
     to keep."""
     max_length: Several | None = None
     """Longest prompt + response in tokens; the model's context by default."""
+    max_prompt: Count | None = None
+    """Longest prompt in tokens; three quarters of max_length by default."""
+    on_long: OnLong | None = None
+    """What to do with a longer prompt: cut it to its end, leave its row out, or stop. By default it is cut, unless all
+    prompts are too long."""
     lora: Lora = Lora()
     training: Training = Training()
     seed: Natural = 0
@@ -60,7 +67,12 @@ def run(config: Config) -> Run:
     policy = Policy.load(config.model, lora=config.lora)
     train.ready(policy, config.training, name=config.model, own=True)
     first = moved.Weights.of(policy)
-    batches, held_out = (_rows(policy, part, config) for part in (training, held))
+    fitted = _fitting(policy, training + held, config)
+    kept = {id(row) for row in held}
+    batches = _rows(policy, [row for row in fitted.rows if id(row) not in kept], config)
+    held_out = _rows(policy, [row for row in fitted.rows if id(row) in kept], config)
+    if not batches:
+        raise ValueError(f"{config.data}: no demonstration is left to learn from ({len(fitted.dropped)} dropped)")
     run.open()
     say(f"sft: {len(batches)} demonstrations, {len(held_out)} held out, {_size(policy)} parameters")
 
@@ -87,7 +99,7 @@ def run(config: Config) -> Run:
     change = moved.shift("held-out loss", before, _token_nll(policy, held_out), least=0.01)
     found = moved.tell("sft", first.change(policy), config.training.lr, change)
     counts = {"train_rows": len(batches), "held_out_rows": len(held_out)}
-    return run.finish(held_out_nll=nll, perplexity=perplexity, **counts, moved=found)
+    return run.finish(held_out_nll=nll, perplexity=perplexity, **counts, **fitted.counts(), moved=found)
 
 
 def _read(config: Config) -> tuple[list[data.Row], list[data.Row]]:
@@ -114,14 +126,32 @@ def _token_nll(policy: Policy, rows: list[Row]) -> Tensor:
     return -response_logps(policy, rows[: moved.ROWS]).mean if rows else torch.zeros(0)
 
 
-def _rows(policy: Policy, rows: list[dict], config: Config) -> list[Row]:
+def _limits(policy: Policy, config: Config) -> tuple[int, int]:
+    """Longest text and longest prompt in tokens."""
+    context = config.max_length or policy.context
+    return context, context * 3 // 4 if config.max_prompt is None else config.max_prompt
+
+
+def _fitting(policy: Policy, rows: list[data.Row], config: Config) -> Fitted:
+    """Demonstrations with prompts that leave room for the response."""
+    context, most = _limits(policy, config)
+    limits: dict[str, Any] = {"most": most, "context": context, "on_long": config.on_long}
+    return long_prompts.fit(policy.tokenizer, rows, **limits, note=lambda words: say(f"sft: {words}"))
+
+
+def _rows(policy: Policy, rows: list[data.Row], config: Config) -> list[Row]:
+    context, most = _limits(policy, config)
     encoded = text.encode_all(
         policy.tokenizer,
         [row["prompt"] for row in rows],
         [row["response"] for row in rows],
-        max_length=config.max_length or policy.context,
+        max_length=context,
+        max_prompt=most,
         where=lambda i: data.place(rows[i]),
     )
+    cut = sum(one.truncated for one in encoded)
+    if cut:
+        say(f"sft: {cut} of {len(encoded)} responses end beyond {context} tokens: they are cut, without an end token")
     return [Row(e.prompt, [e.response]) for e in encoded]
 
 

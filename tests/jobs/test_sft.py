@@ -89,7 +89,7 @@ def test_long_prompts_and_no_held_out(tiny: Path, demos: Path, tmp_path: Path) -
     data.write([*data.load(demos, "demos"), long], tmp_path / "long.jsonl")
     config = sft.Config(model=str(tiny), data=str(tmp_path / "long.jsonl"), out=tmp_path / "run", held_out=0.0)
     with pytest.raises(ValueError, match=r"long\.jsonl, line 61: the prompt has 71 tokens"):
-        sft.run(config)
+        sft.run(replace(config, on_long="error"))
     assert not (tmp_path / "run").exists()
     results = sft.run(replace(config, data=str(demos))).results
     assert results is not None
