@@ -17,7 +17,7 @@ from pyrite import data, long_prompts, moved, runs, text, train
 from pyrite.evaluation import response_logps
 from pyrite.long_prompts import Fitted, OnLong
 from pyrite.models import Lora, Policy
-from pyrite.options import Fraction, Natural, Several
+from pyrite.options import Count, Fraction, Natural, Several
 from pyrite.packing import Row, micro_batches
 from pyrite.progress import say
 from pyrite.runs import Run
