@@ -7,11 +7,11 @@ import difflib
 import importlib
 import inspect
 import io
-import itertools
 import json
 import os
 import pkgutil
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Iterator
@@ -24,8 +24,9 @@ import tyro
 import yaml
 from rich.console import Console
 
-from pyrite import jobs, ledger, parts, recipes, report, runs, sweeps
+from pyrite import __version__, jobs, ledger, parts, recipes, report, runs, signals, sweeps, usage
 from pyrite import options as ranges
+from pyrite.processes import world
 from pyrite.progress import say
 from pyrite.train import TrainingError
 
@@ -39,33 +40,68 @@ PAGES = {
     "samplers": report.samplers_page,
     "soups": report.soups_page,
 }
+PLAIN = (  # what tyro says, and what we say
+    (r"Error parsing (--[\w-]+): invalid literal for int\(\) with base 10: '(.*)'", r"\1 \2: is no whole number"),
+    (r"Error parsing (--[\w-]+): could not convert string to float: '(.*)'", r"\1 \2: is no number"),
+    (r"Error parsing [\w.-]+: (?:--)?(\w+) is (\S+); (.*)", r"--\1 \2: \3"),
+    (r"Error parsing (?:[\w.]+): (--.*)", r"\1"),
+    (r"Error parsing (--[\w-]+): (.*)", r"\1: \2"),
+    (
+        r"invalid choice (.*) for argument '(--[\w-]+)'. Expected one of \('(.*)'\).*",
+        r"\2: invalid choice \1; choose \3",
+    ),
+    (r"Missing value for argument '(--[\w-]+)'. Expected 1 values?.*", r"\1: a value is missing"),
+    (r"Missing value for argument '(--[\w-]+)'. Expected (\d+) values?.*", r"\1: \2 values are needed"),
+    (r"Unrecognized (?:options|arguments?): (.*)", r"\1: no such option; write every option as --name value"),
+)
 USAGE = """\
 pyrite {jobs}   run one job; --help lists its options
 pyrite recipe {recipes}   run a whole experiment and write its report
 pyrite list {kinds}   what can be named in an option
 pyrite report DIR   write DIR/report.html for a run or a recipe
 pyrite ledger show FILE | export FILE OUT.parquet [--pairs]   what was asked of golds, and what it cost
-Every job takes --config FILE.yaml (the command line wins) and --dry-run. Several values for an option that takes
-one make a sweep: one run for each combination, in folders of their own below --out."""
+Every job takes --config FILE (YAML, or the config.json of a run; the command line wins), --dry-run, --json and --debug.
+Several values for an option that takes one make a sweep: one run for each combination, in folders of their own below
+--out. Results are JSON on standard output if that is no terminal; everything else goes to standard error."""
 
 
 def main() -> None:
     """Run a command; expected errors are one line on standard error and exit status 2."""
-    arguments = sys.argv[1:]
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    signals.listen()
     try:
         _quiet()
         _command(arguments)
     except (ValueError, TrainingError, OSError) as error:
-        line = " ".join(str(error).split())
-        Console(stderr=True, highlight=False, soft_wrap=True).print(f"pyrite: {line}", markup=False)
+        if "--debug" in sys.argv:
+            traceback.print_exc()
+        if not isinstance(error, runs.RunError) or world().is_main_process:  # all processes are refused alike
+            _complain(f"pyrite: {_where(error)}{' '.join(str(error).split())}")
         sys.exit(2)
-    except KeyboardInterrupt:
-        Console(stderr=True).print("pyrite: stopped; run the same command again to go on", markup=False)
-        sys.exit(130)
+    except (KeyboardInterrupt, signals.Stopped) as error:
+        number = error.number if isinstance(error, signals.Stopped) else signal.SIGINT
+        said = f"; {error.said}" if isinstance(error, signals.Stopped) and error.said else ""
+        _complain(f"pyrite: stopped by {signal.Signals(number).name}{said}; run the same command again to go on")
+        sys.exit(128 + number)
+
+
+def _complain(line: str) -> None:
+    Console(stderr=True, highlight=False, soft_wrap=True).print(line, markup=False)
+
+
+def _where(error: BaseException) -> str:
+    """Where an error comes from if it is not Pyrite's own: "mine.py:12, gold(): ZeroDivisionError: "; or nothing."""
+    *_, last = [None, *traceback.extract_tb(error.__traceback__)]
+    if last is None or isinstance(error, OSError) or Path(last.filename).is_relative_to(Path(__file__).parent):
+        return ""
+    return f"{Path(last.filename).name}:{last.lineno}, {last.name}(): {type(error).__name__}: "
 
 
 def _command(arguments: list[str]) -> None:
     name, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
+    if name in ("-V", "--version", "version"):
+        _print(f"pyrite {__version__}")
+        return
     if name in ("-h", "--help", "help"):
         _print(USAGE.format(jobs="|".join(_names(jobs)), recipes="|".join(_names(recipes)), kinds="|".join(KINDS)))
     elif name in _names(jobs):
@@ -85,22 +121,70 @@ def _command(arguments: list[str]) -> None:
 
 def _job(name: str, arguments: list[str]) -> None:
     module = importlib.import_module(f"pyrite.jobs.{name}")
-    schema, given, prog = _schema(name, module, [a for a in arguments if a != "--dry-run"])
-    dry, given = "--dry-run" in arguments, with_yaml(schema, given)
+    flags = {"--dry-run", "--json"} & set(arguments)
+    schema, given, prog = _schema(name, module, [a for a in arguments if a not in flags])
+    if _helped(schema, given, prog):
+        return
+    given = with_yaml(schema, given, job=name)
     sweep = sweeps.split(schema, given)
-    if sweep.axes and "out" in _options(schema) and not {"-h", "--help"} & set(given):
-        _sweep(name, module, schema, sweep, dry=dry)
+    if sweep.axes and "out" in _options(schema):
+        _sweep(name, module, schema, sweep, flags)
         return
     config = parse(schema, given, prog=prog)
-    if dry:
-        _plan(module, config)
+    if "--dry-run" in flags:
+        with apart():
+            plan = _planned(module, config)
+        _print(json.dumps(plan, indent=1, default=str))
         return
-    run = module.run(config)
-    if name == "bandit" and run.writes:  # a whole experiment in one job, so it gets its page at once
-        report.save_bandit(runs.read_json(run.folder / "results.json"), run.folder / "figures")
-        say(f"bandit: see {_page(run.folder)}")
-    say(json.dumps(run.results, indent=1))
-    say(f"{name}: done, in {run.folder}")
+    with apart():
+        run = module.run(config)
+        if name == "bandit" and run.writes:  # a whole experiment in one job, so it gets its page at once
+            report.save_bandit(runs.read_json(run.folder / "results.json"), run.folder / "figures")
+            say(f"bandit: see {_page(run.folder)}")
+    has_folder = (run.folder / "config.json").exists() and (run.folder / "done.json").exists()
+    after = f"pyrite report {run.folder}" if has_folder else None
+    if run.writes:
+        _results(run.results or {}, f"{name}: done, in {run.folder}", after, as_json="--json" in flags)
+
+
+def _helped(schema: type, given: list[str], prog: str) -> bool:
+    """Print help where it is asked for, or where nothing is given though something is required."""
+    everything, asked = "--help-all" in given, {"-h", "--help", "--help-all"} & set(given)
+    if not asked and (given or not any(one.required for one in usage.described(schema))):
+        return False
+    _print(usage.help_text(schema, prog, everything=everything))
+    return True
+
+
+@contextlib.contextmanager
+def apart() -> Iterator[None]:
+    """What anybody prints in here goes to standard error, so that standard output holds results alone."""
+    try:
+        real = os.dup(1) if sys.stdout.fileno() == 1 else None
+    except (OSError, ValueError, AttributeError):  # standard output is no file: a test, or a notebook
+        real = None
+    with contextlib.redirect_stdout(sys.stderr):
+        if real is not None:
+            os.dup2(2, 1)  # also what libraries in other languages and processes of the user's own print
+        try:
+            yield
+        finally:
+            if real is not None:
+                os.dup2(real, 1)
+                os.close(real)
+
+
+def _results(results: dict[str, Any], done: str, after: str | None, *, as_json: bool) -> None:
+    """Results as JSON, or on a terminal the figures that matter and the next command."""
+    if as_json or not sys.stdout.isatty():
+        _print(json.dumps(results, indent=1))
+        say(done)
+        return
+    for line in usage.summary(results):
+        _print(line)
+    _print(done)
+    if after:
+        _print(f"next: {after}")
 
 
 def _schema(name: str, module: ModuleType, arguments: list[str]) -> tuple[type, list[str], str]:
@@ -120,36 +204,45 @@ def _schema(name: str, module: ModuleType, arguments: list[str]) -> tuple[type, 
     raise ValueError(f"{name}: choose one of {', '.join(commands)}{_nearest(asked, commands)}")
 
 
-def _sweep(name: str, module: ModuleType, schema: type, sweep: sweeps.Sweep, *, dry: bool) -> None:
+def _sweep(name: str, module: ModuleType, schema: type, sweep: sweeps.Sweep, flags: set[str]) -> None:
     """Every combination parsed before the first one runs."""
     configs = {point: parse(schema, options, prog=f"pyrite {name}") for point, options in sweep.points()}
     out = next(iter(configs.values())).out
-    if dry:
-        for point, config in configs.items():
-            _plan(module, replace(config, out=out / point))
+    points = {point: replace(config, out=out / point) for point, config in configs.items()}
+    if "--dry-run" in flags:
+        with apart():
+            sweeps.check(out)
+            plans = {point: _planned(module, config) for point, config in points.items()}
+        _print(json.dumps(plans, indent=1, default=str))
         return
-    table = sweeps.run({point: replace(config, out=out / point) for point, config in configs.items()}, module.run, out)
-    say(json.dumps(table, indent=1))
-    say(f"{name}: {len(table)} runs done, in {out}; results side by side in {out / 'sweep.json'}")
+    with apart():
+        table = sweeps.run(points, module.run, out)
+    done = f"{name}: {len(table)} runs done, in {out}; results side by side in {out / 'sweep.json'}"
+    if world().is_main_process:
+        _results(table, done, f"pyrite report {next(iter(points.values())).out}", as_json="--json" in flags)
 
 
-def _plan(module: ModuleType, config: Any) -> None:
+def _planned(module: ModuleType, config: Any) -> dict[str, Any]:
+    """What a job would read and write, after all its checks."""
     plan = {
         "config": runs.plain_config(config),
         "reads": runs.reads(config, module.inputs(config)),
         "writes": module.OUTPUTS,
     }
-    _print(json.dumps(plan, indent=1, default=str))
+    with runs.dry(), contextlib.suppress(runs.CheckedError):
+        module.run(config)
+    return plan
 
 
 def parse(schema: type, arguments: list[str], *, prog: str) -> Any:
     """A config from options, over those of `--config FILE.yaml`, over the defaults."""
     options = with_yaml(schema, arguments)
     _refuse_unknown(schema, options)
+    _refuse_missing(schema, options, prog)
     _refuse_empty(schema, options)
     said = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
             config = tyro.cli(schema, args=options, prog=prog, config=(tyro.conf.OmitArgPrefixes,))
     except SystemExit as error:
         if not error.code:
@@ -171,15 +264,15 @@ def at_home(value: Any) -> Any:
     return value
 
 
-def with_yaml(schema: type, arguments: list[str]) -> list[str]:
+def with_yaml(schema: type, arguments: list[str], *, job: str | None = None) -> list[str]:
     """The arguments with the options of `--config FILE.yaml` before them, so that those given here win."""
     options = [part for a in arguments for part in (a.split("=", 1) if a.startswith("--config=") else [a])]
     if "--config" not in options:
         return options
     at = options.index("--config")
     if at + 1 >= len(options):
-        raise ValueError("--config needs a YAML file")
-    return _from_yaml(schema, Path(options[at + 1])) + options[:at] + options[at + 2 :]
+        raise ValueError("--config needs a YAML file, or the config.json of a run")
+    return _from_yaml(schema, Path(options[at + 1]).expanduser(), job) + options[:at] + options[at + 2 :]
 
 
 def _refuse_unknown(schema: type, options: list[str]) -> None:
@@ -187,7 +280,16 @@ def _refuse_unknown(schema: type, options: list[str]) -> None:
     for option in options:
         name = option.removeprefix("--").partition("=")[0].replace("_", "-")
         if option.startswith("--") and name not in known and name.removeprefix("no-") not in known and name != "help":
-            raise ValueError(f"unknown option --{name}{_nearest(name, known)}")
+            raise ValueError(f"unknown option --{name}{usage.nearest(name, known)}")
+
+
+def _refuse_missing(schema: type, options: list[str], prog: str) -> None:
+    given = {option.removeprefix("--").partition("=")[0].replace("-", "_") for option in options}
+    for one in usage.described(schema):
+        if one.required and one.name not in given:
+            told = one.text.split(". ")[0].rstrip(".:")
+            why = f" ({told})" if told else ""
+            raise ValueError(f"--{one.name.replace('_', '-')} is missing{why}; `{prog} --help` shows an example")
 
 
 def _refuse_empty(schema: type, options: list[str]) -> None:
@@ -214,14 +316,18 @@ def _place(error: BaseException) -> Path:
 
 
 def _unboxed(message: str) -> str:
-    """The first paragraph of a message in a box, as one line."""
-    lines = [line.strip("│ ") for line in message.splitlines() if not line.startswith(("╭", "╰"))]
-    first = itertools.takewhile(lambda line: not line.startswith("──"), lines)
-    return " ".join(" ".join(first).split())
+    """What a parser says in a box, in one line of plain words that begins with the option."""
+    lines = " ".join(line.strip("│ ") for line in message.splitlines() if not line.startswith(("╭", "╰")))
+    _, *said = [part.strip() for part in re.split(r"[-─]{5,}", " ".join(lines.split())) if part.strip()] or [message]
+    told = said[0] if said else lines
+    for pattern, words in PLAIN:
+        if match := re.fullmatch(pattern, told):
+            return match.expand(words).replace("', '", ", ")
+    return told
 
 
-def _from_yaml(schema: type, path: Path) -> list[str]:
-    """The options of a YAML file as they would stand on the command line."""
+def _from_yaml(schema: type, path: Path, job: str | None) -> list[str]:
+    """The options of a YAML file as they would stand on the command line; also of the config of a run of this job."""
     try:
         given = yaml.safe_load(path.read_text()) or {}
     except (OSError, yaml.YAMLError) as error:
@@ -229,11 +335,16 @@ def _from_yaml(schema: type, path: Path) -> list[str]:
     if not isinstance(given, dict):
         raise ValueError(f"{path}: give one option a line, as in batch_size: 8")
     known = _options(schema)
+    if "job" in given and "job" not in known and isinstance(made := given.pop("job"), str):
+        if made != job:
+            raise ValueError(f"{path}: is the config of `pyrite {made}`, not of `pyrite {job}`; use it with that")
+        given.pop("settings", None)  # of a recipe, which its scale stands for
+    known = _options(schema)
     arguments: list[str] = []
     for key, value in _flat(given, _groups(schema), path):
         option = key.replace("_", "-")
         if option not in known:
-            raise ValueError(f"{path}: unknown option {key!r}{_nearest(option, known)}")
+            raise ValueError(f"{path}: unknown option {key!r}{usage.nearest(option, known)}")
         if isinstance(value, bool):
             arguments.append(f"--{option}" if value else f"--no-{option}")
         else:
@@ -271,10 +382,27 @@ def _recipe(arguments: list[str]) -> None:
     if not arguments or arguments[0] not in _names(recipes):
         asked = arguments[0] if arguments else ""
         raise ValueError(f"unknown recipe {asked!r}; there is {', '.join(_names(recipes))}")
-    module = importlib.import_module(f"pyrite.recipes.{arguments[0]}")
-    config = parse(module.Config, arguments[1:], prog=f"pyrite recipe {arguments[0]}")
-    page = module.run(config)
-    _print(f"report: {page}")
+    name, module = arguments[0], importlib.import_module(f"pyrite.recipes.{arguments[0]}")
+    flags = {"--dry-run", "--json"} & set(arguments)
+    given, prog = [argument for argument in arguments[1:] if argument not in flags], f"pyrite recipe {name}"
+    if {"-h", "--help", "--help-all"} & set(given):
+        _print(usage.help_text(module.Config, prog, everything="--help-all" in given))
+        return
+    config = parse(module.Config, with_yaml(module.Config, given, job=name), prog=prog)
+    if "--dry-run" in flags:
+        with apart(), runs.dry(), contextlib.suppress(runs.CheckedError):
+            module.run(config)
+        _print(json.dumps({"config": runs.plain_config(config), "out": str(config.out)}, indent=1, default=str))
+        return
+    with apart():
+        page = module.run(config)
+    if world().is_main_process:
+        _results(
+            {"report": str(page), "results": str(config.out / "results.json")},
+            f"report: {page}",
+            None,
+            as_json="--json" in flags,
+        )
 
 
 def _list(arguments: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, plain lines elsewhere."""
+"""Progress of long work: a bar on a terminal, plain lines elsewhere. All of it on standard error."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ def anew() -> None:
 def say(message: str) -> None:
     """One plain line, from the main process only."""
     if world().is_main_process:
-        Console(highlight=False, soft_wrap=True).print(message, markup=False)
+        Console(stderr=True, highlight=False, soft_wrap=True).print(message, markup=False)
 
 
 @contextmanager
 def progress(label: str, total: int, *, unit: str = "rows", done: int = 0) -> Iterator[Advance]:
     """Yields `advance(n)`; shows rate and time left."""
-    console = Console()
+    console = Console(stderr=True)
     if not world().is_main_process:
         yield lambda _: None
     elif console.is_terminal:

@@ -10,6 +10,7 @@ an option that a newer version adds make no other run. One process at a time wor
 from __future__ import annotations
 
 import ast
+import difflib
 import hashlib
 import json
 import os
@@ -19,6 +20,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -47,6 +49,27 @@ class RunError(ValueError):
     """A run folder cannot be used as asked; the message says why and what to do."""
 
 
+class CheckedError(BaseException):
+    """A dry run has come as far as it goes; the run it is of."""
+
+    def __init__(self, run: Run) -> None:
+        super().__init__(str(run.folder))
+        self.run = run
+
+
+_dry: list[bool] = []
+
+
+@contextmanager
+def dry() -> Iterator[None]:
+    """A job that runs in here does all its checks, and ends by CheckedError before it writes or works."""
+    _dry.append(True)
+    try:
+        yield
+    finally:
+        _dry.pop()
+
+
 @dataclass
 class Run:
     """One folder with one config; `results` is set once the job is done."""
@@ -71,11 +94,17 @@ class Run:
         """Whether this process writes the folder."""
         return world().is_main_process
 
+    def checked(self) -> None:
+        """All that can be checked without work has been: a dry run ends here. `open` and `own` say so too."""
+        if _dry:
+            raise CheckedError(self)
+
     def own(self) -> None:
         """Make the folder and become its one owner. `open` does it too; this is for what is written before.
 
         Raises RunError if another process owns the folder, or if it has become another run's, or done, since the start.
         """
+        self.checked()
         if trouble := on_main(self._own)():
             raise RunError(trouble)
 
@@ -266,6 +295,16 @@ def fingerprint(path: str | Path) -> str:
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()[:16]
+
+
+def nearest_path(path: str | Path) -> str:
+    """ "; did you mean 'runs/reward'?" for a path that is not there, or nothing."""
+    wanted = Path(path)
+    try:
+        near = difflib.get_close_matches(wanted.name, [one.name for one in wanted.parent.iterdir()], n=1)
+    except OSError:
+        return ""
+    return f"; did you mean {str(wanted.with_name(near[0]))!r}?" if near else ""
 
 
 def read_json(path: Path) -> Any:

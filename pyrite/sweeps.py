@@ -52,8 +52,7 @@ def split(schema: type, arguments: list[str]) -> Sweep:
 
 def run(configs: dict[str, Any], job: Callable[[Any], Run], out: Path) -> dict[str, Any]:
     """Every config in turn; their results by name, kept up to date in `out`/sweep.json."""
-    if on_main(_holds_others)(out):
-        raise runs.RunError(f"{out}: holds files that are no sweep's; choose another --out, one that is new or empty")
+    check(out)
     table: dict[str, Any] = {}
     release = runs.hold(out, job) if world().is_main_process else None
     for number, (name, config) in enumerate(configs.items(), 1):
@@ -65,6 +64,12 @@ def run(configs: dict[str, Any], job: Callable[[Any], Run], out: Path) -> dict[s
     if release:
         release()
     return table
+
+
+def check(out: Path) -> None:
+    """Refuse a folder that is no place for a sweep."""
+    if on_main(_holds_others)(out):
+        raise runs.RunError(f"{out}: holds files that are no sweep's; choose another --out, one that is new or empty")
 
 
 def _holds_others(out: Path) -> bool:

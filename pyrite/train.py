@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from pyrite import dropout, seeds
+from pyrite import dropout, seeds, signals
 from pyrite.models import recompute
 from pyrite.options import Count, Fraction, Natural, NonNegative, Positive, Share, check
 from pyrite.packing import Row, micro_batches
@@ -129,7 +129,7 @@ def fit(
     model.train()
     log = _Log(run, label, training, checkpoints)
     order_of = batches(len(rows), training, seed=seed, begin=begin)
-    with progress(label, total, unit="steps", done=begin) as advance:
+    with progress(label, total, unit="steps", done=begin) as advance, signals.after_steps("step") as asked:
         for step, batch in zip(range(begin, total), order_of, strict=True):
             lr = learning_rate(step, total, training)
             metrics = learner.update(batch, rows, loss, weights=weights, lr=lr)
@@ -139,10 +139,14 @@ def fit(
                 model.eval()
                 watch(step + 1)
                 model.train()
-            if saves:
+            stop = 0 if step + 1 == total else asked()
+            if saves or stop:
+                log.line(step + 1, lr=lr)
                 save(checkpoints, step + 1, learner, state or {})
                 run.pause()
             advance(1)
+            if stop:
+                raise signals.Stopped(stop, f"{label} has {step + 1} of {total} steps")
     model.eval()
 
 
@@ -252,10 +256,15 @@ class _Log:
             self.bad = torch.where(wrong & (self.bad == 0), float(step), self.bad)
         self.count += 1
         if line or step % self.training.log_every == 0:
-            self.check(step)
+            self.line(step, lr=lr)
+
+    def line(self, step: int, *, lr: float) -> None:
+        """Log the means over the steps since the last line, if there are any."""
+        self.check(step)
+        if self.count:
             means = {name: (total / self.count).item() for name, total in self.sums.items()}
             self.run.log(step=step, part=self.label, lr=lr, **means)
-            self.sums, self.count = {}, 0
+        self.sums, self.count = {}, 0
 
     def check(self, step: int) -> None:
         if (bad := int(self.bad.item())) == 0:

@@ -60,12 +60,12 @@ def test_a_job_with_several_commands(pyrite: Command, tiny: Path, pairs: Path, t
     assert all(f"pyrite reference {command}" in out for command in ("compute", "verify", "import"))
     made = ("reference", "compute", "--model", tiny, "--data", pairs, "--out", tmp_path / "run")
     status, out, err = pyrite(*made)
-    assert (status, err) == (0, "")
+    assert status == 0, err
     status, out, err = pyrite(
         "reference", "verify", "--table", tmp_path / "run" / "table", "--data", pairs, "--model", tiny
     )
-    assert (status, err) == (0, "")
-    assert "R6 kept" in out
+    assert status == 0, err
+    assert "R6 kept" in err
 
 
 def test_a_sweep_runs_and_reads_one_reference(pyrite: Command, tiny: Path, pairs: Path, tmp_path: Path) -> None:
@@ -76,8 +76,9 @@ def test_a_sweep_runs_and_reads_one_reference(pyrite: Command, tiny: Path, pairs
     assert out.count('"reads"') == 4
     assert not (tmp_path / "sweep").exists()
     status, out, err = pyrite(*command)
-    assert (status, err) == (0, "")
-    assert (out.count("reference: computed"), out.count("no forward pass")) == (1, 3)
+    assert status == 0, err
+    assert (err.count("reference: computed"), err.count("no forward pass")) == (1, 3)
+    assert json.loads(out) == json.loads((tmp_path / "sweep" / "sweep.json").read_text())
     table = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
     assert next(iter(table)) == "loss=dpo(beta=0.1),seed=0"
     assert len(table) == 4
@@ -193,12 +194,13 @@ def test_a_yaml_file_that_is_not_there(pyrite: Command) -> None:
     assert "nowhere.yaml: cannot be read" in err
 
 
-def test_dry_run_shows_and_writes_nothing(pyrite: Command, tmp_path: Path) -> None:
-    status, out, _ = pyrite("sft", "--dry-run", "--model", "m", "--data", "d", "--out", tmp_path / "run", "--lr", "0.5")
+def test_dry_run_shows_and_writes_nothing(pyrite: Command, tiny: Path, demos: Path, tmp_path: Path) -> None:
+    command = ("sft", "--dry-run", "--model", tiny, "--data", demos, "--out", tmp_path / "run", "--lr", "0.5")
+    status, out, _ = pyrite(*command)
     assert status == 0
     plan = json.loads(out)
     assert plan["config"]["training"]["lr"] == 0.5
-    assert plan["reads"] == {"model": "m", "data": "d"}
+    assert plan["reads"] == {"model": str(tiny), "data": str(demos)}
     assert plan["writes"] == sft.OUTPUTS
     assert list(tmp_path.iterdir()) == []
 
@@ -206,8 +208,8 @@ def test_dry_run_shows_and_writes_nothing(pyrite: Command, tmp_path: Path) -> No
 def test_a_job_runs_and_says_where(pyrite: Command, tiny: Path, demos: Path, tmp_path: Path) -> None:
     arguments = ("sft", "--model", tiny, "--data", demos, "--out", tmp_path / "run", "--batch-size", "30")
     status, out, err = pyrite(*arguments)
-    assert (status, err) == (0, "")
-    assert f"sft: done, in {tmp_path / 'run'}" in out
+    assert status == 0, err
+    assert f"sft: done, in {tmp_path / 'run'}" in err
     assert '"perplexity"' in out
     status, out, err = pyrite(*arguments, "--lr", "0.5")
     assert status == 2
@@ -223,7 +225,9 @@ def test_expected_errors_are_one_line_and_others_are_not_hidden(
 ) -> None:
     for error in (ValueError("a\n  b"), TrainingError("a b"), PermissionError("a b")):
         monkeypatch.setattr(cli, "_command", lambda _, error=error: (_ for _ in ()).throw(error))
-        assert pyrite("x") == (2, "", "pyrite: a b\n")
+        status, out, err = pyrite("x")
+        assert (status, out) == (2, "")
+        assert err.startswith("pyrite: ") and err.endswith("a b\n") and err.count("\n") == 1
     monkeypatch.setattr(cli, "_command", lambda _: (_ for _ in ()).throw(KeyboardInterrupt()))
     status, _, err = pyrite("x")
     assert status == 130
@@ -337,5 +341,5 @@ def test_the_good_neighbors_of_bad_input_run(pyrite: Command, tiny: Path, place:
     good.append("generate --model {tiny} --prompts {place}/prompts.jsonl --out {place}/generate --max-new-tokens 8")
     for command in good:
         status, _, err = pyrite(*(part.format(tiny=tiny, place=place) for part in command.split()))
-        assert (status, err) == (0, "")
+        assert status == 0, err
     assert Policy.load(tiny).packed

@@ -37,7 +37,7 @@ def test_a_run_belongs_to_its_settings(tmp_path: Path) -> None:
 def test_every_seed_has_a_folder_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = experiments.chains("mine", tmp_path, 3, 2, lambda folder, seed: (folder.name, seed))
     assert found == [("seed_3", 3), ("seed_4", 4)]
-    assert "mine: chain with seed 4" in capsys.readouterr().out
+    assert "mine: chain with seed 4" in capsys.readouterr().err
 
 
 def test_results_say_where_they_come_from(tmp_path: Path) -> None:
@@ -59,7 +59,7 @@ def test_verdicts_in_words(capsys: pytest.CaptureFixture[str]) -> None:
         {"holds": None, "measured": None, "interval": None, "statement": "three"},
     ]
     experiments.tell(rows)
-    lines = capsys.readouterr().out.splitlines()
+    lines = capsys.readouterr().err.splitlines()
     assert "holds" in lines[0] and "+1.000 [+0.500, +1.500]  one" in lines[0]
     assert "does not hold" in lines[1]
     assert "undecided" in lines[2] and "–  three" in lines[2]

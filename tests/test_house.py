@@ -28,7 +28,7 @@ FLOOR_0 |= {
     "tabular",
     "winrates",
 }
-FLOOR_3 = {"experiments", "recipes", "report", "sweeps", "cli", "__main__"}
+FLOOR_3 = {"experiments", "recipes", "report", "sweeps", "cli", "usage", "__main__"}
 SCHEMAS = ("Config", "Training", "Lora", "Evaluation", "Stopping", "Paying", "Compute", "Verify", "Import")
 SCHEMAS += ("Ask", "Export", "Agreement", "Asking", "Variants")
 

@@ -37,7 +37,7 @@ def test_the_judge_alone_until_its_labels_are_spent(tmp_path: Path, capsys: pyte
     assert made.spent(1)
     assert (
         "the budget is spent after round 2, with 3 labels; there is nothing more to learn from"
-        in capsys.readouterr().out
+        in capsys.readouterr().err
     )
     assert made.account is not None
     assert len(list(made.account.ledger.rows())) == 3
@@ -56,7 +56,7 @@ def test_silver_goes_on_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     sources = [[p.source for p in made(answers((1, 2), (5, 3), start=10 * n), n).labelled.pairs] for n in range(3)]
     assert [row.count("gold") for row in sources] == [1, 1, 0]
     assert [len(row) for row in sources] == [2, 2, 2]
-    assert capsys.readouterr().out.count("silver labels go on alone") == 1
+    assert capsys.readouterr().err.count("silver labels go on alone") == 1
 
 
 def test_two_runs_share_a_ledger_and_pay_once(tmp_path: Path) -> None:

@@ -85,9 +85,9 @@ def test_the_note_on_a_tokenizer_names_the_model(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tokenizer_of(tiny)
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr().err == ""
     tokenizer = AutoTokenizer.from_pretrained(tiny)
     tokenizer.pad_token = tokenizer.eos_token
     tokenizer.save_pretrained(tmp_path)
     tokenizer_of(tmp_path)
-    assert capsys.readouterr().out.startswith(f"  note: {tmp_path}: the tokenizer pads with its end token")
+    assert capsys.readouterr().err.startswith(f"  note: {tmp_path}: the tokenizer pads with its end token")

@@ -375,7 +375,7 @@ def resaved(tiny: Path, folder: Path, **tokens: str | None) -> Path:
 def test_a_pad_that_equals_eos_is_handled_with_a_note(tiny: Path, tmp_path: Path, capsys, pad) -> None:
     folder = resaved(tiny, tmp_path / "model", eos_token="<eos>", bos_token="<bos>", pad_token=pad)
     model = RewardModel.load(folder, head_seed=0)
-    assert "pads instead" in capsys.readouterr().out
+    assert "pads instead" in capsys.readouterr().err
     assert model.model.config.pad_token_id not in (None, 2)
     finished, cut = (model.encode(["tell me"], ["a cat"], finished=done) for done in (True, False))
     assert finished[0].ids == [*cut[0].ids, 2]

@@ -18,7 +18,7 @@ def test_plain_lines_come_with_rate_and_time_left(monkeypatch: pytest.MonkeyPatc
     with progress("score", 100, unit="answers", done=10) as advance:
         for _ in range(4):
             advance(12)
-    lines = capsys.readouterr().out.splitlines()
+    lines = capsys.readouterr().err.splitlines()
     assert lines == [
         "  score: 34/100 answers, 2/s, about 33 s left",
         "  score: 58/100 answers, 2/s, about 26 s left",
@@ -27,7 +27,7 @@ def test_plain_lines_come_with_rate_and_time_left(monkeypatch: pytest.MonkeyPatc
 
 def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     screen = io.StringIO()
-    monkeypatch.setattr(module, "Console", lambda: Console(file=screen, force_terminal=True, width=100))
+    monkeypatch.setattr(module, "Console", lambda **_: Console(file=screen, force_terminal=True, width=100))
     with progress("train", 40, unit="steps", done=4) as advance:
         advance(16)
     shown = screen.getvalue()
@@ -44,9 +44,9 @@ def test_other_processes_are_silent(monkeypatch: pytest.MonkeyPatch, capsys: Any
     say("hello")
     with progress("x", 3) as advance:
         advance(3)
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr().err == ""
 
 
 def test_say_prints_one_plain_line(capsys: Any) -> None:
     say("a [bold]line[/bold] of " + "x" * 200)
-    assert capsys.readouterr().out == "a [bold]line[/bold] of " + "x" * 200 + "\n"
+    assert capsys.readouterr().err == "a [bold]line[/bold] of " + "x" * 200 + "\n"

@@ -77,7 +77,7 @@ def test_a_measurement_is_bought_whole_or_not_at_all(
     assert len(scorer.asked) == len(set(scorer.asked)) == 10
     assert made.spent(1)["gold_labels"] == 8 and made.spent(9)["gold_labels"] == 10
     assert made.spent(9).get("gold_money", 0.5) == pytest.approx(0.5)
-    said = capsys.readouterr().out
+    said = capsys.readouterr().err
     assert said.count("measuring goes on without gold") == 1
     assert "8 answers so far, does not pay for the measurement at step 2" in said
 
@@ -95,7 +95,7 @@ def test_a_run_that_went_back_decides_as_it_did(tmp_path: Path) -> None:
 def test_what_gold_does_not_answer_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = ask(truth(tmp_path, Words("c"), Asking(gold_budget=9)), 0)
     assert found is not None and [math.isnan(value) for value in found] == [False, False, True, False, False, False]
-    assert "gave no score to 1 of 6 answers at step 0" in capsys.readouterr().out
+    assert "gave no score to 1 of 6 answers at step 0" in capsys.readouterr().err
     assert ask(truth(tmp_path / "down", Words(*SAID[2:]), Asking(gold_budget=9)), 0) is None  # one prompt has no error
     with pytest.raises(ValueError, match="must be finite"):
         ask(truth(tmp_path, Words("c")), 0)  # nobody pays: an error of the scorer's own

@@ -103,7 +103,7 @@ def run(config: Config) -> Run:
     evaluator = _evaluator(config, policy)
     if evaluator:
         _tell_overlap(pairs, evaluator)
-    learn, test, dropped, cut = _prepare(policy, pairs, held, config, wanted)
+    learn, test, dropped, cut = _prepare(run, policy, pairs, held, config, wanted)
     live = Live.of(policy, config, wanted)
     running = Running.zero(device=policy.device) if "running" in wanted else None
     whole = bool(wanted & {"batch", "running"})
@@ -213,7 +213,7 @@ def _tell_overlap(pairs: list[dict[str, Any]], evaluator: Evaluator) -> None:
 
 
 def _prepare(
-    policy: Policy, pairs: list[dict], held: list[dict], config: Config, wanted: frozenset[str]
+    run: Run, policy: Policy, pairs: list[dict], held: list[dict], config: Config, wanted: frozenset[str]
 ) -> tuple[Preferences, Preferences, list[dict[str, Any]], int]:
     """Both sets of pairs as token rows with the reference's log-probabilities, what was left out of them, and of how
     many the prompt was cut.
@@ -233,6 +233,7 @@ def _prepare(
     )
     made = encode_pairs(policy.tokenizer, fitted.rows, on_cut=config.on_cut, source=config.data, **limits)
     made = replace(made, dropped=fitted.dropped + made.dropped)
+    run.checked()
     sources = references.parse(config.ref)
     ref = None
     if sources[0].kind == "none" and "ref" in wanted:

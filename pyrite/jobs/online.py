@@ -27,6 +27,7 @@ from pyrite import (
     samplers,
     schedules,
     seeds,
+    signals,
     train,
 )
 from pyrite.discriminators import Discriminator, Maker
@@ -166,7 +167,7 @@ def run(config: Config) -> Run:
     begin = train.resume(run.folder / "checkpoints", learner.learner, learner.state)
     journal.begin(begin)
     labeler.resume(begin, journal.labels)
-    with progress("online", config.rounds, unit="rounds", done=begin) as advance:
+    with progress("online", config.rounds, unit="rounds", done=begin) as advance, signals.after_steps("round") as stops:
         for number in range(begin, config.rounds):
             if config.ref == "previous":
                 players.ref.load_state_dict(policy.state_dict())
@@ -184,10 +185,13 @@ def run(config: Config) -> Run:
                 policy.save(run.folder / "policies" / f"{number + 1:05d}")
             if over or (measured and journal.parted()):
                 break
-            if measured:
+            stop = stops()
+            if measured or stop:
                 labeler.save(number + 1)
                 train.save(run.folder / "checkpoints", number + 1, learner.learner, learner.state)
                 run.pause()
+            if stop:
+                raise signals.Stopped(stop, f"online has {number + 1} of {config.rounds} rounds")
     if run.writes:
         policy.save(run.folder / "model")
     train.discard_checkpoints(run)

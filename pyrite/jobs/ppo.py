@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from pyrite import estimators, moved, prompts, runs, train
+from pyrite import estimators, golds, moved, prompts, runs, signals, train
 from pyrite.actors import HEADS, Learners, Passes, State
 from pyrite.dimensions import Dimensions, Variants
 from pyrite.evaluation import Evaluation, Evaluator
@@ -174,7 +174,7 @@ def run(config: Config) -> Run:
     journal = Journal(run, evaluator, policy, part="ppo", stopping=config.stopping)
     begin = learners.resume(run.folder, state)
     journal.begin(begin)
-    with progress("ppo", config.steps, unit="steps", done=begin) as advance:
+    with progress("ppo", config.steps, unit="steps", done=begin) as advance, signals.after_steps("step") as stops:
         for number in range(begin, config.steps):
             places = turns(number)
             drawn = collect(
@@ -200,9 +200,12 @@ def run(config: Config) -> Run:
             advance(1)
             if over or (measured and journal.parted()):
                 break
-            if measured:
+            stop = stops()
+            if measured or stop:
                 learners.save(run.folder, number + 1, state)
                 run.pause()
+            if stop:
+                raise signals.Stopped(stop, f"ppo has {number + 1} of {config.steps} steps")
     learners.finish(run)
     journal.tell()
     found = moved.tell("ppo", weights.change(policy), config.training.lr, journal.shift)
@@ -337,6 +340,9 @@ def _rewards(config: Config, loaded: dict[Path, RewardEnsemble]) -> list[Reward]
         return _of_preferences(config, Dimensions.load(config.variants.dimensions), loaded)
     if config.combine_rewards != "mean" or config.option_weights:
         raise ValueError("--combine-rewards and --option-weights are of preferences: give --dimensions")
+    for _, name in _each(config.reward):
+        if re.fullmatch(r"[^()]+", name) and not Path(name).is_dir() and not hasattr(golds, name) and ":" not in name:
+            raise ValueError(f"--reward {name}: no such folder{runs.nearest_path(name)}; scorers have parentheses")
     return [
         Reward.of_models(name, ensemble=config.objective, weight=weight, loaded=loaded)
         if Path(name).is_dir()

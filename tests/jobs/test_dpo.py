@@ -99,13 +99,13 @@ def test_a_second_beta_reads_the_reference_file(
     config: dpo.Config, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     results(config)
-    first = capsys.readouterr().out
+    first = capsys.readouterr().err
     assert "reference: computed" in first
     calls = []
     forward = Policy.forward
     monkeypatch.setattr(Policy, "forward", lambda *a, **k: calls.append(1) or forward(*a, **k))
     results(replace(config, loss="dpo(beta=0.3)", out=tmp_path / "second", seed=1))
-    again = capsys.readouterr().out
+    again = capsys.readouterr().err
     assert "no forward pass" in again
     assert "computed" not in again
 

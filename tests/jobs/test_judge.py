@@ -189,7 +189,7 @@ def test_the_command_line(
     command += ["--base-url", server.url, "--out", str(config.out), "--no-both-orders"]
     monkeypatch.setattr("sys.argv", [*command, "--estimate"])
     cli.main()
-    assert "80 questions in 80 requests, 0 answered" in capsys.readouterr().out
+    assert "80 questions in 80 requests, 0 answered" in capsys.readouterr().err
     server.always = "401"
     monkeypatch.setattr("sys.argv", command)
     with pytest.raises(SystemExit):

@@ -158,7 +158,7 @@ def test_a_round_of_ties_is_skipped_and_counted(
     found = results(replace(config, judge=f"bradley_terry(gold='{tmp_path}/flat.py:score()')", rounds=2))
     assert found["last"]["ties"] == 16
     assert found["last"]["pairs"] == 0
-    assert "round 1 gave no pair (16 ties" in capsys.readouterr().out
+    assert "round 1 gave no pair (16 ties" in capsys.readouterr().err
     start, last = (Policy.load(path).state_dict() for path in (config.model, config.out / "model"))
     assert all(torch.equal(start[name], last[name]) for name in start)
 
@@ -252,7 +252,7 @@ def test_gold_alone_stops_when_its_labels_are_spent(live: online.Config, capsys:
     assert found["labels"] == 20
     assert found["last"]["step"] == 2
     assert "gold" in found["last"]
-    assert "the budget is spent after round 2, with 20 labels" in capsys.readouterr().out
+    assert "the budget is spent after round 2, with 20 labels" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("silver", ["reward", "implicit(lr=0.001)"])

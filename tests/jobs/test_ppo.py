@@ -206,7 +206,7 @@ def test_it_stops_where_the_proxy_has_parted_from_gold(
     found = results(replace(watched, steps=6, measure_every=1, stopping=Stopping(stop_when_parted=True)))
     assert found["last"]["step"] == last
     assert read_json(config.out / "best.json")["step"] == best
-    assert ("the proxy has parted from gold at KL" in capsys.readouterr().out) == (last < 6)
+    assert ("the proxy has parted from gold at KL" in capsys.readouterr().err) == (last < 6)
     kept, ended = (Policy.load(config.out / name).state_dict() for name in ("best", "model"))
     assert all(torch.equal(kept[name], ended[name]) for name in kept) == (best == last)
 
@@ -265,7 +265,7 @@ def test_gold_is_asked_within_its_budget(
     assert with_gold[0] == 0 and all(step in (0, 2, 4, 6, 8) for step in with_gold)
     assert bought == sorted(bought) and bought[0] == 4 and bought[-1] == len(asked)
     assert all({"kl_k1", "kl_exact", "entropy_exact", "length"} <= row.keys() for row in rows)
-    assert capsys.readouterr().out.count("measuring goes on without gold") == (with_gold != [0, 2, 4, 6, 8])
+    assert capsys.readouterr().err.count("measuring goes on without gold") == (with_gold != [0, 2, 4, 6, 8])
     assert len(with_gold) < 5  # the budget did end
 
 
@@ -312,7 +312,7 @@ def test_the_end_is_said_with_its_errors(config: ppo.Config, capsys: pytest.Capt
     """A negative k1 as it is: rows of a policy that does not move, so that only chance is left."""
     still = replace(config, training=replace(TRAINING, lr=1e-5), measure_every=1, steps=6)
     found = results(still)
-    said = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("ppo: gold"))
+    said = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("ppo: gold"))
     for end in (found["start"], found["last"]):
         assert f"kl_k1 {end['kl_k1']:.3g} ± {end['kl_k1_se']:.2g}" in said or (
             f"-> {end['kl_k1']:.3g} ± {end['kl_k1_se']:.2g}" in said

@@ -35,7 +35,7 @@ def test_compute_and_verify(made: Path, tiny: Path, pairs: Path, capsys: pytest.
     assert checked.results is not None
     assert list(checked.results["rules"]) == ["R7", "R5", "R1", "R2", "R4", "R6", "R9"]
     assert checked.results["rules"]["R6"].startswith("32 answers computed again differ by")
-    said = capsys.readouterr().out
+    said = capsys.readouterr().err
     assert all(f"{rule} kept" in said for rule in checked.results["rules"])
     assert sorted(path.name for path in made.iterdir()) == ["config.json", "done.json", "manifest.json", "table"]
 
@@ -64,7 +64,7 @@ def test_verify_names_the_broken_rule(
     config = reference.Verify(made / "table", str(pairs), model=str(tiny))
     with pytest.raises(BadReference, match=r"^R2"):
         reference.run(replace(config, max_length=12))
-    said = capsys.readouterr().out
+    said = capsys.readouterr().err
     assert "R7 kept" in said
     assert "R2 broken" in said
     rows = data.load(pairs, "pairs")
@@ -78,7 +78,7 @@ def test_verify_names_the_broken_rule(
     pq.write_table(whole.set_column(whole.column_names.index("sum_logp"), "sum_logp", [sums]), part)
     with pytest.raises(BadReference, match=r"^R7: .* was changed"):
         reference.run(config)
-    assert "R7 broken" in capsys.readouterr().out
+    assert "R7 broken" in capsys.readouterr().err
 
 
 def test_verify_counts_what_training_will_drop(tiny: Path, tmp_path: Path) -> None:
@@ -150,7 +150,7 @@ def test_the_command_line(tiny: Path, pairs: Path, tmp_path: Path, monkeypatch, 
     def pyrite(*arguments: str) -> str:
         monkeypatch.setattr("sys.argv", ["pyrite", "reference", *arguments])
         cli.main()
-        return capsys.readouterr().out
+        return capsys.readouterr().err
 
     made = ["compute", "--model", str(tiny), "--data", str(pairs), "--out", str(tmp_path / "run")]
     plan = json.loads(pyrite(*made, "--dry-run"))

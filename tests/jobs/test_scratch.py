@@ -23,9 +23,9 @@ def test_its_model_is_an_ordinary_one(config: scratch.Config, capsys: pytest.Cap
     run = scratch.run(config)
     assert run.results is not None
     assert run.results["vocabulary"] <= 300
-    said = capsys.readouterr().out
+    said = capsys.readouterr().err
     policy = Policy.load(run.folder / "model")
-    assert "note" not in said + capsys.readouterr().out
+    assert "note" not in said + capsys.readouterr().err
     assert policy.packed
     assert policy.context == 96
     texts = ["the cat sat .", "Grüße, 世界 🙂\n\ttab", "<eos> is only text"]

@@ -132,9 +132,9 @@ def test_what_a_smaller_rank_costs_is_told(three: list[str], tmp_path: Path) -> 
 def test_averaged_factors_are_remarked_upon(three: list[str], tmp_path: Path, capsys) -> None:
     done = merged(tmp_path / "far", three, mode="factor")
     assert done.results is not None
-    assert f"cosine {done.results['lowest_cosine']:.2f}" in capsys.readouterr().out
+    assert f"cosine {done.results['lowest_cosine']:.2f}" in capsys.readouterr().err
     merged(tmp_path / "near", [three[0]] * 2, mode="factor")
-    assert "note" not in capsys.readouterr().out
+    assert "note" not in capsys.readouterr().err
 
 
 def test_weights_as_they_stand(three: list[str], base: Path, tmp_path: Path) -> None:

@@ -121,7 +121,7 @@ def test_csv_and_printed_table(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert [float(row["lc"]) for row in rows] == [row["lc"] for row in found["models"]]
     lines = winrate.aligned(found["models"])
     assert len({len(line) for line in lines}) == 1 and len(lines) == 4
-    printed = capsys.readouterr().out
+    printed = capsys.readouterr().err
     assert all(line in printed for line in lines)
     assert "3 models on 40 prompts against baseline" in printed
 

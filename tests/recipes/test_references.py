@@ -53,7 +53,7 @@ def test_recipe_runs_once_and_is_returned_when_done(
     assert [row["ref"] for row in found["indicators"]] == ["self", "prior", "family", "stranger", "tokenizer"]
     assert found["indicators"][0]["correlation"] == pytest.approx(1.0)
     assert all(row["sd"] > 0 for row in found["indicators"])
-    said = capsys.readouterr().out
+    said = capsys.readouterr().err
     assert said.count("reference: computed") == 5  # self, prior and three models; the second beta computes nothing
     assert said.count("no forward pass") == 1
     before = page.stat().st_mtime_ns

@@ -29,13 +29,13 @@ def test_the_second_time_nothing_is_computed(
     made, own = model_table(Source("model", str(stronger)), texts, trainer)
     assert not own
     assert made.folder.name == made.manifest["fingerprint"][:16]
-    assert f"reference: computed 160 rows of {stronger} in " in capsys.readouterr().out
+    assert f"reference: computed 160 rows of {stronger} in " in capsys.readouterr().err
     passes, loads = forwards.passes, forwards.loads
     assert passes > 0
     for asked in (texts, texts[::-1], texts[20:60]):
         again, _ = model_table(Source("model", str(stronger)), asked, trainer)
         assert again.folder == made.folder
-        assert f"reference: reused {made.folder}, no forward pass" in capsys.readouterr().out
+        assert f"reference: reused {made.folder}, no forward pass" in capsys.readouterr().err
     assert (forwards.passes, forwards.loads) == (passes, loads)  # the model is not even loaded
     more, _ = model_table(Source("model", str(stronger)), [*texts, Text("a cat", "a dog")], trainer)
     assert more.folder != made.folder

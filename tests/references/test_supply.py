@@ -157,7 +157,7 @@ def test_a_finished_reference(
     mine = compute(policy, texts, folder=tmp_path / "mine", scorer="me")
     capsys.readouterr()
     supply(str(mine.folder))
-    assert "32 rows computed again, they differ by" in capsys.readouterr().out
+    assert "32 rows computed again, they differ by" in capsys.readouterr().err
     with pytest.raises(
         BadReference, match=r"^R2: .* the rejected answer of pair \d+|^R2: .* the chosen answer of pair \d+"
     ):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import shutil
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from pyrite import data, locks, runs
+from pyrite import cli, data, locks, runs
 from pyrite.models import RewardModel
 from tests import launch
 from tests.walks.command import pyrite
@@ -306,10 +307,10 @@ def test_a_corrupt_row_of_metrics_is_named(candidates: Path, tmp_path: Path) -> 
 # What a job reads -------------------------------------------------------------------------------------------------
 
 
-def reads(*arguments: object) -> set[str]:
-    status, out, err = pyrite(*arguments, "--out", "unused", "--dry-run")
-    assert status == 0, err
-    return set(json.loads(out)["reads"].values())
+def reads(job: str, *arguments: object) -> set[str]:
+    module = importlib.import_module(f"pyrite.jobs.{job}")
+    config = cli.parse(module.Config, [*map(str, arguments), "--out", "unused"], prog=job)
+    return set(map(str, runs.reads(config, module.inputs(config)).values()))
 
 
 def test_whatever_a_spec_string_names_is_read(reward_run: Path, tiny: Path, pairs: Path, candidates: Path) -> None:
