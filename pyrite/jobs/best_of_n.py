@@ -43,6 +43,9 @@ class Config:
     """Values of n; powers of two up to the number of answers by default."""
     truncated: Literal["exclude", "keep"] = "exclude"
     """What to do with answers cut before their end token."""
+    min_answers: Count | None = None
+    """Prompts with fewer answers to choose from are left out, and counted. By default as many as make the most of the
+    answers, prompts times answers each; at least the largest n, if --n is given."""
     standardize: Literal["pool", "saved", "none"] = "pool"
     """Constants of the members' scores: of these candidates, of the reward run, or none."""
 
@@ -61,34 +64,62 @@ def run(config: Config) -> Run:
     for objective in objectives.values():
         objective(torch.zeros(2, 1))  # an option out of range is refused now
     rows = data.load(config.candidates, "candidates")
-    pool, cut = answer_grid(rows, truncated=config.truncated)
-    n = _counts(config.n, pool.shape[1], config.candidates)
+    pool, left_out = answer_grid(rows, truncated=config.truncated, n=config.n, least=config.min_answers)
+    cut = sum(not row["finished"] for row in rows)
+    n = _counts(config.n, pool.shape[1])
     gold = _gold(rows, pool, config)
     members = member_paths(config.rewards)
     run.open()
     say(f"best_of_n: {pool.shape[0]} prompts x {pool.shape[1]} answers, {len(members)} members, {cut} cut answers")
+    if left_out:
+        what = "finished answers" if config.truncated == "exclude" else "answers"
+        say(
+            f"best_of_n: {left_out} of {left_out + len(pool)} prompts are left out, as they have fewer than "
+            f"{pool.shape[1]} {what}; --min-answers says how many a prompt needs{_hint(rows, config)}"
+        )
     raw = torch.stack([_scores(run, path, rows, pool) for path in members])
     proxy = _standardized(raw, members, config)
     if run.writes:
         tensors = {"proxy": proxy.float(), "raw": raw.float(), "gold": gold.float(), "row": pool}
         save_file(tensors, run.folder / "scores.safetensors")
         runs.write_json(run.folder / "curves.json", curves(proxy, gold, n, objectives))
-    found = {"prompts": pool.shape[0], "answers": pool.shape[1], "truncated": cut, "n": n}
+    found = {"prompts": len(pool), "prompts_left_out": left_out, "answers": pool.shape[1], "truncated": cut, "n": n}
     return run.finish(**found, gold_mean=gold.mean().item(), gold_std=gold.std(correction=0).item())
 
 
-def answer_grid(rows: list[dict[str, Any]], *, truncated: str) -> tuple[Tensor, int]:
-    """Row numbers (Q, N) of each prompt's first N answers, N the same for all; and how many cut answers there are."""
+def answer_grid(
+    rows: list[dict[str, Any]], *, truncated: str, n: tuple[int, ...] = (), least: int | None = None
+) -> tuple[Tensor, int]:
+    """Row numbers (Q, N) of each prompt's first N answers, N the same for all; and how many prompts have too few.
+
+    least: answers that a prompt needs; by default as many as make Q · N largest, and at least the largest n.
+    """
     by_prompt: dict[Any, list[int]] = {}
-    cut = 0
     for index, row in enumerate(rows):
-        cut += not row["finished"]
+        some = by_prompt.setdefault(row["prompt_id"], [])
         if row["finished"] or truncated == "keep":
-            by_prompt.setdefault(row["prompt_id"], []).append(index)
-    if not by_prompt:
-        raise ValueError("every answer was cut before its end token; raise max_new_tokens of `pyrite generate`")
-    most = min(len(indices) for indices in by_prompt.values())
-    return torch.tensor([indices[:most] for indices in by_prompt.values()]), cut
+            some.append(index)
+    counts = sorted((len(indices) for indices in by_prompt.values()), reverse=True)
+    if not counts[0]:
+        raise ValueError("every answer was cut before its end token; raise --max-new-tokens of `pyrite generate`")
+    most = max(n, default=1)
+    enough = [(count * (place + 1), place, count) for place, count in enumerate(counts) if count >= most and count]
+    needed = least if least is not None else max(enough)[2] if enough else most
+    kept = [indices for indices in by_prompt.values() if len(indices) >= max(needed, 1)]
+    size = min(map(len, kept), default=0)
+    if size < most:
+        raise ValueError(
+            f"n = {most} but the fewest finished answers to a prompt are {size or counts[-1]}, and the most are "
+            f"{counts[0]}: give a smaller --n or a larger --min-answers, generate more answers, or count cut ones too with "
+            "--truncated keep"
+        )
+    return torch.tensor([indices[:size] for indices in kept]), len(by_prompt) - len(kept)
+
+
+def _hint(rows: list[dict[str, Any]], config: Config) -> str:
+    """What to do about cut answers."""
+    hint = data.cut_hint(rows) if config.truncated == "exclude" else ""
+    return f"{hint}, or count them too with --truncated keep" if hint else ""
 
 
 def single(proxy: Tensor, gold: Tensor, n: list[int]) -> tuple[Tensor, Tensor]:
@@ -133,12 +164,8 @@ def _curve(name: str, gold: Tensor, proxy: Tensor, n: list[int], answers: int) -
     return [{"objective": name, "n": m, **dict(zip(keys, row, strict=True))} for m, row in zip(n, table, strict=True)]
 
 
-def _counts(asked: tuple[int, ...], answers: int, where: str) -> list[int]:
-    if not asked:
-        return [2**i for i in range(answers.bit_length()) if 2**i <= answers]
-    if max(asked) > answers:
-        raise ValueError(f"{where}: n = {max(asked)} but the fewest finished answers to a prompt are {answers}")
-    return sorted(set(asked))
+def _counts(asked: tuple[int, ...], answers: int) -> list[int]:
+    return sorted(set(asked)) if asked else [2**i for i in range(answers.bit_length()) if 2**i <= answers]
 
 
 def _gold(rows: list[dict[str, Any]], pool: Tensor, config: Config) -> Tensor:

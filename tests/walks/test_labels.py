@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pyrite import data, labels
 from pyrite.estimators import bootstrap
+from pyrite.jobs.best_of_n import answer_grid
 from pyrite.runs import read_json, read_metrics
 from pyrite.sources import read
 from walks.command import pyrite as command_line
@@ -306,3 +307,42 @@ def test_what_is_left_of_cut_answers_is_said_with_a_way_out(tmp_path: Path) -> N
         and re.search(r"no pair.*12 cut.*24 of 24 answers were cut", said)
         and not (tmp_path / "none").exists()
     )
+
+
+def pool(finished: list[int], answers: int = 8) -> list[dict[str, Any]]:
+    """Candidates with gold scores, of which the first so many to each prompt are finished."""
+    rows = [
+        candidate(p, s, "a " * (1 + s + p % 3), finished=s < k) for p, k in enumerate(finished) for s in range(answers)
+    ]
+    return [row | {"gold": float((7 * row["sample"] + p) % 5)} for p, row in enumerate(rows)]
+
+
+def test_one_prompt_with_one_finished_answer_does_not_limit_n_for_all(tiny: Path, tmp_path: Path) -> None:
+    """Seven prompts with eight finished answers, one with one, one with none: the curve is that of the seven."""
+    reward = ("reward", "--model", tiny, "--data", written(tmp_path / "p.jsonl", [pair(i) for i in range(12)]))
+    assert pyrite(*reward, "--held-out", 0.25, *FAST, "--out", tmp_path / "reward")[0] == 0
+    best = ("best_of_n", "--rewards", tmp_path / "reward", "--candidates")
+    rows = pool([8] * 7 + [1, 0])
+    file, only = written(tmp_path / "c.jsonl", rows), written(tmp_path / "only.jsonl", rows[: 7 * 8])
+    status, said = pyrite(*best, file, "--out", tmp_path / "all")
+    assert status == 0, said
+    assert "7 prompts x 8 answers" in said and "2 of 9 prompts are left out, as they have fewer than 8" in said
+    assert "--min-answers" in said and "15 of 72 answers were cut" in said and "--truncated keep" in said
+    done = read_json(tmp_path / "all" / "done.json")
+    assert (done["prompts"], done["prompts_left_out"], done["answers"], done["n"]) == (7, 2, 8, [1, 2, 4, 8])
+    assert pyrite(*best, only, "--out", tmp_path / "only")[0] == 0
+    assert read_json(tmp_path / "all" / "curves.json") == read_json(tmp_path / "only" / "curves.json")
+    status, said = pyrite(*best, file, "--min-answers", 1, "--out", tmp_path / "one")
+    assert status == 0 and "8 prompts x 1 answers" in said and "1 of 9 prompts are left out" in said
+    status, said = pyrite(*best, file, "--min-answers", 1, "--n", 1, 4, "--out", tmp_path / "bad")
+    assert status == 2 and "n = 4 but the fewest finished answers to a prompt are 1, and the most are 8" in said
+
+
+def test_the_most_is_made_of_the_answers() -> None:
+    """4 prompts x 8 beat 6 x 5 and 7 x 2; --n 2 6 and --n 1 are met as well."""
+    rows = pool([8, 5, 8, 2, 8, 5, 8])
+    for n, size in (((), (4, 8)), ((2, 6), (4, 8)), ((1,), (4, 8))):
+        grid, left_out = answer_grid(rows, truncated="exclude", n=n)
+        assert tuple(grid.shape) == size and left_out == 7 - size[0]
+    grid, left_out = answer_grid(pool([8, 5, 8, 5, 5, 5, 5]), truncated="exclude")
+    assert tuple(grid.shape) == (7, 5) and left_out == 0

@@ -127,6 +127,7 @@ def _rewarded(
         rewards=str(trained.out),
         objectives=settings.objectives,
         n=settings.n,
+        min_answers=1,  # every prompt with a finished answer stays in the curves
         out=folder / f"best_of_n_{name}",
     )
     return {f"reward models, {told}": reward.run(trained), f"best of n, {told}": best_of_n.run(chosen)}
