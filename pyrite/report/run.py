@@ -1,4 +1,4 @@
-"""The page of one job's run folder."""
+"""The page of one job's run folder: gold and proxy on their way from the reference, then all that was measured."""
 
 import json
 import math
@@ -6,20 +6,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pyrite.report.charts import Row, lines
+from pyrite.report.charts import NAMES, OBJECTIVES, Row, lines, overoptimization, reach
 from pyrite.report.markup import number
 from pyrite.report.page import page
-from pyrite.report.sections import Figure, Keys, Numbers, Part, Table, Text
+from pyrite.report.sections import Chart, Figure, Keys, Numbers, Part, Table, Text, Views
 from pyrite.runs import read_metrics
 
 MOST = 600  # points in a line: more cannot be seen, and a browser would feel them
 
 
 def run_page(folder: Path | str) -> str:
-    """The page of a run folder: every numeric metric against the step, results, configuration, versions.
+    """The page of a run folder: gold and proxy against the KL from the reference (of best_of_n against n too), every
+    numeric metric against the step, results, configuration, versions.
 
-    Reads config.json, and manifest.json, metrics.jsonl and done.json where they are there. Raises ValueError
-    where config.json is missing or a file does not parse.
+    Reads config.json, and manifest.json, metrics.jsonl, curves.json and done.json where they are there. Raises
+    ValueError where config.json is missing or a file does not parse.
     """
     folder = Path(folder)
     config = _read(folder / "config.json")
@@ -29,6 +30,8 @@ def run_page(folder: Path | str) -> str:
     rows = read_metrics(folder)
     parts: list[Part] = [
         *_results(done),
+        *_best_of_n(_read(folder / "curves.json") or []),
+        *_way(rows),
         *_curves(rows),
         *_rest(done),
         Keys(config, "Full configuration", title="The run"),
@@ -64,6 +67,72 @@ def _with_error(row: Mapping[str, Any], name: str) -> str:
     value, error = row.get(name), row.get(f"{name}_se")
     known = _numeric(value) and _numeric(error)
     return f"{value:.3g} ± {error:.2g}".replace("-", "−") if known else number(None)
+
+
+def _best_of_n(curves: Sequence[Row]) -> list[Part]:
+    """Gold and proxy of the best of n answers against √KL and n, with their bands, an objective at a time."""
+    found = {str(row["objective"]): [] for row in curves}
+    for row in curves:
+        # members are drawn as single models, and an objective of the user's own in the color of one
+        name = str(row["objective"]).partition("(")[0]
+        found[str(row["objective"])].append({**row, "objective": name if name in OBJECTIVES else "single"})
+    if not found:
+        return []
+    shared = reach([row for rows in found.values() for row in rows])
+    views: dict[tuple[str, ...], Part] = {}
+    for name, rows in found.items():
+        across: list[Chart] = [
+            overoptimization(rows, x=x, objectives=[rows[0]["objective"]], domain=shared) for x in ("sqrt_kl", "n")
+        ]
+        views[(_called(name),)] = Figure(across, _BANDS, names=("Against the KL", "Against n"))
+    told = (
+        "Of n answers to a prompt, the one is taken that the proxy likes best. Where the proxy goes on rising and gold "
+        "does not, the proxy promises reward that is not there; the gap between the two is shaded."
+    )
+    ends = [rows[-1] for rows in found.values()]
+    table = Table(
+        ["", "n", "KL, nats", "gold", "proxy"],
+        [
+            [_called(name), end["n"], end["kl"], _band(end, "gold"), _band(end, "proxy")]
+            for name, end in zip(found, ends, strict=True)
+        ],
+        caption="At the largest n, with 95 % intervals over prompts.",
+    )
+    return [Text(told, title="Gold and proxy of the best of n"), Views(("chosen by",), views), table]
+
+
+_BANDS = (
+    "Gold is solid, proxy dashed, both in standard deviations of all answers. Bands are 95 % intervals over prompts; "
+    "KL = ln n − (n − 1)/n."
+)
+
+
+def _called(objective: str) -> str:
+    return "average single model" if objective == "single" else NAMES.get(objective, objective)
+
+
+def _band(row: Row, name: str) -> str:
+    low, high = row.get(f"{name}_lo"), row.get(f"{name}_hi")
+    interval = f" [{number(low)}, {number(high)}]" if _numeric(low) and _numeric(high) else ""
+    return f"{number(row[name])}{interval}"
+
+
+def _way(rows: Sequence[Row]) -> list[Part]:
+    """Gold and proxy of a policy's answers against √KL from the reference, where a run has measured them."""
+    points = []
+    for row in rows:
+        kl = row.get("kl_exact", row.get("kl_k1"))
+        if _numeric(kl) and (_numeric(row.get("gold")) or _numeric(row.get("proxy"))):
+            points.append({**row, "sqrt_kl": math.sqrt(max(kl, 0.0))})
+    measured = [name for name in ("gold", "proxy") if sum(_numeric(row.get(name)) for row in points) > 1]
+    if not measured:
+        return []
+    chart = lines(points, "sqrt_kl", measured, titles=("√KL from the reference (√nats)", "reward"), height=280)
+    caption = (
+        "Each point is a measurement on held-out prompts; bands are one standard error either way. A KL that is "
+        "estimated below 0 is drawn at 0."
+    )
+    return [Figure(chart, caption, title="Gold and proxy on the way from the reference")]
 
 
 def _rest(done: Mapping[str, Any] | None) -> list[Part]:
@@ -103,7 +172,7 @@ def _numeric(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _read(path: Path) -> dict[str, Any] | None:
+def _read(path: Path) -> Any:
     if not path.exists():
         return None
     try:
