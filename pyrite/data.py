@@ -27,7 +27,7 @@ import numpy as np
 
 from pyrite.layouts import LAYOUTS, Layout, MisplacedError, Skip, messages
 from pyrite.sources import DataError, Placed, Row, Source, read
-from pyrite.text import plain
+from pyrite.text import Answer, plain
 
 Kind = Literal["prompts", "demos", "pairs", "candidates", "answers"]
 
@@ -110,6 +110,12 @@ def place(row: Row, unknown: str = "") -> str:
     Known of rows from `load`, and of rows made of them by `row | {...}`.
     """
     return getattr(row, "place", "") or unknown or f"the row of prompt {row.get('prompt_id')!r}"
+
+
+def answer(row: Row, name: str) -> Answer:
+    """The answer in a column: its text, or the whole message where that had more fields than a text."""
+    fields = row.get(f"{name}_fields")
+    return {"content": row[name], **fields} if fields else row[name]
 
 
 def prompt_id(prompt: Any) -> str:
@@ -380,7 +386,7 @@ def _twin(name: str) -> str:
 
 
 def _check_pair(row: Row, kind: Kind, on_equal: str) -> None:
-    if kind == "pairs" and row["chosen"] == row["rejected"]:
+    if kind == "pairs" and answer(row, "chosen") == answer(row, "rejected"):
         if on_equal == "error":
             raise ValueError("chosen equals rejected; remove such pairs, or leave them out with on_equal=drop")
         raise Skip("chosen equals rejected")
@@ -405,7 +411,7 @@ def _checked(raw: Row, kind: Kind, layout: Layout) -> Row:
     for name in _TEXTS[kind]:
         if not isinstance(ours[name], str):
             raise ValueError(f"{name} must be text, not {ours[name]!r:.60}")
-    if kind in _NONEMPTY and not ours[_NONEMPTY[kind]].strip():
+    if kind in _NONEMPTY and not ours[_NONEMPTY[kind]].strip() and not ours.get(f"{_NONEMPTY[kind]}_fields"):
         raise ValueError(f"{_NONEMPTY[kind]} is empty")
     named = _named(raw, "prompt_id", prompt)
     if kind == "prompts":

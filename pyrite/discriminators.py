@@ -23,6 +23,7 @@ from pyrite.options import Count, Natural, Positive
 from pyrite.packing import Row
 from pyrite.preferences import Preferences, batch_loss
 from pyrite.rounds import Answer, Players
+from pyrite.text import Encoded
 from pyrite.train import BatchLoss, Learner, Training
 
 __all__ = ["implicit", "reward", "self_reward"]
@@ -173,10 +174,12 @@ class Implicit:
 
 def pair_rows(model: RewardModel, labels: Sequence[Better]) -> list[Row]:
     """One row a pair as a reward model reads it: the prompt, then chosen and rejected."""
-    chosen, rejected = (
-        model.encode([a.prompt for a in side], [a.response for a in side], finished=[a.finished for a in side])
-        for side in zip(*labels, strict=True)
-    )
+
+    def encoded(side: Sequence[Answer]) -> list[Encoded]:
+        asked, said, done = ([getattr(a, name) for a in side] for name in ("prompt", "response", "finished"))
+        return model.encode(asked, said, finished=done, as_drawn=True)
+
+    chosen, rejected = (encoded(side) for side in zip(*labels, strict=True))
     return [Row(a.prompt, [a.response, b.response]) for a, b in zip(chosen, rejected, strict=True)]
 
 

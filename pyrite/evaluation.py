@@ -165,7 +165,7 @@ class Evaluator:
         drawn = sample(
             backbone(policy.model),
             self.ids,
-            eos=text.end_id(policy.tokenizer),
+            eos=policy.stops,
             k=self.options.eval_k,
             max_new_tokens=min(new, self.options.max_new_tokens),
             seed=seeds.derive(self.seed, "evaluate"),

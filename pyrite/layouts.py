@@ -13,6 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from pyrite.sources import Row
+from pyrite.templates import OF_TOOLS, SHOWN
+
+Message = dict[str, Any]
 
 
 class Skip(Exception):  # noqa: N818, a signal and not an error
@@ -33,26 +36,50 @@ class Layout:
     gather: Callable[[list[Row]], tuple[list[tuple[int, Row]], dict[str, int]]] | None = None
 
 
-def messages(value: Any, name: str) -> list[dict[str, str]]:
-    """The value as messages with only role and content. Raises ValueError for anything else."""
+def messages(value: Any, name: str) -> list[Message]:
+    """The value as messages: role, content, and the further fields a chat template may write (`templates.SHOWN`).
+
+    A turn of tool calls needs no content. Raises ValueError for anything else.
+    """
     shaped = isinstance(value, list) and value and all(isinstance(turn, dict) for turn in value)
-    if not shaped or not all(isinstance(turn.get(key), str) for turn in value for key in ("role", "content")):
+    turns = [_message(turn) for turn in value] if shaped else []
+    if not turns or not all(isinstance(turn[key], str) for turn in turns for key in ("role", "content")):
         raise ValueError(f"{name} must be a list of messages, each with a role and a content that are text")
-    return [{"role": turn["role"], "content": turn["content"]} for turn in value]
+    return turns
 
 
-def transcript(text: str) -> list[dict[str, str]]:
+def _message(turn: Row) -> Message:
+    names = SHOWN if turn.get("role") in ("user", "assistant", "system") else (*SHOWN, *OF_TOOLS)
+    fields = {name: _known(turn[name]) for name in names if turn.get(name)}
+    content = turn.get("content")
+    return {"role": turn.get("role"), "content": "" if content is None and fields else content, **fields}
+
+
+def _known(value: Any) -> Any:
+    """A value without the empty fields that Parquet gives every struct."""
+    if isinstance(value, dict):
+        return {name: _known(one) for name, one in value.items() if one is not None}
+    return [_known(one) for one in value] if isinstance(value, list) else value
+
+
+def said(turn: Message, name: str) -> Row:
+    """The columns of an answer: its text, and as NAME_fields what else its message holds."""
+    fields = {key: value for key, value in turn.items() if key not in ("role", "content")}
+    return {name: turn["content"]} | ({f"{name}_fields": fields} if fields else {})
+
+
+def transcript(text: str) -> list[Message]:
     """Messages of a transcript in Anthropic's HH format ("\\n\\nHuman: …\\n\\nAssistant: …")."""
     parts = re.split(r"(?:\A|\n\n)(Human|Assistant):", text.strip())[1:]
     roles = {"Human": "user", "Assistant": "assistant"}
     return [{"role": roles[who], "content": said.strip()} for who, said in zip(parts[::2], parts[1::2], strict=True)]
 
 
-def merged(turns: list[dict[str, str]]) -> list[dict[str, str]]:
-    """Turns of one speaker in a row joined to one: chat templates want speakers to alternate."""
-    result: list[dict[str, str]] = []
+def merged(turns: list[Message]) -> list[Message]:
+    """Turns of one speaker in a row joined to one: chat templates want speakers to alternate; not those with fields."""
+    result: list[Message] = []
     for turn in turns:
-        if result and result[-1]["role"] == turn["role"]:
+        if result and result[-1]["role"] == turn["role"] and len(result[-1]) == len(turn) == 2:
             joined = "\n\n".join(said for said in (result[-1]["content"], turn["content"]) if said)
             result[-1] = {"role": turn["role"], "content": joined}
         else:
@@ -60,7 +87,7 @@ def merged(turns: list[dict[str, str]]) -> list[dict[str, str]]:
     return result
 
 
-def split_conversations(chosen: list[dict[str, str]], rejected: list[dict[str, str]]) -> Row:
+def split_conversations(chosen: list[Message], rejected: list[Message]) -> Row:
     """Two conversations that differ in their last answer only: the common turns are the prompt.
 
     A pair that parts earlier is skipped: its preference is about several turns, some of them the user's,
@@ -74,7 +101,7 @@ def split_conversations(chosen: list[dict[str, str]], rejected: list[dict[str, s
         raise ValueError("chosen and rejected hold only an answer; a prompt column is needed")
     if first[:-1] != second[:-1]:
         raise Skip("the conversations part before the last answer")
-    return {"prompt": first[:-1], "chosen": first[-1]["content"], "rejected": second[-1]["content"]}
+    return {"prompt": first[:-1], **said(first[-1], "chosen"), **said(second[-1], "rejected")}
 
 
 def pair_with_prompt(row: Row) -> Row:
@@ -273,7 +300,7 @@ def demo_from_messages(row: Row) -> Row:
     turns = merged(messages(row["messages"], "messages"))
     if turns[-1]["role"] != "assistant" or len(turns) < 2:
         raise ValueError("messages must hold a prompt and end with an assistant turn")
-    return {"prompt": turns[:-1], "response": turns[-1]["content"]}
+    return {"prompt": turns[:-1], **said(turns[-1], "response")}
 
 
 def demo_from_instruction(row: Row) -> Row:

@@ -24,6 +24,7 @@ from pyrite import checkpoints
 from pyrite.options import Fraction, Natural, Positive
 from pyrite.processes import world
 from pyrite.progress import say
+from pyrite.templates import PLAIN, Template
 from pyrite.text import end_id, load_tokenizer
 
 Dtype = Literal["float32", "bfloat16"]
@@ -45,9 +46,9 @@ def backbone(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     return model.get_base_model() if isinstance(model, PeftModel) else model  # type: ignore[return-value]
 
 
-def tokenizer_of(path: str | Path) -> PreTrainedTokenizerBase:
+def tokenizer_of(path: str | Path, *, template_args: Sequence[str] = ()) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder or Hub name, its note told to the user."""
-    tokenizer, note = load_tokenizer(path)
+    tokenizer, note = load_tokenizer(path, template_args=template_args)
     if note:
         say(f"  note: {path}: {note}")
     return tokenizer
@@ -60,10 +61,10 @@ def pad_id(tokenizer: Any) -> int:
 
 
 def opened(
-    auto: Any, path: str | Path, *, dtype: Dtype, new_head: bool = False
+    auto: Any, path: str | Path, *, dtype: Dtype, new_head: bool = False, template: Template = PLAIN
 ) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
     """A model and its tokenizer from a folder or Hub name, as `load_model` takes them, that fit each other."""
-    tokenizer = tokenizer_of(path)
+    tokenizer = tokenizer_of(path, template_args=template.template_args)
     model = load_model(auto, path, dtype=dtype, new_head=new_head)
     check_ids(tokenizer, model, path)
     return model, tokenizer
@@ -249,6 +250,9 @@ def save(model: Any, folder: str | Path, tokenizer: Any) -> None:
         name = model.peft_config[str(model.active_adapter)].base_model_name_or_path
         if model.base_identity:
             checkpoints.write_base(Path(folder), str(name), str(model.base_identity))
+        ends: Any = getattr(backbone(model), "generation_config", None)
+        if ends is not None:  # adapters alone would leave behind at which tokens an answer ends
+            ends.to_json_file(Path(folder) / "generation_config.json")
     else:
         model.save_pretrained(str(folder))
     tokenizer.save_pretrained(folder)

@@ -46,7 +46,8 @@ from pyrite.logps import Logps
 from pyrite.members import active_adapter, beside, member_paths, one_trunk
 from pyrite.packing import Packed, Row, longest, micro_batches, pack
 from pyrite.progress import once
-from pyrite.text import Encoded, Prompt, encode_all
+from pyrite.templates import PLAIN, Template, remembering
+from pyrite.text import Answer, Encoded, Prompt, encode_all, stop_ids
 from pyrite.vocabulary import logp_details, picked_logp, selective_logp
 
 Pooling = Literal["last", "mean"]
@@ -59,7 +60,8 @@ class Policy(nn.Module):
     def __init__(self, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> None:
         super().__init__()
         self.model = model
-        self.tokenizer = tokenizer
+        own = getattr(backbone(model).generation_config, "eos_token_id", None)
+        self.tokenizer = remembering(tokenizer, ends=[own] if isinstance(own, int) else own or ())
         self.reversible = False  # without its adapters it is the model it was loaded from
         self.ways = ways.ways(backbone(model))
         _check_speaks(model, self.ways)
@@ -68,14 +70,21 @@ class Policy(nn.Module):
 
     @classmethod
     def load(
-        cls, path: str | Path, *, lora: Lora | None = None, top: int | None = None, dtype: Dtype = "float32"
+        cls,
+        path: str | Path,
+        *,
+        lora: Lora | None = None,
+        top: int | None = None,
+        dtype: Dtype = "float32",
+        template: Template = PLAIN,
     ) -> Policy:
         """From a folder or Hub name; a folder with adapters loads its base below them.
 
         top: layers that are trained, the last ones, beside the final norm and the vocabulary head, unless it is tied
-        to the input embedding; None trains all. Raises ValueError for `top` with adapters or beyond the model's layers.
+        to the input embedding; None trains all. template: what its chat template is told.
+        Raises ValueError for `top` with adapters or beyond the model's layers.
         """
-        model, tokenizer = opened(AutoModelForCausalLM, path, dtype=dtype)
+        model, tokenizer = opened(AutoModelForCausalLM, path, dtype=dtype, template=template)
         made = cls(adapted(model, lora, task="CAUSAL_LM"), tokenizer)
         if top is not None:
             if isinstance(made.model, PeftModel):
@@ -89,6 +98,11 @@ class Policy(nn.Module):
     def context(self) -> int:
         """Longest prompt + response in tokens."""
         return context_of(backbone(self.model))
+
+    @property
+    def stops(self) -> list[int]:
+        """Ids of the tokens that end a drawn answer."""
+        return stop_ids(self.tokenizer)
 
     @property
     def device(self) -> torch.device:
@@ -220,22 +234,23 @@ class RewardModel(nn.Module):
         head_seed: int | None = None,
         head_std: float = 0.02,
         sibling: RewardModel | None = None,
+        template: Template = PLAIN,
     ) -> RewardModel:
         """From a saved reward model, or from any base model with `head_seed`, which draws a new head.
 
         sibling: a loaded reward model; what both have in common, an equal trunk or the base below adapters, is kept
-        in memory once, for scoring.
+        in memory once, for scoring. template: what its chat template is told, over what it was saved with.
         """
         shared = beside(sibling.model, path) if sibling else None
         if shared:
             model, adapter = shared
-            tokenizer = tokenizer_of(path)
+            tokenizer = tokenizer_of(path, template_args=template.template_args)
             check_ids(tokenizer, model, path)
         else:
             with torch.random.fork_rng():  # an encoder's pooler, where the base has none, is drawn with the head
                 torch.manual_seed(head_seed or 0)
                 kind, adapter = AutoModelForSequenceClassification, None
-                model, tokenizer = opened(kind, path, dtype=dtype, new_head=head_seed is not None)
+                model, tokenizer = opened(kind, path, dtype=dtype, new_head=head_seed is not None, template=template)
         saved = settings(path)
         model.config.pad_token_id = pad_id(tokenizer)
         if head_seed is not None:
@@ -275,20 +290,30 @@ class RewardModel(nn.Module):
     def encode(
         self,
         prompts: Sequence[Prompt],
-        responses: Sequence[str],
+        responses: Sequence[Answer],
         *,
         finished: bool | Sequence[bool] = True,
         where: Callable[[int], str] | None = None,
+        as_drawn: bool = False,
     ) -> list[Encoded]:
         """Texts as this model reads them, in training and in scoring alike; a cut answer gets no end token."""
-        limits = {"max_length": self.max_length, "max_prompt": self.max_prompt}
-        return encode_all(self.tokenizer, prompts, responses, finished=finished, where=where, **limits)
+        return encode_all(
+            self.tokenizer,
+            prompts,
+            responses,
+            finished=finished,
+            where=where,
+            as_drawn=as_drawn,
+            max_length=self.max_length,
+            max_prompt=self.max_prompt,
+        )
 
     def scores(
         self, prompts: Sequence[Prompt], responses: Sequence[str], *, finished: bool | Sequence[bool] = True
     ) -> Tensor:
         """Standardized scores (N,): (raw - mean) / std with the constants measured after training."""
-        return (self.raw_scores(self.encode(prompts, responses, finished=finished)) - self.mean) / self.std
+        texts = self.encode(prompts, responses, finished=finished, as_drawn=True)
+        return (self.raw_scores(texts) - self.mean) / self.std
 
     def raw_scores(
         self, texts: Sequence[Encoded], *, budget: int = 16384, progress: Callable[[int], None] | None = None
@@ -371,7 +396,7 @@ class RewardEnsemble:
         reads = {(id(m.tokenizer), m.pooling, m.max_length, m.max_prompt, m.packed) for m in self.members}
         alike = len(reads) == 1
         groups = [self.members] if alike else [[member] for member in self.members]
-        texts = [group[0].encode(prompts, responses, finished=finished) for group in groups]
+        texts = [group[0].encode(prompts, responses, finished=finished, as_drawn=True) for group in groups]
         return torch.cat([_raw_scores(group, some) for group, some in zip(groups, texts, strict=True)])
 
 

@@ -95,11 +95,11 @@ def encode_pairs(
     keeps its last three quarters of `max_length` by default. Errors name the pair's place in its file; `source` where
     that is not known.
     """
-    texts = [Text(pair["prompt"], pair[side]) for pair in pairs for side in ("chosen", "rejected")]
+    texts = [Text.of(pair, side) for pair in pairs for side in ("chosen", "rejected")]
     encoded = text.encode_all(
         tokenizer,
         [one.prompt for one in texts],
-        [one.response for one in texts],
+        [one.answer for one in texts],
         max_length=max_length,
         max_prompt=max_prompt if max_prompt is not None else max_length * 3 // 4,
         where=lambda i: data.place(pairs[i // 2], f"{source}: pair {i // 2 + 1}"),

@@ -79,7 +79,7 @@ class Players:
     def draw(self, rows: Sequence[dict], ids: Sequence[list[int]], how: Drawing, *, number: int) -> Samples:
         """k answers to each prompt {prompt_id}; a sample's stream belongs to (seed, round, prompt_id, sample)."""
         options: dict[str, Any] = {
-            "eos": text.end_id(self.policy.tokenizer),
+            "eos": self.policy.stops,
             "max_new_tokens": how.max_new_tokens,
             "temperature": how.temperature,
             "top_p": how.top_p,

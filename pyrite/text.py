@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pyrite import checkpoints
+from pyrite import checkpoints, templates
+from pyrite.templates import Body
+from pyrite.tokens import to_ids, to_texts
 
-Prompt = str | list[dict[str, str]]
+Prompt = str | list[dict[str, Any]]
+Answer = str | Mapping[str, Any]  # a text, or a message of which the content is the text
 
 _SPEAKERS = {"user": "Human", "assistant": "Assistant", "system": "System"}
 _PADS = (
@@ -51,22 +55,31 @@ def plain(prompt: Prompt) -> str:
     """Text form of a prompt, for scorers, for ids and for tokenizers without a chat template.
 
     A str is itself, a single user turn its content; a longer conversation becomes a transcript
-    "Human:\\n…\\n\\nAssistant:\\n…\\n\\nAssistant:\\n" that the response continues.
+    "Human:\\n…\\n\\nAssistant:\\n…\\n\\nAssistant:\\n" that the response continues. Reasoning and tool
+    calls of a turn stand behind its content, as JSON.
     """
     if isinstance(prompt, str):
         return prompt
     if len(prompt) == 1 and prompt[0]["role"] == "user":
         return prompt[0]["content"]
-    turns = [f"{_SPEAKERS.get(turn['role'], turn['role'].title())}:\n{turn['content']}" for turn in prompt]
+    turns = [f"{_SPEAKERS.get(turn['role'], turn['role'].title())}:\n{_content(turn)}" for turn in prompt]
     return "\n\n".join([*turns, "Assistant:\n"])
 
 
+def _content(turn: Mapping[str, Any]) -> str:
+    fields = {name: turn[name] for name in templates.SHOWN if turn.get(name)}
+    return turn["content"] + (f"\n{json.dumps(fields, ensure_ascii=False, sort_keys=True)}" if fields else "")
+
+
 def end_id(tokenizer: Any) -> int:
-    """Id of the end-of-sequence token (of the separator, for encoders). Raises ValueError without one."""
-    found = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
-    if found is None:
-        raise ValueError("the tokenizer has no end-of-sequence token; set tokenizer.eos_token and save it again")
-    return found
+    """Id of the token that ends an answer: what the chat template writes behind one, else the end-of-sequence token
+    (the separator, for encoders). Raises ValueError, naming both, where there is none."""
+    return templates.answers(tokenizer).end
+
+
+def stop_ids(tokenizer: Any) -> list[int]:
+    """Ids of all tokens that end drawing: `end_id`, the end-of-sequence token and those of the generation config."""
+    return list(templates.answers(tokenizer).stops)
 
 
 def prompt_ids(tokenizer: Any, prompt: Prompt) -> list[int]:
@@ -75,7 +88,8 @@ def prompt_ids(tokenizer: Any, prompt: Prompt) -> list[int]:
 
 
 def response_ids(tokenizer: Any, response: str, *, finished: bool = True) -> list[int]:
-    """Ids of one response without special tokens, the end token appended iff `finished`.
+    """Ids of one response to a plain question, with all that the chat template writes around it; the end token is
+    there iff `finished`.
 
     Special tokens spelled out in the text are read as ordinary text, so exactly one end token can occur.
     """
@@ -85,7 +99,7 @@ def response_ids(tokenizer: Any, response: str, *, finished: bool = True) -> lis
 def encode(
     tokenizer: Any,
     prompt: Prompt,
-    response: str,
+    response: Answer,
     *,
     finished: bool = True,
     max_length: int | None = None,
@@ -107,24 +121,29 @@ def encode(
 def encode_all(
     tokenizer: Any,
     prompts: Sequence[Prompt],
-    responses: Sequence[str],
+    responses: Sequence[Answer],
     *,
     finished: bool | Sequence[bool] = True,
     max_length: int | None = None,
     max_prompt: int | None = None,
     where: Callable[[int], str] | None = None,
+    as_drawn: bool = False,
 ) -> list[Encoded]:
-    """Ids of N prompts and responses in two tokenizer calls, the only way from text to a model.
+    """Ids of N prompts and responses in a few tokenizer calls, the only way from text to a model.
 
-    Lengths in tokens. A prompt longer than `max_prompt` keeps its end (and its start token), whatever the
-    response, so that the responses to a prompt share it. A response keeps its start up to `max_length` in
-    all and is then marked `truncated`, without end token. Raises ValueError where a prompt leaves no room
-    for a response, naming `where(row)`.
+    A response is all that the chat template writes behind the prompt: a text, or a message with its other fields
+    (reasoning_content, tool_calls). Lengths in tokens. A prompt longer than `max_prompt` keeps its end (and its start
+    token), whatever the response, so that the responses to a prompt share it. A response keeps its start up to
+    `max_length` in all and is then marked `truncated`, without end token. as_drawn: the responses were drawn by a
+    model, so one that the template cannot show goes on from the prompt as it is. Raises ValueError, naming
+    `where(row)`, where a prompt leaves no room for a response, or the template would show it otherwise or in part.
     """
     if len(prompts) != len(responses):
         raise ValueError(f"{len(prompts)} prompts but {len(responses)} responses")
-    fronts = encode_prompts(tokenizer, prompts, max_length=max_length, max_prompt=max_prompt, where=where)
-    backs = encode_responses(tokenizer, responses, finished=finished)
+    name = where or _row
+    shown = _shown(tokenizer, prompts, name)
+    fronts = _fronts(tokenizer, prompts, shown, name, max_length=max_length, max_prompt=max_prompt)
+    backs = _backs(tokenizer, prompts, shown, responses, name, finished=finished, as_drawn=as_drawn)
     room = [None if max_length is None else max_length - len(front) for front in fronts]
     return [
         Encoded(front, back[:left], left is not None and len(back) > left)
@@ -141,37 +160,28 @@ def encode_prompts(
     where: Callable[[int], str] | None = None,
 ) -> list[list[int]]:
     """Ids of N prompts, each distinct one rendered once; limits and errors as in `encode_all`."""
-    name = where or (lambda row: f"row {row + 1}")
-    slots: dict[str, int] = {}
-    texts: list[str] = []
-    slot_of = []
-    for row, prompt in enumerate(prompts):
-        key = repr(prompt)
-        if key not in slots:
-            slots[key] = len(texts)
-            texts.append(_rendered(tokenizer, prompt, name, row))
-        slot_of.append(slots[key])
-    whole = _with_start(tokenizer, _tokenize(tokenizer, texts))
-    of = {slot: prompt for slot, prompt in zip(slot_of, prompts, strict=True)}
-    unique = [_cut(tokenizer, of[slot], ids, max_prompt) for slot, ids in enumerate(whole)]
-    _check_room(unique, slot_of, max_length, name)
-    return [list(unique[slot]) for slot in slot_of]
+    name = where or _row
+    shown = _shown(tokenizer, prompts, name)
+    return _fronts(tokenizer, prompts, shown, name, max_length=max_length, max_prompt=max_prompt)
 
 
 def encode_responses(
     tokenizer: Any, responses: Sequence[str], *, finished: bool | Sequence[bool] = True
 ) -> list[list[int]]:
-    """Ids of N responses in one tokenizer call, as `response_ids` makes them."""
-    end = end_id(tokenizer)
-    flags = [finished] * len(responses) if isinstance(finished, bool) else finished
-    ids = _tokenize(tokenizer, responses, split_special_tokens=True)
-    return [[*row, end] if flag else row for row, flag in zip(ids, flags, strict=True)]
+    """Ids of N responses to one plain question, as `response_ids` makes them."""
+    asked = ["?"] * len(responses)
+    shown = _shown(tokenizer, asked, _row)
+    return _backs(tokenizer, asked, shown, responses, _row, finished=finished, as_drawn=True)
 
 
 def decode(tokenizer: Any, rows: Sequence[Sequence[int]]) -> list[str]:
-    """Texts of N responses, special tokens left out: the way back from `encode_responses`."""
-    ids = [[int(token) for token in row] for row in rows]
-    return tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    """Texts of N drawn responses, without what `encode_responses` adds: end token, special tokens, and what the chat
+    template opens an answer with. Encoded again, a text gives the tokens it came from."""
+    inside, stops = templates.answers(tokenizer).inside, set(stop_ids(tokenizer))
+    spoken = [templates.spoken(tokenizer, row) for row in rows]
+    texts = to_texts(tokenizer, spoken, inside=inside)
+    ended = [bool(len(row)) and int(row[-1]) in stops for row in rows]
+    return [templates.trimmed(tokenizer, text, ended=done) for text, done in zip(texts, ended, strict=True)]
 
 
 def prepare_tokenizer(tokenizer: Any) -> tuple[Any, str | None]:
@@ -180,13 +190,13 @@ def prepare_tokenizer(tokenizer: Any) -> tuple[Any, str | None]:
     The pad is a token the vocabulary already has, so that no embedding is resized. Without one, pad stays:
     packed batches hold no pad, and masks, never pad ids, say where a response ends.
     """
-    end = end_id(tokenizer)
-    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id != end:
+    ends = set(stop_ids(tokenizer))
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id not in ends:
         return tokenizer, None
     problem = "has no pad token" if tokenizer.pad_token_id is None else "pads with its end token"
     vocabulary = tokenizer.get_vocab()
     candidates = [*_PADS, tokenizer.unk_token, tokenizer.bos_token]
-    spare = next((token for token in candidates if vocabulary.get(token, end) != end), None)
+    spare = next((token for token in candidates if token in vocabulary and vocabulary[token] not in ends), None)
     if spare is None:
         return (
             tokenizer,
@@ -200,8 +210,12 @@ def prepare_tokenizer(tokenizer: Any) -> tuple[Any, str | None]:
     )
 
 
-def load_tokenizer(path: str | Path) -> tuple[Any, str | None]:
-    """Tokenizer of a model folder or Hub name, prepared, with its note. Raises ValueError without one."""
+def load_tokenizer(path: str | Path, *, template_args: Sequence[str] = ()) -> tuple[Any, str | None]:
+    """Tokenizer of a model folder or Hub name, prepared, with its note.
+
+    It knows how the model ends an answer (`end_id`, `stop_ids`) and what its chat template is told: `template_args`
+    over those it was saved with. Raises ValueError without a tokenizer, or for arguments that its template lacks.
+    """
     from transformers import AutoTokenizer
 
     folder = checkpoints.place(path)
@@ -215,33 +229,129 @@ def load_tokenizer(path: str | Path) -> tuple[Any, str | None]:
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path}: its tokenizer cannot be loaded ({reason}); copy or save it again") from error
-    return prepare_tokenizer(tokenizer)
+    known = templates.remembering(tokenizer, template_args=template_args, ends=_generation_ends(folder))
+    return prepare_tokenizer(known)
+
+
+def _generation_ends(folder: Path) -> list[int]:
+    """The tokens at which a model's own generation config ends an answer, or its base's; none without such a file."""
+    file = folder / "generation_config.json"
+    base = None if file.exists() else checkpoints.base_name(folder)
+    if base is not None:
+        return _generation_ends(checkpoints.place(base))
+    found = checkpoints.read_json(file).get("eos_token_id") if file.exists() else None
+    return [] if found is None else [found] if isinstance(found, int) else list(found)
+
+
+@dataclass(frozen=True)
+class _Shown:
+    """Distinct prompts as their model is asked them, and the one of each row."""
+
+    texts: list[str]
+    slot_of: list[int]
+
+
+def _row(i: int) -> str:
+    return f"row {i + 1}"
+
+
+def _messages(prompt: Prompt) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+
+
+def _shown(tokenizer: Any, prompts: Sequence[Prompt], where: Callable[[int], str]) -> _Shown:
+    slots: dict[str, int] = {}
+    texts: list[str] = []
+    slot_of = []
+    for row, prompt in enumerate(prompts):
+        key = repr(prompt)
+        if key not in slots:
+            slots[key] = len(texts)
+            texts.append(_rendered(tokenizer, prompt, where, row))
+        slot_of.append(slots[key])
+    return _Shown(texts, slot_of)
 
 
 def _rendered(tokenizer: Any, prompt: Prompt, where: Callable[[int], str], row: int) -> str:
-    from jinja2 import TemplateError
-
     if not tokenizer.chat_template:
+        turns = [] if isinstance(prompt, str) else prompt
+        _refuse_fields(where(row), [name for turn in turns for name in templates.SHOWN if turn.get(name)])
         return plain(prompt)
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     try:
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    except TemplateError as error:
-        raise ValueError(f"{where(row)}: the tokenizer's chat template refuses this prompt: {error}") from error
+        return templates.rendered_prompt(tokenizer, _messages(prompt))
+    except templates.Unreadable as error:
+        raise ValueError(f"{where(row)}: {error}") from error
 
 
-def _tokenize(tokenizer: Any, texts: Sequence[str], *, split_special_tokens: bool = False) -> list[list[int]]:
-    if not texts:
-        return []
-    batch = tokenizer(
-        list(texts),
-        add_special_tokens=False,
-        split_special_tokens=split_special_tokens,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,
-    )
-    return batch["input_ids"]
+def _refuse_fields(where: str, fields: Sequence[str]) -> None:
+    if fields:
+        raise ValueError(f"{where}: this tokenizer has no chat template, so {fields[0]} of a message cannot be shown")
+
+
+def _fronts(
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    shown: _Shown,
+    where: Callable[[int], str],
+    *,
+    max_length: int | None,
+    max_prompt: int | None,
+) -> list[list[int]]:
+    """Ids of the prompts, cut where they are too long."""
+    whole = _with_start(tokenizer, to_ids(tokenizer, shown.texts))
+    of = {slot: prompt for slot, prompt in zip(shown.slot_of, prompts, strict=True)}
+    unique = [_cut(tokenizer, of[slot], ids, max_prompt) for slot, ids in enumerate(whole)]
+    _check_room(unique, shown.slot_of, max_length, where)
+    return [list(unique[slot]) for slot in shown.slot_of]
+
+
+def _backs(
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    shown: _Shown,
+    responses: Sequence[Answer],
+    where: Callable[[int], str],
+    *,
+    finished: bool | Sequence[bool],
+    as_drawn: bool,
+) -> list[list[int]]:
+    """Ids of what stands behind each prompt, each distinct conversation rendered once."""
+    how = templates.answers(tokenizer)
+    flags = [finished] * len(responses) if isinstance(finished, bool) else finished
+    bodies: dict[tuple[int, str, bool], Body] = {}
+    keys = []
+    for row, (slot, response, flag) in enumerate(zip(shown.slot_of, responses, flags, strict=True)):
+        key = (slot, response if isinstance(response, str) else repr(response), bool(flag))
+        keys.append(key)
+        if key not in bodies:
+            try:
+                bodies[key] = _body(tokenizer, prompts[row], shown.texts[slot], response, finished=flag, drawn=as_drawn)
+            except templates.Unreadable as error:
+                raise ValueError(f"{where(row)}: {error}") from error
+    texts = [part for body in bodies.values() for part in body.parts]
+    made = {}
+    for tags in (True, False):
+        some = [text for text, parsed in texts if parsed == tags]
+        ids = to_ids(tokenizer, some, split_special_tokens=not tags, inside=how.inside)
+        made |= {(text, tags): row for text, row in zip(some, ids, strict=True)}
+    rows = {
+        key: [token for part in body.parts for token in made[part]] + ([] if body.end is None else [body.end])
+        for key, body in bodies.items()
+    }
+    return [list(rows[key]) for key in keys]
+
+
+def _body(tokenizer: Any, prompt: Prompt, shown: str, response: Answer, *, finished: bool, drawn: bool) -> Body:
+    if tokenizer.chat_template:
+        return templates.rendered_answer(
+            tokenizer, _messages(prompt), shown, response, finished=finished, as_drawn=drawn
+        )
+    if not isinstance(response, str):
+        fields = [name for name in templates.SHOWN if response.get(name)]
+        if fields:
+            raise templates.Unreadable(f"this tokenizer has no chat template, so {fields[0]} cannot be shown")
+        response = str(response["content"])
+    return Body([(response, False)], templates.answers(tokenizer).end if finished else None)
 
 
 def _start_id(tokenizer: Any) -> int | None:
@@ -283,7 +393,7 @@ def _shortened(tokenizer: Any, prompt: Prompt, most: int) -> list[int] | None:
             shown = _rendered(tokenizer, [*opening, first, *turns[at + 1 :]], lambda _: "", 0)
         except ValueError:  # the template refuses what is left
             return None
-        (row,) = _with_start(tokenizer, _tokenize(tokenizer, [shown]))
+        (row,) = _with_start(tokenizer, to_ids(tokenizer, [shown]))
         return row if len(row) <= most else None
 
     for at in asked:

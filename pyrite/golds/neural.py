@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -103,8 +104,9 @@ def turns(prompt: str) -> Prompt:
 def mean_logps(policy: Policy, prompts: Sequence[str], responses: Sequence[str], *, budget: int = 16384) -> Tensor:
     """Mean log-probability of each response's tokens, without the end token, (N,) float64 nats; 0 without tokens."""
     policy.eval()
-    encoded = text.encode_all(policy.tokenizer, prompts, responses, finished=False, max_length=policy.context)
-    _refuse_cut(encoded, policy.context)
+    whole = text.encode_all(policy.tokenizer, prompts, responses, max_length=policy.context + 1, as_drawn=True)
+    encoded = [replace(one, response=one.response[:-1]) for one in whole]  # all that the template writes but its end
+    _refuse_cut(whole, policy.context)
     means = torch.zeros(len(encoded), dtype=torch.float64)
     index = [i for i, row in enumerate(encoded) if row.response]
     rows, owners = by_prompt([encoded[i] for i in index])

@@ -191,6 +191,7 @@ def _scores(run: Run, path: Path, rows: list[dict[str, Any]], pool: Tensor) -> T
                 [row["prompt"] for row in some],
                 [row["response"] for row in some],
                 finished=[row["finished"] for row in some],
+                as_drawn=True,
             )
             return {"score": model.raw_scores(encoded, progress=advance).tolist()}
 

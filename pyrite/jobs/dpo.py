@@ -30,6 +30,7 @@ from pyrite.preferences import Loss, OnCut, Preferences, batch_loss, encode_pair
 from pyrite.processes import world
 from pyrite.progress import say
 from pyrite.runs import Run
+from pyrite.templates import Template
 from pyrite.train import BatchLoss, Training
 
 OUTPUTS = {
@@ -77,6 +78,7 @@ class Config:
     measure_every: Count | None = None
     """Steps between measurements on held-out pairs; a tenth of the run by default."""
     evaluation: Evaluation = Evaluation()
+    template: Template = Template()
     lora: Lora = Lora()
     training: Training = Training(lr=1e-6)
     seed: Natural = 0
@@ -98,7 +100,7 @@ def run(config: Config) -> Run:
     wanted = needs(loss)
     _refuse(config, wanted)
     pairs, held = _read(config, loss)
-    policy = Policy.load(config.model, lora=config.lora)
+    policy = Policy.load(config.model, lora=config.lora, template=config.template)
     train.ready(policy, config.training, name=config.model)
     evaluator = _evaluator(config, policy)
     if evaluator:

@@ -25,6 +25,7 @@ from pyrite.options import Count, Natural
 from pyrite.preferences import EncodedPairs, encode_pairs, paired
 from pyrite.progress import progress, say
 from pyrite.runs import Run
+from pyrite.templates import Template
 
 OUTPUTS = {
     "answers.parquet": "every answer with its gold, proxy and log-probabilities",
@@ -71,6 +72,7 @@ class Config:
     """What to do with a longer prompt: cut it to its end, leave its row out, or stop. By default it is cut, unless all
     prompts are too long."""
     max_new_tokens: Count = 256
+    template: Template = Template()
     seed: Natural = 0
 
 
@@ -86,7 +88,7 @@ def run(config: Config) -> Run:
     if run.done:
         return run
     pairs = _pairs(config)
-    policy = Policy.load(config.model)
+    policy = Policy.load(config.model, template=config.template)
     evaluator = Evaluator.load(
         _options(config),
         policy,

@@ -21,6 +21,7 @@ from pyrite.models import Policy, backbone
 from pyrite.options import Amplitude, Count, Natural, NonNegative
 from pyrite.progress import Advance, progress, say
 from pyrite.runs import Run
+from pyrite.templates import Template
 
 OUTPUTS = {
     "candidates.parquet": "prompt_id, prompt, sample, response, finished, length, logp; of prompts under preferences "
@@ -54,6 +55,7 @@ class Config:
     top_k: Natural = 0
     rows: Count = 512
     """Answers decoded at once; changes speed, not the result."""
+    template: Template = Template()
     seed: Natural = 0
 
 
@@ -68,7 +70,7 @@ def run(config: Config) -> Run:
     if run.done:
         return run
     prompts = config.variants.of(data.load(config.prompts, "prompts", columns=config.columns)[: config.limit])
-    policy = Policy.load(config.model)
+    policy = Policy.load(config.model, template=config.template)
     fitted = long_prompts.fit(
         policy.tokenizer,
         prompts,
@@ -114,7 +116,7 @@ def _sample(
     return sample(
         backbone(policy.model),
         ids,
-        eos=text.end_id(policy.tokenizer),
+        eos=policy.stops,
         k=config.k,
         max_new_tokens=new,
         temperature=config.temperature,

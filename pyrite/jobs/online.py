@@ -48,6 +48,7 @@ from pyrite.rounds import Drawing, Players, RoundLearner
 from pyrite.runs import Run
 from pyrite.samplers import Sampler
 from pyrite.schedules import Schedule
+from pyrite.templates import Template
 from pyrite.train import Training
 from pyrite.truths import Asking
 from pyrite.watch import Stopping
@@ -121,6 +122,7 @@ class Config:
     train_top: Natural | None = None
     """Layers of the policy that are trained, the last ones, with final norm and head; the rest it shares with the
     reference. All by default."""
+    template: Template = Template()
     lora: Lora = Lora()
     training: Training = Training(lr=5e-7)
     seed: Natural = 0
@@ -140,7 +142,7 @@ def run(config: Config) -> Run:
     asked, test = prompts.split(
         config.prompts, config.evaluation, columns=config.columns, held_out=config.held_out, seed=config.seed
     )
-    policy = Policy.load(config.model, lora=config.lora, top=config.train_top)
+    policy = Policy.load(config.model, lora=config.lora, top=config.train_top, template=config.template)
     train.ready(policy, config.training, name=config.model)
     weights = moved.Weights.of(policy)
     start = policy if policy.reversible else policy.frozen_copy()

@@ -37,6 +37,7 @@ from pyrite.prompts import Turns
 from pyrite.rollouts import Method, Reward, Rollouts, collect, estimates
 from pyrite.rounds import Players
 from pyrite.runs import Run
+from pyrite.templates import Template
 from pyrite.train import Training, TrainingError
 from pyrite.truths import Asking
 from pyrite.watch import Stopping
@@ -124,6 +125,7 @@ class Config:
     train_top: Natural | None = None
     """Layers of the policy that are trained, the last ones, with final norm and head; the rest it shares with the
     reference. All by default."""
+    template: Template = Template()
     lora: Lora = Lora()
     training: Training = Training(lr=1e-6, epochs=4)
     """epochs: passes over a batch of answers; batch_size: prompts in an update."""
@@ -148,7 +150,7 @@ def run(config: Config) -> Run:
     loaded: dict[Path, RewardEnsemble] = {}  # a reward run that is the proxy too is loaded once
     control, rewards = _checked(config), _rewards(config, loaded)
     asked, test = _prompts(config, rewards)
-    policy = Policy.load(config.model, lora=config.lora, top=config.train_top)
+    policy = Policy.load(config.model, lora=config.lora, top=config.train_top, template=config.template)
     train.ready(policy, config.training, name=config.model)
     weights = moved.Weights.of(policy)
     start = policy if policy.reversible else policy.frozen_copy()

@@ -22,6 +22,7 @@ from pyrite.preferences import EncodedPairs, encode_pairs
 from pyrite.progress import say
 from pyrite.references import BadReference, Table, Text, identity, imports, readings, row_id, scoring
 from pyrite.runs import Run
+from pyrite.templates import Template
 
 Pair = dict[str, Any]
 OUTPUTS = {"table/": "the reference: part-*.parquet and manifest.json, to be named in --ref"}
@@ -47,6 +48,7 @@ class Compute:
     """Longest prompt in tokens; three quarters of max_length by default."""
     on_long: OnLong = "truncate"
     """What to do with a longer prompt: cut it to its end, leave its pair out, or stop."""
+    template: Template = Template()
     dtype: Dtype = "float32"
     """Of the weights."""
     precision: Dtype = "float32"
@@ -80,6 +82,7 @@ class Verify:
     """Answers to compute again."""
     on_equal: Literal["error", "drop"] = "error"
     """What to do with a pair whose answers are equal."""
+    template: Template = Template()
     seed: Natural = 0
 
 
@@ -126,7 +129,7 @@ def compute(config: Compute) -> Run:
     if run.done:
         return run
     pairs = data.load(config.data, "pairs", columns=config.columns, on_equal=config.on_equal, note=say)
-    policy = Policy.load(config.model, dtype=config.dtype)
+    policy = Policy.load(config.model, dtype=config.dtype, template=config.template)
     max_length, max_prompt = readings.limits(policy.context, config.max_length, config.max_prompt)
     long: dict[str, int] = {}
     if config.conditioning == "prompt":
@@ -174,7 +177,7 @@ def import_(config: Import) -> Run:
 def verify(config: Verify) -> Run:
     """Every rule with its outcome, until one is broken, which is the error. Writes nothing."""
     pairs = data.load(config.data, "pairs", columns=config.columns, on_equal=config.on_equal, note=say)
-    policy = Policy.load(config.model) if config.model else None
+    policy = Policy.load(config.model, template=config.template) if config.model else None
     outcome: dict[str, str] = {}
 
     def keep(rule: str, result: str) -> None:
@@ -238,7 +241,7 @@ def _encoded(pairs: list[Pair], policy: Policy, config: Verify) -> EncodedPairs:
 
 
 def _texts(pairs: list[Pair]) -> list[Text]:
-    return [Text(pair["prompt"], pair[side]) for pair in pairs for side in ("chosen", "rejected")]
+    return [Text.of(pair, side) for pair in pairs for side in ("chosen", "rejected")]
 
 
 def _summary(table: Table) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from pyrite.options import Count, Fraction, Natural, NonNegative, Several
 from pyrite.packing import Row
 from pyrite.progress import say
 from pyrite.runs import Run
+from pyrite.templates import Template
 from pyrite.train import Training
 
 OUTPUTS = {"member_*/": "reward models, Hugging Face layout", "metrics.jsonl": "loss and accuracy by step"}
@@ -59,6 +60,7 @@ class Config:
     on_contradiction: data.OnContradiction = "error"
     """What to do with a pair whose strength is below 0, or probability below one half, so that its rejected answer is
     the better one: stop, exchange the answers, leave it out, or take it as it stands, as a label that was drawn."""
+    template: Template = Template()
     lora: Lora = Lora()
     training: Training = Training(epochs=2)
     seed: Natural = 0
@@ -149,6 +151,7 @@ def _member(config: Config, member: int) -> RewardModel:
         max_prompt=config.max_prompt,
         head_seed=seeds.derive(config.seed, "head", member),
         head_std=config.head_std,
+        template=config.template,
     )
     train.ready(model, config.training, name=None if member else config.model)
     return model
@@ -164,7 +167,7 @@ def _rows(model: RewardModel, pairs: list[dict[str, Any]]) -> list[Row]:
     """One row a pair: the prompt, then chosen and rejected."""
     prompts = [pair["prompt"] for pair in pairs]
     chosen, rejected = (
-        model.encode(prompts, [pair[side] for pair in pairs], where=lambda i: data.place(pairs[i]))
+        model.encode(prompts, [data.answer(pair, side) for pair in pairs], where=lambda i: data.place(pairs[i]))
         for side in ("chosen", "rejected")
     )
     return [Row(a.prompt, [a.response, b.response]) for a, b in zip(chosen, rejected, strict=True)]

@@ -21,6 +21,7 @@ from pyrite.options import Count, Fraction, Natural, Several
 from pyrite.packing import Row, micro_batches
 from pyrite.progress import say
 from pyrite.runs import Run
+from pyrite.templates import Template
 from pyrite.train import Training
 
 OUTPUTS = {"model/": "the fine-tuned model, Hugging Face layout", "metrics.jsonl": "loss by step"}
@@ -47,6 +48,7 @@ class Config:
     on_long: OnLong | None = None
     """What to do with a longer prompt: cut it to its end, leave its row out, or stop. By default it is cut, unless all
     prompts are too long."""
+    template: Template = Template()
     lora: Lora = Lora()
     training: Training = Training()
     seed: Natural = 0
@@ -64,7 +66,7 @@ def run(config: Config) -> Run:
     if run.done:
         return run
     training, held = _read(config)
-    policy = Policy.load(config.model, lora=config.lora)
+    policy = Policy.load(config.model, lora=config.lora, template=config.template)
     train.ready(policy, config.training, name=config.model, own=True)
     first = moved.Weights.of(policy)
     fitted = _fitting(policy, training + held, config)
@@ -144,7 +146,7 @@ def _rows(policy: Policy, rows: list[data.Row], config: Config) -> list[Row]:
     encoded = text.encode_all(
         policy.tokenizer,
         [row["prompt"] for row in rows],
-        [row["response"] for row in rows],
+        [data.answer(row, "response") for row in rows],
         max_length=context,
         max_prompt=most,
         where=lambda i: data.place(rows[i]),

@@ -90,7 +90,9 @@ def _read(
     tokenizer = tokenizer_of(source.path) if source.path else policy.tokenizer
     context = identity.context(source.path) if source.path else policy.context
     kin = identity.tokenizer_hash(tokenizer) == identity.tokenizer_hash(policy.tokenizer)
-    alike = kin and tokenizer.chat_template == policy.tokenizer.chat_template and context >= trainer.limits[0]
+    same = kin and tokenizer.chat_template == policy.tokenizer.chat_template
+    tokenizer = policy.tokenizer if same else tokenizer  # with the run's template arguments, and its ends
+    alike = same and context >= trainer.limits[0]
     most, most_prompt = trainer.limits if alike else readings.limits(context, None, None)
     conditioning: Conditioning = "prior" if source.kind == "prior" else "prompt"
     reading = readings.read(

@@ -15,7 +15,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoConfig
 
-from pyrite import __version__, checkpoints, runs, text
+from pyrite import __version__, checkpoints, runs, templates, text
 from pyrite.loading import Dtype, backbone
 from pyrite.models import Policy
 from pyrite.references.tables import digest
@@ -91,6 +91,7 @@ def reading(tokenizer: Any, *, conditioning: Conditioning, max_length: int, max_
         "template": {
             "sha256": template_hash(tokenizer),
             "generation_prompt": bool(template),
+            "arguments": templates.template_arguments(tokenizer),
             "system": "the template's own",
             "start_token": start,
             "strip": False,
@@ -138,8 +139,7 @@ def prior_prompt(tokenizer: Any) -> tuple[str, list[int]]:
     opening = ""
     if tokenizer.chat_template:
         turn = [{"role": "user", "content": "x"}]
-        shown = tokenizer.apply_chat_template(turn, add_generation_prompt=False, tokenize=False)
-        asked = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+        shown, asked = (templates.render(tokenizer, turn, ask=ask) for ask in (False, True))
         header = asked[len(shown) :] if asked.startswith(shown) else ""
         begins = tokenizer.bos_token if tokenizer.bos_token and asked.startswith(tokenizer.bos_token) else ""
         opening = begins + header

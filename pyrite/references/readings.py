@@ -98,7 +98,7 @@ def _encoded(
     return text.encode_all(
         tokenizer,
         [one.prompt for one in texts],
-        [one.response for one in texts],
+        [one.answer for one in texts],
         finished=[one.finished for one in texts],
         max_length=max_length,
         max_prompt=max_prompt,

@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pyrite import runs
-from pyrite.text import Prompt
+from pyrite.text import Answer, Prompt
 
 FORMAT = "pyrite reference 1"
 MANIFEST, PLAN, FIRST_PART = "manifest.json", "plan.json", "part-00000.parquet"
@@ -51,11 +51,25 @@ class BadReference(ValueError):  # noqa: N818, there is a ReferenceError already
 
 @dataclass(frozen=True)
 class Text:
-    """A prompt and one answer to it; `finished` says that the answer ends there, so that its end token counts."""
+    """A prompt and one answer to it; `finished` says that the answer ends there, so that its end token counts.
+
+    fields: what its message has beside the text, such as reasoning_content.
+    """
 
     prompt: Prompt
     response: str
     finished: bool = True
+    fields: Mapping[str, Any] | None = None
+
+    @classmethod
+    def of(cls, pair: Mapping[str, Any], side: str) -> Text:
+        """One side of a pair."""
+        return cls(pair["prompt"], pair[side], fields=pair.get(f"{side}_fields"))
+
+    @property
+    def answer(self) -> Answer:
+        """The text, or the message that it is the content of."""
+        return {"content": self.response, **self.fields} if self.fields else self.response
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,7 +130,7 @@ def row_id(text: Text) -> str:
     """
     prompt = [{"role": "user", "content": text.prompt}] if isinstance(text.prompt, str) else text.prompt
     answer = {"role": "assistant", "content": text.response} | ({} if text.finished else {"finished": False})
-    return digest([*({"role": turn["role"], "content": turn["content"]} for turn in prompt), answer])
+    return digest([*map(dict, prompt), {**answer, **(text.fields or {})}])
 
 
 def digest(value: Any) -> str:

@@ -21,7 +21,7 @@ LONG = "tell me " + "about the cat " * 40  # 122 words, for a model that reads 6
 PLACE = "rows.jsonl, line 4"
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}in {{ m.content }} then "
-    "{% elif m.role == 'user' %}please {{ m.content }} . {% else %}and {{ m.content }} . {% endif %}{% endfor %}"
+    "{% elif m.role == 'user' %}please {{ m.content }} . {% else %}on {{ m.content }} <eos> {% endif %}{% endfor %}"
     "{% if add_generation_prompt %}on {% endif %}"
 )
 

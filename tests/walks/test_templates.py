@@ -6,12 +6,14 @@ import json
 import sys
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from pyrite import cli
+from pyrite import cli, text
+from pyrite.models import Policy
 from tests.conftest import tiny_config
 
 LETTERS = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -23,26 +25,130 @@ MISTRAL = (
     "{{ bos_token }}" + ALTERNATE + "{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"
     "{% else %}{{ ' ' + m['content'] + eos_token }}{% endif %}{% endfor %}"
 )
+GEMMA = (
+    "{{ bos_token }}"
+    + ALTERNATE
+    + "{{ '<start_of_turn>' + ('model' if m['role'] == 'assistant' else m['role']) + '\n' "
+    "+ (m['content'] | trim) + '<end_of_turn>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+)
+PHI3 = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + '<|end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"
+)
+LLAMA3 = (
+    "{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' "
+    "+ m['content'] | trim + '<|eot_id|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+SPLIT = (  # reasoning of its own field, or from the text
+    "{% set r = m.reasoning_content if m.reasoning_content is string else '' %}{% set c = m.content %}"
+    "{% if not r and '</think>' in c %}{% set r = c.split('</think>')[0].split('<think>')[-1].strip('\n') %}"
+    "{% set c = c.split('</think>')[-1].lstrip('\n') %}{% endif %}"
+)
+QWEN3 = (
+    "{% set ns = namespace(last=0) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}"
+    "{% endif %}{% endfor %}{% for m in messages %}{% if m.role == 'assistant' %}"
+    + SPLIT
+    + "{{ '<|im_start|>assistant\n' }}"
+    "{% if loop.index0 > ns.last %}{{ '<think>\n' + r.strip('\n') + '\n</think>\n\n' + c.lstrip('\n') }}"
+    "{% else %}{{ c }}{% endif %}"
+    "{% for call in m.tool_calls or [] %}{{ '<tool_call>' + call | tojson + '</tool_call>' }}{% endfor %}"
+    "{{ '<|im_end|>\n' }}"
+    "{% else %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+    "{% if enable_thinking is defined and enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}"
+    "{% endif %}{% endif %}"
+)
+QWEN35 = QWEN3.replace(
+    "{% if enable_thinking is defined and enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}",
+    "{% if enable_thinking is defined and enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}"
+    "{% else %}{{ '<think>\n' }}",
+)
+R1 = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '<|User|>' + m.content }}{% else %}"
+    "{{ '<|Assistant|>' + m.content.split('</think>')[-1] + eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|Assistant|><think>\n' }}{% endif %}"
+)
+GLM = (
+    "[gMASK]<sop>{% for m in messages %}{{ '<|' + m.role + '|>\n' }}{% if m.role == 'assistant' %}"
+    + SPLIT
+    + "{{ '<think>' + r.strip() + '</think>\n' + c.strip() }}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+HARMONY = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}{% if m.thinking and loop.last %}"
+    "{{ '<|start|>assistant<|channel|>analysis<|message|>' + m.thinking + '<|end|>' }}{% endif %}"
+    "{{ '<|start|>assistant<|channel|>final<|message|>' + m.content }}"
+    "{% if loop.last and not add_generation_prompt %}<|return|>{% else %}<|end|>{% endif %}"
+    "{% else %}{{ '<|start|>' + m.role + '<|message|>' + m.content + '<|end|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant{% endif %}"
+)
+THINK = ("<think>", "</think>")
+IM = ("<|im_start|>", "<|im_end|>")
+FAMILIES: dict[str, dict] = {  # template, its tags, the end-of-sequence token, further ends; the end that it writes
+    "gemma": {"template": GEMMA, "tags": ("<start_of_turn>", "<end_of_turn>"), "eos": "<eos>", "end": "<end_of_turn>"},
+    "phi3": {
+        "template": PHI3, "tags": ("<|user|>", "<|assistant|>", "<|end|>"), "eos": "<|endoftext|>", "end": "<|end|>",
+    },
+    "llama3": {
+        "template": LLAMA3, "tags": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|eom_id|>"),
+        "eos": "<|end_of_text|>", "ends": ("<|eom_id|>", "<|eot_id|>"), "end": "<|eot_id|>",
+    },
+    "qwen25": {"template": CHATML, "tags": IM, "eos": "<|im_end|>", "ends": ("<|endoftext|>",), "end": "<|im_end|>"},
+    "qwen3": {"template": QWEN3, "tags": (*IM, *THINK), "eos": "<|im_end|>", "end": "<|im_end|>"},
+    "qwen35": {"template": QWEN35, "tags": (*IM, *THINK), "eos": "<|endoftext|>", "end": "<|im_end|>"},
+    "r1": {"template": R1, "tags": ("<|User|>", "<|Assistant|>", *THINK), "eos": "<|eos|>", "end": "<|eos|>"},
+    "glm": {
+        "template": GLM, "tags": ("[gMASK]", "<sop>", "<|user|>", "<|assistant|>", "<|observation|>", *THINK),
+        "eos": "<|endoftext|>", "ends": ("<|user|>", "<|observation|>"), "end": "<|user|>",
+    },
+    "harmony": {
+        "template": HARMONY,
+        "tags": ("<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|call|>", "<|return|>"),
+        "eos": "<|return|>", "ends": ("<|call|>",), "end": "<|return|>",
+    },
+    "mistral": {"template": MISTRAL, "tags": ("[INST]", "[/INST]"), "eos": "</s>", "end": "</s>"},
+    "plain": {"template": None, "tags": (), "eos": "</s>", "end": "</s>"},
+}  # fmt: skip
 
 
-def build(folder: Path, template: str | None, *tags: str, eos: str = "</s>", special: bool = True) -> Path:
-    """A tiny random policy in `folder` that spells letter by letter, with a template and the tags it writes."""
-    names = ["<pad>", "<s>", eos, "<unk>"]
-    tokens = [*names, *(tag for tag in tags if tag not in names), *LETTERS]
+def build(
+    folder: Path, template: str | None, *tags: str, eos: str = "</s>", ends: tuple[str, ...] = (), seed: int = 0
+) -> Path:
+    """A tiny random policy in `folder` that spells letter by letter, with a template and the tags it writes.
+
+    Think tags are added tokens and not special, as the families have them; `ends` are in the generation config.
+    """
+    names = list(dict.fromkeys(["<pad>", "<s>", eos, "<unk>", *tags, *ends]))
+    tokens = [*names, *LETTERS]
     inner = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, []))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token=eos, unk_token="<unk>"
     )
-    tokenizer.add_tokens([tag for tag in tags if tag not in names], special_tokens=special)
+    tokenizer.add_tokens([tag for tag in names if tag in THINK])
+    tokenizer.add_tokens([tag for tag in names if tag not in THINK], special_tokens=True)
     tokenizer.chat_template = template
     tokenizer.save_pretrained(folder)
+    ids = [tokens.index(name) for name in dict.fromkeys((eos, *ends))]
     with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = LlamaForCausalLM(tiny_config(vocab_size=len(tokens), max_position_embeddings=256))
+        torch.manual_seed(seed)
+        config = tiny_config(vocab_size=len(tokens), max_position_embeddings=128, eos_token_id=ids)
+        model = LlamaForCausalLM(config)
     model.save_pretrained(folder)
     return folder
+
+
+def family(folder: Path, name: str) -> Path:
+    """The tiny policy of a family."""
+    about = FAMILIES[name]
+    return build(folder / name, about["template"], *about["tags"], eos=about["eos"], ends=about.get("ends", ()))
 
 
 def write(path: Path, rows: list[dict]) -> Path:
@@ -111,3 +217,63 @@ def test_a_prompt_that_the_template_refuses_is_named_by_its_line(tmp_path, capsy
     said = refused(capsys, job, "--model", model, "--prompts", prompts, "--out", tmp_path / "out", *more,
                    "--max-new-tokens", 4)  # fmt: skip
     assert f"{prompts}, line 6" in said
+
+
+LEARN = ("--epochs", 80, "--batch-size", 4, "--lr", 2e-2, "--warmup", 0, "--held-out", 0)
+ASK = [{"role": "user", "content": "hi"}]
+
+
+def taught(tmp_path: Path, model: Path, rows: list[dict], *more: object) -> Path:
+    """The model after `pyrite sft` on some rows, by heart."""
+    demos = write(tmp_path / "demos.jsonl", rows * 4)
+    pyrite("sft", "--model", model, "--data", demos, "--out", tmp_path / "sft", *LEARN, *more)
+    return tmp_path / "sft" / "model"
+
+
+def drawn(tmp_path: Path, model: Path, *more: object, prompt: object = "hi") -> list[dict]:
+    """What `pyrite generate` draws greedily."""
+    prompts = write(tmp_path / "asked.jsonl", [{"prompt": prompt}])
+    pyrite("generate", "--model", model, "--prompts", prompts, "--out", tmp_path / "drawn", "--k", 1,
+           "--temperature", 0, "--max-new-tokens", 40, *more)  # fmt: skip
+    return pq.read_table(tmp_path / "drawn" / "candidates.parquet").to_pylist()
+
+
+def stock(model: Path, **told: object) -> list[int]:
+    """What transformers draws from a folder, by the template and the folder's own files alone."""
+    tokenizer, policy = AutoTokenizer.from_pretrained(model), AutoModelForCausalLM.from_pretrained(model)
+    if tokenizer.chat_template:
+        ids = tokenizer.apply_chat_template(ASK, add_generation_prompt=True, return_dict=False, **told)
+    else:
+        ids = [tokenizer.bos_token_id, *tokenizer("hi", add_special_tokens=False)["input_ids"]]
+    every = policy.generate(torch.tensor([ids]), max_new_tokens=40, do_sample=False, eos_token_id=[999])
+    return every[0, len(ids) :].tolist()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_an_answer_is_learned_as_the_template_shows_it_and_drawn_to_its_end(tmp_path, name):
+    model, end = family(tmp_path, name), FAMILIES[name]["end"]
+    answer = "so\n</think>\n\nyes" if name == "r1" else "yes"
+    learned = taught(tmp_path, model, [{"prompt": "hi", "response": answer}])
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokens = stock(learned)
+    if name == "r1":
+        whole = tokenizer.apply_chat_template(ASK, add_generation_prompt=True, tokenize=False) + answer + end
+    elif name == "plain":
+        whole = "<s>hi" + answer + end
+    else:
+        whole = tokenizer.apply_chat_template([*ASK, {"role": "assistant", "content": answer}], tokenize=False)
+    asked = (
+        "<s>hi" if name == "plain" else tokenizer.apply_chat_template(ASK, add_generation_prompt=True, tokenize=False)
+    )
+    want = whole[len(asked) :]
+    want = want[: want.rindex(end) + len(end)] if end in want else want + end
+    assert tokenizer.decode(tokens[: tokens.index(tokenizer.convert_tokens_to_ids(end)) + 1]) == want
+
+    (row,) = drawn(tmp_path, learned)
+    assert row["finished"]
+    assert row["response"] == answer
+    read = Policy.load(learned).tokenizer
+    again = text.encode(read, "hi", row["response"])
+    assert again.response == tokens[: len(again.response)]
+    assert len(again.response) == row["length"]
+    assert read.convert_ids_to_tokens(again.response[-1]) == end

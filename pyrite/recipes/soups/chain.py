@@ -151,7 +151,7 @@ def _kl(place: Place, answers: dict[str, list[Path]]) -> dict[str, list[float]]:
     for method, files in answers.items():
         rows = [row for file in files for row in data.load(file, "candidates")]
         asked, said, done = ([row[name] for row in rows] for name in ("prompt", "response", "finished"))
-        both = text.encode_all(start.tokenizer, asked, said, finished=done)
+        both = text.encode_all(start.tokenizer, asked, said, finished=done, as_drawn=True)
         theirs = response_logps(start, [Row(one.prompt, [one.response]) for one in both]).sum.tolist()
         found[method] = [row["logp"] - logp for row, logp in zip(rows, theirs, strict=True)]
     return found
