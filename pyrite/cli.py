@@ -201,7 +201,7 @@ def _schema(name: str, module: ModuleType, arguments: list[str]) -> tuple[type, 
         )
         _print(f"{(module.__doc__ or '').splitlines()[0]}\n\n{what}\n\nEach has --help.")
         sys.exit()
-    raise ValueError(f"{name}: choose one of {', '.join(commands)}{_nearest(asked, commands)}")
+    raise ValueError(f"{name} {asked!r}: choose one of {', '.join(commands)}{_nearest(asked, commands)}")
 
 
 def _sweep(name: str, module: ModuleType, schema: type, sweep: sweeps.Sweep, flags: set[str]) -> None:
@@ -409,6 +409,8 @@ def _list(arguments: list[str]) -> None:
     kind = arguments[0] if arguments else ""
     if kind not in KINDS:
         raise ValueError(f"list {kind!r}: choose one of {', '.join(KINDS)}{_nearest(kind, KINDS)}")
+    if arguments[1:]:
+        raise ValueError(f"list {kind} takes nothing more, and there is {' '.join(arguments[1:])!r}")
     if kind in ("jobs", "recipes"):
         package = jobs if kind == "jobs" else recipes
         for name in _names(package):
@@ -440,7 +442,9 @@ def _ledger(arguments: list[str]) -> None:
             rows = ledger.export(path, out, pairs="--pairs" in arguments)
             _print(f"ledger: {rows} {'pairs' if '--pairs' in arguments else 'questions'} in {out}")
         case _:
-            raise ValueError("ledger: write `ledger show FILE` or `ledger export FILE OUT.parquet [--pairs]`")
+            raise ValueError(
+                f"ledger {' '.join(arguments)}: write `ledger show FILE` or `ledger export FILE OUT.parquet [--pairs]`"
+            )
 
 
 def _page(folder: Path) -> Path:

@@ -170,14 +170,17 @@ def split(rows: Sequence[Row], *, fraction: float, seed: int, by: str | None = N
     where there is nothing to divide.
     """
     if not 0 <= fraction < 1:
-        raise DataError(f"the held-out fraction is {fraction}; it must be at least 0 and below 1")
+        raise DataError(f"--held-out: the held-out fraction is {fraction}; it must be at least 0 and below 1")
     if fraction == 0:
         return list(rows), []
     groups = _groups(rows, by)
     distinct = sorted(set(groups), key=lambda group: hashlib.sha256(f"{seed}\0{group}".encode()).digest())
     if len(distinct) < 2:
         name = by or "prompt_id"
-        raise DataError(f"cannot hold out rows by {name}: there are {len(distinct)} distinct ones, two are needed")
+        where = f"{place(rows[0])}: " if rows else ""
+        raise DataError(
+            f"{where}cannot hold out rows by {name}: there are {len(distinct)} distinct ones, two are needed"
+        )
     held = set(distinct[: min(max(1, round(fraction * len(distinct))), len(distinct) - 1)])
     sides: tuple[list[Row], list[Row]] = ([], [])
     for row, group in zip(rows, groups, strict=True):
@@ -256,7 +259,7 @@ def _renamed(source: Source, columns: str | Mapping[str, str] | None) -> Source:
     if isinstance(columns, str):
         pairs = [entry.partition("=") for entry in columns.split(",")]
         if not all(ours.strip() and theirs.strip() for ours, _, theirs in pairs):
-            raise DataError(f"columns is {columns!r}; write ours=theirs, as in prompt=question,chosen=good")
+            raise DataError(f"--columns {columns}: write ours=theirs, as in prompt=question,chosen=good")
         columns = {ours.strip(): theirs.strip() for ours, _, theirs in pairs}
     for theirs in columns.values():
         if theirs not in source.rows[0]:

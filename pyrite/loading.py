@@ -366,22 +366,22 @@ def context_of(model: PreTrainedModel) -> int:
     return most - max(kept, default=0)
 
 
-def train_top(model: PreTrainedModel, top: int) -> None:
+def train_top(model: PreTrainedModel, top: int, *, option: str) -> None:
     """Of the trunk, only the last `top` layers and what comes behind them keep their gradients; the head keeps its own.
 
-    A head tied to the input embedding is the trunk's. Raises ValueError beyond the model's layers, or where nothing
-    would be trained.
+    A head tied to the input embedding is the trunk's. option: that asks for it, for errors. Raises
+    ValueError beyond the model's layers, or where nothing would be trained.
     """
     trunk = model.base_model
     stacks = [m for m in trunk.children() if isinstance(m, nn.ModuleList)]
     layers = max(stacks, key=len, default=nn.ModuleList())
     if not 0 <= top <= len(layers):
-        raise ValueError(f"top = {top}: the model has {len(layers)} layers; give 0, for the head alone, or more")
+        raise ValueError(f"{option} {top}: the model has {len(layers)} layers; give 0, for the head alone, or more")
     trunk.requires_grad_(False)
     behind = [m for m in trunk.children() if m is not layers and not isinstance(m, nn.Embedding)]
     for module in [*list(layers)[len(layers) - top :], *(behind if top else [])]:
         module.requires_grad_(True)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(
-            f"top = {top}: the head is tied to the frozen embedding, so nothing is trained; give 1 or more"
+            f"{option} {top}: the head is tied to the frozen embedding, so nothing is trained; give 1 or more"
         )

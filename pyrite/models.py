@@ -89,7 +89,7 @@ class Policy(nn.Module):
         if top is not None:
             if isinstance(made.model, PeftModel):
                 raise ValueError(f"{path}: train the {top} top layers or adapters, not both")
-            train_top(made.model, top)
+            train_top(made.model, top, option="--train-top")
         made.reversible = isinstance(made.model, PeftModel) and not isinstance(model, PeftModel)
         once(cost(made, path))
         return made

@@ -66,9 +66,11 @@ def shares(weights: Sequence[float] | None, k: int, *, normalize: bool = True) -
     """
     given = [1 / k] * k if weights is None else [float(weight) for weight in weights]
     if len(given) != k:
-        raise ValueError(f"{len(given)} weights for {k} ingredients; give one weight for each")
+        raise ValueError(
+            f"--weights {_listed(given)}: {len(given)} weights for {k} ingredients; give one weight for each"
+        )
     if not all(map(math.isfinite, given)) or not any(given):
-        raise ValueError(f"weights {_listed(given)}: they must be finite numbers, not all 0")
+        raise ValueError(f"--weights {_listed(given)}: they must be finite numbers, not all 0")
     if not normalize:
         return given
     total = math.fsum(given)

@@ -42,7 +42,9 @@ def split(schema: type, arguments: list[str]) -> Sweep:
     axes = {name: list(dict.fromkeys(values)) for name, (_, values) in given.items() if name in single and values[1:]}
     fixed = [part for name, (option, values) in given.items() if name not in axes for part in (option, *values)]
     if "out" in axes:
-        raise ValueError("--out takes one folder; the runs of a sweep get folders of their own below it")
+        raise ValueError(
+            f"--out {' '.join(axes['out'])}: --out takes one folder; the runs of a sweep get folders of their own below it"
+        )
     sweep = Sweep(fixed, axes)
     names = [name for name, _ in sweep.points()]
     if len(set(names)) < len(names):

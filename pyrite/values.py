@@ -96,7 +96,7 @@ class ValueModel(nn.Module):
             adapted(model, lora, task="SEQ_CLS"), tokenizer, mean=about.get("mean", 0.0), std=about.get("std", 1.0)
         )
         if top is not None:
-            train_top(backbone(made.model), top)
+            train_top(backbone(made.model), top, option="--value-top")
         once(cost(made, path))
         return made
 

@@ -235,6 +235,8 @@ def _prepare(
     )
     made = encode_pairs(policy.tokenizer, fitted.rows, on_cut=config.on_cut, source=config.data, **limits)
     made = replace(made, dropped=fitted.dropped + made.dropped)
+    if "strength" in wanted and made.preferences().strength is None:
+        raise ValueError(f"--loss {config.loss} reads how strong a preference is: give {config.data} a strength column")
     run.checked()
     sources = references.parse(config.ref)
     ref = None
@@ -258,8 +260,6 @@ def _prepare(
             say(f"  {note}")
         ref = _suitable(ref, config, wanted)
     prefs = made.preferences(ref)
-    if "strength" in wanted and prefs.strength is None:
-        raise ValueError(f"--loss {config.loss} reads how strong a preference is: give {config.data} a strength column")
     held_ids = {id(pair) for pair in held}
     test = [i for i, pair in enumerate(made.pairs) if id(pair) in held_ids]
     learn = [i for i, pair in enumerate(made.pairs) if id(pair) not in held_ids]

@@ -225,7 +225,10 @@ def _parts(config: Config) -> Parts:
     judge = parts.part(config.judge, judges)
     schedule: Any = parts.part(config.label_schedule, schedules).function
     silver: Any = parts.part(config.silver, discriminators).function if config.silver else None
-    samplers.check_decodable(sampler)
+    try:
+        samplers.check_decodable(sampler)
+    except ValueError as error:
+        raise ValueError(f"--sampler {config.sampler}: {error}") from None
     loss = parts.part(config.loss, losses)
     if "kl" in needs(loss):
         raise ValueError(f"--loss {config.loss} reads the reference's whole distribution, which rounds do not keep")

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from pyrite import estimators, golds, moved, prompts, runs, signals, train
+from pyrite import ensembles, estimators, golds, moved, parts, prompts, runs, signals, train
 from pyrite.actors import HEADS, Learners, Passes, State
 from pyrite.dimensions import Dimensions, Variants
 from pyrite.evaluation import Evaluation, Evaluator
@@ -303,6 +303,10 @@ def _summary(drawn: Rollouts, shaped: Tensor, made: Estimates, state: State) -> 
 def _checked(config: Config) -> KLControl:
     """Whatever the options alone show to be impossible."""
     config.stopping.check(gold=config.evaluation.gold, proxy=config.evaluation.rewards)
+    parts.part(config.objective, ensembles)  # also where no reward has members
+    names = [name for _, name in _each(config.reward)]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"--reward names {twice[0]} more than once; give each reward once, with its weight")
     if config.method in ("rloo", "group", "center") and config.k < 2:
         raise ValueError(f"--method {config.method} compares the answers to a prompt: give --k 2 or more")
     own = (config.value_top, config.value_lora_rank, config.value_lr) != (None, 0, None)
@@ -311,6 +315,13 @@ def _checked(config: Config) -> KLControl:
     if config.value in HEADS and own:
         raise ValueError(
             f"--value {config.value} learns with the policy: leave --value-top, --value-lora-rank and --value-lr out"
+        )
+    moves = config.kl_control != "fixed"
+    if moves != (config.kl_target is not None):
+        raise ValueError(
+            f"--kl-control {config.kl_control} needs --kl-target, in nats an answer"
+            if moves
+            else f"--kl-target {config.kl_target:g} is not read: --kl-control is fixed, targets are of the others"
         )
     return KLControl(config.beta, config.kl_control, config.kl_target, config.kl_horizon)
 

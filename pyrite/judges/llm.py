@@ -279,7 +279,9 @@ def _more(body: str) -> dict[str, Any]:
     try:
         found = json.loads(body or "{}")
     except ValueError as error:
-        raise ValueError(f"body is no JSON ({error}); write as in '{{\"max_completion_tokens\": 64}}'") from None
+        raise ValueError(
+            f"--body {body}: the body is no JSON ({error}); write as in '{{\"max_completion_tokens\": 64}}'"
+        ) from None
     if not isinstance(found, dict) or {"model", "messages", "stream", "n"} & set(found):
         raise ValueError("body must be a JSON object with further fields, not model, messages, stream or n")
     return found
