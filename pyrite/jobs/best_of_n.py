@@ -110,8 +110,8 @@ def answer_grid(
     if size < most:
         raise ValueError(
             f"n = {most} but the fewest finished answers to a prompt are {size or counts[-1]}, and the most are "
-            f"{counts[0]}: give a smaller --n or a larger --min-answers, generate more answers, or count cut ones too with "
-            "--truncated keep"
+            f"{counts[0]}: give a smaller --n or a larger --min-answers, generate more answers, or count cut ones too "
+            "with --truncated keep"
         )
     return torch.tensor([indices[:size] for indices in kept]), len(by_prompt) - len(kept)
 
