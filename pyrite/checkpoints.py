@@ -9,7 +9,7 @@ import difflib
 import hashlib
 import json
 import mmap
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -147,7 +147,7 @@ def weight_files(folder: Path) -> list[Path]:
     """
     config = folder / "config.json"
     if not config.exists():
-        raise ValueError(f"{folder}: no model could be loaded: no config.json here{_inside(folder)}")
+        raise ValueError(f"{folder}: no model could be loaded: no config.json here{inside(folder)}")
     read_json(config)
     if (folder / WEIGHTS).exists():
         shapes(folder / WEIGHTS)
@@ -197,6 +197,26 @@ def shapes(file: Path) -> dict[str, tuple[int, ...]]:
     return found
 
 
+def tensors(file: Path) -> Iterator[tuple[str, Any]]:
+    """The tensors of a safetensors file, one at a time."""
+    with safe_open(file, "pt") as opened:
+        for name in opened.keys():  # noqa: SIM118, no dict
+            yield name, opened.get_tensor(name)
+
+
+def config(folder: Path) -> Any:
+    """A model's own settings, as transformers reads them. Raises ValueError if they are no model's."""
+    from transformers import AutoConfig
+
+    read_json(folder / "config.json")
+    try:
+        return AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        raise ValueError(
+            f"{folder}: no model could be loaded: its config.json is no model's ({first_line(error)})"
+        ) from error
+
+
 def read_json(file: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises ValueError, with the file's name, for anything else."""
     try:
@@ -242,7 +262,7 @@ def _refuse_pickles(folder: Path, wanted: str) -> None:
     )
 
 
-def _inside(folder: Path) -> str:
+def inside(folder: Path) -> str:
     """A hint for the folder of a run in place of its model's."""
     found = next((name for name in ("model", "best", "member_0") if (folder / name).is_dir()), None)
     return f"; did you mean {str(folder / found)!r}?" if found else ""

@@ -71,7 +71,7 @@ def opened(
 
 
 def verify(auto: Any, path: str | Path, *, new_head: bool = False) -> None:
-    """Refuse what `opened` would refuse, from names and shapes alone: no weight is read and no memory taken."""
+    """Refuse what `opened` would refuse; weights are read one at a time, and no memory is taken for the model."""
     tokenizer, _ = load_tokenizer(path)
     check_ids(tokenizer, load_model(auto, path, dtype="float32", new_head=new_head, device="meta"), path)
 
@@ -124,7 +124,7 @@ def add_adapters(model: Any, path: str | Path, *, name: str = "default") -> Any:
     other = [f"{k}: {list(saved[k])} in the file, {list(have[k])} here" for k in shared if saved[k] != have[k]]
     advice = "they were made for another model, or the file is incomplete: copy them again, with their base"
     _refuse(path, "adapters on their base", have.keys() - saved.keys(), saved.keys() - have.keys(), other, advice)
-    _check_finite(wanted.items(), path)
+    _check_finite(checkpoints.tensors(checkpoints.adapter_file(folder)), path)
     return model
 
 
@@ -139,7 +139,7 @@ def _whole(
     brought: Iterable[str] | None = None,
 ) -> PreTrainedModel:
     """A model without adapters. brought: names of the tensors that the adapters above it bring along."""
-    checkpoints.weight_files(folder)
+    files = checkpoints.weight_files(folder)
     classifier = auto is AutoModelForSequenceClassification
     options: dict[str, Any] = {"num_labels": 1} if classifier else {}
     try:
@@ -163,6 +163,8 @@ def _whole(
     if device is None:
         model.to(world().device)
         _check_finite(model.named_parameters(), name)
+    else:
+        _check_finite((one for file in files for one in checkpoints.tensors(file)), name)
     return model
 
 
@@ -227,7 +229,7 @@ def _check_task(auto: Any, path: str | Path, task: str | None) -> None:
 
 def _check_finite(tensors: Iterable[tuple[str, torch.Tensor]], path: str | Path) -> None:
     for name, value in tensors:
-        if value.device.type != "meta" and value.is_floating_point() and not value.isfinite().all():
+        if value.is_floating_point() and not value.isfinite().all():
             raise ValueError(f"{path}: {name} holds values that are not finite; the model is broken: copy it again")
 
 

@@ -4,15 +4,13 @@ with several adapters."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
-from safetensors import safe_open
-from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel
+from torch import nn
+from transformers import PreTrainedModel
 
 from pyrite import checkpoints
 from pyrite.loading import add_adapters
@@ -29,7 +27,10 @@ def member_paths(folder: str | Path) -> list[Path]:
         raise ValueError(f"{folder}: this reward run is not done; run `pyrite reward` again to finish it")
     if members:
         return members
-    if (folder / "config.json").exists() and (folder / "tokenizer_config.json").exists():
+    if (
+        any((folder / name).exists() for name in ("config.json", checkpoints.ABOUT))
+        and (folder / "tokenizer_config.json").exists()
+    ):
         return [folder]
     raise ValueError(f"{folder}: no reward model here; expected member_0/ ... as `pyrite reward` writes them")
 
@@ -81,10 +82,10 @@ def _head_beside(model: PreTrainedModel, path: Path) -> nn.Module | None:
     if not isinstance(mine, nn.Module) or not whole:
         return None
     files = checkpoints.weight_files(path)
-    if _shape(AutoConfig.from_pretrained(str(path))) != _shape(model.config):
+    if _shape(checkpoints.config(path)) != _shape(model.config):
         return None
     own, seen, head = model.state_dict(), set(), {}
-    for name, value in _saved(files):
+    for name, value in (one for file in files for one in checkpoints.tensors(file)):
         seen.add(name)
         if name.startswith(HEAD):
             head[name.removeprefix(HEAD)] = value.clone()
@@ -106,11 +107,3 @@ def _with_head(model: PreTrainedModel, head: nn.Module) -> PreTrainedModel:
 
 def _shape(config: Any) -> dict[str, Any]:
     return {name: value for name, value in config.to_dict().items() if name not in OWN}
-
-
-def _saved(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a model's files, one at a time."""
-    for file in files:
-        with safe_open(file, "pt") as opened:
-            for name in opened.keys():  # noqa: SIM118, not a dict
-                yield name, opened.get_tensor(name)

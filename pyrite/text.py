@@ -220,9 +220,12 @@ def load_tokenizer(path: str | Path, *, template_args: Sequence[str] = ()) -> tu
 
     folder = checkpoints.place(path)
     if not any(next(folder.glob(name), None) for name in _TOKENIZER_FILES):
-        raise ValueError(f"{path} holds no tokenizer; save one there with tokenizer.save_pretrained({str(path)!r})")
-    for file in folder.glob("*token*.json"):
+        hint = checkpoints.inside(folder) or f"; save one there with tokenizer.save_pretrained({str(path)!r})"
+        raise ValueError(f"{path} holds no tokenizer{hint}")
+    for file in sorted(folder.glob("*token*.json")):
         checkpoints.read_json(file)
+    if (folder / "config.json").exists():
+        checkpoints.config(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         tokenizer("a")

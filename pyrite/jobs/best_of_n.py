@@ -14,9 +14,10 @@ from typing import Any, Literal
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import AutoModelForSequenceClassification
 
 from pyrite import data, ensembles, estimators, golds, parts, runs
-from pyrite.loading import settings
+from pyrite.loading import settings, verify
 from pyrite.models import RewardModel, member_paths
 from pyrite.options import Count, Some
 from pyrite.progress import progress, say
@@ -69,6 +70,8 @@ def run(config: Config) -> Run:
     n = _counts(config.n, pool.shape[1])
     gold = _gold(rows, pool, config)
     members = member_paths(config.rewards)
+    for path in members:
+        verify(AutoModelForSequenceClassification, path)
     run.open()
     say(f"best_of_n: {pool.shape[0]} prompts x {pool.shape[1]} answers, {len(members)} members, {cut} cut answers")
     if left_out:

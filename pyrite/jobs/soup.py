@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from pyrite import adapters, checkpoints, runs, soups
 from pyrite.loading import is_classifier, settings, verify
@@ -68,11 +68,11 @@ def run(config: Config) -> Run:
         return run
     points = _points(config)
     cook = _models(config) if config.mode == "full" else _adapters(config)
+    for path in config.ingredients:
+        verify(AutoModelForSequenceClassification if is_classifier(path) else AutoModelForCausalLM, path)
     own = _settings(config.ingredients)
     constants = {name: _constants(own, weights) for name, weights in points.items()}
     _check_tokenizers(config.ingredients)
-    for path in config.ingredients:
-        verify(AutoModelForSequenceClassification if is_classifier(path) else AutoModelForCausalLM, path)
     run.open()
     about = {"mode": config.mode, "ingredients": list(config.ingredients)}
     for name, weights in points.items():
@@ -209,8 +209,7 @@ def _config(path: str) -> dict[str, Any]:
     """What a model folder says of what it computes; adapters of a policy say nothing, their base does."""
     if not (Path(path) / "config.json").exists():
         return {}
-    checkpoints.read_json(Path(path) / "config.json")
-    found = AutoConfig.from_pretrained(path).to_dict()
+    found = checkpoints.config(Path(path)).to_dict()
     return {key: value for key, value in found.items() if key not in (*OWN, "use_cache")}
 
 

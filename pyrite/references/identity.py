@@ -13,7 +13,6 @@ from typing import Any, Literal
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import AutoConfig
 
 from pyrite import __version__, checkpoints, runs, templates, text
 from pyrite.loading import Dtype, backbone
@@ -62,7 +61,7 @@ def template_hash(tokenizer: Any) -> str | None:
 def context(path: str | Path) -> int:
     """Longest sequence of a model in tokens, from its settings alone."""
     folder = checkpoints.place(path)
-    settings = AutoConfig.from_pretrained(checkpoints.place(checkpoints.base_name(folder) or folder)).get_text_config()
+    settings = checkpoints.config(checkpoints.place(checkpoints.base_name(folder) or folder)).get_text_config()
     return int(getattr(settings, "max_position_embeddings", None) or 1 << 30)
 
 
