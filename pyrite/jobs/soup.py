@@ -68,11 +68,11 @@ def run(config: Config) -> Run:
         return run
     points = _points(config)
     cook = _models(config) if config.mode == "full" else _adapters(config)
-    for path in config.ingredients:
-        verify(AutoModelForSequenceClassification if is_classifier(path) else AutoModelForCausalLM, path)
     own = _settings(config.ingredients)
     constants = {name: _constants(own, weights) for name, weights in points.items()}
     _check_tokenizers(config.ingredients)
+    for path in config.ingredients:
+        verify(AutoModelForSequenceClassification if is_classifier(path) else AutoModelForCausalLM, path)
     run.open()
     about = {"mode": config.mode, "ingredients": list(config.ingredients)}
     for name, weights in points.items():
@@ -244,7 +244,7 @@ def _reading(path: Path) -> dict[str, Any]:
     """The files that decide how texts become tokens, without how batches are padded or cut."""
     found: dict[str, Any] = {}
     if (path / "tokenizer.json").exists():
-        saved = runs.read_json(path / "tokenizer.json")
+        saved = checkpoints.read_json(path / "tokenizer.json")
         found["tokenizer.json"] = {key: saved[key] for key in saved if key not in ("padding", "truncation")}
     if (path / "chat_template.jinja").exists():
         found["chat_template.jinja"] = (path / "chat_template.jinja").read_text()
