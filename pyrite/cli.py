@@ -24,7 +24,7 @@ import tyro
 import yaml
 from rich.console import Console
 
-from pyrite import __version__, jobs, ledger, parts, recipes, report, runs, signals, sweeps, usage
+from pyrite import __version__, foreign, jobs, ledger, parts, recipes, report, runs, signals, sweeps, usage
 from pyrite import options as ranges
 from pyrite.processes import world
 from pyrite.progress import say
@@ -76,7 +76,7 @@ def main() -> None:
         if "--debug" in sys.argv:
             traceback.print_exc()
         if not isinstance(error, runs.RunError) or world().is_main_process:  # all processes are refused alike
-            _complain(f"pyrite: {_where(error)}{' '.join(str(error).split())}")
+            _complain(f"pyrite: {foreign.line(error)}")
         sys.exit(2)
     except (KeyboardInterrupt, signals.Stopped) as error:
         number = error.number if isinstance(error, signals.Stopped) else signal.SIGINT
@@ -87,14 +87,6 @@ def main() -> None:
 
 def _complain(line: str) -> None:
     Console(stderr=True, highlight=False, soft_wrap=True).print(line, markup=False)
-
-
-def _where(error: BaseException) -> str:
-    """Where an error comes from if it is not Pyrite's own: "mine.py:12, gold(): ZeroDivisionError: "; or nothing."""
-    *_, last = [None, *traceback.extract_tb(error.__traceback__)]
-    if last is None or isinstance(error, OSError) or Path(last.filename).is_relative_to(Path(__file__).parent):
-        return ""
-    return f"{Path(last.filename).name}:{last.lineno}, {last.name}(): {type(error).__name__}: "
 
 
 def _command(arguments: list[str]) -> None:

@@ -126,7 +126,8 @@ class Evaluator:
         rows = prompts or data.load(str(options.eval_prompts), "prompts", columns=columns)
         prompts = rows[: options.eval_limit]
         if gold and not asking.counted:  # one that cannot score is refused now, unless a try has a price
-            golds.check_scores(gold([text.plain(prompts[0]["prompt"])], ["hello"]), 1, name=str(options.gold))
+            tried = gold([text.plain(prompts[0]["prompt"])] * 2, ["hello", "hello there"])
+            golds.check_scores(tried, 2, name=str(options.gold))
         fitted = long_prompts.fit(
             policy.tokenizer,
             prompts,

@@ -13,6 +13,7 @@ import importlib.util
 import inspect
 import re
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +21,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
+from pyrite import contracts
 from pyrite import options as ranges
 
 Function = Callable[..., Any]
@@ -51,13 +53,18 @@ class Part:
     def __call__(self, *data: Any, **late: Any) -> Any:
         return self.function(*data, **late)
 
+    @property
+    def own(self) -> bool:
+        """Whether it is the user's own, from a file or a module of theirs."""
+        return bool(self.where) and self.where.partition(".")[0] != "pyrite"
+
     def __repr__(self) -> str:
         options = ", ".join(f"{name}={value!r}" for name, value in self.options.items())
         return f"{self.where}{':' if self.where else ''}{self.name}({options})"
 
 
 def part(spec: str, registry: Registry) -> Part:
-    """The function a spec string names, its options checked and fixed.
+    """The function a spec string names, its options checked and fixed; one's own is held to `pyrite.contracts`.
 
     A bare name is looked up in `registry`, a module or a mapping of names; "path.py:name" in that file and
     "package.module:name" in that module, which are imported. A function of options alone is a factory: it
@@ -73,12 +80,17 @@ def part(spec: str, registry: Registry) -> Part:
         raise ValueError(f"cannot read {spec!r}: {_EXAMPLE}")
     where, name = (match["where"] or "").strip(), match["name"]
     options = _options(spec, match["call"] or "()", match.start("call"))
-    functions = _functions(_load(where) if where else registry)
+    module = _load(where) if where else None
+    functions = _functions(module or registry)
     if name not in functions:
         place = f" in {where}" if where else ""
-        raise ValueError(f"unknown name {name!r}{place}: {_suggest(name, functions)}")
-    _check_options(functions[name], options)
-    return Part(name, options, _ready(functions[name], options), where)
+        raise ValueError(f"unknown name {name!r}{place}: {_no_function(name, module) or _suggest(name, functions)}")
+    function = functions[name]
+    _check_options(function, options)
+    if not where or function.__module__.partition(".")[0] == "pyrite":
+        return Part(name, options, _ready(function, options), where)
+    own = contracts.Own.of(where, name, function)
+    return Part(name, options, contracts.held(own, lambda: _ready(function, options), registry), where)
 
 
 def members(registry: Registry) -> list[Member]:
@@ -136,12 +148,21 @@ def _load(where: str) -> ModuleType:
     if path.suffix == ".py" and not path.is_file():
         raise ValueError(f"no file {where}: give its path from the current folder, {Path.cwd()}")
     try:
-        return _load_file(path) if path.suffix == ".py" else importlib.import_module(where)
+        with contracts.undisturbed({}, where):
+            return _load_file(path) if path.suffix == ".py" else importlib.import_module(where)
     except ModuleNotFoundError as error:
         hint = "" if error.name != where else f'; for a file of yours write "{where}.py:name()"'
-        raise ValueError(f"cannot import {where}: no module named {error.name!r}{hint}") from None
-    except Exception as error:
-        raise ValueError(f"cannot import {where}: {type(error).__name__}: {error}") from error
+        raise ValueError(f"cannot import {where}: no module named {error.name!r}{_line(error, path)}{hint}") from None
+    except (Exception, SystemExit) as error:
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"cannot import {where}: {said}{_line(error, path)}") from error
+
+
+def _line(error: BaseException, path: Path) -> str:
+    """The line of a file at which its import stopped; a SyntaxError names its own."""
+    frames = traceback.walk_tb(error.__traceback__)
+    lines = [n for frame, n in frames if Path(frame.f_code.co_filename).absolute() == path.absolute()]
+    return f" ({path.name}, line {lines[-1]})" if lines and not isinstance(error, SyntaxError) else ""
 
 
 def _load_file(path: Path) -> ModuleType:
@@ -150,8 +171,22 @@ def _load_file(path: Path) -> ModuleType:
     assert module_spec is not None and module_spec.loader is not None  # a .py file always has a loader
     module = importlib.util.module_from_spec(module_spec)
     sys.modules[name] = module  # dataclasses and type hints of the file look it up by name
-    module_spec.loader.exec_module(module)
+    try:
+        module_spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
     return module
+
+
+def _no_function(name: str, module: ModuleType | None) -> str:
+    """What a name of one's own file stands for, if not for a function of that file."""
+    value = vars(module).get(name) if module and not name.startswith("_") else None
+    if inspect.isclass(value) and value.__module__ == getattr(module, "__name__", ""):
+        return f"{name} is a class; write a function that makes one: def make(*, option=1): return {name}(option)"
+    if callable(value) and not inspect.isclass(value) and not hasattr(module, "__all__"):
+        return f"{name} is not a function of this file; write one that calls it"
+    return ""
 
 
 def _functions(registry: Registry) -> dict[str, Function]:
@@ -191,6 +226,11 @@ def _check_options(function: Function, options: dict[str, Any]) -> None:
     known = _defaults(function)
     hints = ranges.hints(function)
     for name, value in options.items():
+        if name in inspect.signature(function).parameters and name not in known:
+            raise ValueError(
+                f"{function.__name__} takes {name} by position; put a star before its options: "
+                f"def {function.__name__}(..., *, {name}=...)"
+            )
         if name not in known:
             raise ValueError(
                 f"{function.__name__} has no option {name!r}: {_suggest(name, known)}; it is {signature(function)}"

@@ -66,6 +66,8 @@ class Reward:
     def of_scorer(cls, spec: str, *, weight: float = 1.0) -> Reward:
         """Any scorer by its spec string, such as "length()" or "mine.py:my_score()", as an ensemble of one."""
         scorer = parts.part(spec, golds)
+        if scorer.own:  # one that cannot score is refused now
+            golds.check_scores(scorer(["Say hi."] * 2, ["hi", "hello there"]), 2, name=spec)
 
         def score(answers: Sequence[Answer]) -> Tensor:
             given = scorer([text.plain(a.prompt) for a in answers], [a.response for a in answers])

@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "pyrite"
 FILES = sorted(PACKAGE.rglob("*.py"))
 FLOOR_0 = {"seeds", "logps", "losses", "reward_losses", "ensembles", "estimators", "fits", "options", "parts"}
+FLOOR_0 |= {"contracts", "foreign"}
 FLOOR_0 |= {
     "analyses",
     "kl_control",

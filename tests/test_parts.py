@@ -71,10 +71,10 @@ def test_prints_as_the_spec_that_makes_it():
 
 
 def test_a_function_of_ones_own(mine):
-    made = part("mine.py:my_loss(tau=2, note='a:b(c)')", pyrite.losses)
+    made = part("mine.py:my_loss(tau=2, note='a:b(c)')", HERE)
     assert made(3).value == 6
     assert repr(made) == "mine.py:my_loss(tau=2, note='a:b(c)')"
-    assert part(f"{mine}/mine.py:my_loss", pyrite.losses)(3).value == 3
+    assert part(f"{mine}/mine.py:my_loss", HERE)(3).value == 3
 
 
 def test_a_function_of_a_module():

@@ -72,11 +72,15 @@ def run(config: Config) -> Run:
     judge = parts.part(config.judge, judges) if config.judge else None
     rows = data.load(config.candidates, "candidates")
     if scorer:  # one that cannot score is refused now
-        golds.check_scores(scorer([text.plain(rows[0]["prompt"])], [rows[0]["response"]]), 1, name=str(config.gold))
+        some = rows[:2]  # two, so that one number for all is found out
+        given = scorer([text.plain(row["prompt"]) for row in some], [row["response"] for row in some])
+        golds.check_scores(given, len(some), name=str(config.gold))
     couples, left_out = _couples(rows, config)
     hint = _hint(rows, config)
     if config.pairs and not couples:
         raise ValueError(f"{config.candidates}: no pair could be made (0 ties; left out: {_counted(left_out)}){hint}")
+    if judge and judge.own and config.pairs:  # likewise
+        _verdicts(judge, couples[:2], str(config.judge))
     run.open()
     if scorer:
         for row, gold in zip(rows, _scored(run, rows, scorer, str(config.gold)), strict=True):
@@ -108,16 +112,20 @@ def _scored(run: Run, rows: list[Answer], scorer: Callable, name: str) -> list[f
         return runs.in_parts(run.folder / "parts" / "gold", len(rows), score, size=4096)["gold"].to_pylist()
 
 
+def _verdicts(judge: Callable, couples: list[tuple[Answer, Answer]], name: str) -> list[float]:
+    prompts = [text.plain(a["prompt"]) for a, _ in couples]
+    given = judge(prompts, [a["response"] for a, _ in couples], [b["response"] for _, b in couples])
+    return judges.check_verdicts(given, len(couples), name=name).tolist()
+
+
 def _judged(run: Run, couples: list[tuple[Answer, Answer]], judge: Callable, name: str) -> Tensor:
     """Log-odds that the first answer of a couple beats the second, nats; NaN without a verdict."""
     with progress("judge", len(couples), unit="pairs") as advance:
 
         def ask(begin: int, end: int) -> dict[str, list]:
-            some = couples[begin:end]
-            prompts = [text.plain(a["prompt"]) for a, _ in some]
-            given = judge(prompts, [a["response"] for a, _ in some], [b["response"] for _, b in some])
+            verdicts = _verdicts(judge, couples[begin:end], name)
             advance(end - begin)
-            return {"verdict": judges.check_verdicts(given, len(some), name=name).tolist()}
+            return {"verdict": verdicts}
 
         verdicts = runs.in_parts(run.folder / "parts" / "judge", len(couples), ask, size=64)["verdict"].to_pylist()
     return torch.logit(torch.tensor(verdicts, dtype=torch.float64), eps=1e-4)

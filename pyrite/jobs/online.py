@@ -223,6 +223,8 @@ def _parts(config: Config) -> Parts:
     config.stopping.check(gold=config.evaluation.gold, proxy=config.evaluation.rewards)
     sampler: Any = parts.part(config.sampler, samplers).function
     judge = parts.part(config.judge, judges)
+    if judge.own and not config.paying.counted:  # one that cannot judge is refused now, unless a try has a price
+        judges.check_verdicts(judge(["Say hi."] * 2, ["hi", "hello"], ["hello", "hi"]), 2, name=config.judge)
     schedule: Any = parts.part(config.label_schedule, schedules).function
     silver: Any = parts.part(config.silver, discriminators).function if config.silver else None
     try:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyrite.logps import Logps, PairLogps, Running
 
-__all__ = ["needs", "takes_ties"]
+__all__ = ["needs", "takes_ties", "toy_pairs"]
 
 
 def needs(loss: Callable[[PairLogps], Tensor]) -> frozenset[str]:
@@ -19,8 +19,10 @@ def needs(loss: Callable[[PairLogps], Tensor]) -> frozenset[str]:
     ref, strength, running: these fields of PairLogps; aligned: a reference that counts the policy's tokens;
     tokens, ref_tokens: log-probabilities token by token; kl, collision: these fields of the policy's Logps;
     batch: a pair's value depends on the other pairs, so that a batch cannot be taken apart.
+
+    Whatever a loss raises without a thing, it needs it, as long as it raises nothing with everything there.
     """
-    full = _pairs()
+    full = toy_pairs()
     value = loss(full)
     found = {name for name, poorer in _poorer(full).items() if _objects(loss, poorer)}
     alone = torch.cat([loss(_at(full, [i])) for i in range(len(full))])
@@ -37,24 +39,26 @@ def takes_ties(loss: Callable[[PairLogps], Tensor]) -> bool:
     """
     if "strength" not in needs(loss):
         return False
-    full = _pairs()
+    full = toy_pairs()
     assert full.strength is not None
     turned = PairLogps(full.rejected, full.chosen, full.ref_rejected, full.ref_chosen, -full.strength, full.running)
     return torch.allclose(loss(full), loss(turned))
 
 
-def _pairs() -> PairLogps:
-    """Six pairs with everything a loss could read."""
+def toy_pairs(*, learning: bool = False) -> PairLogps:
+    """Six pairs with everything a loss could read; `learning`: the policy's log-probabilities take gradients."""
     g = torch.Generator().manual_seed(0)
 
-    def side(lengths: tuple[int, ...]) -> Logps:
+    def side(lengths: tuple[int, ...], *, learning: bool = False) -> Logps:
         rows = [-torch.rand(n, generator=g, dtype=torch.float64) - 0.1 for n in lengths]
+        rows = [row.requires_grad_(learning) for row in rows]
         drawn = torch.rand(2, len(lengths), generator=g, dtype=torch.float64)
         return replace(Logps.from_tokens(rows), kl=drawn[0], collision=-drawn[1])
 
     first, second = (3, 5, 4, 2, 6, 1), (4, 2, 6, 5, 3, 2)
     running = Running(*torch.tensor([0.1, 0.2, 1.0], dtype=torch.float64))
-    return PairLogps(side(first), side(second), side(first), side(second), torch.arange(1, 7).double() / 3, running)
+    policy = side(first, learning=learning), side(second, learning=learning)
+    return PairLogps(*policy, side(first), side(second), torch.arange(1, 7).double() / 3, running)
 
 
 def _poorer(full: PairLogps) -> dict[str, PairLogps]:
@@ -79,7 +83,7 @@ def _sides(pair: PairLogps, prefix: str, change: Callable[[Logps], Logps]) -> Pa
 def _objects(loss: Callable[[PairLogps], Tensor], pair: PairLogps) -> bool:
     try:
         loss(pair)
-    except ValueError:
+    except Exception:  # an AttributeError of None, say, in a loss written without a thought of it
         return True
     return False
 
