@@ -146,7 +146,7 @@ def test_a_gold_that_costs_something_is_not_tried(asked: Evaluation, policy: Pol
     (tmp_path / "dear.py").write_text("def score(prompts, responses):\n    raise RuntimeError('paid')\n")
     dear = replace(asked, gold=f"{tmp_path}/dear.py:score()")
     Evaluator.load(dear, policy, ref=None, seed=0, asking=Asking(gold_budget=3))
-    with pytest.raises(RuntimeError, match="paid"):
+    with pytest.raises(ValueError, match=r"dear\.py:2, score\(\): RuntimeError: paid"):
         Evaluator.load(dear, policy, ref=None, seed=0)
     with pytest.raises(ValueError, match="give --gold too"):
         Evaluator.load(replace(asked, gold=None), policy, ref=None, seed=0, asking=Asking(gold_every=2))
