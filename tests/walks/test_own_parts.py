@@ -11,7 +11,6 @@ import torch
 
 from pyrite import (
     cli,
-    contracts,
     data,
     discriminators,
     ensembles,
