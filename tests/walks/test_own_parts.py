@@ -423,6 +423,7 @@ def test_a_bandit_races_an_own_loss_and_an_own_sampler(pyrite: Command, mine: Ca
 
 
 def test_the_contract_of_every_kind_is_written_down() -> None:
+    from pyrite import contracts
 
     assert contracts.__doc__
     assert all(f"\n    {kind} " in contracts.__doc__ for kind in contracts.CONTRACTS)
