@@ -186,21 +186,22 @@ def test_refusals_before_work(config: evaluate.Config, tiny: Path, tmp_path: Pat
     from transformers import AutoTokenizer
 
     other = tmp_path / "other"
-    Policy.load(tiny).save(other)
-    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    policy, tokenizer = Policy.load(tiny), AutoTokenizer.from_pretrained(tiny)
     tokenizer.add_tokens(["zebra"])
+    policy.model.resize_token_embeddings(len(tokenizer))
+    policy.save(other)
     tokenizer.save_pretrained(other)
     for change, words in (
         ({"gold": "lenth()"}, "did you mean length"),
         ({"ensemble": "uwo(wait=1)"}, "did you mean weight"),
         ({"rewards": str(tmp_path / "nowhere")}, "no reward model here"),
         ({"ref": str(other)}, "other vocabularies"),
-        ({"ref": str(tmp_path / "nowhere")}, "no tokenizer at"),
+        ({"ref": str(tmp_path / "nowhere")}, "no such folder"),
         ({"pairs": str(tmp_path / "pairs.jsonl")}, "give --ref too"),
         ({"pairs": str(tmp_path / "pairs.jsonl"), "ref": str(tiny)}, "no file"),
         ({"min_count": 0}, "--min-count 0"),
         ({"k": 0}, "--k 0"),
-        ({"max_new_tokens": 64}, "reads 64 at most"),
+        ({"max_new_tokens": 64}, "reads 64 tokens at most"),
     ):
         with pytest.raises(ValueError, match=words) as error:
             evaluate.run(replace(config, **change))

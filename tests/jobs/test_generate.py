@@ -96,7 +96,7 @@ BAD = [
     ({"top_p": 0.0}, "--top-p 0.0"),
     ({"top_k": -1}, "--top-k -1"),
     ({"max_new_tokens": 0}, "--max-new-tokens 0"),
-    ({"max_new_tokens": 64}, "max-new-tokens 64: .* reads 64 at most"),
+    ({"max_new_tokens": 64}, "max-new-tokens 64: .* reads 64 tokens at most"),
     ({"max_new_tokens": 62}, "leaves no room"),
     ({"limit": 0}, "--limit 0"),
 ]

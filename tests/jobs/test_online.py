@@ -174,7 +174,7 @@ def test_refusals_before_work(config: online.Config, tmp_path: Path) -> None:
         ({"rounds": 0}, "give at least 1"),
         ({"held_out": 0.0}, "0 to measure on"),
         ({"temperature": -1.0}, "temperature"),
-        ({"evaluation": Evaluation(gold="length()", max_new_tokens=64)}, "reads 64 at most"),
+        ({"evaluation": Evaluation(gold="length()", max_new_tokens=64)}, "reads 64 tokens at most"),
         ({"evaluation": Evaluation(gold=f"{tmp_path}/short.py:score()", max_new_tokens=8)}, "returns 3 values for 2"),
     ):
         with pytest.raises(ValueError, match=words) as error:

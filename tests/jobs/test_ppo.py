@@ -199,7 +199,7 @@ def test_it_stops_where_the_proxy_has_parted_from_gold(
     def measure(_: ppo.Journal, step: int, *, over: bool = False) -> dict[str, float]:
         number, gold = next(told)
         known = {} if gold is None else {"gold": float(gold), "gold_se": 0.1}
-        return {**known, "proxy": float(number), "kl_k1": float(number)}
+        return {**known, "proxy": float(number), "kl_k1": float(number), "kl_k1_se": 0.1}
 
     monkeypatch.setattr(ppo.Journal, "measure", measure)
     watched = replace(config, evaluation=replace(config.evaluation, rewards=str(rewards)))
