@@ -124,9 +124,13 @@ def prompt_id(prompt: Any) -> str:
 
 
 def origin(row: Row) -> tuple[str, str]:
-    """Id and text of the raw prompt of a row: what splits go by, whatever preferences made of it."""
+    """Id and text of the raw prompt of a row: what splits go by, whatever preferences made of it.
+
+    Of a text without a prompt, the text.
+    """
     raw = all(name in row for name in CONDITIONED)
-    return str(row["asked_id" if raw else "prompt_id"]), plain(row["asked" if raw else "prompt"])
+    asked = plain(row["asked" if raw else "prompt"])
+    return str(row["asked_id" if raw else "prompt_id"]), asked or str(row.get("response", ""))
 
 
 def apart(rows: Sequence[Row], held: Sequence[Row], *, note: Callable[[str], object], source: str) -> list[Row]:
@@ -410,13 +414,14 @@ def _checked(raw: Row, kind: Kind, layout: Layout) -> Row:
     if missing:
         raise ValueError(f"missing {', '.join(missing)}")
     ours = layout.convert(raw)
-    prompt = ours["prompt"] = _checked_prompt(ours["prompt"])
+    bare = kind == "demos" and ours["prompt"] == "" and "text" in layout.needs  # a text without a prompt
+    prompt = ours["prompt"] = "" if bare else _checked_prompt(ours["prompt"])
     for name in _TEXTS[kind]:
         if not isinstance(ours[name], str):
             raise ValueError(f"{name} must be text, not {ours[name]!r:.60}")
     if kind in _NONEMPTY and not ours[_NONEMPTY[kind]].strip() and not ours.get(f"{_NONEMPTY[kind]}_fields"):
         raise ValueError(f"{_NONEMPTY[kind]} is empty")
-    named = _named(raw, "prompt_id", prompt)
+    named = _named(raw, "prompt_id", prompt or ours["response"])
     if kind == "prompts":
         return {"prompt_id": named, "prompt": prompt, **_asked(raw)}
     used = {"prompt_id", *ours, *layout.needs, *layout.reads}

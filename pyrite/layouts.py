@@ -279,6 +279,14 @@ def prompt_from_turns(row: Row) -> Row:
     return prompt_from_messages({"messages": _opened(row)})
 
 
+def demo_from_text(row: Row) -> Row:
+    """TRL language modeling: a text without a prompt, learned whole; an HH transcript is a conversation."""
+    whole = text(row, "text")
+    if re.match(r"\s*Human:", whole):
+        return demo_from_messages({"messages": transcript(whole)})
+    return {"prompt": "", "response": whole}
+
+
 def demo_from_label(row: Row) -> Row:
     """An unpaired row (prompt, completion, label): to be imitated if its label is true."""
     if not _label(row["label"], "label"):
@@ -396,6 +404,7 @@ LAYOUTS: dict[str, tuple[Layout, ...]] = {
         Layout(("messages",), demo_from_messages, reads=("prompt",)),
         Layout(("instruction", "output"), demo_from_instruction, reads=("input",)),
         Layout(("conversations",), demo_from_turns, reads=("system",)),
+        Layout(("text",), demo_from_text),
     ),
     "pairs": (
         Layout(("prompt", "chosen", "rejected"), pair_with_prompt),

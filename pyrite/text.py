@@ -142,7 +142,7 @@ def encode_all(
         raise ValueError(f"{len(prompts)} prompts but {len(responses)} responses")
     name = where or _row
     shown = _shown(tokenizer, prompts, name)
-    fronts = _fronts(tokenizer, prompts, shown, name, max_length=max_length, max_prompt=max_prompt)
+    fronts = _fronts(tokenizer, prompts, shown, name, max_length=max_length, max_prompt=max_prompt, answered=True)
     backs = _backs(tokenizer, prompts, shown, responses, name, finished=finished, as_drawn=as_drawn)
     room = [None if max_length is None else max_length - len(front) for front in fronts]
     return [
@@ -276,6 +276,8 @@ def _shown(tokenizer: Any, prompts: Sequence[Prompt], where: Callable[[int], str
 
 
 def _rendered(tokenizer: Any, prompt: Prompt, where: Callable[[int], str], row: int) -> str:
+    if not prompt:
+        return ""  # the response is a text without a prompt, which no chat template shows
     if not tokenizer.chat_template:
         turns = [] if isinstance(prompt, str) else prompt
         _refuse_fields(where(row), [name for turn in turns for name in templates.SHOWN if turn.get(name)])
@@ -299,9 +301,12 @@ def _fronts(
     *,
     max_length: int | None,
     max_prompt: int | None,
+    answered: bool = False,
 ) -> list[list[int]]:
-    """Ids of the prompts, cut where they are too long."""
+    """Ids of the prompts, cut where they are too long. answered: a text may stand without a prompt."""
     whole = _with_start(tokenizer, to_ids(tokenizer, shown.texts))
+    if answered:
+        whole = [ids or [_text_end(tokenizer)] for ids in whole]
     of = {slot: prompt for slot, prompt in zip(shown.slot_of, prompts, strict=True)}
     unique = [_cut(tokenizer, of[slot], ids, max_prompt) for slot, ids in enumerate(whole)]
     _check_room(unique, shown.slot_of, max_length, where)
@@ -345,7 +350,7 @@ def _backs(
 
 
 def _body(tokenizer: Any, prompt: Prompt, shown: str, response: Answer, *, finished: bool, drawn: bool) -> Body:
-    if tokenizer.chat_template:
+    if tokenizer.chat_template and prompt:
         return templates.rendered_answer(
             tokenizer, _messages(prompt), shown, response, finished=finished, as_drawn=drawn
         )
@@ -354,7 +359,13 @@ def _body(tokenizer: Any, prompt: Prompt, shown: str, response: Answer, *, finis
         if fields:
             raise templates.Unreadable(f"this tokenizer has no chat template, so {fields[0]} cannot be shown")
         response = str(response["content"])
-    return Body([(response, False)], templates.answers(tokenizer).end if finished else None)
+    end = templates.answers(tokenizer).end if prompt else _text_end(tokenizer)
+    return Body([(response, False)], end if finished else None)
+
+
+def _text_end(tokenizer: Any) -> int:
+    """Id of the token that ends a text without a prompt, and after which models without a start token begin one."""
+    return end_id(tokenizer) if tokenizer.eos_token_id is None else tokenizer.eos_token_id
 
 
 def _start_id(tokenizer: Any) -> int | None:
@@ -365,7 +376,7 @@ def _with_start(tokenizer: Any, rows: list[list[int]]) -> list[list[int]]:
     """A chat template writes its own start token or wants none; plain text gets one unless it has it."""
     start = _start_id(tokenizer)
     if tokenizer.chat_template or start is None:
-        return rows
+        return [row if row or start is None else [start] for row in rows]
     return [row if row[:1] == [start] else [start, *row] for row in rows]
 
 

@@ -6,6 +6,7 @@ import csv
 import gzip
 import importlib.util
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from pyrite import cli, data
 from pyrite.data import load
 from pyrite.runs import read_json
 from pyrite.sources import DataError, read
+from pyrite.text import encode_all, load_tokenizer
 
 Command = Callable[..., None]
 Rows = list[dict[str, Any]]
@@ -180,6 +182,40 @@ def test_demonstrations_are_learned(layout: str, pyrite: Command, tiny: Path, tm
     assert [(text(row["prompt"]), row["response"]) for row in rows] == list(zip(P, GOOD, strict=True))
     pyrite("sft", "--model", tiny, "--data", "demos.csv", "--out", "sft", *QUICK)
     assert read_json(Path("sft/done.json"))["seconds"] >= 0
+
+
+@pytest.mark.parametrize("template", ["", "{% for m in messages %}<unk> {{ m['content'] }} <eos>{% endfor %}"])
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_plain_texts_are_learned(kind: str, template: str, pyrite: Command, tiny: Path, tmp_path: Path) -> None:
+    """Each whole, from the start token to the end token, and never as a turn of a chat."""
+    shutil.copytree(tiny, "model")
+    tokenizer, _ = load_tokenizer("model")
+    tokenizer.chat_template = template or None
+    tokenizer.save_pretrained("model")
+    rows = load(written([{"text": good} for good in GOOD], tmp_path / f"texts.{kind}"), "demos")
+    assert [(row["prompt"], row["response"]) for row in rows] == [("", good) for good in GOOD]
+    assert len({row["prompt_id"] for row in rows}) == 4
+    tokenizer, _ = load_tokenizer("model")
+    (one,) = encode_all(tokenizer, [""], [GOOD[1]])
+    assert one.prompt == [tokenizer.bos_token_id]
+    assert one.response == [*tokenizer(GOOD[1], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    pyrite("sft", "--model", "model", "--data", f"texts.{kind}", "--out", "sft", *QUICK)
+    done = read_json(Path("sft/done.json"))
+    assert done["seconds"] >= 0
+    pyrite("sft", "--model", "model", "--data", f"texts.{kind}", "--out", "two", *QUICK[:-1], 0.5)
+
+
+def test_a_text_begins_after_the_end_token_where_there_is_no_start_token(tiny: Path) -> None:
+    tokenizer, _ = load_tokenizer(tiny)
+    tokenizer.bos_token = None
+    (one,) = encode_all(tokenizer, [""], [GOOD[1]])
+    assert one.prompt == one.response[-1:] == [tokenizer.eos_token_id]
+
+
+def test_a_transcript_is_a_conversation(tmp_path: Path) -> None:
+    rows = [{"text": f"\n\nHuman: {p}\n\nAssistant: {g}"} for p, g in zip(P, GOOD, strict=True)]
+    found = load(written(rows, tmp_path / "texts.jsonl"), "demos")
+    assert [(text(row["prompt"]), row["response"]) for row in found] == list(zip(P, GOOD, strict=True))
 
 
 @pytest.mark.parametrize("layout", ["ShareGPT", "SHP", "HelpSteer3", "HelpSteer2", "unpaired"])
