@@ -43,7 +43,7 @@ def split(schema: type, arguments: list[str]) -> Sweep:
     fixed = [part for name, (option, values) in given.items() if name not in axes for part in (option, *values)]
     if "out" in axes:
         raise ValueError(
-            f"--out {' '.join(axes['out'])}: --out takes one folder; the runs of a sweep get folders of their own below it"
+            f"--out {' '.join(axes['out'])}: --out takes one folder; runs of a sweep get folders of their own below it"
         )
     sweep = Sweep(fixed, axes)
     names = [name for name, _ in sweep.points()]
