@@ -451,3 +451,20 @@ def test_pyrites_own_words_stay_as_they_are(pyrite: Command) -> None:
     status, _, err = pyrite("sfd")
     assert status == 2
     assert "--debug" not in err and ".py:" not in err
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [("return None", "mine.py:5, f(): returns None"), ("return [1 / 0]", "mine.py:6, f(): ZeroDivisionError")],
+)
+def test_rewards_and_judges_of_rounds_are_tried_before_they_begin(
+    pyrite: Command, mine: Callable, tiny: Path, tmp_path: Path, body: str, words: str
+) -> None:
+    data.write([{"prompt_id": str(i), "prompt": f"tell me {i}"} for i in range(8)], tmp_path / "prompts.jsonl")
+    mine(f"def f(*texts):\n    {body}\n")
+    common = ("--model", tiny, "--prompts", "prompts.jsonl", "--out", "run", "--max-new-tokens", 4)
+    for job, option in (("ppo", "--reward"), ("online", "--judge")):
+        status, out, err = pyrite(job, *common, option, "mine.py:f()")
+        assert (status, out) == (2, ""), err
+        assert words in err.splitlines()[-1]
+        assert not (tmp_path / "run").exists()
