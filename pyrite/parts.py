@@ -88,7 +88,11 @@ def part(spec: str, registry: Registry) -> Part:
     function = functions[name]
     _check_options(function, options)
     if not where or function.__module__.partition(".")[0] == "pyrite":
-        return Part(name, options, _ready(function, options), where)
+        made = _ready(function, options)
+        verify = getattr(made, "verify", None)
+        if verify:
+            verify()  # a part that asks a model refuses a broken one now, and loads it when it is asked
+        return Part(name, options, made, where)
     own = contracts.Own.of(where, name, function)
     return Part(name, options, contracts.held(own, lambda: _ready(function, options), registry), where)
 

@@ -4,25 +4,42 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModel
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from pyrite import text
 from pyrite.forwards import by_prompt
 from pyrite.golds.scores import Scorer, check_rows
 from pyrite.golds.words import tokens
-from pyrite.loading import opened
+from pyrite.loading import opened, verify
 from pyrite.models import Policy, RewardModel
 from pyrite.packing import micro_batches
 from pyrite.text import Encoded, Prompt
 
 _TURN = re.compile(r"(?:\A|\n\n)(Human|Assistant|System):\n")
 _ROLES = {"Human": "user", "Assistant": "assistant", "System": "system"}
+
+
+@dataclass(frozen=True)
+class Asks:
+    """A scorer that asks models, each with the class it is loaded by."""
+
+    score: Scorer
+    models: tuple[tuple[Any, str], ...]
+    new_head: bool = False
+
+    def __call__(self, prompts: list[str], responses: list[str]) -> Tensor:
+        return self.score(prompts, responses)
+
+    def verify(self) -> None:
+        """Refuse a model that could not be loaded, without loading it."""
+        for kind, path in self.models:
+            verify(kind, path, new_head=self.new_head)
 
 
 def reward_model(*, path: str) -> Scorer:
@@ -40,7 +57,7 @@ def reward_model(*, path: str) -> Scorer:
         asked = [turns(prompt) for prompt in prompts] if model().tokenizer.chat_template else prompts
         return model().scores(asked, responses)
 
-    return score
+    return Asks(score, ((AutoModelForSequenceClassification, path),))
 
 
 def distillation(*, strong: str, weak: str) -> Scorer:
@@ -60,7 +77,7 @@ def distillation(*, strong: str, weak: str) -> Scorer:
             return torch.empty(0)
         return (mean_logps(first(), prompts, responses) - mean_logps(second(), prompts, responses)).float()
 
-    return score
+    return Asks(score, ((AutoModelForCausalLM, strong), (AutoModelForCausalLM, weak)))
 
 
 def paraphrase(*, model: str = "sentence-transformers/paraphrase-MiniLM-L6-v2") -> Scorer:
@@ -84,7 +101,7 @@ def paraphrase(*, model: str = "sentence-transformers/paraphrase-MiniLM-L6-v2") 
         novel = torch.tensor([novelty(x, y) for x, y in zip(prompts, responses, strict=True)])
         return torch.cosine_similarity(asked, said) + 2 * novel
 
-    return score
+    return Asks(score, ((AutoModel, model),), new_head=True)
 
 
 def turns(prompt: str) -> Prompt:

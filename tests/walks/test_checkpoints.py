@@ -147,6 +147,14 @@ def reward_jobs(world: dict[str, Path], model: Path) -> dict[str, list[object]]:
         "best_of_n": ["best_of_n", "--candidates", candidates, "--rewards", model],
         "evaluate --rewards": ["evaluate", "--model", policy, "--prompts", prompts, "--rewards", model, *draws],
         "label": ["label", "--candidates", candidates, "--no-pairs", "--gold", f"reward_model(path={str(model)!r})"],
+        "label --judge": [
+            *("label", "--candidates", candidates),
+            *("--judge", f"bradley_terry(gold={f'reward_model(path={str(model)!r})'!r})"),
+        ],
+        "ppo --reward gold": [
+            *("ppo", "--model", policy, "--prompts", prompts, "--steps", 1, *draws),
+            *("--reward", f"noisy(gold={f'reward_model(path={str(model)!r})'!r}, sd=0.1)"),
+        ],
         "online --silver": [
             *(
                 "online",
