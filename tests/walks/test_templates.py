@@ -9,11 +9,11 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from pyrite import cli, text
-from pyrite.models import Policy
+from pyrite.models import Policy, RewardEnsemble
 from tests.conftest import tiny_config
 
 LETTERS = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -234,7 +234,7 @@ def drawn(tmp_path: Path, model: Path, *more: object, prompt: object = "hi") -> 
     """What `pyrite generate` draws greedily."""
     prompts = write(tmp_path / "asked.jsonl", [{"prompt": prompt}])
     pyrite("generate", "--model", model, "--prompts", prompts, "--out", tmp_path / "drawn", "--k", 1,
-           "--temperature", 0, "--max-new-tokens", 40, *more)  # fmt: skip
+           "--temperature", 0, "--max-new-tokens", 50, *more)  # fmt: skip
     return pq.read_table(tmp_path / "drawn" / "candidates.parquet").to_pylist()
 
 
@@ -245,7 +245,7 @@ def stock(model: Path, **told: object) -> list[int]:
         ids = tokenizer.apply_chat_template(ASK, add_generation_prompt=True, return_dict=False, **told)
     else:
         ids = [tokenizer.bos_token_id, *tokenizer("hi", add_special_tokens=False)["input_ids"]]
-    every = policy.generate(torch.tensor([ids]), max_new_tokens=40, do_sample=False, eos_token_id=[999])
+    every = policy.generate(torch.tensor([ids]), max_new_tokens=60, do_sample=False, eos_token_id=[999])
     return every[0, len(ids) :].tolist()
 
 
@@ -277,3 +277,171 @@ def test_an_answer_is_learned_as_the_template_shows_it_and_drawn_to_its_end(tmp_
     assert again.response == tokens[: len(again.response)]
     assert len(again.response) == row["length"]
     assert read.convert_ids_to_tokens(again.response[-1]) == end
+
+
+PAIRS = [{"prompt": f"ask {i}", "chosen": "yes", "rejected": "no"} for i in range(6)]
+ONE_STEP = ("--batch-size", 4, "--epochs", 1, "--lr", 1e-4)
+
+
+@pytest.mark.parametrize("name", ["gemma", "phi3"])
+def test_every_job_ends_an_answer_where_the_template_ends_a_turn(tmp_path, name):
+    """From a policy that says "yes" and its turn's end: answers are drawn, measured, learned and scored to that end."""
+    about = FAMILIES[name]
+    policy = taught(tmp_path, family(tmp_path, name), [{"prompt": f"ask {i}", "response": "yes"} for i in range(6)])
+    end = AutoTokenizer.from_pretrained(policy).convert_tokens_to_ids(about["end"])
+    asked, pairs = write(tmp_path / "p.jsonl", PAIRS), write(tmp_path / "pairs.jsonl", PAIRS)
+    pyrite("reward", "--model", policy, "--data", pairs, "--held-out", 0.4, "--out", tmp_path / "reward", *ONE_STEP)
+    (score,) = RewardEnsemble.load(tmp_path / "reward").members
+    assert score.encode(["ask 1"], ["yes"])[0].response[-1] == end
+    pyrite(
+        "dpo",
+        "--model",
+        policy,
+        "--data",
+        pairs,
+        "--held-out",
+        0.4,
+        "--lora-rank",
+        2,
+        "--out",
+        tmp_path / "dpo",
+        *ONE_STEP,
+    )
+    assert end in json.loads((tmp_path / "dpo/model/tokenizer_config.json").read_text()).get("pyrite", {}).get(
+        "ends", [end]
+    )
+    assert (tmp_path / "dpo" / "model" / "generation_config.json").exists()  # beside adapters too
+    rewards = ("--rewards", tmp_path / "reward", "--max-new-tokens", 12)
+    for model in (policy, tmp_path / "dpo" / "model"):
+        out = tmp_path / f"evaluate-{model.parent.name}"
+        pyrite("evaluate", "--model", model, "--prompts", asked, "--gold", "length()", *rewards, "--out", out)
+        assert json.loads((out / "done.json").read_text())["missing_eos"]["mean"] == 0
+    rounds = ("--rounds", 1, "--judge", "bradley_terry(gold='length()')")
+    pyrite("online", "--model", policy, "--prompts", asked, *rounds, *rewards, "--out", tmp_path / "online", *ONE_STEP)
+    ppo = ("--steps", 1, "--prompts-per-step", 4, "--reward", tmp_path / "reward")
+    pyrite("ppo", "--model", policy, "--prompts", asked, *ppo, *rewards, "--out", tmp_path / "ppo", *ONE_STEP)
+    for job in ("online", "ppo"):
+        rows = [json.loads(line) for line in (tmp_path / job / "metrics.jsonl").read_text().splitlines()]
+        assert all(row["missing_eos"] == 0 for row in rows if "missing_eos" in row)
+        assert all(row["cut"] == 0 for row in rows if "cut" in row)
+
+
+def test_drawing_ends_at_every_token_of_the_generation_config(tmp_path):
+    model = taught(tmp_path, family(tmp_path, "plain"), [{"prompt": "hi", "response": "yes"}])
+    letter = AutoTokenizer.from_pretrained(model).convert_tokens_to_ids("s")
+    config = json.loads((model / "generation_config.json").read_text())
+    (model / "generation_config.json").write_text(json.dumps({**config, "eos_token_id": [2, letter]}))
+    (row,) = drawn(tmp_path, model)
+    assert (row["response"], row["finished"], row["length"]) == ("ye", True, 3)
+
+
+def test_a_model_without_an_end_is_refused_with_both_names(tmp_path, capsys):
+    model = build(tmp_path / "model", CHATML.replace("<|im_end|>", "### End"), "<|im_start|>", eos="</s>")
+    demos = write(tmp_path / "demos.jsonl", [{"prompt": "hi", "response": "yes"}])
+    said = refused(capsys, "sft", "--model", model, "--data", demos, "--out", tmp_path / "sft", "--held-out", 0)
+    assert "'### End'" in said and "'</s>'" in said
+    assert not (tmp_path / "sft").exists()
+
+
+def test_template_arguments_are_used_recorded_saved_and_checked(tmp_path, capsys):
+    model = family(tmp_path, "qwen35")
+    learned = taught(tmp_path, model, [{"prompt": "hi", "response": "yes"}], "--template-args", "enable_thinking=false")
+    config = json.loads((tmp_path / "sft" / "config.json").read_text())
+    assert config["template"]["template_args"] == ["enable_thinking=false"]
+    tokens = stock(learned, enable_thinking=False)
+    assert AutoTokenizer.from_pretrained(learned).decode(tokens).startswith("yes<|im_end|>")
+    (row,) = drawn(tmp_path, learned)  # as it was trained, without being told again
+    assert (row["response"], row["length"]) == ("yes", 4)
+    demos = tmp_path / "demos.jsonl"
+    for model, args, words in (
+        (family(tmp_path, "qwen3"), "enable_thinkin=false", "did you mean enable_thinking?"),
+        (family(tmp_path, "plain"), "enable_thinking=false", "no chat template"),
+        (family(tmp_path, "qwen3"), "enable_thinking", "write NAME=VALUE"),
+    ):
+        more = ("--out", tmp_path / "no", "--held-out", 0, "--template-args", args)
+        assert words in refused(capsys, "sft", "--model", model, "--data", demos, *more)
+
+
+def test_a_plain_answer_is_not_learned_inside_an_open_think_block(tmp_path, capsys):
+    model = family(tmp_path, "r1")
+    rows = [{"prompt": "hi", "response": "<think>\nso\n</think>\n\nyes"}, {"prompt": "ho", "response": "no"}]
+    for job, data in (
+        ("sft", rows),
+        ("dpo", [{"prompt": row["prompt"], "chosen": row["response"], "rejected": "a</think>b"} for row in rows]),
+    ):
+        file = write(tmp_path / f"{job}.jsonl", data)
+        said = refused(capsys, job, "--model", model, "--data", file, "--out", tmp_path / job, "--held-out", 0.5)
+        assert f"{file}, line 2" in said and "opens <think>" in said
+
+
+CALL = [{"name": "look"}]
+
+
+@pytest.mark.parametrize("fields", [{"reasoning_content": "so"}, {"tool_calls": CALL}])
+def test_reasoning_and_tool_calls_are_learned_or_refused_by_line(tmp_path, capsys, fields):
+    turn = {"role": "assistant", "content": "yes", **fields}
+    learned = taught(tmp_path, family(tmp_path, "qwen3"), [{"messages": [*ASK, turn]}])
+    tokenizer = AutoTokenizer.from_pretrained(learned)
+    whole, asked = (
+        tokenizer.apply_chat_template(turns, add_generation_prompt=ask, tokenize=False)
+        for turns, ask in (([*ASK, turn], False), (ASK, True))
+    )
+    want = whole.removeprefix(asked).removesuffix("\n")
+    assert ("so" if "reasoning_content" in fields else "look") in want
+    tokens = stock(learned)
+    end = tokens.index(tokenizer.convert_tokens_to_ids("<|im_end|>"))
+    assert tokenizer.decode(tokens[: end + 1]) == want
+
+    model, (name,) = family(tmp_path, "qwen25"), fields
+    plain = {"role": "assistant", "content": "no"}
+    cases = (
+        ("sft", {"messages": [*ASK, turn]}),
+        ("dpo", {"prompt": ASK, "chosen": [turn], "rejected": [plain]}),
+        ("reward", {"prompt": ASK, "chosen": [turn], "rejected": [plain]}),
+        ("reward", {"prompt": [*ASK, turn, *ASK], "chosen": "yes", "rejected": "no"}),
+    )
+    for i, (job, row) in enumerate(cases):
+        others = [{"prompt": f"{n}", "response": "a", "chosen": "a", "rejected": "b"} for n in range(8)]
+        if job == "sft":
+            others = [{"messages": [{"role": "user", "content": f"{n}"}, plain]} for n in range(8)]
+        file = write(tmp_path / "rows.jsonl", [others[0], row, *others[1:]])
+        said = refused(capsys, job, "--model", model, "--data", file, "--out", tmp_path / f"no{i}", "--held-out", 0.3)
+        assert f"{file}, line 2" in said and f"leaves out {name}" in said
+        assert not (tmp_path / f"no{i}").exists()
+
+
+@pytest.mark.parametrize("kind", ["first", "prepend"])
+def test_a_leading_space_comes_back_from_sentencepiece(tmp_path, kind):
+    """What is learned behind a prompt is the very text, and what is drawn there, encoded again, the very tokens."""
+    model = family(tmp_path, "plain")
+    letters = ["▁", "▁y", "y", "e", "s", "h", "i"]
+    inner = Tokenizer(
+        models.BPE({t: i for i, t in enumerate(["<pad>", "<s>", "</s>", "<unk>", *letters])}, [("▁", "y")])
+    )
+    if kind == "first":
+        inner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+        inner.decoder = decoders.Metaspace(prepend_scheme="first")
+    else:
+        inner.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        steps = [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        inner.decoder = decoders.Sequence(steps)
+    names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    PreTrainedTokenizerFast(tokenizer_object=inner, **names).save_pretrained(model)
+    for answer, first in ((" yes", "▁y"), ("yes", "y"), ("  yes", "▁")):
+        out = tmp_path / f"{len(answer)}"
+        out.mkdir()
+        learned = taught(out, model, [{"prompt": "hi", "response": answer}])
+        tokens = stock_of(learned)
+        assert AutoTokenizer.from_pretrained(learned).convert_ids_to_tokens(tokens[0]) == first
+        (row,) = drawn(out, learned)
+        assert (row["response"], row["finished"]) == (answer, True)
+        read = Policy.load(learned).tokenizer
+        assert text.encode_responses(read, [row["response"]])[0] == tokens[: row["length"]]
+
+
+def stock_of(model: Path) -> list[int]:
+    """What transformers draws behind the start token and the prompt "hi"."""
+    tokenizer, policy = AutoTokenizer.from_pretrained(model), AutoModelForCausalLM.from_pretrained(model)
+    ids = [tokenizer.bos_token_id, *tokenizer("hi", add_special_tokens=False)["input_ids"]]
+    every = policy.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False, eos_token_id=[999])
+    return every[0, len(ids) :].tolist()
