@@ -183,7 +183,7 @@ def own_head(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
 
     def logits(states: Tensor) -> Tensor:
         trunk = model._modules[name]
-        model._modules[name] = _Said(states[None])
+        model._modules[name] = _Said(states[None], trunk)
         try:
             return run(model, torch.zeros(1, len(states), dtype=torch.int64, device=states.device)).logits[0]
         finally:
@@ -193,11 +193,14 @@ def own_head(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
 
 
 class _Said(nn.Module):
-    """In the place of a trunk: says states that are known already."""
+    """In the place of a trunk: says states that are known already; all else is asked of the trunk."""
 
-    def __init__(self, states: Tensor) -> None:
+    def __init__(self, states: Tensor, trunk: Any) -> None:
         super().__init__()
-        self.states = states
+        self.states, self.trunk = states, (trunk,)  # not a part of it: modules inside would be visited twice
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["trunk"][0], name)
 
     @property
     def decoder(self) -> _Said:  # where a model reads this part of its trunk

@@ -39,7 +39,7 @@ def weights_hash(model: Any) -> str:
     ]
     config = {key: value for key, value in backbone(model).config.to_dict().items() if key not in _IDLE}
     scales = _adapter_scales(model) if any("lora_" in name for name in state) else {}
-    return digest([named, json.loads(json.dumps(config, default=str)), scales])
+    return digest([named, json.loads(json.dumps(config, default=str), parse_constant=str), scales])
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
