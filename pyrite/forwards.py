@@ -170,11 +170,11 @@ def by_prompt(texts: Sequence[Encoded], *, most: int = 64) -> tuple[list[Row], l
     return rows, members
 
 
-def run(module: Any, ids: Tensor, mask: Tensor | None = None) -> Any:
+def run(module: Any, ids: Tensor, mask: Tensor | None = None, **more: Any) -> Any:
     """A model or its trunk on whole texts (N, L), without a cache."""
     takes = inspect.signature(module.forward).parameters
     options = {"use_cache": False} if "use_cache" in takes else {}
-    return module(input_ids=ids, **options, **({} if mask is None else {"attention_mask": mask}))
+    return module(input_ids=ids, **options, **more, **({} if mask is None else {"attention_mask": mask}))
 
 
 def own_head(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:

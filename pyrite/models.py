@@ -119,27 +119,30 @@ class Policy(nn.Module):
         """
         if details:
             return logp_details(self.logits(batch), batch.target, ref.logits(batch) if ref else None)
-        return self.read(batch)[1]
+        return self._picked(self.readable(batch), None)
 
     def read(self, batch: Packed) -> tuple[Tensor, Tensor]:
         """Hidden states (R, H) that predict the response tokens, and the log-probabilities (R,) of these."""
-        batch, hidden = self.readable(batch), self.predicting(batch)
-        if self.bare:
-            return hidden, selective_logp(hidden, self.head_weight, batch.target)
-        size = backbone(self.model).config.get_text_config().vocab_size
-        return hidden, picked_logp(self._head(batch, hidden), batch.target, size=size)
+        hidden = self.predicting(batch)
+        return hidden, self._picked(self.readable(batch), hidden)
 
     def logits(self, batch: Packed) -> Callable[[slice], Tensor]:
         """The logits that predict some of the R response tokens.
 
         Only those are ever computed, unless the model's head reads more than its trunk's states.
         """
-        batch = self.readable(batch)
-        return self._head(batch, self.predicting(batch))
+        return self._head(self.readable(batch), None)
 
     def predicting(self, batch: Packed) -> Tensor:
         """Hidden states (R, H) that predict the response tokens of a batch."""
         batch, model = self.readable(batch), backbone(self.model)
+        if model.base_model is model:  # no trunk to be found in it
+
+            def last(ids: Tensor, mask: Tensor | None) -> Tensor:
+                return run(model, ids, mask, output_hidden_states=True).hidden_states[-1]
+
+            whole = by_group(model, batch, self.ways, last, pad=pad_of(model))
+            return whole.flatten(0, 1).index_select(0, places(batch).predictor)
         return states(model, batch, self.ways, pad=pad_of(model)).index_select(0, places(batch).predictor)
 
     def readable(self, batch: Packed) -> Packed:
@@ -174,21 +177,29 @@ class Policy(nn.Module):
         """Hugging Face layout, safetensors, tokenizer included."""
         save(self.model, folder, self.tokenizer)
 
-    def _head(self, batch: Packed, hidden: Tensor) -> Callable[[slice], Tensor]:
-        """Logits of some response tokens from the hidden states that predict them."""
-        model = backbone(self.model)
+    def _picked(self, batch: Packed, hidden: Tensor | None) -> Tensor:
+        """Log-probabilities (R,) of the response tokens, from the hidden states that predict them where known."""
         if self.bare:
-            return lambda rows: F.linear(hidden[rows], self.head_weight)
-        if self.ways.head and not isinstance(self.model, PeftModel):
-            head = own_head(model)
-            return lambda rows: head(hidden[rows])
-        if self.ways.head:  # its adapters may be off by the time that rows are asked for
-            chosen = own_head(model)(hidden)
-        else:
+            hidden = self.predicting(batch) if hidden is None else hidden
+            return selective_logp(hidden, self.head_weight, batch.target)
+        size = backbone(self.model).config.get_text_config().vocab_size
+        return picked_logp(self._head(batch, hidden), batch.target, size=size)
+
+    def _head(self, batch: Packed, hidden: Tensor | None) -> Callable[[slice], Tensor]:
+        """Logits of some response tokens, from the hidden states that predict them where known."""
+        model = backbone(self.model)
+        if not (self.bare or self.ways.head):
             pad = pad_of(model)
             whole = by_group(model, batch, self.ways, lambda ids, mask: run(model, ids, mask).logits, pad=pad)
             chosen = whole.flatten(0, 1).index_select(0, places(batch).predictor)
-        return lambda rows: chosen[rows]
+            return lambda rows: chosen[rows]
+        known, head = self.predicting(batch) if hidden is None else hidden, own_head(model)
+        if self.bare:
+            return lambda rows: F.linear(known[rows], self.head_weight)
+        if isinstance(self.model, PeftModel):  # its adapters may be off by the time that rows are asked for
+            chosen = head(known)
+            return lambda rows: chosen[rows]
+        return lambda rows: head(known[rows])
 
 
 class RewardModel(nn.Module):
