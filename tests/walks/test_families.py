@@ -118,12 +118,12 @@ def alone(family: str, noise: float, prompt: list[int], steps: int) -> list[int]
 
 @pytest.mark.parametrize("noise", [0.15, 0.0], ids=["sizeable", "fresh"])
 @pytest.mark.parametrize("family", SPEAK)
-def test_a_prompt_is_answered_as_alone(family: str, noise: float) -> None:
+def test_a_prompt_is_answered_as_alone(family: str, noise: float, tokenizer) -> None:
     prompts = [list(row.prompt) for row in random_rows([(n, [1]) for n in (3, 9, 1, 6)])]
     steps = 6 if family == "dynamic llama" else 12  # its context is its turn
     drawn = sample(build(family, noise=noise), prompts, eos=[], temperature=0, max_new_tokens=steps)
     assert drawn.responses() == [alone(family, noise, prompt, steps) for prompt in prompts]
-    policy = Policy(build(family, noise=noise), None)  # type: ignore[arg-type]  # no text is read
+    policy = Policy(build(family, noise=noise), tokenizer)
     rows = [Row(p, [r]) for p, r in zip(prompts, drawn.responses(), strict=True)]
     if family not in LONG:  # one text is read otherwise than it is drawn, token by token
         with torch.no_grad():
@@ -220,7 +220,7 @@ def tokens_of(model: torch.nn.Module, shapes: list) -> list[Row]:
 @pytest.mark.slow
 @pytest.mark.parametrize("sizeable", [True, False], ids=["sizeable", "fresh"])
 @pytest.mark.parametrize("name", sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
-def test_every_family_of_transformers_is_right_or_refused(name: str, sizeable: bool, monkeypatch) -> None:
+def test_every_family_of_transformers_is_right_or_refused(name: str, sizeable: bool, monkeypatch, tokenizer) -> None:
     """Of its default config with small sizes; what needs more than a text, or cannot be made small, is skipped."""
     try:
         config = AutoConfig.for_model(name)
@@ -241,7 +241,7 @@ def test_every_family_of_transformers_is_right_or_refused(name: str, sizeable: b
     except Exception as error:
         pytest.skip(f"{type(error).__name__}: {str(error)[:100]}")
     try:
-        policy = Policy(model, None)  # type: ignore[arg-type]  # no text is read
+        policy = Policy(model, tokenizer)
     except ValueError as error:
         assert "a policy needs a" in str(error)
         return
