@@ -184,21 +184,32 @@ def _told(model: PreTrainedModel) -> Ways:
 
     def near(name: str, ours: Callable[[], Sequence[Tensor]]) -> bool:
         """Whether this way comes near the stock model, and much nearer than with another text in sight."""
-        try:
-            pairs = list(zip(ours(), [read[name][0] for read in alone], strict=True))
-        except Exception:  # whatever a foreign model raises, it cannot be run so
-            return False
-        return all(bool((got - want).abs().max() <= CLOSE * far[name]) for got, want in pairs)
 
-    causal = _is_causal(model, texts[0], alone[0])
+        def close() -> bool:
+            pairs = zip(ours(), [read[name][0] for read in alone], strict=True)
+            return all(bool((got - want).abs().max() <= CLOSE * far[name]) for got, want in pairs)
+
+        return _works(close)
+
+    causal = _works(lambda: _is_causal(model, texts[0], alone[0]))
     return Ways(
         causal=causal,
-        packed=causal and near("states", lambda: _packed(model, rows, batch)) and _is_tight(model, rows),
+        packed=causal
+        and near("states", lambda: _packed(model, rows, batch))
+        and _works(lambda: _is_tight(model, rows)),
         padded=near("logits", lambda: _padded(model, batch, "logits"))
         and ("states" not in far or near("states", lambda: _padded(model, batch, "states"))),
         head=near("logits", lambda: [_head(model, read["states"]) for read in alone]),
         bare=near("logits", lambda: [_bare(model, read["states"]) for read in alone]),
     )
+
+
+def _works(ask: Callable[[], bool]) -> bool:
+    """The answer; no, where a foreign model raises, whatever it raises."""
+    try:
+        return ask()
+    except Exception:
+        return False
 
 
 def _rows(model: PreTrainedModel) -> list[Row]:
@@ -263,12 +274,12 @@ def _is_tight(model: PreTrainedModel, rows: Sequence[Row]) -> bool:
 
     def keep(module: nn.Module, args: object, out: Tensor) -> Tensor:
         kept.append(out.detach().requires_grad_())
-        return kept[-1]
+        return kept[-1].clone()  # some models scale it in place
 
     hook = model.get_input_embeddings().register_forward_hook(keep)  # type: ignore[union-attr]
     try:
         with torch.enable_grad():
-            states = forwards.trunk_states(model, replace(batch, ids=batch.ids.clone()))
+            states = forwards.trunk_states(model, batch)
     finally:
         hook.remove()
     for path, length in zip(paths.query.view(-1, bucket.queries).tolist(), bucket.lengths.tolist(), strict=True):
