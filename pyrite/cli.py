@@ -68,21 +68,37 @@ Several values for an option that takes one make a sweep: one run for each combi
 def main() -> None:
     """Run a command; expected errors are one line on standard error and exit status 2."""
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
-    signals.listen()
     try:
-        _quiet()
-        _command(arguments)
+        with signals.listening():
+            _quiet()
+            _command(arguments)
     except (ValueError, TrainingError, OSError) as error:
+        if full := _full(error):
+            error = OSError(full)
         if "--debug" in sys.argv:
             traceback.print_exc()
         if not isinstance(error, runs.RunError) or world().is_main_process:  # all processes are refused alike
             _complain(f"pyrite: {foreign.line(error)}")
+        sys.exit(2)
+    except Exception as error:
+        if "--debug" in sys.argv or not (full := _full(error)):
+            raise
+        _complain(f"pyrite: {full}")
         sys.exit(2)
     except (KeyboardInterrupt, signals.Stopped) as error:
         number = error.number if isinstance(error, signals.Stopped) else signal.SIGINT
         said = f"; {error.said}" if isinstance(error, signals.Stopped) and error.said else ""
         _complain(f"pyrite: stopped by {signal.Signals(number).name}{said}; run the same command again to go on")
         sys.exit(128 + number)
+
+
+def _full(error: BaseException) -> str | None:
+    """What to say where a disk is full, whoever noticed; None of any other error."""
+    said = " ".join(str(error).split())
+    words = ("No space left on device", "File too large", "Disk quota exceeded", "disk is full")
+    if any(word in said for word in words):
+        return f"the disk is full ({said}); free some space and run the same command again to go on"
+    return None
 
 
 def _complain(line: str) -> None:

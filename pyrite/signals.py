@@ -6,6 +6,7 @@ Batch schedulers and `torchrun` send SIGTERM, a terminal sends SIGINT. The secon
 from __future__ import annotations
 
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -28,10 +29,18 @@ class Stopped(BaseException):
         self.number, self.said = number, said
 
 
-def listen() -> None:
-    """From now on SIGTERM and SIGINT end what this process does in order."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _heard)
+@contextmanager
+def listening() -> Iterator[None]:
+    """In here SIGTERM and SIGINT end in order what this process does."""
+    if threading.current_thread() is not threading.main_thread():  # where Python lets nobody listen
+        yield
+        return
+    before = {number: signal.signal(number, _heard) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager
