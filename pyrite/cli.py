@@ -182,9 +182,14 @@ def apart() -> Iterator[None]:
                 os.close(real)
 
 
+def on_terminal() -> bool:
+    """Whether a person reads standard output."""
+    return sys.stdout.isatty()
+
+
 def _results(results: dict[str, Any], done: str, after: str | None, *, as_json: bool) -> None:
     """Results as JSON, or on a terminal the figures that matter and the next command."""
-    if as_json or not sys.stdout.isatty():
+    if as_json or not on_terminal():
         _print(json.dumps(results, indent=1))
         say(done)
         return

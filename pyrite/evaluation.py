@@ -46,6 +46,7 @@ class Evaluation:
     eval_exact: bool = False
     """Also KL and entropy of the policy over the whole vocabulary at every position: less noise, one more forward."""
     max_new_tokens: Count = 256
+    """Longest answer in tokens."""
 
     def inputs(self) -> dict[str, str]:
         """What is read."""

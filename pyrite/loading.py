@@ -35,8 +35,11 @@ class Lora:
     """Low-rank adapters on linear layers; rank 0 trains the whole model."""
 
     lora_rank: Natural = 0
+    """Rank of low-rank adapters, trained in place of the weights; 0 trains the weights."""
     lora_alpha: Positive = 16.0
+    """Adapters are scaled by alpha / rank."""
     lora_dropout: Fraction = 0.0
+    """Dropout of what adapters read."""
     lora_targets: str = "all-linear"
     """Names of linear layers, comma separated, or all of them."""
 

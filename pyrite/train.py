@@ -43,17 +43,21 @@ class Training:
     lr: Positive = 1e-5
     """Peak learning rate of AdamW."""
     epochs: Count = 1
+    """Passes over the data."""
     batch_size: Count = 32
     """Rows in one optimizer step, over all processes."""
     micro_tokens: Count = 8192
     """Packed tokens in one forward pass; changes memory and speed, not the result."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate falls after its warm-up."""
     warmup: Natural = 10
     """Steps over which the learning rate rises from 0."""
     floor: Share = 0.1
     """Last learning rate as a share of the peak."""
     weight_decay: NonNegative = 0.0
+    """Of AdamW, on matrices alone."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.98)
+    """Of AdamW's running means of gradients and of their squares."""
     clip: Positive = 1.0
     """Largest gradient norm."""
     dropout: Share | None = None
@@ -63,6 +67,7 @@ class Training:
     recompute: bool = False
     """Gradient checkpointing: layers are computed again for their gradients, which saves memory and costs time."""
     log_every: Count = 10
+    """Steps between rows of metrics."""
     save_every: Count = 200
     """Steps between checkpoints."""
 

@@ -11,6 +11,8 @@ from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 
+import tyro
+
 from pyrite import options
 
 WIDTH = 100
@@ -148,7 +150,7 @@ class Option(NamedTuple):
 
     @property
     def required(self) -> bool:
-        return self.default is MISSING
+        return self.default is MISSING or self.default is tyro.MISSING
 
 
 def described(schema: Any, group: str = "") -> Iterator[Option]:

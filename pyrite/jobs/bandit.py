@@ -45,6 +45,7 @@ class Config:
     """Race samplers over a finite set of responses, where the optimum is known."""
 
     out: Path
+    """Folder of the run, new or empty."""
     samplers: Some[str] = ("uniform", "mix_r", "mix_p")
     """Which pairs are drawn: see `pyrite list samplers`."""
     actions: Several = 20
@@ -56,7 +57,9 @@ class Config:
     beta: Positive = 3.0
     """Strength of the KL, of the loss and of samplers that know it."""
     steps: Count = 60
+    """Updates of each policy."""
     loss: str = "dpo"
+    """The direct loss of a pair; see `pyrite list losses`."""
     rate: str = "matched"
     """Learning rate: matched to the sampler, best (the best constant one at the optimum), or a number."""
     scale: Positive = 1.0
@@ -70,6 +73,7 @@ class Config:
     ref_spread: NonNegative = 0.0
     """Standard deviation of the reference's logits; 0 is the uniform reference."""
     seed: Natural = 0
+    """Of everything that is drawn at random."""
 
 
 def inputs(config: Config) -> dict[str, str | Path]:

@@ -38,6 +38,7 @@ class Config:
     rewards: str
     """Folder of a reward run."""
     out: Path
+    """Folder of the run, new or empty."""
     objectives: Some[str] = ("mean()", "wco()", "uwo(weight=0.5)")
     """How members become one score; every single member is reported as well."""
     n: tuple[Count, ...] = ()

@@ -53,11 +53,14 @@ class Config:
     data: str
     """Preference pairs: prompt, chosen, rejected."""
     out: Path
+    """Folder of the run, new or empty."""
     columns: str | None = None
+    """Names of the columns where they differ, as ours=theirs: "prompt=question,response=answer"."""
     held_out: Fraction | str = 0.1
     """Pairs to measure on: a file, whose prompts are not learned from, or the share of the prompts to keep. With 0 the
     policy is measured on the training pairs, as part=train, and the last policy counts as the best."""
     loss: str = "dpo(beta=0.1)"
+    """The direct loss of a pair, with its options; see `pyrite list losses`."""
     ref: str = "self"
     """self, none, prior, column, a model, a reference folder, ema(rate=0.01), or a sum: "0.5*self + 0.5*PATH"."""
     ref_cache: Path | None = None
@@ -82,6 +85,7 @@ class Config:
     lora: Lora = Lora()
     training: Training = Training(lr=1e-6)
     seed: Natural = 0
+    """Of everything that is drawn at random."""
 
 
 def inputs(config: Config) -> dict[str, str | Path]:

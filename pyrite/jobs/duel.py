@@ -47,6 +47,7 @@ class Config:
     dimensions: str | None = None
     """Preference dimensions: a YAML file, or a shipped name such as soups. Only --general goes without."""
     out: Path = tyro.MISSING
+    """Folder of the run, new or empty."""
     judge: str = "bradley_terry(gold={gold}, hard=True)"
     """Who judges; {criterion}, {gold}, {sentence} and {id} stand for the option's own."""
     general: str | None = None
@@ -58,6 +59,7 @@ class Config:
     times: Several = 2000
     """Resamples for the intervals."""
     seed: Natural = 0
+    """Of everything that is drawn at random."""
 
 
 class Unit(NamedTuple):

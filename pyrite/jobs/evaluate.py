@@ -45,6 +45,7 @@ class Config:
     prompts: str
     """Prompts: prompt, prompt_id."""
     out: Path
+    """Folder of the run, new or empty."""
     gold: str | None = None
     """The scorer that plays the truth."""
     rewards: str | None = None
@@ -63,7 +64,9 @@ class Config:
     min_count: Count = 100
     """Occurrences a token needs to be listed among those moved most."""
     columns: str | None = None
+    """Names of the columns where they differ, as ours=theirs: "prompt=question,response=answer"."""
     limit: Count | None = None
+    """Use only the first so many prompts."""
     k: Count = 1
     """Answers a prompt."""
     max_prompt: Count | None = None
@@ -72,8 +75,10 @@ class Config:
     """What to do with a longer prompt: cut it to its end, leave its row out, or stop. By default it is cut, unless all
     prompts are too long."""
     max_new_tokens: Count = 256
+    """Longest answer in tokens."""
     template: Template = Template()
     seed: Natural = 0
+    """Of everything that is drawn at random."""
 
 
 def inputs(config: Config) -> dict[str, str | Path]:

@@ -38,7 +38,9 @@ class Config:
     prompts: str
     """Prompts: prompt, prompt_id."""
     out: Path
+    """Folder of the run, new or empty."""
     columns: str | None = None
+    """Names of the columns where they differ, as ours=theirs: "prompt=question,response=answer"."""
     k: Count = 2
     """Answers a prompt."""
     limit: Count | None = None
@@ -50,13 +52,18 @@ class Config:
     """What to do with a longer prompt: cut it to its end, leave its row out, or stop. By default it is cut, unless all
     prompts are too long."""
     max_new_tokens: Count = 256
+    """Longest answer in tokens."""
     temperature: NonNegative = 1.0
+    """Logits are divided by it before drawing; 0 takes the likeliest token."""
     top_p: Amplitude = 1.0
+    """Draw among the likeliest tokens that hold this share of the probability; 1 is all."""
     top_k: Natural = 0
+    """Draw among so many of the likeliest tokens; 0 is all."""
     rows: Count = 512
     """Answers decoded at once; changes speed, not the result."""
     template: Template = Template()
     seed: Natural = 0
+    """Of everything that is drawn at random."""
 
 
 def inputs(config: Config) -> dict[str, str | Path]:

@@ -44,11 +44,13 @@ class Ask:
     criterion: str
     """What makes an answer better, in a sentence."""
     out: Path
+    """Folder of the run, new or empty."""
     pairs: str | None = None
     """Pairs to judge, a = chosen and b = rejected; rename others: --columns chosen=a,rejected=b."""
     candidates: str | None = None
     """Instead: candidates, whose answers 0 and 1, 2 and 3, ... to a prompt are paired."""
     columns: str | None = None
+    """Names of the columns where they differ, as ours=theirs: "prompt=question,response=answer"."""
     criterion_id: str | None = None
     """Name of the criterion in ledger and table; the sentence by default."""
     ledger: Path | None = None
@@ -71,15 +73,19 @@ class Export:
     criterion: str
     """What makes an answer better, in a sentence; it stands beside each pair."""
     out: Path
+    """Folder of the run, new or empty."""
     pairs: str | None = None
     """Pairs, a = chosen and b = rejected; rename others: --columns chosen=a,rejected=b."""
     candidates: str | None = None
     """Instead: candidates, whose answers 0 and 1, 2 and 3, ... to a prompt are paired."""
     columns: str | None = None
+    """Names of the columns where they differ, as ours=theirs: "prompt=question,response=answer"."""
     criterion_id: str | None = None
     """Name of the criterion in the table of verdicts; the sentence by default."""
     format: Literal["csv", "jsonl"] = "csv"
+    """Of the file for the person who labels."""
     seed: Natural = 0
+    """Of everything that is drawn at random."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +97,7 @@ class Import:
     exported: Path
     """Folder of the export that the file comes from."""
     out: Path
+    """Folder of the run, new or empty."""
     annotator: str = "human"
     """Who labelled."""
 
@@ -102,12 +109,15 @@ class Agreement:
     first: str
     """verdicts.parquet of a judge."""
     out: Path
+    """Folder of the run, new or empty."""
     second: str | None = None
     """verdicts.parquet of another judge, or of people; without one, how the first judge leans."""
     n_boot: Count = 1000
     """Resamples of prompts for the intervals."""
     level: Inside = 0.95
+    """Of the intervals: 0.95 covers the truth in 95 of 100 repetitions."""
     seed: Natural = 0
+    """Of everything that is drawn at random."""
 
 
 Config = Ask | Export | Import | Agreement

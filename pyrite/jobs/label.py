@@ -37,6 +37,7 @@ class Config:
     candidates: str
     """Candidates as `pyrite generate` writes them."""
     out: Path
+    """Folder of the run, new or empty."""
     gold: str | None = None
     """The scorer that plays the truth, such as "length()" or "mine.py:score()"."""
     judge: str | None = None
@@ -46,6 +47,7 @@ class Config:
     noise: Half = 0.0
     """Share of the training pairs whose label is flipped, exactly."""
     noise_seed: Natural = 0
+    """Of the labels that are flipped."""
     held_out: Fraction = 0.1
     """Share of the prompts whose pairs are kept, clean, for measuring accuracy."""
     ties: Literal["drop", "keep"] = "drop"
@@ -55,6 +57,7 @@ class Config:
     """What to do with an answer that was cut before its end: leave its pair out, or pair the finished answers to its
     prompt among themselves."""
     seed: Natural = 0
+    """Of the prompts that are held out, and of ties."""
 
 
 def inputs(config: Config) -> dict[str, str | Path]:

@@ -28,6 +28,7 @@ class Config:
     model: str
     """Folder of a policy or a reward model with adapters."""
     out: Path
+    """Folder of the run, new or empty."""
     dtype: Dtype = "float32"
     """Of the merged weights."""
 

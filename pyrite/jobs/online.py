@@ -74,7 +74,9 @@ class Config:
     judge: str
     """Who says which answer is better: "bradley_terry(gold='length()')"."""
     out: Path
+    """Folder of the run, new or empty."""
     columns: str | None = None
+    """Names of the columns where they differ, as ours=theirs: "prompt=question,response=answer"."""
     held_out: Fraction = 0.1
     """Share of the prompts kept for measuring, where no --eval-prompts are given."""
     max_prompt: Count | None = None
@@ -85,13 +87,16 @@ class Config:
     sampler: str = "on_policy()"
     """Which two distributions a pair is drawn from: reference(), on_policy(), hybrid(), mixed(kappa=0.5), ..."""
     loss: str = "soft_dpo(beta=0.1)"
+    """The direct loss of a pair, with its options; see `pyrite list losses`."""
     rounds: Count = 3
+    """Rounds of answering, judging and learning."""
     prompts_per_round: Count | None = None
     """Prompts answered in a round, all by default: each round takes the next ones, and once all have been asked, they
     come again in a new order."""
     k: Several = 2
     """Answers a prompt; an even number."""
     pairing: Pairing = "best_worst"
+    """Which answers to a prompt make pairs."""
     labels: Labels = "soft"
     """soft and hard: the likelier answer is chosen; sampled: drawn by the judge's probability."""
     gap: NonNegative = 0.0
@@ -103,7 +108,9 @@ class Config:
     temperature: Positive = 1.0
     """After mixing, as are the next two."""
     top_p: Amplitude = 1.0
+    """After mixing, draw among the likeliest tokens that hold this share of the probability."""
     top_k: Natural = 0
+    """After mixing, draw among so many of the likeliest tokens; 0 is all."""
     on_cut: Literal["keep", "drop"] = "keep"
     """Pairs with an answer that was cut before its end; kept ones have no end token."""
     silver: str | None = None
@@ -126,6 +133,7 @@ class Config:
     lora: Lora = Lora()
     training: Training = Training(lr=5e-7)
     seed: Natural = 0
+    """Of everything that is drawn at random."""
 
 
 def inputs(config: Config) -> dict[str, str | Path]:

@@ -48,11 +48,13 @@ class Config:
     candidates: str
     """Candidates as `pyrite generate` writes them."""
     out: Path
+    """Folder of the run, new or empty."""
     dimensions: str | None = None
     """Preference dimensions: a YAML file, or the shipped soups."""
     options: tuple[str, ...] = ()
     """The options to make pairs for; by default all that were not added later."""
     kinds: Some[Kind] = KINDS
+    """Which pairs are made: judged ones, and those whose better answer is known from what was asked for."""
     judge: str = "bradley_terry(gold={gold}, hard=True)"
     """Who labels: a judge; {criterion}, {gold}, {sentence} and {id} stand for the option's own."""
     general: str | None = None
@@ -65,6 +67,7 @@ class Config:
     """Two answers that are equally good: left out, or kept with strength 0, which says that either may be chosen.
     Losses that read strengths, such as soft_dpo, learn a probability of one half; for the others they are left out."""
     seed: Natural = 0
+    """Of everything that is drawn at random."""
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,9 @@ class Config:
     """Folders of reward runs, or scorers such as "length()"; "0.5*runs/b" weighs one of several. With --dimensions a
     reward run scores each of a prompt's options, one of its own is ID=FOLDER, and golds are the options' own."""
     out: Path
+    """Folder of the run, new or empty."""
     columns: str | None = None
+    """Names of the columns where they differ, as ours=theirs: "prompt=question,response=answer"."""
     held_out: Fraction = 0.1
     """Share of the prompts kept for measuring, where no --eval-prompts are given."""
     max_prompt: Count | None = None
@@ -93,23 +95,31 @@ class Config:
     beta: NonNegative = 0.05
     """Price of a nat of KL from the reference, in units of the reward."""
     kl: Literal["k1", "k3", "none"] = "k1"
+    """How a token's price of KL is estimated from its log-ratio: k1, the log-ratio; k3, never below 0; none."""
     kl_control: Literal["fixed", "adaptive", "target"] = "fixed"
+    """fixed: beta stays; adaptive and target: beta follows the KL, towards --kl-target."""
     kl_target: Positive | None = None
     """Nats an answer."""
     kl_horizon: Positive = 10_000.0
+    """Answers over which an adaptive beta follows the KL."""
     stop_kl: Positive | None = None
     """Nats a token from the policy that drew: beyond it a batch is not learned any further."""
     ratio_clip: Positive = 0.2
     """How far a token's probability ratio may move in a batch and still be rewarded for it."""
     value_clip: Positive | None = 0.2
+    """How far a predicted value may move in a batch and still be rewarded for it; None for no limit."""
     value_weight: NonNegative = 0.1
+    """Weight of the critic's loss on a shared trunk."""
     gamma: Share = 1.0
+    """Discount of the reward of later tokens."""
     lam: Share = 0.95
+    """Of generalized advantage estimation: 0 trusts the critic, 1 the returns."""
     whiten: bool = True
     """Advantages get mean 0 and variance 1 over the tokens of a batch."""
     normalize: bool = False
     """Scores are divided by their running standard deviation, and centered."""
     reward_clip: Positive | None = 10.0
+    """Largest score of an answer, in absolute value; None for no limit."""
     missing_eos: NonNegative | None = None
     """Taken off the score of an answer that was cut."""
     measure_every: Count = 10
@@ -130,6 +140,7 @@ class Config:
     training: Training = Training(lr=1e-6, epochs=4)
     """epochs: passes over a batch of answers; batch_size: prompts in an update."""
     seed: Natural = 0
+    """Of everything that is drawn at random."""
 
 
 def inputs(config: Config) -> dict[str, str | Path]:

@@ -37,7 +37,9 @@ class Compute:
     data: str
     """Preference pairs: prompt, chosen, rejected."""
     out: Path
+    """Folder of the run, new or empty."""
     columns: str | None = None
+    """Names of the columns where they differ, as ours=theirs: "prompt=question,response=answer"."""
     conditioning: Literal["prompt", "prior"] = "prompt"
     """prior scores the answers without their prompts."""
     tokens: bool = True
@@ -70,6 +72,7 @@ class Verify:
     model: str | None = None
     """Folder or Hub name of the policy; where it is the model that scored, rows are computed again (R6)."""
     columns: str | None = None
+    """Names of the columns where they differ, as ours=theirs: "prompt=question,response=answer"."""
     tokens: bool = False
     """The loss reads token log-probabilities."""
     own_template: bool = False
@@ -84,6 +87,7 @@ class Verify:
     """What to do with a pair whose answers are equal."""
     template: Template = Template()
     seed: Natural = 0
+    """Of everything that is drawn at random."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,9 @@ class Import:
     scorer: str
     """The model that gave the log-probabilities, in your words."""
     out: Path
+    """Folder of the run, new or empty."""
     columns: str | None = None
+    """Names of the columns where they differ, as ours=theirs: "prompt=question,response=answer"."""
     chosen: str = "chosen_logprob"
     """Column with the log-probability of the chosen answer."""
     rejected: str = "rejected_logprob"

@@ -38,13 +38,16 @@ class Config:
     data: str
     """Preference pairs: prompt, chosen, rejected."""
     out: Path
+    """Folder of the run, new or empty."""
     columns: str | None = None
+    """Names of the columns where they differ, as ours=theirs: "prompt=question,response=answer"."""
     held_out: Fraction | str = 0.1
     """Pairs for measuring accuracy: a file, whose prompts are not learned from, or the share of the prompts to keep.
     With 0, accuracy is that on the training pairs, and called train_accuracy."""
     members: Count = 1
     """Reward models in the ensemble."""
     loss: str = "bradley_terry(center=0.001)"
+    """The loss of two scores, with its options; see `pyrite list reward_losses`."""
     pooling: Pooling = "last"
     """Where the score is read: the end token, or the mean over the response."""
     head_std: NonNegative = 0.02
@@ -64,6 +67,7 @@ class Config:
     lora: Lora = Lora()
     training: Training = Training(epochs=2)
     seed: Natural = 0
+    """Of everything that is drawn at random."""
 
 
 def inputs(config: Config) -> dict[str, str | Path]:

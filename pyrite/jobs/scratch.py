@@ -31,16 +31,23 @@ class Config:
     data: str
     """Texts the tokenizer learns from."""
     out: Path
+    """Folder of the run, new or empty."""
     kind: Literal["pairs", "demos", "prompts"] = "pairs"
     """What the rows of the data are."""
     columns: str | None = None
+    """Names of the columns where they differ, as ours=theirs: "prompt=question,response=answer"."""
     vocabulary: Count = 4096
+    """Tokens of the tokenizer."""
     hidden: Count = 128
+    """Width of the model; a multiple of the heads."""
     layers: Count = 2
+    """Layers of the model."""
     heads: Count = 4
+    """Attention heads of a layer."""
     context: Several = 1024
     """Longest prompt + response in tokens."""
     seed: Natural = 0
+    """Of everything that is drawn at random."""
 
 
 def inputs(config: Config) -> dict[str, str | Path]:

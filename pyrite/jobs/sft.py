@@ -36,6 +36,7 @@ class Config:
     data: str
     """Demonstrations: prompt, response."""
     out: Path
+    """Folder of the run, new or empty."""
     columns: str | None = None
     """Names of the columns where they differ, as ours=theirs: "prompt=question,response=answer"."""
     held_out: Fraction | str = 0.02
@@ -52,6 +53,7 @@ class Config:
     lora: Lora = Lora()
     training: Training = Training()
     seed: Natural = 0
+    """Of everything that is drawn at random."""
 
 
 def inputs(config: Config) -> dict[str, str | Path]:

@@ -41,6 +41,7 @@ class Config:
     ingredients: tuple[str, ...]
     """Folders with adapters, or of whole models; several."""
     out: Path
+    """Folder of the run, new or empty."""
     weights: tuple[Real, ...] = ()
     """One for each ingredient, at least 0, of sum 1; none: all alike."""
     normalize: bool = True

@@ -61,6 +61,7 @@ class Config:
     (probability that the model wins), both lengths in characters as `length` and `baseline_length` or both texts as
     `output` and `baseline_output`; optionally `baseline` and `difficulty`."""
     out: Path
+    """Folder of the run, new or empty."""
     gamed: tuple[str, ...] = ()
     """Models of the table that are the baseline told to be brief or long-winded: their rows replace the prior."""
     difficulty: str = "auto"
@@ -73,7 +74,9 @@ class Config:
     n_boot: Several = 1000
     """Resamples for the intervals."""
     level: Inside = 0.95
+    """Of the intervals: 0.95 covers the truth in 95 of 100 repetitions."""
     seed: Natural = 0
+    """Of everything that is drawn at random."""
 
 
 class Judged(NamedTuple):

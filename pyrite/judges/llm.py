@@ -50,6 +50,7 @@ class Asking:
     demonstrations: str | None = None
     """File of solved cases shown first: prompt, a, b, label (A, B or TIE), and optionally reason."""
     temperature: NonNegative = 0.0
+    """Of the judge's answers; 0 for the likeliest one."""
     max_tokens: Count = 512
     """Longest reply, its reasons included."""
     logprobs: bool = False

@@ -71,7 +71,7 @@ def test_a_terminal_gets_a_summary_with_the_next_command(
     tiny: Path, demos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command = ("sft", "--model", tiny, "--data", demos, "--out", tmp_path / "run", *SFT)
-    monkeypatch.setattr("io.StringIO.isatty", lambda _: True)
+    monkeypatch.setattr(cli, "on_terminal", lambda: True)
     status, out, _ = pyrite(*command)
     assert status == 0
     assert len(out.splitlines()) < 15
@@ -263,7 +263,7 @@ def test_a_scheduler_ends_real_processes(processes: int, tiny: Path, demos: Path
 def test_a_full_disk_is_one_line_and_loses_nothing(tiny: Path, demos: Path, tmp_path: Path) -> None:
     command = ("sft", "--model", tiny, "--data", demos, *SFT, "--save-every", 2, "--out", tmp_path / "run")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    for bytes_free, learned in ((20_000, 0), (150_000, 0)):
+    for bytes_free in (20_000, 150_000):
         resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_free, hard))
         try:
             status, out, err = pyrite(*command)

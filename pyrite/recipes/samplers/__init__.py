@@ -31,9 +31,11 @@ class Config:
     scale: Scale = "toy"
     """The embedded world in minutes on 2 cores."""
     out: Path = Path("runs/samplers")
+    """Folder of the run, new or empty."""
     seeds: Count = 1
     """Independent whole chains."""
     first_seed: Natural = 0
+    """Seed of the first chain; the next ones follow it."""
 
 
 def run(config: Config) -> Path:
