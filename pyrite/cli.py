@@ -88,7 +88,8 @@ def main() -> None:
     except (KeyboardInterrupt, signals.Stopped) as error:
         number = error.number if isinstance(error, signals.Stopped) else signal.SIGINT
         said = f"; {error.said}" if isinstance(error, signals.Stopped) and error.said else ""
-        _complain(f"pyrite: stopped by {signal.Signals(number).name}{said}; run the same command again to go on")
+        if os.environ.get("RANK", "0") == "0":  # one line of all the processes of a launcher
+            _complain(f"pyrite: stopped by {signal.Signals(number).name}{said}; run the same command again to go on")
         sys.exit(128 + number)
 
 

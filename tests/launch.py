@@ -23,12 +23,16 @@ def start(arguments: list[str]) -> subprocess.Popen[str]:
     return subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def launch(commands: list[list[str]], *, processes: int) -> str:
-    """Commands one after another in several processes that work as one; their output."""
+def free_port() -> int:
+    """A port that nobody listens at."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    options = ["--nproc_per_node", str(processes), "--master_port", port]
+        return free.getsockname()[1]
+
+
+def launch(commands: list[list[str]], *, processes: int) -> str:
+    """Commands one after another in several processes that work as one; their output."""
+    options = ["--nproc_per_node", str(processes), "--master_port", str(free_port())]
     command = [sys.executable, "-m", "torch.distributed.run", *options, __file__, json.dumps(commands)]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
