@@ -26,7 +26,7 @@ from typing import Any, Literal
 import numpy as np
 
 from pyrite.layouts import LAYOUTS, Layout, MisplacedError, Skip, messages
-from pyrite.sources import DataError, Placed, Row, Source, read
+from pyrite.sources import TEXTS, DataError, Placed, Row, Source, read
 from pyrite.text import Answer, plain
 
 Kind = Literal["prompts", "demos", "pairs", "candidates", "answers"]
@@ -70,7 +70,7 @@ def load(
 ) -> list[Row]:
     """Checked rows of a kind from a file, a `datasets` folder (folder[:split]) or the Hub (org/name[:split]).
 
-    Files: JSON, JSONL (either gzipped too), Parquet. Layouts recognized: ours, TRL's standard and
+    Files: JSON, JSONL, CSV, TSV (each gzipped too), Parquet. Layouts recognized: ours, TRL's standard and
     conversational ones, Anthropic HH transcripts, AlpacaFarm, Alpaca, question/response_j/response_k;
     `columns` renames others ("prompt=question,chosen=good", ours first). A missing prompt_id is derived from
     the prompt. A judge's `probability` p becomes `strength` = ln(p / (1 − p)) nats, p clipped to
@@ -89,7 +89,8 @@ def load(
         raise DataError(f"unknown kind of data {kind!r}; it is one of {', '.join(LAYOUTS)}")
     if on_equal not in ("error", "drop"):
         raise DataError(f"on_equal is {on_equal!r}; it must be 'error' or 'drop'")
-    source = _renamed(read(str(path)), columns)
+    names = _names(columns)
+    source = _renamed(read(str(path), texts=[theirs for ours, theirs in names.items() if ours in TEXTS]), names)
     total = len(source.rows)
     source, layout, alone = _gathered(source, _layout(source, kind))
     rows, dropped, swaps = _converted(source, kind, layout, on_equal, on_contradiction, on_tie)
@@ -257,14 +258,19 @@ def apply_flips(rows: Sequence[Row], mask: np.ndarray) -> list[Row]:
     return result
 
 
-def _renamed(source: Source, columns: str | Mapping[str, str] | None) -> Source:
+def _names(columns: str | Mapping[str, str] | None) -> Mapping[str, str]:
+    """Theirs by ours: "prompt=question,chosen=good" or the mapping itself."""
+    if not isinstance(columns, str) or not columns:
+        return columns or {}
+    pairs = [entry.partition("=") for entry in columns.split(",")]
+    if not all(ours.strip() and theirs.strip() for ours, _, theirs in pairs):
+        raise DataError(f"--columns {columns}: write ours=theirs, as in prompt=question,chosen=good")
+    return {ours.strip(): theirs.strip() for ours, _, theirs in pairs}
+
+
+def _renamed(source: Source, columns: Mapping[str, str]) -> Source:
     if not columns:
         return source
-    if isinstance(columns, str):
-        pairs = [entry.partition("=") for entry in columns.split(",")]
-        if not all(ours.strip() and theirs.strip() for ours, _, theirs in pairs):
-            raise DataError(f"--columns {columns}: write ours=theirs, as in prompt=question,chosen=good")
-        columns = {ours.strip(): theirs.strip() for ours, _, theirs in pairs}
     for theirs in columns.values():
         if theirs not in source.rows[0]:
             raise DataError(f"{source.name} has no column {theirs!r}{_nearest(theirs, source.rows[0])}")

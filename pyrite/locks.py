@@ -86,10 +86,11 @@ def take(folder: Path, owner: object) -> Callable[[], object]:
     return weakref.finalize(owner, lock.release, os.getpid())
 
 
-def lost(folder: Path) -> bool:
-    """Whether this process owned the folder and another one has taken it over."""
+def lost(folder: Path) -> str | None:
+    """Who has taken over a folder that this process owned; None if nobody has, also if the lock cannot be read."""
     lock = _held.get(folder.resolve() / NAME)
-    return lock is not None and not lock.kept
+    found = _read(lock.path) if lock else {}
+    return _told(found) if lock and found.get("token", lock.token) != lock.token else None
 
 
 def holder(folder: Path) -> str | None:

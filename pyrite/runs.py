@@ -20,7 +20,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -137,6 +137,8 @@ class Run:
             if not known.exists():
                 write_json(self.folder / "manifest.json", manifest(self.inputs, self.paths))
                 write_json(known, self.config)
+        except RunError as error:
+            return str(error)
         except OSError as error:
             return _unwritable(self.folder, error)
         return None
@@ -144,10 +146,8 @@ class Run:
     def log(self, **row: Any) -> None:
         """Append one row of metrics."""
         if self.writes:
-            if locks.lost(self.folder):
-                raise RunError(
-                    f"{self.folder}: this process was away for so long that {locks.holder(self.folder)} took over"
-                )
+            if other := locks.lost(self.folder):
+                raise RunError(f"{self.folder}: this process was away for so long that {other} took over")
             with (self.folder / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps(row, default=float) + "\n")
 
@@ -228,14 +228,31 @@ def reads(config: Any, inputs: Mapping[str, str | Path]) -> dict[str, str | Path
 
 
 def hold(folder: Path, owner: object) -> Callable[[], object]:
-    """Own a folder that is no run's, until the returned function is called. Raises RunError if it has an owner."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        return locks.take(folder, owner)
-    except locks.LockError as error:
-        raise RunError(str(error)) from None
-    except OSError as error:
-        raise RunError(_unwritable(folder, error)) from error
+    """Own a folder that is no run's, until the returned function is called, which removes the folder if it is empty.
+
+    Raises RunError, in all processes, if it has an owner or cannot be made.
+    """
+    taken: list[Callable[[], object]] = []
+
+    def take() -> str | None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            taken.append(locks.take(folder, owner))
+        except locks.LockError as error:
+            return str(error)
+        except OSError as error:
+            return _unwritable(folder, error)
+        return None
+
+    def release() -> None:
+        for let_go in taken:
+            let_go()
+            with suppress(OSError):
+                folder.rmdir()
+
+    if trouble := on_main(take)():
+        raise RunError(trouble)
+    return release
 
 
 def plain_config(config: Any) -> dict[str, Any]:
@@ -362,7 +379,10 @@ def _looked(run: Run, inputs: Mapping[str, str | Path]) -> tuple[tuple[Any, Any,
     """Fingerprints and paths of the inputs and the results so far; why the run cannot be started, or None."""
     found = reads(run.job, inputs)
     run.paths = {name: str(path) for name, path in found.items()}
-    run.inputs = {name: fingerprint(path) for name, path in found.items()}
+    try:
+        run.inputs = {name: fingerprint(path) for name, path in found.items()}
+    except OSError as error:
+        return (run.inputs, run.paths, run.results), f"{error.filename}: cannot be read ({error.strerror or error})"
     try:
         trouble = _unusable(run.folder) or _trouble(run, starts=True)
     except RunError as error:
@@ -404,7 +424,7 @@ def _leftover(path: Path) -> bool:
 def _empty(folder: Path) -> bool:
     """Whether nothing was learned, drawn or paid in a run's folder: only its config is there, and rows of the start."""
     for path in folder.glob("*"):
-        if path.is_dir() and any(path.iterdir()):
+        if path.is_dir() and any(inside.is_file() for inside in path.rglob("*")):
             return False
         if path.is_file() and path.name not in NOTHING and not _leftover(path):
             return False

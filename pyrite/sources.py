@@ -8,7 +8,7 @@ import csv
 import gzip
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -58,16 +58,16 @@ class Source:
         return f"{self.name}, {self.unit} {self.numbers[i] if self.numbers else i + 1}"
 
 
-def read(path: str) -> Source:
+def read(path: str, *, texts: Iterable[str] = ()) -> Source:
     """Rows of a file, a `datasets` folder ("folder[:split]") or a Hub name.
 
     Files: JSON, JSONL, CSV, TSV (each gzipped too), Parquet. CSV knows only texts: there columns of numbers, of true
-    and false, and messages written as JSON become such; a column with the name of a text stays text.
+    and false, and messages written as JSON become such; a column with the name of a text, or in `texts`, stays text.
     Raises DataError where there are none, or where a line is not a JSON object.
     """
     name, _, part = path.rpartition(":")
     if Path(path).is_file():
-        source = _read_file(path)
+        source = _read_file(path, TEXTS | set(texts))
     elif Path(path).is_dir():
         source = _read_folder(path, "")
     elif Path(name).is_dir() and name:
@@ -79,10 +79,10 @@ def read(path: str) -> Source:
     return source
 
 
-def _read_file(path: str) -> Source:
+def _read_file(path: str, texts: Collection[str]) -> Source:
     try:
         if re.search(r"\.(csv|tsv)(\.gz)?$", path):
-            return _read_csv(path)
+            return _read_csv(path, texts)
         return _read_parquet(path) if path.endswith(".parquet") else _read_json(path)
     except (OSError, EOFError, UnicodeDecodeError) as error:
         raise DataError(f"cannot read {path}: {str(error).splitlines()[0]}") from error
@@ -119,7 +119,7 @@ def _text(path: str, newline: str | None = None) -> str:
         return cast(str, file.read())
 
 
-def _read_csv(path: str) -> Source:
+def _read_csv(path: str, texts: Collection[str]) -> Source:
     """Rows below a header, with the lines they begin on: a quoted cell may go over several."""
     lines = re.split(r"(?<=\n)|(?<=\r)(?!\n)", _text(path, ""))
     head = next((line for line in lines if line.strip()), "")
@@ -149,14 +149,14 @@ def _read_csv(path: str) -> Source:
                 f"{path}, line {line} has {len(cells)} cells and the header {len(header)}: "
                 f"a text that holds {delimiter!r} or a line break needs quotes"
             )
-    columns = [_column(name, [cells[i] for _, cells in body]) for i, name in enumerate(header)]
+    columns = [_column([cells[i] for _, cells in body], name in texts) for i, name in enumerate(header)]
     table = [dict(zip(header, cells, strict=True)) for cells in zip(*columns, strict=True)]
     return Source(path, table, "line", [line for line, _ in body])
 
 
-def _column(name: str, cells: list[str]) -> list[Any]:
+def _column(cells: list[str], text: bool) -> list[Any]:
     """The cells of a CSV column as the values they stand for; a text stays one, also where it looks like a number."""
-    if name in TEXTS:
+    if text:
         return [_structure(cell, _turns) for cell in cells]
     given = {cell.strip() for cell in cells} - {""}
     for read in (_truth, int, float, _structured):

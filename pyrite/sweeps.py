@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from pyrite import runs
-from pyrite.processes import on_main, world
+from pyrite.processes import on_main
 from pyrite.progress import say
 from pyrite.runs import Run
 
@@ -56,14 +56,15 @@ def run(configs: dict[str, Any], job: Callable[[Any], Run], out: Path) -> dict[s
     """Every config in turn; their results by name, kept up to date in `out`/sweep.json."""
     check(out)
     table: dict[str, Any] = {}
-    release = runs.hold(out, job) if world().is_main_process else None
-    for number, (name, config) in enumerate(configs.items(), 1):
-        say(f"sweep: run {number} of {len(configs)}, {name}")
-        done = job(config)
-        table[name] = done.results
-        if done.writes:
-            runs.write_json(out / "sweep.json", table)
-    if release:
+    release = runs.hold(out, job)
+    try:
+        for number, (name, config) in enumerate(configs.items(), 1):
+            say(f"sweep: run {number} of {len(configs)}, {name}")
+            done = job(config)
+            table[name] = done.results
+            if done.writes:
+                runs.write_json(out / "sweep.json", table)
+    finally:
         release()
     return table
 

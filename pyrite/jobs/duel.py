@@ -116,7 +116,7 @@ def run(config: Config) -> Run:
     run.open()
     verdicts = [row for name in contest.judges for row in _verdicts(run, contest, name)]
     if all(row["verdict"] is None for row in verdicts):
-        raise ValueError(f"duel: the judge {config.judge!r} gave no verdict on any of {len(verdicts)} questions")
+        run.refuse(f"duel: the judge {config.judge!r} gave no verdict on any of {len(verdicts)} questions")
     if run.writes:
         data.write(verdicts, run.folder / "verdicts.parquet")
     scores = list(_scores(contest, scorers))

@@ -113,6 +113,19 @@ def test_a_process_id_that_was_given_again_is_no_owner(candidates: Path, tmp_pat
     assert label(candidates, tmp_path / "run")[0] == 0
 
 
+def test_a_run_that_another_host_has_taken_over_stops_and_names_it(tmp_path: Path) -> None:
+    run = runs.Run(tmp_path / "run", {}, {})
+    run.own()
+    lock = tmp_path / "run" / locks.NAME
+    mine = lock.read_text()
+    lock.write_text("")  # as when a network file system does not answer for a moment
+    run.log(step=1)
+    theirs = {**json.loads(mine), "token": "theirs", "host": "elsewhere", "pid": 12}
+    lock.write_text(json.dumps(theirs))
+    with pytest.raises(runs.RunError, match="process 12 on host elsewhere .* took over"):
+        run.log(step=2)
+
+
 def test_sweeps_and_recipes_have_one_owner_too(candidates: Path, tmp_path: Path) -> None:
     with other_process(tmp_path / "out") as pid:
         refused(label(candidates, tmp_path / "out", "--seed", 0, 1), f"process {pid}")
@@ -225,6 +238,22 @@ def test_a_refused_command_leaves_no_folder_that_refuses_the_corrected_one(candi
     status, _, err = pyrite("label", "--candidates", candidates, "--out", out, *equal)
     assert (status, "no pair could be made" in err) == (2, True)
     assert label(candidates, out)[0] == 0
+
+
+def test_a_refused_sweep_leaves_no_folder(tmp_path: Path, pairs: Path) -> None:
+    command = ("dpo", "--model", tmp_path / "nowhere", "--data", pairs, "--out", tmp_path / "sweep")
+    refused_later = pyrite(*command, "--lr", 1e-5, 1e-4)
+    assert refused_later[0] == 2, refused_later
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_a_scorer_that_fails_in_its_first_part_may_be_mended(candidates: Path, tmp_path: Path) -> None:
+    mine, command = tmp_path / "mine.py", ("label", "--candidates", candidates, "--out", tmp_path / "run")
+    mine.write_text("def score(prompts, responses):\n    return [1.0, 2.0] if len(prompts) == 2 else 1 / 0\n")
+    refused(pyrite(*command, "--gold", f"{mine}:score()"), "mine.py:2, score(): ZeroDivisionError")
+    mine.write_text("def score(prompts, responses):\n    return [float(len(r)) for r in responses]\n")
+    status, _, err = pyrite(*command, "--gold", f"{mine}:score()")
+    assert status == 0, err
 
 
 def test_a_run_that_failed_before_it_learned_anything_may_be_asked_otherwise(

@@ -474,3 +474,10 @@ def test_the_judged_pairs_are_built_from_their_source(pyrite: Command, tiny: Pat
     ]
     assert table["published"]["win_rate"] == 12.0
     pyrite("reward", "--model", tiny, "--data", "built/judged_pairs.jsonl.gz", "--out", "reward", *QUICK[:-1], 0.5)
+
+
+def test_answers_that_are_numbers_stay_text_under_any_name(tmp_path: Path) -> None:
+    path = tmp_path / "sums.csv"
+    path.write_text("q,good,bad,strength\n2 and 2,4,007,0.5\n3 and 4,7,8,2\n")
+    rows = load(path, "pairs", columns="prompt=q,chosen=good,rejected=bad")
+    assert [(row["chosen"], row["rejected"], row["strength"]) for row in rows] == [("4", "007", 0.5), ("7", "8", 2.0)]
