@@ -81,6 +81,8 @@ def run(config: Config) -> Run:
             f"best_of_n: {left_out} of {left_out + len(pool)} prompts are left out, as they have fewer than "
             f"{pool.shape[1]} {what}; --min-answers says how many a prompt needs{_hint(rows, config)}"
         )
+    if pool.shape[1] == 1:
+        say(f"best_of_n: with one answer a prompt there is nothing to choose from{_hint(rows, config)}")
     raw = torch.stack([_scores(run, path, rows, pool) for path in members])
     proxy = _standardized(raw, members, config)
     if run.writes:
@@ -96,7 +98,8 @@ def answer_grid(
 ) -> tuple[Tensor, int]:
     """Row numbers (Q, N) of each prompt's first N answers, N the same for all; and how many prompts have too few.
 
-    least: answers that a prompt needs; by default as many as make Q · N largest, and at least the largest n.
+    least: answers that a prompt needs; by default as many as make Q · N largest, two where a prompt has two, and at
+    least the largest n.
     """
     by_prompt: dict[Any, list[int]] = {}
     for index, row in enumerate(rows):
@@ -108,7 +111,8 @@ def answer_grid(
         raise ValueError("every answer was cut before its end token; raise --max-new-tokens of `pyrite generate`")
     most = max(n, default=1)
     enough = [(count * (place + 1), place, count) for place, count in enumerate(counts) if count >= most and count]
-    needed = least if least is not None else max(enough)[2] if enough else most
+    several = [one for one in enough if one[2] > 1 or n]  # of one answer there is nothing to choose
+    needed = least if least is not None else max(several or enough)[2] if enough else most
     kept = [indices for indices in by_prompt.values() if len(indices) >= max(needed, 1)]
     size = min(map(len, kept), default=0)
     if size < most:

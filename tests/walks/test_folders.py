@@ -122,7 +122,7 @@ def test_a_run_that_another_host_has_taken_over_stops_and_names_it(tmp_path: Pat
     run.log(step=1)
     theirs = {**json.loads(mine), "token": "theirs", "host": "elsewhere", "pid": 12}
     lock.write_text(json.dumps(theirs))
-    with pytest.raises(runs.RunError, match="process 12 on host elsewhere .* took over"):
+    with pytest.raises(runs.RunError, match=r"process 12 on host elsewhere .* took over"):
         run.log(step=2)
 
 

@@ -334,6 +334,7 @@ def test_one_prompt_with_one_finished_answer_does_not_limit_n_for_all(tiny: Path
     assert read_json(tmp_path / "all" / "curves.json") == read_json(tmp_path / "only" / "curves.json")
     status, said = pyrite(*best, file, "--min-answers", 1, "--out", tmp_path / "one")
     assert status == 0 and "8 prompts x 1 answers" in said and "1 of 9 prompts are left out" in said
+    assert "nothing to choose from; 15 of 72 answers were cut" in said
     status, said = pyrite(*best, file, "--min-answers", 1, "--n", 1, 4, "--out", tmp_path / "bad")
     assert status == 2 and "n = 4 but the fewest finished answers to a prompt are 1, and the most are 8" in said
 
@@ -346,3 +347,5 @@ def test_the_most_is_made_of_the_answers() -> None:
         assert tuple(grid.shape) == size and left_out == 7 - size[0]
     grid, left_out = answer_grid(pool([8, 5, 8, 5, 5, 5, 5]), truncated="exclude")
     assert tuple(grid.shape) == (7, 5) and left_out == 0
+    grid, left_out = answer_grid(pool([2, 1, 1, 3, 1, 1, 1]), truncated="exclude")
+    assert tuple(grid.shape) == (2, 2) and left_out == 5  # 7 x 1 would be no curve
