@@ -80,11 +80,12 @@ def main() -> None:
         if not isinstance(error, runs.RunError) or world().is_main_process:  # all processes are refused alike
             _complain(f"pyrite: {foreign.line(error)}")
         sys.exit(2)
-    except Exception as error:
-        if "--debug" in sys.argv or not (full := _full(error)):
-            raise
-        _complain(f"pyrite: {full}")
-        sys.exit(2)
+    except Exception as error:  # a full disk in a library's own words, or what we did not foresee
+        if "--debug" in sys.argv:
+            traceback.print_exc()
+        full = _full(error)
+        _complain(f"pyrite: {full}" if full else f"pyrite: {foreign.unforeseen(error)}")
+        sys.exit(2 if full else 1)
     except (KeyboardInterrupt, signals.Stopped) as error:
         number = error.number if isinstance(error, signals.Stopped) else signal.SIGINT
         said = f"; {error.said}" if isinstance(error, signals.Stopped) and error.said else ""
@@ -219,7 +220,7 @@ def _schema(name: str, module: ModuleType, arguments: list[str]) -> tuple[type, 
 
 
 def _sweep(name: str, module: ModuleType, schema: type, sweep: sweeps.Sweep, flags: set[str]) -> None:
-    """Every combination parsed before the first one runs."""
+    """Every combination is parsed, and every value checked, before the first one runs."""
     configs = {point: parse(schema, options, prog=f"pyrite {name}") for point, options in sweep.points()}
     out = next(iter(configs.values())).out
     points = {point: replace(config, out=out / point) for point, config in configs.items()}
@@ -230,6 +231,9 @@ def _sweep(name: str, module: ModuleType, schema: type, sweep: sweeps.Sweep, fla
         _print(json.dumps(plans, indent=1, default=str))
         return
     with apart():
+        sweeps.check(out)
+        for point in sweep.covering():
+            _planned(module, points[point])
         table = sweeps.run(points, module.run, out)
     done = f"{name}: {len(table)} runs done, in {out}; results side by side in {out / 'sweep.json'}"
     if world().is_main_process:

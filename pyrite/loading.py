@@ -312,6 +312,7 @@ def adapted(model: Any, lora: Lora | None, *, task: str) -> Any:
             f"--lora-rank {lora.lora_rank}: the model has adapters already, and training goes on with them: leave "
             "--lora-rank out, or merge them into their base by `pyrite merge` first"
         )
+    _check_targets(model, lora.lora_targets)
     whole = [name for name in getattr(model, "new_modules", ()) if task == "SEQ_CLS" and name != "score"]
     left_out = _not_adaptable(model) if lora.lora_targets == "all-linear" else []
     if left_out:
@@ -335,6 +336,16 @@ def adapted(model: Any, lora: Lora | None, *, task: str) -> Any:
     base = model.name_or_path
     made.base_identity = checkpoints.identity(checkpoints.place(base)) if base else None
     return made
+
+
+def _check_targets(model: Any, targets: str) -> None:
+    """Refuse a name that no layer has: peft leaves it out without a word, if another one is found."""
+    layers = {name for name, module in model.named_modules() if not list(module.children())}
+    for target in targets.split(",") if targets != "all-linear" else ():
+        if not any(name == target or name.endswith(f".{target}") for name in layers):
+            linear = {name.rpartition(".")[2] for name, one in model.named_modules() if isinstance(one, nn.Linear)}
+            known = checkpoints.listed(linear, most=12)
+            raise ValueError(f"--lora-targets {targets}: no layer is called {target!r}; linear layers are {known}")
 
 
 def _not_adaptable(model: Any) -> list[str]:

@@ -56,8 +56,13 @@ def fit(
 
     A longer prompt is cut (it keeps its end, and what the chat template writes around it), its row is left out, or it
     is an error. Without on_long it is cut, but if all prompts are too long, an option is wrong and not the data: that
-    is an error. Raises DataError for these, and if no prompt is left.
+    is an error. Raises DataError for these, and if no prompt is left, ValueError if `most` leaves no room at all.
     """
+    if most >= context:
+        raise ValueError(
+            f"--max-prompt {most}: leaves no room for an answer in the {context} tokens that are read; give at most "
+            f"{context - 1}, or raise --max-length"
+        )
     ids = text.encode_prompts(tokenizer, [row["prompt"] for row in rows], where=lambda i: data.place(rows[i]))
     long = [i for i, one in enumerate(ids) if len(one) > most]
     if not long:

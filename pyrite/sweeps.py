@@ -27,9 +27,19 @@ class Sweep:
         """(folder name, arguments) of every combination."""
         for values in itertools.product(*self.axes.values()):
             point = dict(zip(self.axes, values, strict=True))
-            name = ",".join(f"{key.replace('-', '_')}={_plain(value)}" for key, value in point.items())
             options = [part for key, value in point.items() for part in (f"--{key}", value)]
-            yield name, [*self.fixed, *options]
+            yield _name(point), [*self.fixed, *options]
+
+    def covering(self) -> list[str]:
+        """Names of a few combinations in which every value of every axis occurs, the first of each axis elsewhere."""
+        firsts = {name: values[0] for name, values in self.axes.items()}
+        wanted = [firsts | {name: value} for name, values in self.axes.items() for value in values]
+        return list(dict.fromkeys(_name(point) for point in wanted))
+
+
+def _name(point: dict[str, str]) -> str:
+    """The folder of one combination."""
+    return ",".join(f"{key.replace('-', '_')}={_plain(value)}" for key, value in point.items())
 
 
 def split(schema: type, arguments: list[str]) -> Sweep:
