@@ -116,7 +116,7 @@ def test_if_all_prompts_are_too_long_an_option_is_wrong(tiny: Path, rows: Path, 
     status, words = said(*generate, "--max-new-tokens", 62)
     assert status == 2 and "leaves no room" in words and "24 of 24 prompts have more than 2 tokens" in words
     status, words = said(*generate, "--max-new-tokens", 64)
-    assert status == 2 and "--max-new-tokens 64: the model reads 64 at most" in words
+    assert status == 2 and "--max-new-tokens 64: the model reads 64 tokens at most" in words
     status, words = said(*generate, "--max-new-tokens", 30, "--max-prompt", 40)
     assert status == 2 and "--max-prompt 40" in words and "give at most 34" in words
     status, words = said(*generate, "--max-new-tokens", 62, "--on-long", "truncate")
