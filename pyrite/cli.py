@@ -461,7 +461,7 @@ def _ledger(arguments: list[str]) -> None:
             _print(f"ledger: {rows} {'pairs' if '--pairs' in arguments else 'questions'} in {out}")
         case _:
             raise ValueError(
-                f"ledger {' '.join(arguments)}: write `ledger show FILE` or `ledger export FILE OUT.parquet [--pairs]`"
+                f"{' '.join(['ledger', *arguments])}: write `ledger show FILE` or `ledger export FILE OUT.parquet [--pairs]`"
             )
 
 

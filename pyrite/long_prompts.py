@@ -34,7 +34,9 @@ def room(context: int, new: int, max_prompt: int | None) -> int:
     """Longest prompt in tokens where `new` tokens are drawn behind it. Raises ValueError if options leave no room."""
     most = context - new
     if most < 1:
-        raise ValueError(f"--max-new-tokens {new}: the model reads {context} tokens at most, prompt and answer together")
+        raise ValueError(
+            f"--max-new-tokens {new}: the model reads {context} tokens at most, prompt and answer together"
+        )
     if max_prompt is not None and max_prompt > most:
         raise ValueError(
             f"--max-prompt {max_prompt}: the model reads {context} tokens at most, and --max-new-tokens takes {new}; "

@@ -111,6 +111,8 @@ def test_it_stops_once_the_policy_has_moved(tiny: Path) -> None:
 
 def test_a_critic_of_other_tokens_is_refused(tiny: Path, tmp_path: Path) -> None:
     toy.tokenizer().save_pretrained(tmp_path)
-    AutoModelForCausalLM.from_pretrained(tiny).save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tiny)
+    model.resize_token_embeddings(len(toy.tokenizer()))
+    model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="its vocabulary is not the policy's"):
         Learners.make(Policy.load(tiny), TRAINING, Passes(steps=1), value=str(tmp_path))

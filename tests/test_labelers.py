@@ -89,7 +89,9 @@ def test_a_judge_that_fails_is_retried_and_then_silver(tmp_path: Path) -> None:
 
 def test_what_is_not_paid_for_needs_no_ledger() -> None:
     assert not Paying().counted
-    assert Paying(budget=0).counted and Paying(ledger=Path("x")).counted and Paying(max_cost=1.0).counted
+    assert (
+        Paying(budget=0).counted and Paying(ledger=Path("x")).counted and Paying(max_cost=1.0, label_cost=0.1).counted
+    )
 
 
 def test_state_lasts(tmp_path: Path) -> None:
