@@ -196,7 +196,7 @@ def test_command_line(path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert pyrite("export", path, target)[0].startswith("ledger: 4 questions in")
     for wrong in ((), ("show",), ("show", path, "--pairs"), ("export", path), ("buy", path)):
         out, err = pyrite(*wrong)
-        assert err.startswith("pyrite: ledger: write")
+        assert err.startswith("pyrite: ledger") and ": write `ledger show FILE`" in err
     assert "no ledger there" in pyrite("show", path.parent / "none.db")[1]
 
 
