@@ -80,12 +80,11 @@ def main() -> None:
         if not isinstance(error, runs.RunError) or world().is_main_process:  # all processes are refused alike
             _complain(f"pyrite: {foreign.line(error)}")
         sys.exit(2)
-    except Exception as error:  # a full disk in a library's own words, or what we did not foresee
-        if "--debug" in sys.argv:
-            traceback.print_exc()
-        full = _full(error)
-        _complain(f"pyrite: {full}" if full else f"pyrite: {foreign.unforeseen(error)}")
-        sys.exit(2 if full else 1)
+    except Exception as error:
+        if "--debug" in sys.argv or not (full := _full(error)):
+            raise
+        _complain(f"pyrite: {full}")
+        sys.exit(2)
     except (KeyboardInterrupt, signals.Stopped) as error:
         number = error.number if isinstance(error, signals.Stopped) else signal.SIGINT
         said = f"; {error.said}" if isinstance(error, signals.Stopped) and error.said else ""

@@ -34,15 +34,6 @@ def line(error: BaseException) -> str:
     return f"{said or type(error).__name__} (in {library} at {file.name}:{number}; --debug shows the traceback)"
 
 
-def unforeseen(error: Exception) -> str:
-    """The same of an error that nobody expected, with its type.
-
-    >>> unforeseen(KeyError("loss"))
-    "KeyError: 'loss'; rerun with --debug to see the traceback"
-    """
-    return f"{type(error).__name__}: {line(error)}; rerun with --debug to see the traceback"
-
-
 def _raised(error: BaseException) -> bool:
     """Whether the last line of an error's traceback is a `raise`, not a call that Python refused."""
     trace = error.__traceback__
