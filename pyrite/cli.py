@@ -459,9 +459,8 @@ def _ledger(arguments: list[str]) -> None:
             rows = ledger.export(path, out, pairs="--pairs" in arguments)
             _print(f"ledger: {rows} {'pairs' if '--pairs' in arguments else 'questions'} in {out}")
         case _:
-            raise ValueError(
-                f"{' '.join(['ledger', *arguments])}: write `ledger show FILE` or `ledger export FILE OUT.parquet [--pairs]`"
-            )
+            typed = " ".join(["ledger", *arguments])
+            raise ValueError(f"{typed}: write `ledger show FILE` or `ledger export FILE OUT.parquet [--pairs]`")
 
 
 def _page(folder: Path) -> Path:
