@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,9 +26,11 @@ from pyrite.options import Fraction, Natural, Positive
 from pyrite.processes import world
 from pyrite.progress import say
 from pyrite.templates import PLAIN, Template
-from pyrite.text import end_id, load_tokenizer
+from pyrite.text import end_id, load_tokenizer, stop_ids
 
 Dtype = Literal["float32", "bfloat16"]
+BUFFER = re.compile(r"(^|\.)(masked_bias|inv_freq|cos_cached|sin_cached|position_ids)$")  # no weights: old versions of
+MASK = re.compile(r"(^|\.)(attn|attention)\.bias$")  # transformers saved them too, this one as (1, 1, L, L)
 
 
 @dataclass(frozen=True)
@@ -118,6 +121,10 @@ def add_adapters(model: Any, path: str | Path, *, name: str = "default") -> Any:
                     model, str(folder), name, is_trainable=True, ignore_mismatched_sizes=True
                 )
             wanted = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+            if saved.keys() - wanted.keys():  # peft saves whole embeddings beside the adapters on them
+                whole = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=True)
+                wanted |= {key: whole[key] for key in whole.keys() & saved.keys()}
+                model.own_embeddings = True
     except Exception as error:
         raise ValueError(
             f"{path}: these adapters do not go onto their base ({checkpoints.first_line(error)})"
@@ -161,6 +168,7 @@ def _whole(
             )
     except Exception as error:
         raise ValueError(f"{name}: no model could be loaded from its files: {checkpoints.first_line(error)}") from error
+    report["unexpected_keys"] = _weights(report["unexpected_keys"], files)
     _check_report(model, report, name, classifier=classifier, new_head=new_head, brought=set(brought or ()))
     model.name_or_path = model.config.name_or_path = name  # adapters note it as their base
     if device is None:
@@ -169,6 +177,15 @@ def _whole(
     else:
         _check_finite((one for file in files for one in checkpoints.tensors(file)), name)
     return model
+
+
+def _weights(names: Iterable[str], files: Iterable[Path]) -> list[str]:
+    """Those of some tensors of a model's files that are weights, not buffers that old transformers saved."""
+    left = [name for name in names if not BUFFER.search(name)]
+    if not any(MASK.search(name) for name in left):
+        return left
+    shapes = {name: shape for file in files for name, shape in checkpoints.shapes(file).items()}
+    return [name for name in left if not (MASK.search(name) and len(shapes.get(name, ())) == 4)]
 
 
 def _check_report(
@@ -237,11 +254,19 @@ def _check_finite(tensors: Iterable[tuple[str, torch.Tensor]], path: str | Path)
 
 
 def check_ids(tokenizer: Any, model: Any, path: str | Path) -> None:
-    """Raises ValueError for a tokenizer with ids that the model has no embedding for."""
+    """Raises ValueError for a tokenizer with ids that the model has no embedding for.
+
+    Special tokens that no text is ever given are let pass: those of images, which the text model of a family lacks.
+    """
     table = backbone(model).get_input_embeddings()
     rows = getattr(table, "num_embeddings", None) or backbone(model).config.get_text_config().vocab_size
-    token, last = max(tokenizer.get_vocab().items(), key=lambda item: item[1], default=("", -1))
-    if last >= rows:
+    beyond = {token: last for token, last in tokenizer.get_vocab().items() if last >= rows}
+    used = {*stop_ids(tokenizer), tokenizer.bos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id}
+    added = {} if not beyond else tokenizer.added_tokens_decoder
+    spare = {token for token, last in beyond.items() if last not in used and last in added and added[last].special}
+    spare = {token for token in spare if token not in str(tokenizer.chat_template)}
+    if beyond.keys() - spare:
+        token, last = max(beyond.items(), key=lambda item: item[1])
         raise ValueError(
             f"{path}: its tokenizer has ids up to {last} ({token!r}), its embedding {rows} rows: they do not belong "
             "together; give the model its own tokenizer, or call model.resize_token_embeddings(len(tokenizer)) and save"
@@ -251,10 +276,11 @@ def check_ids(tokenizer: Any, model: Any, path: str | Path) -> None:
 def save(model: Any, folder: str | Path, tokenizer: Any) -> None:
     """Hugging Face layout, safetensors, tokenizer included; adapters note which weights they were trained on."""
     if isinstance(model, PeftModel):
-        model.save_pretrained(str(folder), save_embedding_layers=False)  # the base's are not trained
+        own = getattr(model, "own_embeddings", False)  # else they are the base's, which are not trained
+        model.save_pretrained(str(folder), save_embedding_layers=own)
         name = model.peft_config[str(model.active_adapter)].base_model_name_or_path
-        if model.base_identity:
-            checkpoints.write_base(Path(folder), str(name), str(model.base_identity))
+        if identity := getattr(model, "base_identity", None):
+            checkpoints.write_base(Path(folder), str(name), str(identity))
         ends: Any = getattr(backbone(model), "generation_config", None)
         if ends is not None:  # adapters alone would leave behind at which tokens an answer ends
             ends.to_json_file(Path(folder) / "generation_config.json")

@@ -68,8 +68,11 @@ def _is(a: Any, b: Any) -> bool:
 def _adapter_beside(model: PeftModel, path: Path) -> str | None:
     """The name under which the folder's adapters were added to the model; None if they are for another base."""
     base = checkpoints.base_name(path)
-    if base is None or checkpoints.check_base(path, base) != model.base_identity:
+    if base is None or checkpoints.check_base(path, base) != getattr(model, "base_identity", None):
         return None
+    own = [key for key in checkpoints.shapes(checkpoints.adapter_file(path)) if "lora_" not in key]
+    if any(part in key for key in own for part in (".base_layer.", ".embed", ".wte.")):
+        return None  # embeddings of its own would take the place of those that both read
     name = f"member_{len(model.peft_config)}"
     add_adapters(model, path, name=name)
     return name

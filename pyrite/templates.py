@@ -431,7 +431,7 @@ def _stays_open(tokenizer: Any, opened: re.Match[str]) -> str:
 def _opened(tokenizer: Any, prompt: str) -> re.Match[str] | None:
     """The think block that a prompt leaves open: a tag at its end that something closes, unlike a turn's."""
     found = _OPEN.search(prompt)
-    if found is None:
+    if found is None or _closing(found) in answers(tokenizer).behind:  # the template closes it by itself
         return None
     closing, name = _closing(found), (found[2] or found[3]).lower()
     known = closing in tokenizer.get_chat_template() or closing in tokenizer.get_vocab()

@@ -12,8 +12,11 @@ from typing import Any
 import pytest
 import torch
 from conftest import tiny_config, tiny_tokenizer
+from families import build
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoModelForCausalLM,
     BertConfig,
     BertForMaskedLM,
     FalconH1Config,
@@ -25,7 +28,7 @@ from transformers import (
 
 from pyrite import cli, data
 from pyrite.golds.neural import mean_logps
-from pyrite.loading import Lora
+from pyrite.loading import Lora, load_model
 from pyrite.models import Policy, RewardModel
 
 Command = Callable[..., tuple[int, str]]
@@ -468,12 +471,20 @@ def tied(folder: Path) -> None:
     assert "lm_head.weight" not in load_file(folder / "model.safetensors")
 
 
+def a_token_of_images(folder: Path) -> None:
+    """As Gemma 3's text models: a special token that no text is given, behind the embedding."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image_soft_token>"]})
+    assert len(tokenizer) == 28
+    tokenizer.save_pretrained(folder)
+
+
 def tied_and_written(folder: Path) -> None:
     tied(folder)
     edited(folder, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
 
 
-@pytest.mark.parametrize("look", [sharded, old_buffers, pickle_beside, tied, tied_and_written])
+@pytest.mark.parametrize("look", [sharded, old_buffers, pickle_beside, a_token_of_images, tied, tied_and_written])
 def test_sound_policies(look: Callable[[Path], None], world: dict[str, Path], tmp_path: Path, pyrite: Command) -> None:
     model = Path(shutil.copytree(world["policy"], tmp_path / "model"))
     look(model)
@@ -486,9 +497,45 @@ def test_sound_policies(look: Callable[[Path], None], world: dict[str, Path], tm
         "reward", "--model", model, "--data", world["pairs"], "--held-out", 0.4, "--out", tmp_path / "reward"
     )
     assert (status, said) == (0, said)
-    if look in (sharded, old_buffers, pickle_beside):
+    if look in (sharded, old_buffers, pickle_beside, a_token_of_images):
         texts = ["tell me"], ["the cat sat"]
         assert torch.equal(mean_logps(Policy.load(model), *texts), mean_logps(Policy.load(world["policy"]), *texts))
+
+
+@pytest.mark.parametrize(("family", "inside"), [("gpt2", "attn"), ("gpt_neo", "attn.attention")])
+def test_masks_that_old_versions_saved_are_no_weights(family: str, inside: str, tmp_path: Path) -> None:
+    made = build(family)
+    made.save_pretrained(tmp_path)
+    at = f"transformer.h.0.{inside}"
+    mask = {f"{at}.bias": torch.ones(1, 1, 64, 64).bool(), f"{at}.masked_bias": torch.tensor(-1e9)}
+    edited(tmp_path, lambda tensors: tensors.update(mask))
+    loaded = load_model(AutoModelForCausalLM, tmp_path, dtype="float32")
+    assert all(torch.equal(loaded.state_dict()[name], value) for name, value in made.state_dict().items())
+    edited(tmp_path, lambda tensors: tensors.update({f"{at}.q_proj.bias": torch.ones(1, 1, 64, 64)}))
+    with pytest.raises(ValueError, match=f"1 left over .{at}.q_proj.bias"):
+        load_model(AutoModelForCausalLM, tmp_path, dtype="float32")
+
+
+@pytest.mark.filterwarnings("ignore")  # of peft, in saving
+def test_adapters_of_embeddings_bring_these_along(world: dict[str, Path], tmp_path: Path) -> None:
+    """peft saves the whole embedding beside adapters on it."""
+    model = LlamaForCausalLM.from_pretrained(world["policy"])
+    made: Any = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "embed_tokens"], task_type="CAUSAL_LM"))
+    with torch.no_grad():
+        for name, value in made.named_parameters():
+            if "lora_" in name:
+                value += 0.1
+        made.get_input_embeddings().weight[3] += 1.0
+    made.save_pretrained(str(tmp_path / "a"))
+    assert any(
+        key.endswith("embed_tokens.base_layer.weight") for key in load_file(tmp_path / "a/adapter_model.safetensors")
+    )
+    tiny_tokenizer().save_pretrained(tmp_path / "a")
+    Policy.load(tmp_path / "a").save(tmp_path / "b")
+    ids = torch.tensor([[3, 4, 3]])
+    want = made.eval()(input_ids=ids).logits
+    for name in "ab":
+        torch.testing.assert_close(Policy.load(tmp_path / name).eval().model(input_ids=ids).logits, want)
 
 
 def test_an_encoder_keeps_the_pooler_that_was_drawn_for_it(world: dict[str, Path], tmp_path: Path) -> None:

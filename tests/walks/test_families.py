@@ -14,7 +14,9 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     Cohere2Config,
+    Gemma3Config,
     GenerationConfig,
+    OPTConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
 )
@@ -205,3 +207,25 @@ def test_a_family_learns_preferences_from_the_command_line(family: str, tiny: Pa
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert any("loss" in row for row in rows)
     assert all(math.isfinite(v) for row in rows for v in row.values() if isinstance(v, float))
+
+
+LARGE = {  # as published: a deep model with norms behind its layers, and a text model beside a large one for images
+    "opt-350m": OPTConfig(
+        vocab_size=50272, hidden_size=1024, ffn_dim=4096, num_hidden_layers=24, num_attention_heads=16,
+        word_embed_proj_dim=512, do_layer_norm_before=False,
+    ),
+    "gemma-3-4b": Gemma3Config(
+        text_config={"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34, "vocab_size": 262208,
+                     "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "sliding_window": 1024},
+        vision_config={"hidden_size": 1152, "image_size": 896, "intermediate_size": 4304, "num_attention_heads": 16,
+                       "num_hidden_layers": 27, "patch_size": 14},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_published_shapes_are_packed(name: str) -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(LARGE[name])
+    found = ways.ways(model)
+    assert (found.causal, found.packed, found.padded, found.bare) == (True, True, True, True)

@@ -445,3 +445,13 @@ def stock_of(model: Path) -> list[int]:
     ids = [tokenizer.bos_token_id, *tokenizer("hi", add_special_tokens=False)["input_ids"]]
     every = policy.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False, eos_token_id=[999])
     return every[0, len(ids) :].tolist()
+
+
+def test_a_turn_in_tags_is_no_open_think_block(tmp_path):
+    """A tag that opens every answer, and that the template closes by itself."""
+    turns = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</{{ m.role }}>{% endfor %}"
+    asking = "{% if add_generation_prompt %}<assistant>{% endif %}"
+    folder = build(tmp_path / "m", turns + asking, "<user>", "</user>", "<assistant>", "</assistant>")
+    tokenizer, _ = text.load_tokenizer(folder)
+    encoded = text.encode(tokenizer, "hi", "yes")
+    assert tokenizer.convert_ids_to_tokens(encoded.ids)[-5:] == ["<assistant>", "y", "e", "s", "</assistant>"]
