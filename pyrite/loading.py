@@ -124,7 +124,7 @@ def add_adapters(model: Any, path: str | Path, *, name: str = "default") -> Any:
             if saved.keys() - wanted.keys():  # peft saves whole embeddings beside the adapters on them
                 whole = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=True)
                 wanted |= {key: whole[key] for key in whole.keys() & saved.keys()}
-                model.own_embeddings = True
+                model.own_embeddings = True  # type: ignore[arg-type]
     except Exception as error:
         raise ValueError(
             f"{path}: these adapters do not go onto their base ({checkpoints.first_line(error)})"
