@@ -22,6 +22,7 @@ from pyrite.models import Policy, RewardEnsemble
 from pyrite.objectives import Combine, Objectives
 from pyrite.packing import Row
 from pyrite.policy_gradient import Estimates, clamped, gae, group_normalized, policy_loss, reinforce, rloo, value_loss
+from pyrite.processes import world
 from pyrite.rounds import Answer, Drawing, Players
 from pyrite.train import BatchLoss
 from pyrite.values import Critic, ValueModel, WithValue, response_values
@@ -64,7 +65,10 @@ class Reward:
 
     @classmethod
     def of_scorer(cls, spec: str, *, weight: float = 1.0) -> Reward:
-        """Any scorer by its spec string, such as "length()" or "mine.py:my_score()", as an ensemble of one."""
+        """Any scorer by its spec string, such as "length()" or "mine.py:my_score()", as an ensemble of one.
+
+        It computes in float32, as where gold is measured, whatever the precision of learning.
+        """
         scorer = parts.part(spec, golds)
         if scorer.own:  # one that cannot score is refused now
             golds.check_scores(scorer(["Say hi."] * 2, ["hi", "hello there"]), 2, name=spec)
@@ -73,7 +77,7 @@ class Reward:
             given = scorer([text.plain(a.prompt) for a in answers], [a.response for a in answers])
             return golds.check_scores(given, len(answers), name=spec)[None]
 
-        return cls(spec, score, weight=weight)
+        return cls(spec, _in_float32(score), weight=weight)
 
     @classmethod
     def of_preferences(
@@ -100,7 +104,8 @@ class Reward:
             scorers = objectives.model_scorers(source, dimensions, ensemble=ensemble, turn=turn, loaded=loaded)
         every = Objectives(dimensions, scorers, combine, weights or {})
         name = source if isinstance(source, str) else "preferences"
-        return cls(name, every.score, every.combine, weight, every.ids, every.check)
+        score = _in_float32(every.score) if source is None else every.score
+        return cls(name, score, every.combine, weight, every.ids, every.check)
 
 
 def standardized(models: RewardEnsemble) -> Score:
@@ -140,6 +145,16 @@ class Scores:
             found[f"{name} variance"] = rows.var(0, correction=0).mean().item()
             found |= {f"{name} member {i}": row.mean().item() for i, row in enumerate(rows)} if len(rows) > 1 else {}
         return found
+
+
+def _in_float32(score: Callable[[Sequence[Answer]], Tensor]) -> Callable[[Sequence[Answer]], Tensor]:
+    """The function, out of reach of the precision in which models are read."""
+
+    def exact(answers: Sequence[Answer]) -> Tensor:
+        with torch.autocast(world().device.type, enabled=False):  # type: ignore[union-attr]
+            return score(answers)
+
+    return exact
 
 
 def scored(rewards: Sequence[Reward], answers: Sequence[Answer]) -> Scores:

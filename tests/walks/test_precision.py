@@ -234,3 +234,28 @@ def test_a_reference_of_the_policy_in_another_precision_is_refused(places: dict[
     assert "in float32" in said
     assert "--precision bfloat16" in said
     assert not (tmp_path / "not").exists()
+
+
+def test_a_scorer_of_ones_own_is_not_rounded(tiny: Path, demos: Path, tmp_path: Path) -> None:
+    """257 is no bfloat16 number."""
+    (tmp_path / "mine.py").write_text(
+        "import torch\n\n\ndef score(prompts, responses):\n"
+        "    return (torch.full((len(prompts), 1), 257.0) @ torch.ones(1, 1)).squeeze(1)\n"
+    )
+    command = (
+        "ppo",
+        "--model",
+        tiny,
+        "--prompts",
+        demos,
+        "--out",
+        tmp_path / "run",
+        "--steps",
+        1,
+        "--reward-clip",
+        1000,
+    )
+    scored = ("--reward", f"{tmp_path}/mine.py:score()", "--prompts-per-step", 4, "--max-new-tokens", 4)
+    status, _, said = pyrite(*command, *scored, *HALF)
+    assert status == 0, said
+    assert [row["score"] for row in read_metrics(tmp_path / "run") if "score" in row] == [257.0]
