@@ -418,7 +418,9 @@ def _trouble(run: Run, *, starts: bool = False) -> str | None:
 
 def _leftover(path: Path) -> bool:
     """What may lie in the folder of a new run: what an earlier attempt wrote before there was a run."""
-    return path.name == "manifest.json" or path.name.startswith("ledger.db") or (path.is_file() and path.name[0] == ".")
+    if path.name == "manifest.json":
+        return isinstance(read_json(path), dict) and "pyrite" in read_json(path)
+    return path.name.startswith("ledger.db") or (path.is_file() and path.name[0] == ".")
 
 
 def _empty(folder: Path) -> bool:

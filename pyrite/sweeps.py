@@ -87,8 +87,12 @@ def check(out: Path) -> None:
 
 def _holds_others(out: Path) -> bool:
     """Whether a folder holds a run, or files of somebody's own, and so is no place for a sweep."""
-    if not out.is_dir() or (out / "sweep.json").exists():
-        return (out / "config.json").exists() or (out.exists() and not out.is_dir())
+    if not out.is_dir():
+        return out.exists()
+    if (out / "sweep.json").exists():
+        table = runs.read_json(out / "sweep.json")
+        ours = isinstance(table, dict) and all("=" in name for name in table)
+        return (out / "config.json").exists() or not ours
     runs_only = (path.is_dir() for path in out.glob("[!.]*"))
     return (out / "config.json").exists() or not all(runs_only)
 

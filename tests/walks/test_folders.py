@@ -198,6 +198,12 @@ def test_files_of_the_users_own_are_not_overwritten(candidates: Path, tmp_path: 
     refused(label(candidates, mine / "pairs.parquet"), "it is a file")
     refused(label(candidates, mine / "pairs.parquet" / "run"), "is not a writable folder")
     (mine / "pairs.parquet").unlink()
+    for name in ("manifest.json", "sweep.json"):
+        (mine / name).write_text('{"name": "my own"}')
+        refused(label(candidates, mine), mine, "choose another --out")
+        refused(label(candidates, mine, "--seed", 0, 1), mine, "choose another --out")
+        assert (mine / name).read_text() == '{"name": "my own"}'
+        (mine / name).unlink()
     (mine / "config.json").write_text('{"model_type": "llama"}')
     refused(label(candidates, mine), "config.json that is no run's")
     assert sorted(p.name for p in mine.iterdir()) == ["config.json"]
