@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -75,7 +75,7 @@ def _lengths(config: Any) -> dict[str, Any]:
     near = [
         value
         for name, value in vars(text).items()
-        if re.search(r"window|chunk|local_attention|block_size", name) and not re.search(r"layers|pattern|mult", name)
+        if re.search(r"window|chunk|local_attention|block_size|index_topk$", name) and not re.search(r"layers|pattern|mult", name)
         for value in (value if isinstance(value, (list, tuple)) else [value])
         if isinstance(value, int) and not isinstance(value, bool) and value > 1
     ]
@@ -200,7 +200,7 @@ def _told(model: PreTrainedModel) -> Ways:
 
         return _works(close)
 
-    causal = _works(lambda: _is_causal(model, texts[0], alone[0]))
+    causal = _works(lambda: _is_causal(model, texts[0]))
     return Ways(
         causal=causal,
         packed=causal
@@ -268,14 +268,39 @@ def _far(name: str, alone: Sequence[Read], behind: Sequence[Read]) -> float:
     return min((b[-len(a) :] - a).abs().max().item() for a, b in pairs)
 
 
-def _is_causal(model: PreTrainedModel, text: list[int], before: Read) -> bool:
-    name = "states" if "states" in before else "logits"
-    for at in (len(text) - 1, len(text) // 2):
-        other = [*text[:at], text[0] if text[at] != text[0] else text[1], *text[at + 1 :]]
-        moved = (_read(model, [other])[name] - before[name])[0].abs().flatten(1).amax(1)
-        if len(moved) != len(text) or not bool(moved[:at].max() <= CLOSE * moved[at]):
-            return False
-    return True
+def _is_causal(model: PreTrainedModel, text: list[int]) -> bool:
+    """Whether no token's state has a gradient, however small, to a later token."""
+    ids = torch.tensor([text])
+    trunk = model if model.base_model is model else model.base_model
+
+    def states() -> Tensor:
+        out = forwards.run(trunk, ids)
+        return (out.logits if trunk is model else out.last_hidden_state)[0]
+
+    half = len(text) // 2
+    return all(at in seen and max(seen) <= at for at, seen in _seen(model, states, [half, len(text) - 2]))
+
+
+def _seen(
+    model: PreTrainedModel, states: Callable[[], Tensor], places: Sequence[int]
+) -> Iterator[tuple[int, set[int]]]:
+    """The tokens that some tokens' states (T, H) have a gradient to."""
+    kept: list[Tensor] = []
+
+    def keep(module: nn.Module, args: object, out: Tensor) -> Tensor:
+        kept.append(out.detach().requires_grad_())
+        return kept[-1].clone()  # some models scale it in place
+
+    hook = model.get_input_embeddings().register_forward_hook(keep)  # type: ignore[union-attr]
+    try:
+        with torch.enable_grad():
+            found = states()
+            reads = [found[at] @ torch.linspace(-1, 1, found.shape[1]) for at in places]
+    finally:
+        hook.remove()
+    for at, read in zip(places, reads, strict=True):
+        (grad,) = torch.autograd.grad(read, kept[0], retain_graph=True)
+        yield at, set(grad.reshape(-1, grad.shape[-1]).abs().amax(-1).nonzero().flatten().tolist())
 
 
 def _packed(model: PreTrainedModel, rows: Sequence[Row], batch: Packed) -> list[Tensor]:
@@ -286,31 +311,13 @@ def _packed(model: PreTrainedModel, rows: Sequence[Row], batch: Packed) -> list[
 
 
 def _is_tight(model: PreTrainedModel, rows: Sequence[Row]) -> bool:
-    """Whether a token's state has a gradient, however small, to no token but those before it in its own text."""
+    """Whether a packed token's state has a gradient to no token but those before it in its own text."""
     batch = pack(rows)
     (bucket,) = (paths := pack(rows, padded=True)).buckets
-    kept: list[Tensor] = []
-
-    def keep(module: nn.Module, args: object, out: Tensor) -> Tensor:
-        kept.append(out.detach().requires_grad_())
-        return kept[-1].clone()  # some models scale it in place
-
-    hook = model.get_input_embeddings().register_forward_hook(keep)  # type: ignore[union-attr]
-    try:
-        with torch.enable_grad():
-            states = forwards.trunk_states(model, batch)
-    finally:
-        hook.remove()
-    for path, length in zip(paths.query.view(-1, bucket.queries).tolist(), bucket.lengths.tolist(), strict=True):
-        at = length - 2
-        weights = torch.linspace(-1, 1, states.shape[1])
-        with torch.enable_grad():
-            reads = states[path[at]] @ weights
-        (grad,) = torch.autograd.grad(reads, kept[0], retain_graph=True)
-        found = set(grad[0].abs().amax(-1).nonzero().flatten().tolist())
-        if not {path[at]} <= found <= set(path[: at + 1]):
-            return False
-    return True
+    ends = zip(paths.query.view(-1, bucket.queries).tolist(), bucket.lengths.tolist(), strict=True)
+    before = {path[length - 2]: set(path[: length - 1]) for path, length in ends}
+    seen = _seen(model, lambda: forwards.trunk_states(model, batch), list(before))
+    return all({at} <= found <= before[at] for at, found in seen)
 
 
 def _padded(model: PreTrainedModel, batch: Packed, name: str) -> list[Tensor]:
