@@ -32,6 +32,7 @@ LIMIT = 1 << 22  # weights up to which a model is copied in its own shape
 HEAVY = 1 << 25  # weights of a small shape at most
 HEAD = 16  # size of a head in the small shape of a large model
 VOCABULARY = 97
+NEAR = r"window|chunk|local_attention|block_size|index_topk$"  # how far or wide a token sees, in configs
 SIZES = (  # what else is made smaller, by its name in the config
     (r"vocab_size", VOCABULARY),
     (r"intermediate_size|ffn|dff$|dim_ff$|d_inner|n_inner", 32),
@@ -75,7 +76,7 @@ def _lengths(config: Any) -> dict[str, Any]:
     near = [
         value
         for name, value in vars(text).items()
-        if re.search(r"window|chunk|local_attention|block_size|index_topk$", name) and not re.search(r"layers|pattern|mult", name)
+        if re.search(NEAR, name) and not re.search(r"layers|pattern|mult", name)
         for value in (value if isinstance(value, (list, tuple)) else [value])
         if isinstance(value, int) and not isinstance(value, bool) and value > 1
     ]
