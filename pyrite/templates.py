@@ -135,9 +135,15 @@ def render(tokenizer: Any, messages: Sequence[Message], *, ask: bool) -> str:
 
 
 def rendered_prompt(tokenizer: Any, messages: Sequence[Message]) -> str:
-    """A prompt as a model is asked it. Raises Unreadable where a turn's reasoning or tool calls would be left out."""
+    """A prompt as a model is asked it. Raises Unreadable where what a user or the system says, or a turn's reasoning or
+    tool calls, would be left out."""
     shown = render(tokenizer, messages, ask=True)
     for i, turn in enumerate(messages):
+        if turn["role"] in ("user", "system") and str(turn["content"]).strip() not in shown:
+            raise Unreadable(
+                f"the tokenizer's chat template leaves out what the {turn['role']} says: take that turn out of the "
+                "prompt, or give the model a template that shows it"
+            )
         for names in (REASONING, CALLS):
             there = [name for name in names if turn.get(name)]
             if not there or _shows(tokenizer, messages, i, names, shown, ask=True):

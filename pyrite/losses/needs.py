@@ -20,11 +20,14 @@ def needs(loss: Callable[[PairLogps], Tensor]) -> frozenset[str]:
     tokens, ref_tokens: log-probabilities token by token; kl, collision: these fields of the policy's Logps;
     batch: a pair's value depends on the other pairs, so that a batch cannot be taken apart.
 
-    Whatever a loss raises without a thing, it needs it, as long as it raises nothing with everything there.
+    Whatever a loss raises without a thing, it needs it, as long as it raises nothing with everything there. It needs a
+    reference also if its value is another one without.
     """
     full = toy_pairs()
     value = loss(full)
     found = {name for name, poorer in _poorer(full).items() if _objects(loss, poorer)}
+    if "ref" not in found and not torch.equal(value, loss(_poorer(full)["ref"])):
+        found.add("ref")
     alone = torch.cat([loss(_at(full, [i])) for i in range(len(full))])
     return frozenset(found if torch.allclose(value, alone) else {*found, "batch"})
 

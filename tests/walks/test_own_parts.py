@@ -468,3 +468,14 @@ def test_rewards_and_judges_of_rounds_are_tried_before_they_begin(
         assert (status, out) == (2, ""), err
         assert words in err.splitlines()[-1]
         assert not (tmp_path / "run").exists()
+
+
+def test_a_loss_that_could_do_without_a_reference_gets_one() -> None:
+    """What is typed as optional invites a guard; a loss that has one is still DPO where there is a reference."""
+
+    def guarded(pair):
+        chosen = pair.ref_chosen.sum if pair.ref_chosen is not None else 0.0
+        rejected = pair.ref_rejected.sum if pair.ref_rejected is not None else 0.0
+        return -torch.nn.functional.logsigmoid((pair.chosen.sum - chosen) - (pair.rejected.sum - rejected))
+
+    assert needs(guarded) == {"ref"}

@@ -219,6 +219,28 @@ def test_a_prompt_that_the_template_refuses_is_named_by_its_line(tmp_path, capsy
     assert f"{prompts}, line 6" in said
 
 
+NO_SYSTEM = (
+    "{% for m in messages %}{% if m.role != 'system' %}<{{ m.role }}>{{ m.content }}</s>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+PARTS = "{% for m in messages %}{% for c in m.content %}{{ c.text }}{% endfor %}</s>{% endfor %}"
+
+
+@pytest.mark.parametrize(("template", "role"), [(NO_SYSTEM, "system"), (PARTS, "user")])
+def test_a_template_that_leaves_a_turn_of_the_prompt_out_is_refused(tmp_path, capsys, template, role):
+    """The model would be asked something else, or nothing at all."""
+    model = build(tmp_path / "model", MISTRAL)
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    (model / "chat_template.jinja").write_text(template)
+    settings.pop("chat_template", None)
+    (model / "tokenizer_config.json").write_text(json.dumps(settings))
+    turns = [{"role": "system", "content": "be red"}, {"role": "user", "content": "hi"}]
+    prompts = write(tmp_path / "prompts.jsonl", [{"prompt": turns[0 if role == "system" else 1 :]}])
+    said = refused(capsys, "generate", "--model", model, "--prompts", prompts, "--out", tmp_path / "out",
+                   "--max-new-tokens", 4)  # fmt: skip
+    assert f"{prompts}, line 1" in said and f"leaves out what the {role} says" in said
+
+
 LEARN = ("--epochs", 80, "--batch-size", 4, "--lr", 2e-2, "--warmup", 0, "--held-out", 0)
 ASK = [{"role": "user", "content": "hi"}]
 
