@@ -332,7 +332,7 @@ def test_lora_on_the_head_is_not_skipped(tiny: Path) -> None:
 
 
 def test_unknown_lora_targets_are_one_line(tiny: Path) -> None:
-    with pytest.raises(ValueError, match="lora_targets 'nothing'") as error:
+    with pytest.raises(ValueError, match="--lora-targets nothing: no layer is called 'nothing'") as error:
         Policy.load(tiny, lora=Lora(lora_rank=2, lora_targets="nothing"))
     assert "\n" not in str(error.value)
 
