@@ -115,7 +115,7 @@ def test_refusals_before_work(tiny: Path, pairs: Path, demos: Path, tmp_path: Pa
     for change, words in (
         ({"data": str(demos)}, "pairs need prompt, chosen, rejected"),
         ({"model": str(tmp_path / "nowhere")}, "no such folder"),
-        ({"max_length": 4, "max_prompt": 4}, "chosen answer of pair 1: the prompt has"),
+        ({"max_length": 4, "max_prompt": 4}, "--max-prompt 4: leaves no room"),
         ({"max_prompt": 0}, "--max-prompt 0"),
     ):
         with pytest.raises(ValueError, match=words) as error:
