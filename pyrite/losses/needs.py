@@ -24,9 +24,9 @@ def needs(loss: Callable[[PairLogps], Tensor]) -> frozenset[str]:
     reference also if its value is another one without.
     """
     full = toy_pairs()
-    value = loss(full)
-    found = {name for name, poorer in _poorer(full).items() if _objects(loss, poorer)}
-    if "ref" not in found and not torch.equal(value, loss(_poorer(full)["ref"])):
+    value, without = loss(full), _poorer(full)
+    found = {name for name, poorer in without.items() if _objects(loss, poorer)}
+    if "ref" not in found and not torch.equal(value, loss(without["ref"])):
         found.add("ref")
     alone = torch.cat([loss(_at(full, [i])) for i in range(len(full))])
     return frozenset(found if torch.allclose(value, alone) else {*found, "batch"})

@@ -6,7 +6,6 @@ The prompts are in golden/judge_*.txt, as a person would read them. Who changes 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import pytest
 from judges.server import Server
 
-from pyrite import cli, data
+from pyrite import data
 from pyrite.judges.answers import Answers
 from pyrite.sources import read
 
@@ -46,18 +45,6 @@ FORMS: dict[str, dict[str, Any]] = {
 def server() -> Iterator[Server]:
     with Server() as running:
         yield running
-
-
-@pytest.fixture
-def pyrite(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Command:
-    """The command line in this process, from a folder of its own."""
-    monkeypatch.chdir(tmp_path)
-
-    def command(*arguments: object) -> None:
-        monkeypatch.setattr(sys, "argv", ["pyrite", *map(str, arguments)])
-        cli.main()
-
-    return command
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import gzip
 import importlib.util
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import pytest
 from judges.server import Server
 
-from pyrite import cli, data
+from pyrite import data
 from pyrite.data import load
 from pyrite.runs import read_json
 from pyrite.sources import DataError, read
@@ -27,18 +26,6 @@ P = ("tell me about the cat", "tell me about the dog", "sing on the mat", "tell 
 GOOD = ("the cat sat on the mat .", "the dog ran .", "a bird sang", "the tree , big and red")
 BAD = ("dog dog", "cat", "the the", "mat")
 QUICK = ("--epochs", 1, "--batch-size", 2, "--lr", 1e-3, "--held-out", 0.25)
-
-
-@pytest.fixture
-def pyrite(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Command:
-    """The command line in this process, from a folder of its own."""
-    monkeypatch.chdir(tmp_path)
-
-    def command(*arguments: object) -> None:
-        monkeypatch.setattr(sys, "argv", ["pyrite", *map(str, arguments)])
-        cli.main()
-
-    return command
 
 
 def turn(prompt: str) -> Rows:

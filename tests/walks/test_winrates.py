@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,24 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from pyrite import cli, data
+from pyrite import data
 from pyrite.runs import read_json
 
 PUBLISHED = Path(__file__).parents[3] / "shared" / "data" / "winrates.json"
 Command = Callable[..., None]
 Rows = list[dict[str, Any]]
-
-
-@pytest.fixture
-def pyrite(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Command:
-    """The command line in this process, from a folder of its own."""
-    monkeypatch.chdir(tmp_path)
-
-    def command(*arguments: object) -> None:
-        monkeypatch.setattr(sys, "argv", ["pyrite", *map(str, arguments)])
-        cli.main()
-
-    return command
 
 
 def judged(models: int, *, prompts: int = 400, spread: float = 2.5, seed: int = 0) -> tuple[Rows, list[float], Rows]:
