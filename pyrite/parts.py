@@ -22,9 +22,10 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 from pyrite import contracts
+from pyrite.contracts import Function
 from pyrite import options as ranges
 
-Function = Callable[..., Any]
+
 Registry = ModuleType | Mapping[str, Function]
 
 _SPEC = re.compile(r"\s*(?:(?P<where>[^()]+):)?\s*(?P<name>[^\W\d]\w*)\s*(?P<call>\(.*)?", re.DOTALL)

@@ -234,7 +234,7 @@ def hold(folder: Path, owner: object) -> Callable[[], object]:
     """
     taken: list[Callable[[], object]] = []
 
-    def take() -> str | None:
+    def claim() -> str | None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             taken.append(locks.take(folder, owner))
@@ -250,7 +250,7 @@ def hold(folder: Path, owner: object) -> Callable[[], object]:
             with suppress(OSError):
                 folder.rmdir()
 
-    if trouble := on_main(take)():
+    if trouble := on_main(claim)():
         raise RunError(trouble)
     return release
 

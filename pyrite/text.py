@@ -178,8 +178,8 @@ def decode(tokenizer: Any, rows: Sequence[Sequence[int]]) -> list[str]:
     """Texts of N drawn responses, without what `encode_responses` adds: end token, special tokens, and what the chat
     template opens an answer with. Encoded again, a text gives the tokens it came from."""
     inside, stops = templates.answers(tokenizer).inside, set(stop_ids(tokenizer))
-    spoken = [templates.spoken(tokenizer, row) for row in rows]
-    texts = to_texts(tokenizer, spoken, inside=inside)
+    spoken_rows = [templates.spoken(tokenizer, row) for row in rows]
+    texts = to_texts(tokenizer, spoken_rows, inside=inside)
     ended = [bool(len(row)) and int(row[-1]) in stops for row in rows]
     return [templates.trimmed(tokenizer, text, ended=done) for text, done in zip(texts, ended, strict=True)]
 

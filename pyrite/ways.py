@@ -176,7 +176,7 @@ def rotary(config: Any) -> list[dict[str, Any]]:
 
 PROMPTS = ((5, 3, 8), (4, 9))
 ANSWERS = (((7, 6, 11, 4), (10, 12)), ((6, 13, 3, 8, 5), (14, 7, 9)))
-Read = dict[str, Tensor]  # "logits" (N, ...), and "states" (N, L, H) where the trunk gives some
+Outputs = dict[str, Tensor]  # "logits" (N, ...), and "states" (N, L, H) where the trunk gives some
 
 
 def _told(model: PreTrainedModel) -> Ways:
@@ -233,9 +233,9 @@ def _rows(model: PreTrainedModel) -> list[Row]:
     return [Row(some(p), [some(one) for one in a]) for p, a in zip(PROMPTS, ANSWERS, strict=True)]
 
 
-def _read(model: PreTrainedModel, texts: list[list[int]], mask: Tensor | None = None) -> Read:
+def _read(model: PreTrainedModel, texts: list[list[int]], mask: Tensor | None = None) -> Outputs:
     """The stock model's own numbers of texts of equal length, or padded by whoever gives a mask."""
-    found: Read = {}
+    found: Outputs = {}
 
     def keep(module: nn.Module, args: object, out: Any) -> None:
         states = getattr(out, "last_hidden_state", None)
@@ -263,7 +263,7 @@ def _is_near(got: Tensor, want: Tensor, far: float) -> bool:
     return error <= CLOSE * far or error <= min(rounding, STILL * far)
 
 
-def _far(name: str, alone: Sequence[Read], behind: Sequence[Read]) -> float:
+def _far(name: str, alone: Sequence[Outputs], behind: Sequence[Outputs]) -> float:
     """How far another text in front moves the numbers, in the least moved text."""
     pairs = [(a[name][0], b[name][0]) for a, b in zip(alone, behind, strict=True)]
     return min((b[-len(a) :] - a).abs().max().item() for a, b in pairs)

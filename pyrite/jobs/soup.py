@@ -115,16 +115,16 @@ def _adapters(config: Config) -> Cook:
     for path in config.ingredients:
         if not (Path(path) / adapters.ABOUT).exists():
             raise ValueError(f"{path}: no folder with adapters; --mode full merges whole models")
-    read = [adapters.read(path) for path in config.ingredients]
+    ingredients = [adapters.read(path) for path in config.ingredients]
     mode: Any = config.mode
-    adapters.check_alike(read, mode=mode)
-    if read[0].whole:
+    adapters.check_alike(ingredients, mode=mode)
+    if ingredients[0].whole:
         _check_sum(config)
 
     def cook(weights: Sequence[float], folder: Path) -> dict[str, Any]:
-        soup = adapters.merged(read, weights, mode=mode, rank=config.rank)
+        soup = adapters.merged(ingredients, weights, mode=mode, rank=config.rank)
         adapters.write(soup, folder)
-        modules = adapters.compared(read, weights, soup)
+        modules = adapters.compared(ingredients, weights, soup)
         return {"rank": soup.config["r"], **_summary(modules), "modules": modules}
 
     return cook

@@ -20,7 +20,7 @@ from pyrite.judges.endpoints import Completion, Endpoint, Trouble
 from pyrite.judges.forms import Case, Form, demonstrations
 from pyrite.judges.pairs import EQUAL, SHOWN, Said, Shown, Verdict, combined, shown
 from pyrite.judges.scores import Judge
-from pyrite.judges.verdicts import WINS, Reply, probability, read, several
+from pyrite.judges.verdicts import WINS, Reply, probability, read_verdict, several
 from pyrite.options import Count, Natural, NonNegative, Positive, Text
 from pyrite.progress import say
 
@@ -213,7 +213,7 @@ class LanguageJudge:
             return None if labels is None else [Said(label, WINS[label]) for label in labels]
         if completion.cut and asking.reply == "reasons":
             return None  # what it would have concluded is not known
-        found = read(text, reply=asking.reply, ties=asking.ties)
+        found = read_verdict(text, reply=asking.reply, ties=asking.ties)
         if found is None:
             return None
         p = probability(completion.tokens, text, found) if asking.logprobs and completion.tokens else None

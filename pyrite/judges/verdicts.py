@@ -49,7 +49,7 @@ def other(label: Label) -> Label:
     return _OTHER[label]
 
 
-def read(text: str, *, reply: Reply = "label", ties: bool = True) -> Found | None:
+def read_verdict(text: str, *, reply: Reply = "label", ties: bool = True) -> Found | None:
     """The one verdict of a judge's answer; None without one, and for a tie where ties were not offered.
 
     reply: label reads the first line, and a headed result where that is none; reasons reads the last headed result, or

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pyrite.judges.forms import Case, Demonstration, Form, demonstrations
-from pyrite.judges.verdicts import read, several
+from pyrite.judges.verdicts import read_verdict, several
 from pyrite.sources import DataError
 
 CASE = Case("why?", "one", "two")
@@ -30,7 +30,7 @@ def test_a_judge_that_imitates_demonstrations_can_be_read(reply: str) -> None:
     messages = Form("brevity", reply, demonstrations=shown).messages([CASE])  # type: ignore
     assert [turn["role"] for turn in messages] == ["system", *["user", "assistant"] * 3, "user"]
     for turn, one in zip(messages[2::2], shown, strict=True):
-        found = read(turn["content"], reply=reply)  # type: ignore
+        found = read_verdict(turn["content"], reply=reply)  # type: ignore
         assert found and found.label == one.label
 
 

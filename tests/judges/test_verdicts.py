@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import pyrite.judges.verdicts
-from pyrite.judges.verdicts import PREFERENCES, WINS, Found, Reply, other, probability, read, several
+from pyrite.judges.verdicts import PREFERENCES, WINS, Found, Reply, other, probability, read_verdict, several
 
 FIRST_LINE = {
     "A": "A",
@@ -66,7 +66,7 @@ REASONED = {
 
 @pytest.mark.parametrize("text", FIRST_LINE)
 def test_a_label_on_the_first_line(text: str) -> None:
-    found = read(text)
+    found = read_verdict(text)
     assert found and found.label == FIRST_LINE[text]
     assert text[found.at :].upper().startswith(found.label)
 
@@ -74,34 +74,34 @@ def test_a_label_on_the_first_line(text: str) -> None:
 @pytest.mark.parametrize("text", NOTHING)
 @pytest.mark.parametrize("reply", ["label", "reasons", "json"])
 def test_what_holds_no_verdict_gives_none(text: str, reply: Reply) -> None:
-    assert read(text, reply=reply) is None
+    assert read_verdict(text, reply=reply) is None
 
 
 @pytest.mark.parametrize("text", REASONED)
 def test_a_label_after_reasons(text: str) -> None:
-    found = read(text, reply="reasons")
+    found = read_verdict(text, reply="reasons")
     assert (found and found.label) == REASONED[text]
 
 
 @given(st.text(alphabet="AB .,abi\n:()TE", max_size=30), st.sampled_from(["A", "B", "TIE"]))
 def test_reasons_do_not_change_the_result_after_them(reasons: str, label: str) -> None:
-    found = read(f"{reasons}\nVerdict: {label}", reply="reasons")
+    found = read_verdict(f"{reasons}\nVerdict: {label}", reply="reasons")
     assert found and found.label == label
 
 
 def test_json_verdicts() -> None:
     text = '```json\n{"reason": "A, \\"verdict\\": is", "verdict": " b"}\n```'
-    found = read(text, reply="json")
+    found = read_verdict(text, reply="json")
     assert found == Found("B", text.index('b"'))
-    assert read('{"verdict": "C"}', reply="json") is None
-    assert read('{"verdict": {"A": 1}}', reply="json") is None
-    assert read("[1]", reply="json") is None
-    label = read("A", reply="json")
+    assert read_verdict('{"verdict": "C"}', reply="json") is None
+    assert read_verdict('{"verdict": {"A": 1}}', reply="json") is None
+    assert read_verdict("[1]", reply="json") is None
+    label = read_verdict("A", reply="json")
     assert label and label.label == "A"  # a server that knows no schemas
 
 
 def test_ties_only_where_offered() -> None:
-    assert read("TIE", ties=False) is None
+    assert read_verdict("TIE", ties=False) is None
     assert several("A\nTIE", 2, ties=False) is None
 
 
@@ -130,7 +130,7 @@ def _tokens(*words: str, **odds: float) -> list[dict]:
 
 def test_probability_worked() -> None:
     tokens = _tokens("A", **{"A": 0.5, " B": 0.2, "b": 0.1, "T": 0.2, "Both": 0.1, "The": 0.05})
-    found = read("A")
+    found = read_verdict("A")
     assert found
     assert probability(tokens, "A", found) == pytest.approx((0.5 + 0.1) / 1.0)
     tokens = _tokens('{"', "verdict", '": "', "B", A=0.25, B=0.75)
@@ -150,7 +150,7 @@ def test_no_probability_from_tokens_of_another_text() -> None:
 
 def test_json_schema_of_a_reply_can_be_read_back() -> None:
     for label in WINS:
-        found = read(json.dumps({"verdict": label}), reply="json")
+        found = read_verdict(json.dumps({"verdict": label}), reply="json")
         assert found and found.label == label
 
 
