@@ -85,9 +85,9 @@ def _run(side: Side, line: Connection, case: Case) -> None:
 
 
 def train(turn: Turn, case: Case, model: Any, rows: list, loss: Any) -> None:
-    """Our side: `pyrite.train.fit` over the rows in this order, held after every step."""
-    from pyrite.runs import Run
-    from pyrite.train import Training, fit, order
+    """Our side: `pyrite.training.loop.fit` over the rows in this order, held after every step."""
+    from pyrite.core.runs import Run
+    from pyrite.training.loop import Training, fit, order
 
     ordered = [0] * len(rows)
     for place, index in enumerate(order(len(rows), 0, seed=0)):

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyrite import samplers, tabular
+from pyrite.math import samplers, tabular
 
 RESPONSES, BETA, RATE = 20, 3.0, 10.0
 NAMES = ("uniform", "mix_r", "mix_p")

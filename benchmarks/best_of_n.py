@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pyrite.estimators import best_of_n
+from pyrite.math.statistics import best_of_n
 
 ANSWERS, PROMPTS = 12_600, 1_000
 NS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 6144, 8192, 12_500)

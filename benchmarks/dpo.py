@@ -1,4 +1,4 @@
-"""A DPO optimizer step: `pyrite.train.fit` against trl's `DPOTrainer`, real loops that take turns.
+"""A DPO optimizer step: `pyrite.training.loop.fit` against trl's `DPOTrainer`, real loops that take turns.
 
 Same Llama-shaped model of random weights, same 8 pairs a step as the same token ids, fused AdamW, clipping at 1,
 same precision (bfloat16 is autocast over float32 weights on both sides). The peer's set-ups:
@@ -74,10 +74,10 @@ def learner(case: Case, pairs: list[Pair], ref: Any | None = None) -> tuple[Any,
     """Our policy, rows and batch loss; `ref` runs along, or once and beforehand where the peer's does."""
     from transformers import AutoModelForCausalLM
 
-    from pyrite.losses import dpo
-    from pyrite.models import Policy
-    from pyrite.packing import Row
-    from pyrite.preferences import Preferences, batch_loss
+    from pyrite.math.losses import dpo
+    from pyrite.models.packing import Row
+    from pyrite.models.policy import Policy
+    from pyrite.training.pairs import Preferences, batch_loss
 
     words_of = tokenizer(case)
     policy = Policy(make_model(case, AutoModelForCausalLM), words_of)
@@ -93,7 +93,7 @@ def learner(case: Case, pairs: list[Pair], ref: Any | None = None) -> tuple[Any,
 @torch.no_grad()
 def scored(policy: Any, rows: list) -> Any:
     """Log-probabilities of all answers, in order."""
-    from pyrite.logps import Logps
+    from pyrite.math.logps import Logps
 
     parts = [policy.logps(policy.pack(rows[i : i + PAIRS])) for i in range(0, len(rows), PAIRS)]
     return Logps.from_sums(*(torch.cat([getattr(p, name).cpu() for p in parts]) for name in ("sum", "length")))

@@ -26,8 +26,8 @@ def write_members(folder: Path, case: Case) -> None:
     """Runs of one member and of five, of heads and of adapters, as `pyrite reward` leaves them."""
     from transformers import AutoModelForSequenceClassification
 
-    from pyrite.loading import Lora
-    from pyrite.models import RewardModel
+    from pyrite.models.loading import Lora
+    from pyrite.models.policy import RewardModel
 
     base = folder / "base"
     make_model(case, AutoModelForSequenceClassification, num_labels=1).save_pretrained(base)
@@ -67,7 +67,7 @@ def stock(models: list[Any], encoded: list[list[int]]) -> torch.Tensor:
 
 def footprint(folder: Path, case: Case) -> dict[str, float]:
     """MiB of a process that loads a run and scores: before it begins, once loaded, at the peak."""
-    from pyrite.models import RewardEnsemble
+    from pyrite.models.policy import RewardEnsemble
 
     if case.threads:
         torch.set_num_threads(case.threads)
@@ -92,7 +92,7 @@ def times(folder: Path, case: Case) -> dict[str, Any]:
     """Median seconds of each, in turns, and how far our scores are from those of the stock models."""
     from transformers import AutoModelForSequenceClassification
 
-    from pyrite.models import RewardEnsemble, RewardModel
+    from pyrite.models.policy import RewardEnsemble, RewardModel
 
     if case.threads:
         torch.set_num_threads(case.threads)

@@ -1,4 +1,4 @@
-"""Decoding: `pyrite.generate.sample` against transformers' `generate`, same prompts, same number of new tokens.
+"""Decoding: `sample` against transformers' `generate`, same prompts, same number of new tokens.
 
 Float32, end tokens ignored on both sides, prompts of 10 to 30 tokens left-padded for the peer, which runs with its
 default cache, the fastest of its own here. Each case is run in turns, ours and theirs, after one unmeasured turn.
@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from pyrite.generate import sample
+from pyrite.models.generation import sample
 
 MODELS = {
     "toy": {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 384},

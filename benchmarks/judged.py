@@ -18,9 +18,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pyrite import data, runs
-from pyrite.progress import say
-from pyrite.sources import read
+from pyrite.core import runs
+from pyrite.core.processes import say
+from pyrite.data import rows as data
+from pyrite.data.files import read
 
 PAIRED = (
     *(f"FuseChat-{name}-Instruct" for name in ("Gemma-2-9B", "Llama-3.1-8B", "Llama-3.2-1B", "Llama-3.2-3B")),

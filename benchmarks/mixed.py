@@ -1,4 +1,4 @@
-"""Mixed decoding: `pyrite.generate.sample_mixed` against `sample` from one model, same prompts, same number of tokens.
+"""Mixed decoding: `sample_mixed` against `sample` from one model, same prompts, same number of tokens.
 
 lora   policy = base with low-rank adapters on every linear layer, reference = the same base with its adapters off
 two    policy and reference are two models
@@ -31,8 +31,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
-from pyrite.decoding.voices import open_reference, open_voice
-from pyrite.generate import Samples, sample, sample_mixed
+from pyrite.models.generation import Samples, open_reference, open_voice, sample, sample_mixed
 
 MODELS = {
     "toy": {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 384},
@@ -154,7 +153,7 @@ def main() -> None:
     times = [case["times"] for case in cases]
     result = {
         "name": "mixed",
-        "peer": "pyrite.generate.sample, one model",
+        "peer": "pyrite.models.generation.sample, one model",
         "ratio": round(1 / statistics.median(times), 2),
         "spread": [
             round(1 / max(c["spread_times"][1] for c in cases), 2),

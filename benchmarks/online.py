@@ -1,4 +1,4 @@
-"""A strictly on-policy DPO step: `pyrite.rounds` against trl's `OnlineDPOTrainer`, real loops that take turns.
+"""A strictly on-policy DPO step: `pyrite.training.rounds` against trl's `OnlineDPOTrainer`, real loops that take turns.
 
 A step draws two answers to each of 8 prompts, judges them, learns from the 8 pairs and updates: on our side what job
 `online` does in a round, without its measurements and files. Same Llama-shaped model of random weights, same prompts
@@ -116,11 +116,11 @@ class Ours:
 
     @classmethod
     def make(cls, case: Case, *, ref: Any | None = None) -> Ours:
-        from pyrite.losses import dpo
-        from pyrite.models import Policy
-        from pyrite.rounds import Drawing, Players, RoundLearner
-        from pyrite.samplers import on_policy
-        from pyrite.train import Training
+        from pyrite.math.losses import dpo
+        from pyrite.math.samplers import on_policy
+        from pyrite.models.policy import Policy
+        from pyrite.training.loop import Training
+        from pyrite.training.rounds import Drawing, Players, RoundLearner
 
         policy = Policy(*talker(case))
         policy.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -138,8 +138,8 @@ class Ours:
         return drawn
 
     def label(self, ids: list[list[int]], drawn: Any) -> list:
-        from pyrite import text
-        from pyrite.labels import label
+        from pyrite.data import text
+        from pyrite.feedback.pairing import label
 
         owner, places = drawn.prompt.tolist(), range(2 * PAIRS)
         answers = text.decode(self.players.policy.tokenizer, drawn.responses())
@@ -184,8 +184,8 @@ def ours(turn: Turn, case: Case) -> None:
 
 def equality(case: Case) -> dict[str, float]:
     """One batch, drawn by the peer, against a reference of other weights."""
-    from pyrite.generate import Samples
-    from pyrite.preferences import batch_loss
+    from pyrite.models.generation import Samples
+    from pyrite.training.pairs import batch_loss
 
     case = replace(case, precision="float32", peer="best")
     pairs = make_pairs(case)[:PAIRS]

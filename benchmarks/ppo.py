@@ -216,12 +216,11 @@ class Ours:
 
     @classmethod
     def make(cls, case: Case, critic: str, by: Updates, *, ref: Any | None = None) -> Ours:
-        from pyrite.actors import Learners, Passes
-        from pyrite.models import Policy, RewardEnsemble, RewardModel
-        from pyrite.rollouts import Reward, standardized
-        from pyrite.rounds import Players
-        from pyrite.train import Learner, Training
-        from pyrite.values import ValueModel, WithValue
+        from pyrite.models.policy import Policy, RewardEnsemble, RewardModel
+        from pyrite.models.value import ValueModel, WithValue
+        from pyrite.training.loop import Learner, Training
+        from pyrite.training.ppo import Learners, Passes, Reward, standardized
+        from pyrite.training.rounds import Players
 
         reads = tokenizer(case)
         same: dict[str, Any] = {"lr": by.lr, "betas": (0.9, 0.999), "schedule": "constant", "warmup": 0, "clip": 1e9}
@@ -241,7 +240,7 @@ class Ours:
         return cls(Players(policy, start.requires_grad_(False)), [reward], learners)
 
     def collect(self, number: int, ids: list[list[int]], *, reread: bool = False) -> Any:
-        from pyrite.rollouts import collect
+        from pyrite.training.ppo import collect
 
         texts = [" ".join(f"w{token}" for token in prompt) for prompt in ids]
         rows = [{"prompt_id": f"{number}-{i}", "prompt": prompt} for i, prompt in enumerate(texts)]
@@ -252,15 +251,15 @@ class Ours:
 
     def advantages(self, drawn: Any) -> Any:
         """Not yet whitened."""
-        from pyrite.policy_gradient import token_rewards
-        from pyrite.rollouts import estimates
+        from pyrite.math.policy_gradient import token_rewards
+        from pyrite.training.ppo import estimates
 
         score = drawn.scores.total.float()
         shaped = token_rewards(score, drawn.logps.tokens, drawn.ref.tokens, drawn.mask, beta=BETA)
         return estimates(drawn, shaped)
 
     def learn(self, drawn: Any, made: Any, number: int) -> None:
-        from pyrite.policy_gradient import whiten
+        from pyrite.math.policy_gradient import whiten
 
         made = made._replace(advantages=whiten(made.advantages, drawn.mask))
         self.learners.learn(drawn, made, number)
@@ -296,10 +295,10 @@ def stages(case: Case, critic: str, by: Updates) -> dict[str, float]:
 
 def equality(case: Case, python: str) -> dict[str, Any]:
     """The peer's recorded step, taken by ours; differences relative to the peer's values, of losses beyond 1."""
-    from pyrite.generate import Samples
-    from pyrite.policy_gradient import Estimates
-    from pyrite.rollouts import batch_loss
-    from pyrite.rounds import Players
+    from pyrite.math.policy_gradient import Estimates
+    from pyrite.models.generation import Samples
+    from pyrite.training.ppo import batch_loss
+    from pyrite.training.rounds import Players
 
     with other(python, "recorded", case, FULL) as line:
         theirs = torch.load(io.BytesIO(line.recv()))

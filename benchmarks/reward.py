@@ -1,4 +1,4 @@
-"""A reward model's optimizer step: `pyrite.train.fit` against trl's `RewardTrainer`, real loops that take turns.
+"""A reward model's optimizer step: `fit` against trl's `RewardTrainer`, real loops that take turns.
 
 Same Llama-shaped classifier of random weights, same 8 pairs a step as the same token ids, Bradley-Terry loss, fused
 AdamW, clipping at 1, same precision (bfloat16 is autocast over float32 weights on both sides). The peer's set-ups:
@@ -67,9 +67,9 @@ def peer(turn: Turn, case: Case) -> None:
 
 def learner(case: Case, pairs: list[Pair]) -> tuple[Any, list, Any]:
     """Our reward model, rows and batch loss."""
-    from pyrite.models import RewardModel
-    from pyrite.packing import Row
-    from pyrite.reward_losses import bradley_terry
+    from pyrite.math.reward_losses import bradley_terry
+    from pyrite.models.packing import Row
+    from pyrite.models.policy import RewardModel
 
     model = RewardModel(make_classifier(case), tokenizer(case))
     model.to("cuda" if torch.cuda.is_available() else "cpu")

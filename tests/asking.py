@@ -12,11 +12,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pyrite.accounts import Account
-from pyrite.ledger import Ledger
+from pyrite.feedback.ledger import Account, Ledger
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["pyrite.accounts"])
+SERVER.set_forkserver_preload(["pyrite.feedback.ledger"])
 
 
 def log(path: Path, prompts: list[str], responses: list[str], *, seconds: float = 0.0) -> Tensor:

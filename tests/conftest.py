@@ -5,16 +5,17 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from pyrite import data
+from pyrite.data import rows as data
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
 
 WORDS = "a the cat dog bird sat ran sang on in mat tree red blue big small and then . tell me about please".split()
 SPECIALS = ["<pad>", "<bos>", "<eos>", "<unk>"]

@@ -9,7 +9,7 @@ import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
-from pyrite.packing import Row
+from pyrite.models.packing import Row
 
 VOCAB = 40
 SIZES = {

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
-from pyrite import toy
-from pyrite.models import Lora, Policy
-from pyrite.packing import Row
+from pyrite.models.packing import Row
+from pyrite.models.policy import Lora, Policy
+from pyrite.recipes import toy
 
 RESPONSES = ("hello my friend !", "the velvet fox found the tail .", "a fox , forest .")
 

@@ -20,9 +20,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pyrite import accounts, labels
-from pyrite.accounts import Account, Budget
-from pyrite.ledger import Books, Ledger
+from pyrite.feedback import ledger as accounts
+from pyrite.feedback import pairing
+from pyrite.feedback.ledger import Account, Books, Budget, Ledger
 
 NAN = float("nan")
 
@@ -115,7 +115,7 @@ def test_the_other_way_around(ledger: Ledger) -> None:
 
 def test_it_is_a_judge(ledger: Ledger) -> None:
     judge = partial(account(ledger, kind="verdict", budget=Budget(labels=1)).ask, Counted(), round=2)
-    made = labels.label(judge, ["p"] * 4, ["x", "xx", "xxx", "y"], [[0, 1], [2, 3]], pairing="consecutive")
+    made = pairing.label(judge, ["p"] * 4, ["x", "xx", "xxx", "y"], [[0, 1], [2, 3]], pairing="consecutive")
     assert [(pair.chosen, pair.rejected) for pair in made.pairs] == [(1, 0)]
     assert (made.labels, made.missing) == (1, 1)
 

@@ -10,15 +10,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from pyrite import toy
-from pyrite.actors import Learners, Passes, State
-from pyrite.kl_control import KLControl
-from pyrite.loading import Lora
-from pyrite.models import Policy
-from pyrite.rollouts import Reward, Rollouts, collect, estimates
-from pyrite.rounds import Players
-from pyrite.train import Training
-from pyrite.values import ValueModel, WithValue
+from pyrite.math.policy_gradient import KLControl
+from pyrite.models.loading import Lora
+from pyrite.models.policy import Policy
+from pyrite.models.value import ValueModel, WithValue
+from pyrite.recipes import toy
+from pyrite.training.loop import Training
+from pyrite.training.ppo import Learners, Passes, Reward, Rollouts, State, collect, estimates
+from pyrite.training.rounds import Players
 
 TRAINING = Training(lr=3e-3, epochs=2, batch_size=2, warmup=0)
 PROMPTS = [{"prompt_id": str(i), "prompt": words} for i, words in enumerate(["tell me", "please", "a cat"])]

@@ -18,10 +18,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from pyrite import adapters, text
-from pyrite.adapters import Blend
-from pyrite.generate import sample
-from pyrite.models import Lora, Policy, RewardModel, backbone
+from pyrite.data import text
+from pyrite.jobs import soup as adapters
+from pyrite.jobs.soup import Blend
+from pyrite.models.generation import sample
+from pyrite.models.policy import Lora, Policy, RewardModel, backbone
 
 WEIGHTS = (0.5, 0.3, 0.2)
 IDS = torch.arange(6, 30).view(2, 12)

@@ -10,9 +10,8 @@ from test_packing import paths_of
 from torch import Tensor
 from transformers import AttentionInterface
 
-from pyrite import attention
-from pyrite.attention import attend, packed_attention, packed_forward
-from pyrite.packing import Bucket, Packed, Row, pack
+from pyrite.models import packing
+from pyrite.models.packing import Bucket, Packed, Row, attend, pack, packed_attention, packed_forward
 
 ROWS = [Row([1, 2, 3], [[4, 5], [6], [7, 8, 9, 10]]), Row([1], [[2, 3, 4]]), Row([1] * 9, [[2], []])]
 
@@ -39,7 +38,7 @@ class Kernel:
 
     @staticmethod
     def apply(q: Tensor, k: Tensor, v: Tensor, bucket: Bucket, scale: float) -> Tensor:
-        return attention._kernel(q, k, v, bucket, scale, 0.0)
+        return packing._kernel(q, k, v, bucket, scale, 0.0)
 
 
 @pytest.mark.parametrize("way", ["kept", "blocks", "kernel"])
@@ -50,10 +49,10 @@ def test_attend_is_masked_attention(
     heads: int, groups: int, scale: float | None, padded: bool, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = [*ROWS, Row([1] * 20, [[2] * 37, [3] * 16])]  # several blocks of 16
-    monkeypatch.setattr(attention, "SHORT", 512 if way == "kept" else 0)
-    monkeypatch.setattr(attention, "CACHED", 1)
+    monkeypatch.setattr(packing, "SHORT", 512 if way == "kept" else 0)
+    monkeypatch.setattr(packing, "CACHED", 1)
     if way == "kernel":
-        monkeypatch.setattr(attention, "_Long", Kernel)
+        monkeypatch.setattr(packing, "_Long", Kernel)
     batch = pack(rows, padded=padded)
     parts = inputs(batch, heads=heads, groups=groups)
     got = attend(*parts, batch, scale=scale)

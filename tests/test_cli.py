@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 from transformers import LlamaForCausalLM
 
-from pyrite import cli, data, jobs
+from pyrite import cli, jobs
+from pyrite.data import rows as data
 from pyrite.jobs import best_of_n, reward, sft
-from pyrite.models import Policy, RewardModel
-from pyrite.train import TrainingError
+from pyrite.models.policy import Policy, RewardModel
+from pyrite.training.loop import TrainingError
 
 JOBS = sorted(module.name for module in pkgutil.iter_modules(jobs.__path__))
 Command = Callable[..., tuple[int, str, str]]

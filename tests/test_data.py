@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyrite import data
-from pyrite.data import DataError
+from pyrite.data import rows as data
+from pyrite.data.rows import DataError
 
 REAL = Path(__file__).parents[2] / "shared" / "data"
 real = pytest.mark.skipif(not REAL.is_dir(), reason="the real data sets are not here")

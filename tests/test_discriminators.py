@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from pyrite import discriminators, parts, text
-from pyrite.discriminators import Better, Discriminator, Maker, Rewards
-from pyrite.models import Lora, Policy, RewardModel
-from pyrite.rounds import Answer, Players
+from pyrite.core import specs as parts
+from pyrite.data import text
+from pyrite.models.policy import Lora, Policy, RewardModel
+from pyrite.training import annotators
+from pyrite.training.annotators import Better, Discriminator, Maker, Rewards
+from pyrite.training.rounds import Answer, Players
 
 PROMPTS = ["tell me about the cat", "please tell me", "a big dog and a small bird sat"]
 GOOD, BAD = ["red", "blue", "big"], ["mat", "tree", "in"]
@@ -36,7 +38,7 @@ def players(tiny: Path) -> Players:
 
 
 def make(spec: str, players: Players, seed: int = 0) -> Discriminator:
-    maker: Maker = parts.part(spec, discriminators).function
+    maker: Maker = parts.part(spec, annotators).function
     return maker(players, seed)
 
 

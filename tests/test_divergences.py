@@ -9,12 +9,11 @@ import torch
 from families import build, random_rows
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from pyrite.divergences import Divergences, divergences
-from pyrite.evaluation import response_logps
-from pyrite.loading import Lora
-from pyrite.logps import Logps
-from pyrite.models import Policy
-from pyrite.packing import Row
+from pyrite.math.logps import Logps
+from pyrite.models.loading import Lora
+from pyrite.models.packing import Row
+from pyrite.models.policy import Policy
+from pyrite.training.evaluation import Divergences, divergences, response_logps
 
 ROWS = random_rows([(4, [3]), (1, [2]), (7, [6])])
 

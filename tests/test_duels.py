@@ -8,8 +8,8 @@ import math
 import pytest
 import torch
 
-from pyrite import duels
-from pyrite.duels import average, mirrored, outcomes, pareto, rates
+from pyrite.math import duels
+from pyrite.math.duels import average, mirrored, outcomes, pareto, rates
 
 NAN = math.nan
 

@@ -6,12 +6,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import pyrite.ensembles
-from pyrite.ensembles import mean, standardize, uwo, wco
-from pyrite.estimators import best_of_n
-from pyrite.parts import members
+import pyrite.math.ensembles
+from pyrite.core.specs import members
+from pyrite.math.ensembles import mean, standardize, uwo, wco
+from pyrite.math.statistics import best_of_n
 
-ENSEMBLES = [getattr(pyrite.ensembles, member.name) for member in members(pyrite.ensembles)]
+ENSEMBLES = [getattr(pyrite.math.ensembles, member.name) for member in members(pyrite.math.ensembles)]
 every_ensemble = pytest.mark.parametrize("ensemble", ENSEMBLES, ids=lambda f: f.__name__)
 
 
@@ -27,12 +27,12 @@ def column(*values: float) -> torch.Tensor:
 
 
 def test_examples():
-    result = doctest.testmod(pyrite.ensembles, extraglobs={"torch": torch})
+    result = doctest.testmod(pyrite.math.ensembles, extraglobs={"torch": torch})
     assert result.attempted and not result.failed
 
 
 def test_members():
-    assert [member.name for member in members(pyrite.ensembles)] == ["mean", "uwo", "wco"]
+    assert [member.name for member in members(pyrite.math.ensembles)] == ["mean", "uwo", "wco"]
 
 
 @pytest.mark.parametrize(

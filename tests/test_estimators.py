@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-import pyrite.estimators
-from pyrite.estimators import (
+import pyrite.math.statistics
+from pyrite.math.logps import Logps
+from pyrite.math.statistics import (
     best_of_n,
     best_of_n_kl,
     best_of_n_weights,
@@ -25,7 +26,6 @@ from pyrite.estimators import (
     win_rate,
     wins,
 )
-from pyrite.logps import Logps
 
 F64 = torch.float64
 
@@ -46,7 +46,7 @@ def brute_force(proxy: list[float], gold: list[float], n: int) -> float:
 
 
 def test_examples():
-    result = doctest.testmod(pyrite.estimators, extraglobs={"torch": torch})
+    result = doctest.testmod(pyrite.math.statistics, extraglobs={"torch": torch})
     assert result.attempted and not result.failed
 
 
@@ -181,14 +181,14 @@ def test_chunks_do_not_show(monkeypatch):
     proxy = torch.randint(0, 6, (11, 20), generator=generator)
     gold = torch.randn(11, 20, generator=generator)
     whole = best_of_n(proxy, gold, [1, 3, 20])
-    monkeypatch.setattr(pyrite.estimators, "CHUNK", 45)
+    monkeypatch.setattr(pyrite.math.statistics, "CHUNK", 45)
     torch.testing.assert_close(best_of_n(proxy, gold, [1, 3, 20]), whole, rtol=0, atol=1e-14)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("which", ["proxy", "gold"])
 def test_scores_that_are_not_finite_are_refused(monkeypatch, which, value):
-    monkeypatch.setattr(pyrite.estimators, "CHUNK", 8)
+    monkeypatch.setattr(pyrite.math.statistics, "CHUNK", 8)
     scores = {"proxy": torch.ones(5, 4), "gold": torch.ones(5, 4)}
     scores[which][3, 2] = value
     with pytest.raises(ValueError, match=f"{which} score of prompt 3, answer 2 is {value}"):
@@ -304,7 +304,7 @@ def test_bootstrap_is_reproducible_and_shared_along_a_curve(monkeypatch):
     assert first.mean.shape == first.lo.shape == first.hi.shape == (3,)
     alone = bootstrap(values[1])
     torch.testing.assert_close(torch.stack(alone), torch.stack([part[1] for part in first]))
-    monkeypatch.setattr(pyrite.estimators, "CHUNK", 128)
+    monkeypatch.setattr(pyrite.math.statistics, "CHUNK", 128)
     torch.testing.assert_close(torch.stack(bootstrap(values)), torch.stack(first))
 
 

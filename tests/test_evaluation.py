@@ -7,12 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from pyrite import data
-from pyrite.divergences import divergences
-from pyrite.evaluation import Evaluation, Evaluator, response_logps
-from pyrite.models import Policy, RewardModel
-from pyrite.packing import Row
-from pyrite.truths import Asking
+from pyrite.data import rows as data
+from pyrite.models.packing import Row
+from pyrite.models.policy import Policy, RewardModel
+from pyrite.training.evaluation import Asking, Evaluation, Evaluator, divergences, response_logps
 
 
 @pytest.fixture

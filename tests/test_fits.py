@@ -6,8 +6,8 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-import pyrite.fits
-from pyrite.fits import fit_best_of_n, fit_rl
+import pyrite.math.statistics
+from pyrite.math.statistics import fit_best_of_n, fit_rl
 
 F64 = torch.float64
 
@@ -17,7 +17,7 @@ def tensor(*values) -> torch.Tensor:
 
 
 def test_examples():
-    result = doctest.testmod(pyrite.fits, extraglobs={"torch": torch})
+    result = doctest.testmod(pyrite.math.statistics, extraglobs={"torch": torch})
     assert result.attempted and not result.failed
 
 

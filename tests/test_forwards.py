@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pyrite.forwards import by_prompt, by_response
-from pyrite.packing import Row, pack
-from pyrite.text import Encoded
+from pyrite.data.text import Encoded
+from pyrite.models.forward import by_prompt, by_response
+from pyrite.models.packing import Row, pack
 
 
 def test_sums_are_added_up_in_float64() -> None:

@@ -11,7 +11,7 @@ import torch
 from scipy import stats
 from transformers import BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from pyrite.generate import Samples, sample
+from pyrite.models.generation import Samples, sample
 
 EOS = 2
 

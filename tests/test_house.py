@@ -14,22 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "pyrite"
 FILES = sorted(PACKAGE.rglob("*.py"))
-FLOOR_0 = {"seeds", "logps", "losses", "reward_losses", "ensembles", "estimators", "fits", "options", "parts"}
-FLOOR_0 |= {"contracts", "foreign"}
-FLOOR_0 |= {
-    "analyses",
-    "kl_control",
-    "moments",
-    "policy_gradient",
-    "samplers",
-    "schedules",
-    "selectors",
-    "soups",
-    "duels",
-    "tabular",
-    "winrates",
-}
-FLOOR_3 = {"experiments", "recipes", "report", "sweeps", "cli", "usage", "__main__"}
+FLOORS = ("math", "core", "data", "models", "feedback", "training", "report", "jobs", "recipes", "cli")  # upward
 SCHEMAS = ("Config", "Training", "Lora", "Evaluation", "Stopping", "Paying", "Compute", "Verify", "Import")
 SCHEMAS += ("Ask", "Export", "Agreement", "Asking", "Variants")
 
@@ -40,14 +25,9 @@ def module_name(path: Path) -> str:
 
 
 def floor(module: str) -> int:
+    """What a folder may know: pyrite itself knows nothing but its version, the command line knows all."""
     parts = module.split(".")
-    if module == "pyrite.decoding.draws":
-        return 0
-    if len(parts) < 2:
-        return 0  # pyrite itself: the version
-    if parts[1] == "jobs":
-        return 2
-    return 3 if parts[1] in FLOOR_3 else 0 if parts[1] in FLOOR_0 else 1
+    return -1 if len(parts) < 2 else len(FLOORS) if parts[1] == "__main__" else FLOORS.index(parts[1])
 
 
 def imported(path: Path) -> set[str]:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from pyrite.journal import _accuracy, _couples
+from pyrite.training.metrics import _accuracy, _couples
 
 
 def answers(gold: list[float], owner: list[int]) -> Any:
@@ -34,10 +34,10 @@ def test_accuracy_over_what_gold_tells_apart() -> None:
 
 
 def test_a_row_a_round_of_a_real_run(tiny: Path, demos: Path, tmp_path: Path) -> None:
-    from pyrite.evaluation import Evaluation
+    from pyrite.core.runs import read_metrics
     from pyrite.jobs import online
-    from pyrite.runs import read_metrics
-    from pyrite.train import Training
+    from pyrite.training.evaluation import Evaluation
+    from pyrite.training.loop import Training
 
     config = online.Config(
         str(tiny),
@@ -61,10 +61,10 @@ def test_a_row_a_round_of_a_real_run(tiny: Path, demos: Path, tmp_path: Path) ->
 
 def test_a_run_that_goes_on_reads_its_books(tiny: Path, demos: Path, tmp_path: Path) -> None:
     """Rows, first and last, as the run that was stopped had them; those behind the checkpoint are forgotten."""
-    from pyrite.evaluation import Evaluation, Evaluator
-    from pyrite.journal import Journal
-    from pyrite.models import Policy
-    from pyrite.runs import Run, read_metrics
+    from pyrite.core.runs import Run, read_metrics
+    from pyrite.models.policy import Policy
+    from pyrite.training.evaluation import Evaluation, Evaluator
+    from pyrite.training.metrics import Journal
 
     policy = Policy.load(tiny)
     options = Evaluation(str(demos), gold="length()", eval_limit=4, eval_k=2, max_new_tokens=6)

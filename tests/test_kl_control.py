@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-import pyrite.kl_control
-from pyrite.kl_control import KLControl, controlled
+import pyrite.math.policy_gradient
+from pyrite.math.policy_gradient import KLControl, controlled
 
 
 def after(control: KLControl, kl: float, *, answers: int, times: int = 1) -> float:
@@ -19,7 +19,7 @@ def after(control: KLControl, kl: float, *, answers: int, times: int = 1) -> flo
 
 
 def test_examples() -> None:
-    result = doctest.testmod(pyrite.kl_control)
+    result = doctest.testmod(pyrite.math.policy_gradient)
     assert result.attempted and not result.failed
 
 

@@ -9,12 +9,11 @@ import torch
 from test_live import Liar, answers
 from torch import Tensor
 
-from pyrite import schedules
-from pyrite.accounts import Account
-from pyrite.judges import bradley_terry
-from pyrite.labelers import Labeler, Paying
-from pyrite.live import Live, Rules
-from pyrite.rounds import Answer
+from pyrite.feedback import schedules
+from pyrite.feedback.judges import bradley_terry
+from pyrite.feedback.ledger import Account
+from pyrite.training.annotators import Labeler, Live, Paying, Rules
+from pyrite.training.rounds import Answer
 
 JUDGE = "bradley_terry(gold='length()', hard=True)"
 GOLD = bradley_terry(gold="length()", hard=True)

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyrite.judges import bradley_terry
-from pyrite.labels import Pair, decided, label, paired
+from pyrite.feedback.judges import bradley_terry
+from pyrite.feedback.pairing import Pair, decided, label, paired
 
 PROMPTS = ["p"] * 4
 ANSWERS = ["x", "x x x x", "x x", "x x x"]  # lengths 1 4 2 3

@@ -2,8 +2,8 @@ import json
 
 import pytest
 
-from pyrite import data
-from pyrite.data import DataError
+from pyrite.data import rows as data
+from pyrite.data.rows import DataError
 
 CANDIDATE = {"prompt": "p", "sample": 0, "response": "", "finished": True, "length": 1, "logp": -0.5}
 

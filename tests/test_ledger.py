@@ -13,9 +13,10 @@ import pytest
 import torch
 from asking import SERVER, open_together
 
-from pyrite import cli, data, ledger
-from pyrite.accounts import Account, Budget
-from pyrite.ledger import Ledger, LedgerError
+from pyrite import cli
+from pyrite.data import rows as data
+from pyrite.feedback import ledger
+from pyrite.feedback.ledger import Account, Budget, Ledger, LedgerError
 
 VERDICTS = {"a1": 0.75, "a2": 0.5, "a3": 0.1, "a4": float("nan")}
 

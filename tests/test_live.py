@@ -11,13 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyrite import schedules
-from pyrite.discriminators import Better
-from pyrite.judges import bradley_terry
-from pyrite.live import Live, Rules, Shelf
-from pyrite.rounds import Answer
-from pyrite.schedules import Schedule
-from pyrite.train import Learner
+from pyrite.feedback import schedules
+from pyrite.feedback.judges import bradley_terry
+from pyrite.feedback.schedules import Schedule
+from pyrite.training.annotators import Better, Live, Rules, Shelf
+from pyrite.training.loop import Learner
+from pyrite.training.rounds import Answer
 
 GOLD = bradley_terry(gold="length()", hard=True)  # more words are better
 

@@ -10,7 +10,7 @@ import torch
 from families import build
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pyrite.loading import (
+from pyrite.models.loading import (
     Lora,
     adapted,
     context_of,
@@ -21,7 +21,7 @@ from pyrite.loading import (
     settings,
     tokenizer_of,
 )
-from pyrite.models import RewardModel
+from pyrite.models.policy import RewardModel
 
 
 def test_pad_is_never_the_end_token(tiny: Path) -> None:

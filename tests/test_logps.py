@@ -3,8 +3,8 @@ import doctest
 import pytest
 import torch
 
-import pyrite.logps
-from pyrite.logps import Logps, PairLogps, Running
+import pyrite.math.logps
+from pyrite.math.logps import Logps, PairLogps, Running
 
 
 def rows(*lengths: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
@@ -13,7 +13,7 @@ def rows(*lengths: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor
 
 
 def test_examples():
-    result = doctest.testmod(pyrite.logps, extraglobs={"torch": torch})
+    result = doctest.testmod(pyrite.math.logps, extraglobs={"torch": torch})
     assert result.attempted and not result.failed
 
 

@@ -9,9 +9,8 @@ import torch
 from families import build
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
-from pyrite.loading import Lora
-from pyrite.members import beside, one_trunk
-from pyrite.models import RewardEnsemble, RewardModel
+from pyrite.models.loading import Lora, beside, one_trunk
+from pyrite.models.policy import RewardEnsemble, RewardModel
 
 
 def trained_member(tiny: Path, folder: Path, *, seed: int, **options) -> Path:

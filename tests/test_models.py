@@ -14,11 +14,11 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
 
-from pyrite import seeds
-from pyrite.loading import Lora
-from pyrite.models import Policy, RewardEnsemble, RewardModel, member_paths
-from pyrite.packing import Row, micro_batches, pack
-from pyrite.text import Encoded
+from pyrite.data.text import Encoded
+from pyrite.math import seeds
+from pyrite.models.loading import Lora
+from pyrite.models.packing import Row, micro_batches, pack
+from pyrite.models.policy import Policy, RewardEnsemble, RewardModel, member_paths
 
 SHAPES = [
     [(5, [7, 3, 9])],

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from pyrite.moments import Moments, merged, moments, normalized
+from pyrite.math.policy_gradient import Moments, merged, moments, normalized
 
 F64 = torch.float64
 

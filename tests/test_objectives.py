@@ -11,12 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyrite import objectives
-from pyrite.dimensions import Dimensions, Option, conditioned, render
-from pyrite.models import Lora, RewardModel
-from pyrite.objectives import Objectives, combined, gold_scorers, model_scorers
-from pyrite.rollouts import Reward, scored
-from pyrite.rounds import Answer
+from pyrite.data.conditioning import Dimensions, Option, conditioned, render
+from pyrite.models.policy import Lora, RewardModel
+from pyrite.training import ppo
+from pyrite.training.ppo import Objectives, Reward, combined, gold_scorers, model_scorers, scored
+from pyrite.training.rounds import Answer
 
 ALONG = Dimensions(
     (
@@ -51,7 +50,7 @@ def fixed(scores: list[float]) -> Objectives:
 
 
 def test_examples() -> None:
-    result = doctest.testmod(objectives, extraglobs={"torch": torch})
+    result = doctest.testmod(ppo, extraglobs={"torch": torch})
     assert result.attempted and not result.failed
 
 

@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal
 import pytest
 from annotated_types import Len
 
-from pyrite import options
-from pyrite.options import Count, Fraction, Minority, Natural, NonNegative, Positive, Real, Share, Text
+from pyrite.math import ranges
+from pyrite.math.ranges import Count, Fraction, Minority, Natural, NonNegative, Positive, Real, Share, Text
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Config:
 
 
 def test_examples() -> None:
-    result = doctest.testmod(options)
+    result = doctest.testmod(ranges)
     assert result.attempted and not result.failed
 
 
@@ -60,7 +60,7 @@ def test_examples() -> None:
     ],
 )
 def test_sense(value: Any, hint: Any) -> None:
-    assert options.fault(value, hint) is None
+    assert ranges.fault(value, hint) is None
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_sense(value: Any, hint: Any) -> None:
     ],
 )
 def test_nonsense(value: Any, hint: Any, words: str) -> None:
-    assert options.fault(value, hint) == words
+    assert ranges.fault(value, hint) == words
 
 
 @pytest.mark.parametrize(
@@ -106,14 +106,14 @@ def test_nonsense(value: Any, hint: Any, words: str) -> None:
     ],
 )
 def test_a_config_is_refused_by_the_option_as_typed(given: dict[str, Any], message: str) -> None:
-    options.check(Config(**{"out": Path("o"), "model": "m"}))
+    ranges.check(Config(**{"out": Path("o"), "model": "m"}))
     with pytest.raises(ValueError) as error:
-        options.check(Config(**{"out": Path("o"), "model": "m", **given}))
+        ranges.check(Config(**{"out": Path("o"), "model": "m", **given}))
     assert str(error.value) == message
 
 
 def test_ranges_in_words() -> None:
-    assert [options.words(hint) for hint in (Positive, Share | None, Minority, Count, str)] == [
+    assert [ranges.words(hint) for hint in (Positive, Share | None, Minority, Count, str)] == [
         "above 0",
         "0 to 1",
         "at least 0 and below 0.5",

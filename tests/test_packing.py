@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pyrite.packing import Packed, Row, longest, micro_batches, pack
+from pyrite.models.packing import Packed, Row, longest, micro_batches, pack
 
 tokens = st.lists(st.integers(0, 99), max_size=12)
 rows_of = st.lists(

@@ -5,11 +5,11 @@ from typing import Literal
 import pytest
 import torch
 
-import pyrite.ensembles
-import pyrite.losses
-import pyrite.parts
-from pyrite.losses import dpo
-from pyrite.parts import Registry, members, part, signature
+import pyrite.core.specs
+import pyrite.math.ensembles
+import pyrite.math.losses
+from pyrite.core.specs import Registry, members, part, signature
+from pyrite.math.losses import dpo
 
 MINE = '''
 from __future__ import annotations
@@ -45,7 +45,7 @@ def mine(tmp_path, monkeypatch):
     return tmp_path
 
 
-def refusal(spec: str, registry: Registry = pyrite.losses) -> str:
+def refusal(spec: str, registry: Registry = pyrite.math.losses) -> str:
     with pytest.raises(ValueError) as caught:
         part(spec, registry)
     assert "\n" not in str(caught.value)
@@ -53,20 +53,20 @@ def refusal(spec: str, registry: Registry = pyrite.losses) -> str:
 
 
 def test_examples():
-    result = doctest.testmod(pyrite.parts)
+    result = doctest.testmod(pyrite.core.specs)
     assert result.attempted and not result.failed
 
 
 @pytest.mark.parametrize("spec", ["uwo", "uwo()", " uwo( ) ", "uwo(weight=0.5)", "uwo(weight = 5e-1,)"])
 def test_names_with_and_without_options(spec):
     scores = torch.tensor([[1.0], [2.0], [3.0], [4.0], [10.0]])
-    assert part(spec, pyrite.ensembles)(scores).item() == -1.0
+    assert part(spec, pyrite.math.ensembles)(scores).item() == -1.0
 
 
 def test_prints_as_the_spec_that_makes_it():
-    made = part("dpo( beta = 3e-1, label_smoothing=.1 )", pyrite.losses)
+    made = part("dpo( beta = 3e-1, label_smoothing=.1 )", pyrite.math.losses)
     assert repr(made) == str(made) == "dpo(beta=0.3, label_smoothing=0.1)"
-    assert part(repr(made), pyrite.losses).options == made.options
+    assert part(repr(made), pyrite.math.losses).options == made.options
     assert made.name == "dpo"
 
 
@@ -78,8 +78,8 @@ def test_a_function_of_ones_own(mine):
 
 
 def test_a_function_of_a_module():
-    made = part("pyrite.losses:dpo(beta=1)", pyrite.ensembles)
-    assert repr(made) == "pyrite.losses:dpo(beta=1)"
+    made = part("pyrite.math.losses:dpo(beta=1)", pyrite.math.ensembles)
+    assert repr(made) == "pyrite.math.losses:dpo(beta=1)"
     assert made.function.func is dpo  # type: ignore
 
 
@@ -130,7 +130,7 @@ def test_literal_values(spec, value):
         ("dpo(beta=True)", ["is bool, give float"]),
         ("nosuch.py:dpo()", ["no file nosuch.py"]),
         ("nosuch:dpo()", ["no module named 'nosuch'", '"nosuch.py:name()"']),
-        ("pyrite.losses:margin()", ["unknown name 'margin' in pyrite.losses", "known: alphapo, aot, "]),
+        ("pyrite.math.losses:margin()", ["unknown name 'margin' in pyrite.math.losses", "known: alphapo, aot, "]),
     ],
 )
 def test_refusals_teach(spec, pieces):
@@ -164,14 +164,14 @@ def test_refusals_of_ones_own_file(mine):
 
 
 def test_members_are_what_a_module_exports(mine):
-    listed = {member.name: member for member in members(pyrite.losses)}
-    assert list(listed) == sorted(pyrite.losses.__all__)
+    listed = {member.name: member for member in members(pyrite.math.losses)}
+    assert list(listed) == sorted(pyrite.math.losses.__all__)
     assert listed["dpo"].options == {"beta": 0.1, "label_smoothing": 0.0}
     assert listed["ipo"].summary.startswith("Identity preference optimization")
     assert [member.name for member in members(HERE)] == ["options", "scorer"]
 
 
 def test_every_member_is_named_by_its_signature():
-    for registry in (pyrite.losses, pyrite.ensembles):
+    for registry in (pyrite.math.losses, pyrite.math.ensembles):
         for member in members(registry):
             assert part(signature(getattr(registry, member.name)), registry).options == member.options

@@ -14,14 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import pyrite.policy_gradient
-from pyrite import tabular
-from pyrite.moments import merged, moments
-from pyrite.policy_gradient import (
+import pyrite.math.policy_gradient
+from pyrite.math import tabular
+from pyrite.math.policy_gradient import (
     entropy,
     explained_variance,
     gae,
     group_normalized,
+    merged,
+    moments,
     policy_loss,
     reinforce,
     rloo,
@@ -95,7 +96,7 @@ def every(batch: Batch) -> dict[str, Tensor]:
 
 
 def test_examples() -> None:
-    result = doctest.testmod(pyrite.policy_gradient, extraglobs={"torch": torch})
+    result = doctest.testmod(pyrite.math.policy_gradient, extraglobs={"torch": torch})
     assert result.attempted and not result.failed
 
 

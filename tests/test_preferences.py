@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from pyrite import losses
-from pyrite.logps import Logps, Running
-from pyrite.models import Policy
-from pyrite.packing import Row
-from pyrite.preferences import Preferences, batch_loss, encode_pairs, measure, metrics, paired, value_at_ref
+from pyrite.math import losses
+from pyrite.math.logps import Logps, Running
+from pyrite.models.packing import Row
+from pyrite.models.policy import Policy
+from pyrite.training.pairs import Preferences, batch_loss, encode_pairs, measure, metrics, paired, value_at_ref
 
 PAIRS = [
     {"prompt_id": "a", "prompt": "tell me", "chosen": "the cat sat", "rejected": "a dog"},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pyrite.processes import on_main, world
+from pyrite.core.processes import on_main, world
 
 
 def test_alone_it_is_the_main_one() -> None:

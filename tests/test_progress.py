@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from pyrite import progress as module
-from pyrite.progress import progress, say
+from pyrite.core import processes as module
+from pyrite.core.processes import progress, say
 
 
 def test_plain_lines_come_with_rate_and_time_left(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from pyrite import data, prompts
-from pyrite.dimensions import Variants
-from pyrite.evaluation import Evaluation
-from pyrite.models import Policy
-from pyrite.prompts import Turns, _order
+from pyrite.data import rows as data
+from pyrite.data.conditioning import Variants
+from pyrite.models.policy import Policy
+from pyrite.training import prompts
+from pyrite.training.evaluation import Evaluation
+from pyrite.training.prompts import Turns, _order
 
 
 def test_rounds_go_through_the_prompts_and_start_again_in_a_new_order() -> None:

@@ -6,12 +6,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import pyrite.reward_losses
-from pyrite.estimators import wins
-from pyrite.parts import members
-from pyrite.reward_losses import bradley_terry
+import pyrite.math.reward_losses
+from pyrite.core.specs import members
+from pyrite.math.reward_losses import bradley_terry
+from pyrite.math.statistics import wins
 
-LOSSES = [getattr(pyrite.reward_losses, member.name) for member in members(pyrite.reward_losses)]
+LOSSES = [getattr(pyrite.math.reward_losses, member.name) for member in members(pyrite.math.reward_losses)]
 
 scores = st.lists(st.floats(-20, 20), min_size=3, max_size=3).map(lambda v: torch.tensor(v, dtype=torch.float64))
 
@@ -21,7 +21,7 @@ def one(value: float) -> torch.Tensor:
 
 
 def test_examples():
-    result = doctest.testmod(pyrite.reward_losses, extraglobs={"torch": torch})
+    result = doctest.testmod(pyrite.math.reward_losses, extraglobs={"torch": torch})
     assert result.attempted and not result.failed
 
 

@@ -10,15 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyrite import ensembles, seeds
-from pyrite.dimensions import Dimensions, Option, conditioned
-from pyrite.evaluation import response_logps
-from pyrite.models import Policy, RewardModel
-from pyrite.policy_gradient import gae, policy_loss, rloo, token_rewards, value_loss, whiten
-from pyrite.rollouts import Reward, Rollouts, batch_loss, collect, estimates, scored
-from pyrite.rounds import Answer, Players
-from pyrite.train import Learner, Training
-from pyrite.values import ValueModel, WithValue
+from pyrite.data.conditioning import Dimensions, Option, conditioned
+from pyrite.math import ensembles, seeds
+from pyrite.math.policy_gradient import gae, policy_loss, rloo, token_rewards, value_loss, whiten
+from pyrite.models.policy import Policy, RewardModel
+from pyrite.models.value import ValueModel, WithValue
+from pyrite.training.evaluation import response_logps
+from pyrite.training.loop import Learner, Training
+from pyrite.training.ppo import Reward, Rollouts, batch_loss, collect, estimates, scored
+from pyrite.training.rounds import Answer, Players
 
 PROMPTS = [{"prompt_id": str(i), "prompt": words} for i, words in enumerate(["tell me", "please", "a cat then"])]
 IDS = [[1, 20, 21], [1, 22], [1, 4, 6, 20]]

@@ -9,16 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from pyrite import losses, samplers
-from pyrite.evaluation import response_logps
-from pyrite.generate import Samples
-from pyrite.labels import Pair
-from pyrite.logps import Logps
-from pyrite.models import Lora, Policy
-from pyrite.packing import Row
-from pyrite.rounds import Drawing, Players, RoundLearner
-from pyrite.samplers import Arm, Sampler
-from pyrite.train import Precision, Training
+from pyrite.feedback.pairing import Pair
+from pyrite.math import losses, samplers
+from pyrite.math.logps import Logps
+from pyrite.math.samplers import Arm, Sampler
+from pyrite.models.generation import Samples
+from pyrite.models.packing import Row
+from pyrite.models.policy import Lora, Policy
+from pyrite.training.evaluation import response_logps
+from pyrite.training.loop import Precision, Training
+from pyrite.training.rounds import Drawing, Players, RoundLearner
 
 ROWS = [{"prompt_id": "a", "prompt": "tell me"}, {"prompt_id": "b", "prompt": "please"}]
 IDS = [[1, 20, 21], [1, 22]]

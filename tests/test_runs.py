@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from pyrite import runs
-from pyrite.runs import Run, RunError, read_metrics
+from pyrite.core import runs
+from pyrite.core.runs import Run, RunError, read_metrics
 
 
 @dataclass(frozen=True)

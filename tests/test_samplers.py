@@ -10,12 +10,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pyrite import parts, samplers
-from pyrite.samplers import Arm, ArmPair, Sampler, check_decodable, exact, exponents, mixed_logits, pick
+from pyrite.core import specs
+from pyrite.math import samplers
+from pyrite.math.samplers import Arm, ArmPair, Sampler, check_decodable, exact, exponents, mixed_logits, pick
 
 F64 = torch.float64
 LN2 = math.log(2)
-ZOO = [spec.name for spec in parts.members(samplers) if spec.name != "mixture"] + [
+ZOO = [spec.name for spec in specs.members(samplers) if spec.name != "mixture"] + [
     "mixed(kappa=0.3, on_policy=0.3)",
     "mix_r(share=0.5)",
     "mix_p(share=1.0)",
@@ -30,7 +31,7 @@ every_sampler = pytest.mark.parametrize("spec", ZOO)
 
 
 def named(spec: str) -> Sampler:
-    return parts.part(spec, samplers).function  # pyright: ignore[reportReturnType]
+    return specs.part(spec, samplers).function  # pyright: ignore[reportReturnType]
 
 
 def tensor(*values: float) -> torch.Tensor:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from pyrite import parts, schedules
-from pyrite.schedules import Schedule
+from pyrite.core import specs
+from pyrite.feedback import schedules
+from pyrite.feedback.schedules import Schedule
 
 
 def plan(spec: str, *, rounds: int, budget: int | None, pairs: int = 64) -> list[int]:
-    schedule: Schedule = parts.part(spec, schedules).function  # type: ignore[assignment]
+    schedule: Schedule = specs.part(spec, schedules).function  # type: ignore[assignment]
     used, in_period, bought = 0, 0, []
     for number in range(rounds):
         in_period = 0 if number % schedule.period == 0 else in_period
@@ -19,7 +20,7 @@ def plan(spec: str, *, rounds: int, budget: int | None, pairs: int = 64) -> list
     return bought
 
 
-@pytest.mark.parametrize("member", [m.name for m in parts.members(schedules)])
+@pytest.mark.parametrize("member", [m.name for m in specs.members(schedules)])
 @pytest.mark.parametrize("budget", [0, 7, 100, None])
 def test_no_schedule_exceeds_budget_or_pairs(member: str, budget: int | None) -> None:
     bought = plan(f"{member}()", rounds=9, budget=budget, pairs=6)
@@ -62,4 +63,4 @@ def test_never_buys_nothing() -> None:
 )
 def test_refusals(spec: str, words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        parts.part(spec, schedules)
+        specs.part(spec, schedules)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from pyrite.seeds import derive, generator
+from pyrite.math.seeds import derive, generator
 
 
 def test_one_purpose_one_stream_on_every_machine() -> None:

@@ -3,8 +3,8 @@ import json
 
 import pytest
 
-from pyrite import data
-from pyrite.data import DataError
+from pyrite.data import rows as data
+from pyrite.data.rows import DataError
 
 PAIRS = [
     {"prompt_id": "a", "prompt": "Say hi.", "chosen": "Hi!", "rejected": "No."},

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from pyrite import cli, runs, sweeps
-from pyrite.train import Training
+from pyrite import cli
+from pyrite.cli import sweeps
+from pyrite.core import runs
+from pyrite.training.loop import Training
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyrite import losses, parts, samplers, tabular
-from pyrite.logps import PairLogps
-from pyrite.samplers import Sampler, exact
-from pyrite.tabular import World, descend, world
+from pyrite.core import specs
+from pyrite.math import losses, samplers, tabular
+from pyrite.math.logps import PairLogps
+from pyrite.math.samplers import Sampler, exact
+from pyrite.math.tabular import World, descend, world
 
 F64 = torch.float64
 LN2 = math.log(2)
@@ -105,7 +106,7 @@ def test_gradient_is_the_closed_form_and_sums_to_zero(sampler: Sampler) -> None:
 
 def usable() -> list[tuple[str, tabular.Loss]]:
     found = []
-    for member in parts.members(losses):
+    for member in specs.members(losses):
         try:
             tabular.check_loss(getattr(losses, member.name))
         except (ValueError, TypeError):

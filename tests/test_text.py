@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-from pyrite import text
+from pyrite.data import text
 
 WORDS = "<unk> <s> </s> <pad> <user> <bot> hello my friend the fox ran < > / s Human Assistant :".split()
 TEMPLATE = (

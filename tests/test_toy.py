@@ -10,9 +10,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pyrite import parts, toy, toy_words
-from pyrite.data import prompt_id
-from pyrite.toy import Features, Shares
+from pyrite.core import specs
+from pyrite.data import words as toy_words
+from pyrite.data.rows import prompt_id
+from pyrite.recipes import toy
+from pyrite.recipes.toy import Features, Shares
 
 FOX = "write about a fox in the forest ."
 
@@ -144,7 +146,7 @@ def test_gold_depends_on_the_topic_and_on_its_options():
 
 
 def test_gold_is_a_part_and_refuses_unequal_lists():
-    gold = parts.part("pyrite.toy:story_quality(odd=2.0)", {})
+    gold = specs.part("pyrite.toy:story_quality(odd=2.0)", {})
     assert gold([FOX], ["void ."]).tolist() == [-2.0]
     with pytest.raises(ValueError, match="shorter"):
         gold([FOX, FOX], ["void ."])

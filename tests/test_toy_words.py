@@ -2,7 +2,7 @@
 
 from collections import Counter
 
-from pyrite import toy_words as words
+from pyrite.data import words
 
 
 def test_every_word_has_exactly_one_tag():

@@ -12,11 +12,12 @@ from families import random_rows
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from pyrite import runs, train
-from pyrite.models import Policy
-from pyrite.packing import Row
-from pyrite.runs import Run
-from pyrite.train import Training, TrainingError, learning_rate, order
+from pyrite.core import runs
+from pyrite.core.runs import Run
+from pyrite.models.packing import Row
+from pyrite.models.policy import Policy
+from pyrite.training import loop
+from pyrite.training.loop import Training, TrainingError, learning_rate, order
 
 SHAPES = [(2 + i % 5, [1 + (3 * i) % 7]) for i in range(22)]
 ROWS = [Row([t % 24 for t in r.prompt], [[t % 24 for t in r.responses[0]]]) for r in random_rows(SHAPES)]
@@ -65,7 +66,7 @@ def fit(
 
     weights = [float(len(row.responses[0])) for row in ROWS]
     run = new_run(folder)
-    train.fit(policy, ROWS, loss, weights=weights, training=training, seed=0, run=run, label="test")
+    loop.fit(policy, ROWS, loss, weights=weights, training=training, seed=0, run=run, label="test")
     return {name: p.detach().clone() for name, p in policy.named_parameters()}
 
 
@@ -164,7 +165,7 @@ def test_nan_before_any_checkpoint_says_so(tiny: Path, tmp_path: Path) -> None:
 def test_the_last_two_checkpoints_stay_until_discarded(tiny: Path, tmp_path: Path) -> None:
     fit(tiny, tmp_path, replace(SMALL, save_every=2))
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-4.safetensors", "step-6.safetensors"]
-    train.discard_checkpoints(new_run(tmp_path))
+    loop.discard_checkpoints(new_run(tmp_path))
     assert not (tmp_path / "checkpoints").exists()
 
 
@@ -188,7 +189,7 @@ def test_frozen_parameters_are_neither_trained_nor_stored(tiny: Path, tmp_path: 
         return -model(policy.pack(rows)).sum(), {}
 
     run, weights = new_run(tmp_path), [1.0] * len(ROWS)
-    train.fit(policy, ROWS, loss, weights=weights, training=SMALL, seed=0, run=run, label="x")
+    loop.fit(policy, ROWS, loss, weights=weights, training=SMALL, seed=0, run=run, label="x")
     changed = {name for name, p in policy.named_parameters() if not torch.equal(p, before[name])}
     assert changed
     assert all("norm" in name for name in changed)
@@ -230,7 +231,7 @@ def test_the_state_of_a_loss_resumes_with_the_model(tiny: Path, tmp_path: Path) 
                 raise KilledError
 
         kind = {"weights": [1.0] * len(ROWS), "training": SMALL, "seed": 0, "run": run, "label": "test"}
-        train.fit(policy, ROWS, loss, state=state, watch=watch, **kind)
+        loop.fit(policy, ROWS, loss, state=state, watch=watch, **kind)
         return state["count"].item(), seen
 
     assert count(tmp_path / "whole") == (44.0, [1, 2, 3, 4, 5, 6, 7, 8])

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyrite.truths import ALWAYS, Asking, Truth
+from pyrite.training.evaluation import ALWAYS, Asking, Truth
 
 PROMPTS = ["p", "p", "q", "q", "r", "r"]
 SAID = ["a b", "a", "c", "c d e", "", "e"]

@@ -10,10 +10,10 @@ from families import PACKED, build, random_rows
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from pyrite.loading import Lora
-from pyrite.models import Policy, RewardModel
-from pyrite.packing import Row
-from pyrite.values import ValueModel, WithValue, response_values
+from pyrite.models.loading import Lora
+from pyrite.models.packing import Row
+from pyrite.models.policy import Policy, RewardModel
+from pyrite.models.value import ValueModel, WithValue, response_values
 
 SHAPES = [(4, [3, 5, 1]), (1, [2]), (7, [6, 6])]
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyrite.vocabulary import logp_details, selective_logp
+from pyrite.models.forward import logp_details, selective_logp
 
 
 def inputs(rows: int = 23, size: int = 16, vocabulary: int = 50, dtype: torch.dtype = torch.float32) -> list[Tensor]:

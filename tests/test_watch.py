@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-import pyrite.watch
-from pyrite.watch import Stopping, best, fitted, parted
+import pyrite.training.metrics
+from pyrite.training.metrics import Stopping, best, fitted, parted
 
 
 def rows(gold: list[float], proxy: list[float], se: float = 0.1) -> list[dict[str, Any]]:
@@ -19,7 +19,7 @@ def rows(gold: list[float], proxy: list[float], se: float = 0.1) -> list[dict[st
 
 
 def test_example() -> None:
-    assert doctest.testmod(pyrite.watch).failed == 0
+    assert doctest.testmod(pyrite.training.metrics).failed == 0
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize
 from torch import Tensor
 
-from pyrite import winrates
-from pyrite.winrates import FREE, GAMED, Comparisons, Prior
+from pyrite.math import winrates
+from pyrite.math.winrates import FREE, GAMED, Comparisons, Prior
 
 PUBLISHED = Path(__file__).parents[2] / "shared" / "data" / "winrates.json"
 SEEDS = st.integers(0, 10_000)

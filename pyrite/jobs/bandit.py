@@ -20,12 +20,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pyrite import estimators, losses, parts, runs, samplers, seeds, tabular
-from pyrite.options import Count, Half, Natural, NonNegative, Positive, Several, Some
-from pyrite.progress import progress, say
-from pyrite.runs import Run
-from pyrite.samplers import Sampler
-from pyrite.tabular import World
+from pyrite.core import runs, specs
+from pyrite.core.processes import progress, say
+from pyrite.core.runs import Run
+from pyrite.math import losses, samplers, seeds, statistics, tabular
+from pyrite.math.ranges import Count, Half, Natural, NonNegative, Positive, Several, Some
+from pyrite.math.samplers import Sampler
+from pyrite.math.tabular import World
 
 OUTPUTS = {
     "results.json": "order, rate, floor, bound and final figures of every sampler, and its curve",
@@ -124,16 +125,16 @@ def _samplers(config: Config) -> dict[str, Sampler]:
         raise ValueError(f"--samplers {' '.join(config.samplers)}: one is named twice")
     zoo: dict[str, Sampler] = {}
     for spec in config.samplers:
-        found = parts.part(spec, samplers).function
+        found = specs.part(spec, samplers).function
         if not isinstance(found, Sampler):
-            raise ValueError(f"--samplers {spec}: returns {type(found).__name__}, not a pyrite.samplers.Sampler")
+            raise ValueError(f"--samplers {spec}: returns {type(found).__name__}, not a pyrite.math.samplers.Sampler")
         zoo[spec] = found
     return zoo
 
 
 def _loss(config: Config) -> tabular.Loss:
     """The loss with the world's beta, where it has one."""
-    loss = parts.part(config.loss, losses)
+    loss = specs.part(config.loss, losses)
     own = loss.options.get("beta", config.beta)
     if own != config.beta:
         raise ValueError(f"--loss {config.loss} and --beta {config.beta}: give beta once, by --beta")
@@ -285,7 +286,7 @@ def _over_seeds(values: Tensor, repetitions: int) -> Row:
     means = values.view(repetitions, -1).mean(1)
     if repetitions < 2:
         return {"mean": means[0], "lo": None, "hi": None}
-    return estimators.t_interval(means)._asdict()
+    return statistics.t_interval(means)._asdict()
 
 
 def _plain(value: Any) -> Any:

@@ -16,12 +16,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
-from pyrite import data, ensembles, estimators, golds, parts, runs
-from pyrite.loading import settings, verify
-from pyrite.models import RewardModel, member_paths
-from pyrite.options import Count, Some
-from pyrite.progress import progress, say
-from pyrite.runs import Run
+from pyrite.core import runs, specs
+from pyrite.core.processes import progress, say
+from pyrite.core.runs import Run
+from pyrite.data import rows as data
+from pyrite.feedback import scorers
+from pyrite.math import ensembles, statistics
+from pyrite.math.ranges import Count, Some
+from pyrite.models.loading import settings, verify
+from pyrite.models.policy import RewardModel, member_paths
 
 OUTPUTS = {
     "curves.json": "gold, proxy and KL by objective and n, with intervals over prompts",
@@ -62,7 +65,7 @@ def run(config: Config) -> Run:
     run = runs.start("best_of_n", config, inputs=inputs)
     if run.done:
         return run
-    objectives = {spec: parts.part(spec, ensembles) for spec in config.objectives}
+    objectives = {spec: specs.part(spec, ensembles) for spec in config.objectives}
     for objective in objectives.values():
         objective(torch.zeros(2, 1))  # an option out of range is refused now
     rows = data.load(config.candidates, "candidates")
@@ -132,7 +135,7 @@ def _hint(rows: list[dict[str, Any]], config: Config) -> str:
 
 def single(proxy: Tensor, gold: Tensor, n: list[int]) -> tuple[Tensor, Tensor]:
     """Gold and proxy (M, Q) of the average single member: each picks for itself, then the mean is taken."""
-    picks = [(estimators.best_of_n(p, gold, n), estimators.best_of_n(p, p, n)) for p in proxy]
+    picks = [(statistics.best_of_n(p, gold, n), statistics.best_of_n(p, p, n)) for p in proxy]
     return torch.stack([g for g, _ in picks]).mean(0), torch.stack([p for _, p in picks]).mean(0)
 
 
@@ -143,19 +146,19 @@ def curves(
     gold = (gold - gold.mean()) / gold.std(correction=0)
     rows = _curve("single", *single(proxy, gold, n), n, proxy.shape[2])
     for member, scores in enumerate(proxy):
-        both = estimators.best_of_n(scores, gold, n), estimators.best_of_n(scores, scores, n)
+        both = statistics.best_of_n(scores, gold, n), statistics.best_of_n(scores, scores, n)
         rows += _curve(f"member {member}", *both, n, proxy.shape[2])
     for name, objective in objectives.items():
         scores = objective(proxy.flatten(1)).view_as(gold)
-        both = estimators.best_of_n(scores, gold, n), estimators.best_of_n(scores, scores, n)
+        both = statistics.best_of_n(scores, gold, n), statistics.best_of_n(scores, scores, n)
         rows += _curve(name, *both, n, proxy.shape[2])
     return rows
 
 
 def _curve(name: str, gold: Tensor, proxy: Tensor, n: list[int], answers: int) -> list[dict[str, Any]]:
-    kl = estimators.best_of_n_kl(n)
-    effective = estimators.effective_samples(answers, n)
-    bands = [estimators.bootstrap(values) for values in (gold, proxy)]
+    kl = statistics.best_of_n_kl(n)
+    effective = statistics.effective_samples(answers, n)
+    bands = [statistics.bootstrap(values) for values in (gold, proxy)]
     columns = [*(part for band in bands for part in band), kl, kl.sqrt(), effective]
     keys = (
         "gold",
@@ -181,7 +184,7 @@ def _gold(rows: list[dict[str, Any]], pool: Tensor, config: Config) -> Tensor:
     if missing is not None:
         raise ValueError(f"{config.candidates}: row {missing + 1} has no `gold`; score it with `pyrite label` first")
     gold = [rows[i]["gold"] for i in pool.flatten().tolist()]
-    scores = golds.check_scores(torch.tensor(gold, dtype=torch.float64), len(gold), name="gold").view_as(pool)
+    scores = scorers.check_scores(torch.tensor(gold, dtype=torch.float64), len(gold), name="gold").view_as(pool)
     if len(pool) < 2 or scores.std() == 0:
         why = "answers of at least 2 prompts are needed" if len(pool) < 2 else f"gold scores every answer {gold[0]:g}"
         raise ValueError(f"{config.candidates}: {why}, so there is no curve to estimate")
@@ -206,7 +209,7 @@ def _scores(run: Run, path: Path, rows: list[dict[str, Any]], pool: Tensor) -> T
         size = max(1, 16384 // pool.shape[1])
         table = runs.in_parts(run.folder / "parts" / path.name, len(pool), score, size=size)
     scores = torch.tensor(table["score"].to_pylist(), dtype=torch.float64)
-    return golds.check_scores(scores, pool.numel(), name=str(path)).view_as(pool)
+    return scorers.check_scores(scores, pool.numel(), name=str(path)).view_as(pool)
 
 
 def _standardized(raw: Tensor, members: list[Path], config: Config) -> Tensor:

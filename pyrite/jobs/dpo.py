@@ -19,19 +19,22 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pyrite import data, long_prompts, losses, moved, parts, references, runs, seeds, train
-from pyrite.evaluation import Evaluation, Evaluator
-from pyrite.logps import Logps, Running
-from pyrite.long_prompts import OnLong
-from pyrite.losses.needs import needs, takes_ties
-from pyrite.models import Lora, Policy
-from pyrite.options import Count, Fraction, Natural, Several
-from pyrite.preferences import Loss, OnCut, Preferences, batch_loss, encode_pairs, gaps, measure, value_at_ref
-from pyrite.processes import world
-from pyrite.progress import say
-from pyrite.runs import Run
-from pyrite.templates import Template
-from pyrite.train import BatchLoss, Training
+from pyrite.core import runs, specs
+from pyrite.core.processes import say, world
+from pyrite.core.runs import Run
+from pyrite.data import rows
+from pyrite.data.rows import OnLong
+from pyrite.data.text import Template
+from pyrite.math import losses, seeds
+from pyrite.math.logps import Logps, Running
+from pyrite.math.losses.needs import needs, takes_ties
+from pyrite.math.ranges import Count, Fraction, Natural, Several
+from pyrite.models import references
+from pyrite.models.policy import Lora, Policy
+from pyrite.training import loop
+from pyrite.training.evaluation import Evaluation, Evaluator
+from pyrite.training.loop import BatchLoss, Training
+from pyrite.training.pairs import Loss, OnCut, Preferences, batch_loss, encode_pairs, gaps, measure, value_at_ref
 
 OUTPUTS = {
     "model/": "the last policy, Hugging Face layout",
@@ -73,7 +76,7 @@ class Config:
     """What to do with a longer prompt: cut it to its end, leave its pair out, or stop."""
     on_equal: Literal["error", "drop"] = "error"
     """What to do with a pair whose answers are equal."""
-    on_contradiction: data.OnContradiction = "error"
+    on_contradiction: rows.OnContradiction = "error"
     """What to do with a pair whose strength is below 0, or probability below one half, so that its rejected answer is
     the better one: stop, exchange the answers, leave it out, or take it as it stands, as a label that was drawn."""
     on_cut: OnCut = "drop"
@@ -100,12 +103,12 @@ def run(config: Config) -> Run:
     run = runs.start("dpo", config, inputs=inputs)
     if run.done:
         return run
-    loss = parts.part(config.loss, losses)
+    loss = specs.part(config.loss, losses)
     wanted = needs(loss)
     _refuse(config, wanted)
     pairs, held = _read(config, loss)
     policy = Policy.load(config.model, lora=config.lora, template=config.template)
-    train.ready(policy, config.training, name=config.model)
+    loop.ready(policy, config.training, name=config.model)
     evaluator = _evaluator(config, policy)
     if evaluator:
         _tell_overlap(pairs, evaluator)
@@ -123,7 +126,7 @@ def run(config: Config) -> Run:
         live=live.policy if live else None,
         running=running,
     )
-    total = train.steps(len(learn), training)
+    total = loop.steps(len(learn), training)
     part = "held_out" if len(test) else "train"
     if not len(test):
         test = learn.at(list(range(min(len(learn), MEASURED))))
@@ -131,15 +134,15 @@ def run(config: Config) -> Run:
     every = config.measure_every or max(1, total // 10)
     watch = Watch(run, policy, of(test), test, evaluator, training, every, total, part)
     start = watch.measure()
-    first, before = moved.Weights.of(policy), gaps(policy, test.rows[: moved.ROWS], training.precision)
+    first, before = loop.Weights.of(policy), gaps(policy, test.rows[: loop.ROWS], training.precision)
     _check_start(start, test, loss, config)
     run.open()
     held_out = len(test) if part == "held_out" else 0
     say(f"dpo: {len(learn)} pairs, {held_out} held out, {len(dropped)} dropped; at the start {_line(start)}")
     if run.writes:
-        data.write(dropped, run.folder / "dropped.jsonl")
+        rows.write(dropped, run.folder / "dropped.jsonl")
     watch.begin(start)
-    train.fit(
+    loop.fit(
         policy,
         learn.rows,
         of(learn),
@@ -153,10 +156,10 @@ def run(config: Config) -> Run:
     )
     if run.writes:
         policy.save(run.folder / "model")
-    train.discard_checkpoints(run)
-    after = gaps(policy, test.rows[: moved.ROWS], training.precision)
-    margin = moved.shift("margin", before, after, least=0.1)
-    found = moved.tell("dpo", first.change(policy), training.lr, margin)
+    loop.discard_checkpoints(run)
+    after = gaps(policy, test.rows[: loop.ROWS], training.precision)
+    margin = loop.shift("margin", before, after, least=0.1)
+    found = loop.tell("dpo", first.change(policy), training.lr, margin)
     long = {"prompts_cut": cut} if cut else {}
     ends = {"start": start, "last": watch.last, "best": watch.best}
     return run.finish(pairs=len(learn), dropped=len(dropped), **long, **ends, moved=found)
@@ -171,7 +174,7 @@ def _refuse(config: Config, wanted: frozenset[str]) -> None:
         raise ValueError(f"--loss {config.loss} reads the reference's whole distribution: use --ref self or ema(...)")
     named = [source.options for source in references.parse(config.ref) if source.kind == "column"]
     names = [(some.get("chosen", "chosen"), some.get("rejected", "rejected")) for some in named if some]
-    if config.on_contradiction == "swap" and not all(data.twins(*both) for both in names):
+    if config.on_contradiction == "swap" and not all(rows.twins(*both) for both in names):
         raise ValueError(
             f"--on-contradiction swap exchanges the columns of --ref {config.ref} too, and knows by their names alone "
             "which belong together: let these differ in chosen and rejected only, as chosen_logp and rejected_logp do"
@@ -182,7 +185,7 @@ def _refuse(config: Config, wanted: frozenset[str]) -> None:
 
 def _read(config: Config, loss: Loss) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     read = partial(
-        data.load,
+        rows.load,
         kind="pairs",
         columns=config.columns,
         on_equal=config.on_equal,
@@ -193,8 +196,8 @@ def _read(config: Config, loss: Loss) -> tuple[list[dict[str, Any]], list[dict[s
     pairs = read(config.data)
     if isinstance(config.held_out, str):
         held = read(config.held_out)
-        return data.apart(pairs, held, note=say, source=config.data), held
-    return data.split(pairs, fraction=config.held_out, seed=seeds.derive(config.seed, "held out"))
+        return rows.apart(pairs, held, note=say, source=config.data), held
+    return rows.split(pairs, fraction=config.held_out, seed=seeds.derive(config.seed, "held out"))
 
 
 def _evaluator(config: Config, policy: Policy) -> Evaluator | None:
@@ -213,7 +216,7 @@ def _evaluator(config: Config, policy: Policy) -> Evaluator | None:
 
 def _tell_overlap(pairs: list[dict[str, Any]], evaluator: Evaluator) -> None:
     """Say how many prompts that answers are measured on are learned from."""
-    known = data.seen(evaluator.prompts, pairs)
+    known = rows.seen(evaluator.prompts, pairs)
     if known:
         say(f"dpo: {known} of the {len(evaluator.prompts)} prompts in --eval-prompts are prompts of the training pairs")
 
@@ -229,7 +232,7 @@ def _prepare(
     length = config.max_length or policy.context
     prompt = config.max_prompt if config.max_prompt is not None else length * 3 // 4
     limits = {"max_length": length, "max_prompt": prompt}
-    fitted = long_prompts.fit(
+    fitted = rows.fit(
         policy.tokenizer,
         pairs + held,
         most=prompt,

@@ -21,16 +21,19 @@ from typing import Any, NamedTuple
 import torch
 import tyro
 
-from pyrite import data, duels, golds, judges, parts, runs
-from pyrite.dimensions import Dimensions, Option, filled
-from pyrite.dimensions.options import files
-from pyrite.duels import Missing, Rates
-from pyrite.objectives import OneScore, gold_scorers, model_scorers
-from pyrite.options import Natural, Several
-from pyrite.progress import progress, say
-from pyrite.rounds import Answer
-from pyrite.runs import Run
-from pyrite.text import plain
+from pyrite.core import runs, specs
+from pyrite.core.processes import progress, say
+from pyrite.core.runs import Run
+from pyrite.data import rows as data
+from pyrite.data.conditioning import Dimensions, Option, files, filled
+from pyrite.data.text import plain
+from pyrite.feedback import judges
+from pyrite.feedback import scorers as golds
+from pyrite.math import duels
+from pyrite.math.duels import Missing, Rates
+from pyrite.math.ranges import Natural, Several
+from pyrite.training.ppo import OneScore, gold_scorers, model_scorers
+from pyrite.training.rounds import Answer
 
 OUTPUTS = {"verdicts.parquet": "every verdict: first, second, combination, asked_id, sample, option, p, verdict"}
 GENERAL = "general"
@@ -200,9 +203,9 @@ def _judges(config: Config, known: Dimensions | None, combinations: Iterable[Seq
     if config.general or not known:
         option = Option(GENERAL, "", "", config.general or "", config.general)
         spec = filled(config.judge, option) if "{" in config.judge else config.judge  # it may say itself what is better
-        return {GENERAL: parts.part(spec, judges)}
+        return {GENERAL: specs.part(spec, judges)}
     options = [known.option(id) for id in dict.fromkeys(itertools.chain(*combinations))]
-    return {option.id: parts.part(filled(config.judge, option), judges) for option in options}
+    return {option.id: specs.part(filled(config.judge, option), judges) for option in options}
 
 
 # Verdicts ---------------------------------------------------------------------------------------------------------

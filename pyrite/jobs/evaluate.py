@@ -16,16 +16,20 @@ from typing import Any
 
 import torch
 
-from pyrite import analyses, data, long_prompts, runs, text
-from pyrite.analyses import TokenRatios
-from pyrite.evaluation import Answers, Evaluation, Evaluator, response_logps
-from pyrite.long_prompts import OnLong
-from pyrite.models import Policy
-from pyrite.options import Count, Natural
-from pyrite.preferences import EncodedPairs, encode_pairs, paired
-from pyrite.progress import progress, say
-from pyrite.runs import Run
-from pyrite.templates import Template
+from pyrite.core import runs
+from pyrite.core.processes import progress, say
+from pyrite.core.runs import Run
+from pyrite.data import rows as data
+from pyrite.data import rows as long_prompts
+from pyrite.data import text
+from pyrite.data.rows import OnLong
+from pyrite.data.text import Template
+from pyrite.math import statistics
+from pyrite.math.ranges import Count, Natural
+from pyrite.math.statistics import TokenRatios
+from pyrite.models.policy import Policy
+from pyrite.training.evaluation import Answers, Evaluation, Evaluator, response_logps
+from pyrite.training.pairs import EncodedPairs, encode_pairs, paired
 
 OUTPUTS = {
     "answers.parquet": "every answer with its gold, proxy and log-probabilities",
@@ -109,7 +113,7 @@ def run(config: Config) -> Run:
     with progress("evaluate", evaluator.total, unit="answers") as advance:
         answers = evaluator(policy, progress=advance)
     found: dict[str, Any] = {"answers": _by_position(answers)}
-    state = analyses.degeneration(answers.drawn.responses(), answers.drawn.finished.tolist())
+    state = statistics.degeneration(answers.drawn.responses(), answers.drawn.finished.tolist())
     found["answers"] |= state._asdict()
     if evaluator.ref and made:
         found["pairs"], table = on_pairs(policy, evaluator.ref, made, min_count=config.min_count)
@@ -145,21 +149,21 @@ def on_pairs(
     whole = torch.tensor([not one.truncated for one in made.encoded])
     finished = whole[::2] & whole[1::2]
     tokens = torch.tensor([token for one in made.encoded for token in one.response])
-    ratios = analyses.log_ratios(ours, theirs)
+    ratios = statistics.log_ratios(ours, theirs)
     prompts = torch.tensor(data.clusters(made.pairs))
     lengths = torch.tensor([len(one.response) for one in made.encoded])
-    table = analyses.by_token(tokens, ratios)
-    down, up = analyses.extremes(table, k=k, at_least=min_count)
+    table = statistics.by_token(tokens, ratios)
+    down, up = statistics.extremes(table, k=k, at_least=min_count)
     found = {
         "pairs": len(rows),
         "dropped": len(made.dropped),
-        **_plain(analyses.ranking(pair, prompts)),
-        "end_token": _plain(analyses.ends(pair, finished, prompts)),
-        "end_token_ref": _plain(analyses.ends(at_ref, finished, prompts)),
+        **_plain(statistics.ranking(pair, prompts)),
+        "end_token": _plain(statistics.ends(pair, finished, prompts)),
+        "end_token_ref": _plain(statistics.ends(at_ref, finished, prompts)),
         "tokens": len(ratios),
-        "ratio": analyses.mean(ratios, prompts.repeat_interleave(2).repeat_interleave(lengths))._asdict(),
-        "tail_mass": analyses.tail_mass(ratios),
-        "histogram": analyses.histogram(table.mean)._asdict(),
+        "ratio": statistics.mean(ratios, prompts.repeat_interleave(2).repeat_interleave(lengths))._asdict(),
+        "tail_mass": statistics.tail_mass(ratios),
+        "histogram": statistics.histogram(table.mean)._asdict(),
         "down": _named(down, policy.tokenizer),
         "up": _named(up, policy.tokenizer),
     }
@@ -211,17 +215,17 @@ def _by_position(answers: Answers) -> dict[str, Any]:
     """The exact KL at each position, over the answers that reach it; {} without a reference."""
     if answers.exact is None:
         return {}
-    nats, reached = analyses.by_position(answers.exact.kl)
+    nats, reached = statistics.by_position(answers.exact.kl)
     return {"kl_by_position": nats.tolist(), "answers_by_position": reached.tolist()}
 
 
 def _rows(answers: Answers) -> list[dict[str, Any]]:
     values = {name: value.tolist() for name, value in answers.values.items()}
-    values["repetition"] = [analyses.repetition(tokens) for tokens in answers.drawn.responses()]
+    values["repetition"] = [statistics.repetition(tokens) for tokens in answers.drawn.responses()]
     return [{**row, **{name: value[i] for name, value in values.items()}} for i, row in enumerate(answers.rows)]
 
 
-def _plain(means: dict[str, analyses.Mean]) -> dict[str, dict[str, float]]:
+def _plain(means: dict[str, statistics.Mean]) -> dict[str, dict[str, float]]:
     return {name: value._asdict() for name, value in means.items()}
 
 

@@ -13,15 +13,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from torch import Tensor
 
-from pyrite import data, long_prompts, runs, seeds, text
-from pyrite.dimensions import Variants
-from pyrite.generate import Samples, sample
-from pyrite.long_prompts import OnLong
-from pyrite.models import Policy, backbone
-from pyrite.options import Amplitude, Count, Natural, NonNegative
-from pyrite.progress import Advance, progress, say
-from pyrite.runs import Run
-from pyrite.templates import Template
+from pyrite.core import runs
+from pyrite.core.processes import Advance, progress, say
+from pyrite.core.runs import Run
+from pyrite.data import rows as data
+from pyrite.data import rows as long_prompts
+from pyrite.data import text
+from pyrite.data.conditioning import Variants
+from pyrite.data.rows import OnLong
+from pyrite.data.text import Template
+from pyrite.math import seeds
+from pyrite.math.ranges import Amplitude, Count, Natural, NonNegative
+from pyrite.models.generation import Samples, sample
+from pyrite.models.policy import Policy, backbone
 
 OUTPUTS = {
     "candidates.parquet": "prompt_id, prompt, sample, response, finished, length, logp; of prompts under preferences "

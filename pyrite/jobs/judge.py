@@ -11,18 +11,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pyrite import data, labels, runs, seeds
-from pyrite.judges import agreement as agreeing
-from pyrite.judges import costs, humans
-from pyrite.judges.answers import Answers, Question, Tally
-from pyrite.judges.llm import Asking, LanguageJudge
-from pyrite.judges.pairs import Shown, request, verdict_row
-from pyrite.options import Count, Inside, Natural, check
-from pyrite.processes import world
-from pyrite.progress import progress, say
-from pyrite.runs import Run
-from pyrite.sources import Row, read
-from pyrite.text import plain
+from pyrite.core import runs
+from pyrite.core.processes import progress, say, world
+from pyrite.core.runs import Run
+from pyrite.data import rows as data
+from pyrite.data.files import Row, read
+from pyrite.data.text import plain
+from pyrite.feedback import pairing
+from pyrite.feedback.judges import agreement as agreeing
+from pyrite.feedback.judges import people
+from pyrite.feedback.judges.llm import Answers, Asking, LanguageJudge, Question, Tally, by_characters, by_tokenizer
+from pyrite.feedback.judges.questions import Shown, request, verdict_row
+from pyrite.math import seeds
+from pyrite.math.ranges import Count, Inside, Natural, check
 
 ANSWER = ("response", "sample", "finished", "length", "logp")  # what a candidate has of its own
 OUTPUTS = {
@@ -195,12 +196,12 @@ def export(config: Export) -> Run:
     if run.done:
         return run
     rows = _pairs(config)
-    sheet = humans.blinded(rows, criterion=config.criterion, seed=config.seed)
+    sheet = people.blinded(rows, criterion=config.criterion, seed=config.seed)
     run.open()
     path = run.folder / f"pairs.{config.format}"
     if run.writes:
         data.write(rows, run.folder / "pairs.parquet")
-        humans.write_sheet(sheet, path)
+        people.write_sheet(sheet, path)
     say(
         f"judge: {len(sheet)} pairs in {path}; fill in `better` with A, B or TIE, and leave blank what cannot be judged"
     )
@@ -216,7 +217,7 @@ def import_(config: Import) -> Run:
         raise ValueError(f"{config.exported}: no export there; give the --out folder of `pyrite judge export`")
     made = runs.read_json(config.exported / "config.json")
     rows = read(str(config.exported / "pairs.parquet")).rows
-    verdicts = humans.filled(config.file, rows, seed=made["seed"])
+    verdicts = people.filled(config.file, rows, seed=made["seed"])
     run.open()
     table = [
         verdict_row(row, verdict, criterion=made["criterion_id"] or made["criterion"], model=config.annotator)
@@ -273,7 +274,7 @@ def _pairs(config: Ask | Export) -> list[Row]:
     by_prompt: dict[Any, list[int]] = {}
     for i, row in enumerate(rows):
         by_prompt.setdefault(row["prompt_id"], []).append(i)
-    couples = [(rows[i], rows[j]) for i, j in labels.paired(list(by_prompt.values()), "consecutive")]
+    couples = [(rows[i], rows[j]) for i, j in pairing.paired(list(by_prompt.values()), "consecutive")]
     sound = [couple for couple in couples if _sound(*couple)]
     hint = data.cut_hint(rows)
     lost = f"{len(couples) - len(sound)} with an answer cut, empty or twice the same left out{hint}"
@@ -373,7 +374,7 @@ def _tally(ledger: str, keys: list[str]) -> Tally:
 
 
 def _estimated(judge: LanguageJudge, asked: list[dict[Shown, Question]], tokenizer: str | None) -> dict[str, Any]:
-    found = judge.estimate(asked, costs.by_tokenizer(tokenizer) if tokenizer else costs.by_characters)
+    found = judge.estimate(asked, by_tokenizer(tokenizer) if tokenizer else by_characters)
     counted = f"counted by {tokenizer}" if tokenizer else "taken as characters / 4; --tokenizer counts them"
     say(f"judge: {found.questions} questions in {found.requests} requests, {found.answered} answered in the ledger")
     say(f"  {found.tokens_in} tokens to read, {counted}; at most {found.tokens_out} to write; cost {found.cost:.6g}")

@@ -17,10 +17,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pyrite import data, golds, judges, parts, runs, seeds, text
-from pyrite.options import Fraction, Half, Natural
-from pyrite.progress import progress, say
-from pyrite.runs import Run
+from pyrite.core import runs, specs
+from pyrite.core.processes import progress, say
+from pyrite.core.runs import Run
+from pyrite.data import rows as data
+from pyrite.data import text
+from pyrite.feedback import judges, scorers
+from pyrite.math import seeds
+from pyrite.math.ranges import Fraction, Half, Natural
 
 OUTPUTS = {
     "candidates.parquet": "the candidates with a column `gold`",
@@ -71,13 +75,13 @@ def run(config: Config) -> Run:
     if run.done:
         return run
     _refuse(config)
-    scorer = parts.part(config.gold, golds) if config.gold else None
-    judge = parts.part(config.judge, judges) if config.judge else None
+    scorer = specs.part(config.gold, scorers) if config.gold else None
+    judge = specs.part(config.judge, judges) if config.judge else None
     rows = data.load(config.candidates, "candidates")
     if scorer:  # one that cannot score is refused now
         some = rows[:2]  # two, so that one number for all is found out
         given = scorer([text.plain(row["prompt"]) for row in some], [row["response"] for row in some])
-        golds.check_scores(given, len(some), name=str(config.gold))
+        scorers.check_scores(given, len(some), name=str(config.gold))
     couples, left_out = _couples(rows, config)
     hint = _hint(rows, config)
     if config.pairs and not couples:
@@ -110,7 +114,7 @@ def _scored(run: Run, rows: list[Answer], scorer: Callable, name: str) -> list[f
             some = rows[begin:end]
             given = scorer([text.plain(row["prompt"]) for row in some], [row["response"] for row in some])
             advance(end - begin)
-            return {"gold": golds.check_scores(given, len(some), name=name).tolist()}
+            return {"gold": scorers.check_scores(given, len(some), name=name).tolist()}
 
         return runs.in_parts(run.folder / "parts" / "gold", len(rows), score, size=4096)["gold"].to_pylist()
 

@@ -11,12 +11,13 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 
-from pyrite import runs, text
-from pyrite.loading import Dtype, adapters_of
-from pyrite.models import Policy, RewardModel
-from pyrite.packing import Row
-from pyrite.progress import say
-from pyrite.runs import Run
+from pyrite.core import runs
+from pyrite.core.processes import say
+from pyrite.core.runs import Run
+from pyrite.data import text
+from pyrite.models.loading import Dtype, adapters_of
+from pyrite.models.packing import Row
+from pyrite.models.policy import Policy, RewardModel
 
 OUTPUTS = {"model/": "the merged model, Hugging Face layout"}
 

@@ -16,42 +16,27 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from pyrite import (
-    discriminators,
-    judges,
-    losses,
-    moved,
-    parts,
-    prompts,
-    runs,
-    samplers,
-    schedules,
-    seeds,
-    signals,
-    train,
-)
-from pyrite.discriminators import Discriminator, Maker
-from pyrite.evaluation import Evaluation, Evaluator
-from pyrite.journal import Journal
-from pyrite.labelers import Labeler, Paying
-from pyrite.labels import Labels, Pairing
-from pyrite.ledger import Ledger
-from pyrite.live import Live, Rules
-from pyrite.long_prompts import OnLong
-from pyrite.losses.needs import needs
-from pyrite.models import Lora, Policy
-from pyrite.options import Amplitude, Count, Fraction, Natural, NonNegative, Positive, Several
-from pyrite.processes import world
-from pyrite.progress import progress, say
-from pyrite.prompts import Turns
-from pyrite.rounds import Drawing, Players, RoundLearner
-from pyrite.runs import Run
-from pyrite.samplers import Sampler
-from pyrite.schedules import Schedule
-from pyrite.templates import Template
-from pyrite.train import Training
-from pyrite.truths import Asking
-from pyrite.watch import Stopping
+from pyrite.core import processes, runs, specs
+from pyrite.core.processes import progress, say, world
+from pyrite.core.runs import Run
+from pyrite.data.rows import OnLong
+from pyrite.data.text import Template
+from pyrite.feedback import judges, schedules
+from pyrite.feedback.ledger import Ledger
+from pyrite.feedback.pairing import Labels, Pairing
+from pyrite.feedback.schedules import Schedule
+from pyrite.math import losses, samplers, seeds
+from pyrite.math.losses.needs import needs
+from pyrite.math.ranges import Amplitude, Count, Fraction, Natural, NonNegative, Positive, Several
+from pyrite.math.samplers import Sampler
+from pyrite.models.policy import Lora, Policy
+from pyrite.training import annotators, loop, prompts
+from pyrite.training.annotators import Discriminator, Labeler, Live, Maker, Paying, Rules
+from pyrite.training.evaluation import Asking, Evaluation, Evaluator
+from pyrite.training.loop import Training
+from pyrite.training.metrics import Journal, Stopping
+from pyrite.training.prompts import Turns
+from pyrite.training.rounds import Drawing, Players, RoundLearner
 
 OUTPUTS = {
     "model/": "the last policy, Hugging Face layout",
@@ -151,8 +136,8 @@ def run(config: Config) -> Run:
         config.prompts, config.evaluation, columns=config.columns, held_out=config.held_out, seed=config.seed
     )
     policy = Policy.load(config.model, lora=config.lora, top=config.train_top, template=config.template)
-    train.ready(policy, config.training, name=config.model)
-    weights = moved.Weights.of(policy)
+    loop.ready(policy, config.training, name=config.model)
+    weights = loop.Weights.of(policy)
     start = policy if policy.reversible else policy.frozen_copy()
     limits: dict[str, Any] = {"max_prompt": config.max_prompt, "on_long": config.on_long}
     evaluator = Evaluator.load(
@@ -174,10 +159,13 @@ def run(config: Config) -> Run:
     say(f"online: {config.rounds} rounds of {turns.size} prompts, {len(test)} to measure on")
     labeler = _labeler(run, config, named, silver)
     journal = Journal(run, evaluator, policy, silver, stopping=config.stopping)
-    begin = train.resume(run.folder / "checkpoints", learner.learner, learner.state)
+    begin = loop.resume(run.folder / "checkpoints", learner.learner, learner.state)
     journal.begin(begin)
     labeler.resume(begin, journal.labels)
-    with progress("online", config.rounds, unit="rounds", done=begin) as advance, signals.after_steps("round") as stops:
+    with (
+        progress("online", config.rounds, unit="rounds", done=begin) as advance,
+        processes.after_steps("round") as stops,
+    ):
         for number in range(begin, config.rounds):
             if config.ref == "previous":
                 players.ref.load_state_dict(policy.state_dict())
@@ -198,16 +186,16 @@ def run(config: Config) -> Run:
             stop = stops()
             if measured or stop:
                 labeler.save(number + 1)
-                train.save(run.folder / "checkpoints", number + 1, learner.learner, learner.state)
+                loop.save(run.folder / "checkpoints", number + 1, learner.learner, learner.state)
                 run.pause()
             if stop:
-                raise signals.Stopped(stop, f"online has {number + 1} of {config.rounds} rounds")
+                raise processes.Stopped(stop, f"online has {number + 1} of {config.rounds} rounds")
     if run.writes:
         policy.save(run.folder / "model")
-    train.discard_checkpoints(run)
+    loop.discard_checkpoints(run)
     journal.tell()
     counts = {"labels": journal.labels, "answers": journal.answers}
-    found = moved.tell("online", weights.change(policy), config.training.lr, journal.shift)
+    found = loop.tell("online", weights.change(policy), config.training.lr, journal.shift)
     long = fitted.counts() | {f"eval_{name}": count for name, count in evaluator.long.items()}
     return run.finish(start=journal.start, last=journal.last, fit=journal.fit, **counts, moved=found, **long)
 
@@ -229,17 +217,17 @@ def _parts(config: Config) -> Parts:
         if path is not None and path.exists():
             Ledger(path).close()  # refuses a file that is none
     config.stopping.check(gold=config.evaluation.gold, proxy=config.evaluation.rewards)
-    sampler: Any = parts.part(config.sampler, samplers).function
-    judge = parts.part(config.judge, judges)
+    sampler: Any = specs.part(config.sampler, samplers).function
+    judge = specs.part(config.judge, judges)
     if judge.own and not config.paying.counted:  # one that cannot judge is refused now, unless a try has a price
         judges.check_verdicts(judge(["Say hi."] * 2, ["hi", "hello"], ["hello", "hi"]), 2, name=config.judge)
-    schedule: Any = parts.part(config.label_schedule, schedules).function
-    silver: Any = parts.part(config.silver, discriminators).function if config.silver else None
+    schedule: Any = specs.part(config.label_schedule, schedules).function
+    silver: Any = specs.part(config.silver, annotators).function if config.silver else None
     try:
         samplers.check_decodable(sampler)
     except ValueError as error:
         raise ValueError(f"--sampler {config.sampler}: {error}") from None
-    loss = parts.part(config.loss, losses)
+    loss = specs.part(config.loss, losses)
     if "kl" in needs(loss):
         raise ValueError(f"--loss {config.loss} reads the reference's whole distribution, which rounds do not keep")
     if config.k % 2:

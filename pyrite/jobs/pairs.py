@@ -22,12 +22,15 @@ from typing import Any, Literal
 
 import torch
 
-from pyrite import data, judges, parts, runs, seeds, text
-from pyrite.dimensions import Dimensions, Option, Turn, conditioned, filled
-from pyrite.dimensions.options import files
-from pyrite.options import Fraction, Natural, Some
-from pyrite.progress import progress, say
-from pyrite.runs import Run
+from pyrite.core import runs, specs
+from pyrite.core.processes import progress, say
+from pyrite.core.runs import Run
+from pyrite.data import rows as data
+from pyrite.data import text
+from pyrite.data.conditioning import Dimensions, Option, Turn, conditioned, files, filled
+from pyrite.feedback import judges
+from pyrite.math import seeds
+from pyrite.math.ranges import Fraction, Natural, Some
 
 OUTPUTS = {
     "pairs.parquet": "training pairs: prompt, asked, preferences, kind, chosen, rejected; strength where judged",
@@ -140,7 +143,7 @@ def _tasks(config: Config) -> list[Task]:
         if config.options:
             raise ValueError("--options are of --dimensions; --general has none")
         option = Option("general", "", "", config.general, config.general)
-        return [Task(option, (), ("general",), parts.part(filled(config.judge, option), judges))]
+        return [Task(option, (), ("general",), specs.part(filled(config.judge, option), judges))]
     known = Dimensions.load(str(config.dimensions))
     wanted = [known.option(id) for id in dict.fromkeys(config.options)] or [o for o in known.options if not o.later]
     judged = "labelled" in config.kinds
@@ -149,7 +152,7 @@ def _tasks(config: Config) -> list[Task]:
             option,
             (option,),
             [kind for kind in KINDS if kind in config.kinds],
-            parts.part(filled(config.judge, option), judges) if judged else None,
+            specs.part(filled(config.judge, option), judges) if judged else None,
             frozenset(other.id for other in known.opposites(option.id)),
         )
         for option in wanted

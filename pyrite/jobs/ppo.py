@@ -20,27 +20,24 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from pyrite import ensembles, estimators, golds, moved, parts, prompts, runs, signals, train
-from pyrite.actors import HEADS, Learners, Passes, State
-from pyrite.dimensions import Dimensions, Variants
-from pyrite.evaluation import Evaluation, Evaluator
-from pyrite.journal import Journal
-from pyrite.kl_control import KLControl
-from pyrite.long_prompts import OnLong
-from pyrite.models import Lora, Policy, RewardEnsemble
-from pyrite.moments import normalized
-from pyrite.objectives import Combine
-from pyrite.options import Count, Fraction, Natural, NonNegative, Positive, Share, Some
-from pyrite.policy_gradient import Estimates, explained_variance, token_rewards, whiten
-from pyrite.progress import progress, say
-from pyrite.prompts import Turns
-from pyrite.rollouts import Method, Reward, Rollouts, collect, estimates
-from pyrite.rounds import Players
-from pyrite.runs import Run
-from pyrite.templates import Template
-from pyrite.train import Training, TrainingError
-from pyrite.truths import Asking
-from pyrite.watch import Stopping
+from pyrite.core import processes, runs, specs
+from pyrite.core.processes import progress, say
+from pyrite.core.runs import Run
+from pyrite.data.conditioning import Dimensions, Variants
+from pyrite.data.rows import OnLong
+from pyrite.data.text import Template
+from pyrite.feedback import scorers
+from pyrite.math import ensembles, statistics
+from pyrite.math.policy_gradient import Estimates, KLControl, explained_variance, normalized, token_rewards, whiten
+from pyrite.math.ranges import Count, Fraction, Natural, NonNegative, Positive, Share, Some
+from pyrite.models.policy import Lora, Policy, RewardEnsemble
+from pyrite.training import loop, prompts
+from pyrite.training.evaluation import Asking, Evaluation, Evaluator
+from pyrite.training.loop import Training, TrainingError
+from pyrite.training.metrics import Journal, Stopping
+from pyrite.training.ppo import HEADS, Combine, Learners, Method, Passes, Reward, Rollouts, State, collect, estimates
+from pyrite.training.prompts import Turns
+from pyrite.training.rounds import Players
 
 OUTPUTS = {
     "model/": "the last policy, Hugging Face layout; a value head on its trunk beside it",
@@ -162,8 +159,8 @@ def run(config: Config) -> Run:
     control, rewards = _checked(config), _rewards(config, loaded)
     asked, test = _prompts(config, rewards)
     policy = Policy.load(config.model, lora=config.lora, top=config.train_top, template=config.template)
-    train.ready(policy, config.training, name=config.model)
-    weights = moved.Weights.of(policy)
+    loop.ready(policy, config.training, name=config.model)
+    weights = loop.Weights.of(policy)
     start = policy if policy.reversible else policy.frozen_copy()
     limits: dict[str, Any] = {"max_prompt": config.max_prompt, "on_long": config.on_long}
     evaluator = Evaluator.load(
@@ -187,7 +184,7 @@ def run(config: Config) -> Run:
     journal = Journal(run, evaluator, policy, part="ppo", stopping=config.stopping)
     begin = learners.resume(run.folder, state)
     journal.begin(begin)
-    with progress("ppo", config.steps, unit="steps", done=begin) as advance, signals.after_steps("step") as stops:
+    with progress("ppo", config.steps, unit="steps", done=begin) as advance, processes.after_steps("step") as stops:
         for number in range(begin, config.steps):
             places = turns(number)
             drawn = collect(
@@ -218,10 +215,10 @@ def run(config: Config) -> Run:
                 learners.save(run.folder, number + 1, state)
                 run.pause()
             if stop:
-                raise signals.Stopped(stop, f"ppo has {number + 1} of {config.steps} steps")
+                raise processes.Stopped(stop, f"ppo has {number + 1} of {config.steps} steps")
     learners.finish(run)
     journal.tell()
-    found = moved.tell("ppo", weights.change(policy), config.training.lr, journal.shift)
+    found = loop.tell("ppo", weights.change(policy), config.training.lr, journal.shift)
     long = fitted.counts() | {f"eval_{name}": count for name, count in evaluator.long.items()}
     return run.finish(
         start=journal.start, last=journal.last, fit=journal.fit, answers=journal.answers, moved=found, **long
@@ -287,8 +284,8 @@ def _advantages(drawn: Rollouts, shaped: Tensor, state: State, config: Config) -
 
 def _summary(drawn: Rollouts, shaped: Tensor, made: Estimates, state: State) -> dict[str, float]:
     """What a batch was like: its KL by two estimators with a standard error, entropy, length, scores by member."""
-    k1 = estimators.kl(drawn.logps, drawn.ref, estimator="k1").double()
-    k3 = estimators.kl(drawn.logps, drawn.ref, estimator="k3").double()
+    k1 = statistics.kl(drawn.logps, drawn.ref, estimator="k1").double()
+    k3 = statistics.kl(drawn.logps, drawn.ref, estimator="k3").double()
     assert drawn.logps.tokens is not None
     found = {
         "score": drawn.scores.total.mean().item(),
@@ -314,7 +311,7 @@ def _summary(drawn: Rollouts, shaped: Tensor, made: Estimates, state: State) -> 
 def _checked(config: Config) -> KLControl:
     """Whatever the options alone show to be impossible."""
     config.stopping.check(gold=config.evaluation.gold, proxy=config.evaluation.rewards)
-    parts.part(config.objective, ensembles)  # also where no reward has members
+    specs.part(config.objective, ensembles)  # also where no reward has members
     names = [name for _, name in _each(config.reward)]
     if twice := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"--reward names {twice[0]} more than once; give each reward once, with its weight")
@@ -365,7 +362,7 @@ def _rewards(config: Config, loaded: dict[Path, RewardEnsemble]) -> list[Reward]
     if config.combine_rewards != "mean" or config.option_weights:
         raise ValueError("--combine-rewards and --option-weights are of preferences: give --dimensions")
     for _, name in _each(config.reward):
-        if re.fullmatch(r"[^()]+", name) and not Path(name).is_dir() and not hasattr(golds, name) and ":" not in name:
+        if re.fullmatch(r"[^()]+", name) and not Path(name).is_dir() and not hasattr(scorers, name) and ":" not in name:
             raise ValueError(f"--reward {name}: no such folder{runs.nearest_path(name)}; scorers have parentheses")
     return [
         Reward.of_models(name, ensemble=config.objective, weight=weight, loaded=loaded)

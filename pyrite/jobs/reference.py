@@ -13,16 +13,20 @@ from typing import Any, Literal
 
 import numpy as np
 
-from pyrite import data, long_prompts, options, references, runs
-from pyrite.loading import Dtype
-from pyrite.long_prompts import OnLong
-from pyrite.models import Policy
-from pyrite.options import Count, Natural, Several
-from pyrite.preferences import EncodedPairs, encode_pairs
-from pyrite.progress import say
-from pyrite.references import BadReference, Table, Text, identity, imports, readings, row_id, scoring
-from pyrite.runs import Run
-from pyrite.templates import Template
+from pyrite.core import runs
+from pyrite.core.processes import say
+from pyrite.core.runs import Run
+from pyrite.data import rows as data
+from pyrite.data import rows as long_prompts
+from pyrite.data.rows import OnLong
+from pyrite.data.text import Template
+from pyrite.math import ranges
+from pyrite.math.ranges import Count, Natural, Several
+from pyrite.models import references
+from pyrite.models.loading import Dtype
+from pyrite.models.policy import Policy
+from pyrite.models.references import BadReference, Table, Text, identity, row_id, scoring
+from pyrite.training.pairs import EncodedPairs, encode_pairs
 
 Pair = dict[str, Any]
 OUTPUTS = {"table/": "the reference: part-*.parquet and manifest.json, to be named in --ref"}
@@ -123,7 +127,7 @@ def inputs(config: Config) -> dict[str, str | Path]:
 
 def run(config: Config) -> Run:
     """Do what the kind of config says."""
-    options.check(config)
+    ranges.check(config)
     if isinstance(config, Compute):
         return compute(config)
     return verify(config) if isinstance(config, Verify) else import_(config)
@@ -136,14 +140,14 @@ def compute(config: Compute) -> Run:
         return run
     pairs = data.load(config.data, "pairs", columns=config.columns, on_equal=config.on_equal, note=say)
     policy = Policy.load(config.model, dtype=config.dtype, template=config.template)
-    max_length, max_prompt = readings.limits(policy.context, config.max_length, config.max_prompt)
+    max_length, max_prompt = identity.limits(policy.context, config.max_length, config.max_prompt)
     long: dict[str, int] = {}
     if config.conditioning == "prompt":
         limits: dict[str, Any] = {"most": max_prompt, "context": max_length, "on_long": config.on_long}
         fitted = long_prompts.fit(policy.tokenizer, pairs, **limits, note=lambda words: say(f"reference: {words}"))
         pairs, long = fitted.rows, fitted.counts()
     texts = _texts(pairs)
-    reading = readings.read(
+    reading = identity.read(
         policy.tokenizer,
         texts,
         conditioning=config.conditioning,
@@ -172,10 +176,10 @@ def import_(config: Import) -> Run:
     run = runs.start("reference", config, inputs=inputs)
     if run.done:
         return run
-    sums = imports.read(config.file, names=(config.chosen, config.rejected), columns=config.columns, note=say)
+    sums = scoring.imports_read(config.file, names=(config.chosen, config.rejected), columns=config.columns, note=say)
     run.open()
     if run.writes:
-        imports.store(sums, folder=run.folder / "table", scorer=config.scorer)
+        scoring.store(sums, folder=run.folder / "table", scorer=config.scorer)
     run.wait()
     return run.finish(**_summary(references.load(run.folder / "table")))
 

@@ -15,16 +15,21 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pyrite import data, estimators, long_prompts, moved, parts, reward_losses, runs, seeds, text, train
-from pyrite.discriminators import pair_loss
-from pyrite.long_prompts import Fitted, OnLong
-from pyrite.models import Lora, Pooling, RewardModel
-from pyrite.options import Count, Fraction, Natural, NonNegative, Several
-from pyrite.packing import Row
-from pyrite.progress import say
-from pyrite.runs import Run
-from pyrite.templates import Template
-from pyrite.train import Training
+from pyrite.core import runs, specs
+from pyrite.core.processes import say
+from pyrite.core.runs import Run
+from pyrite.data import rows as data
+from pyrite.data import rows as long_prompts
+from pyrite.data import text
+from pyrite.data.rows import Fitted, OnLong
+from pyrite.data.text import Template
+from pyrite.math import reward_losses, seeds, statistics
+from pyrite.math.ranges import Count, Fraction, Natural, NonNegative, Several
+from pyrite.models.packing import Row
+from pyrite.models.policy import Lora, Pooling, RewardModel
+from pyrite.training import loop
+from pyrite.training.annotators import pair_loss
+from pyrite.training.loop import Training
 
 OUTPUTS = {"member_*/": "reward models, Hugging Face layout", "metrics.jsonl": "loss and accuracy by step"}
 
@@ -81,7 +86,7 @@ def run(config: Config) -> Run:
     run = runs.start("reward", config, inputs=inputs)
     if run.done:
         return run
-    loss = parts.part(config.loss, reward_losses)
+    loss = specs.part(config.loss, reward_losses)
     loss(torch.zeros(1), torch.zeros(1))  # one that cannot be called is refused now
     pairs, held = _read(config)
     model = _member(config, 0)
@@ -98,8 +103,8 @@ def run(config: Config) -> Run:
         if (folder / "measured.json").exists():
             continue
         model = model if member == 0 else _member(config, member)
-        first, before = moved.Weights.of(model), _margins(model, test)
-        train.fit(
+        first, before = loop.Weights.of(model), _margins(model, test)
+        loop.fit(
             model,
             batches,
             partial(pair_loss, model.pack, loss),
@@ -111,14 +116,14 @@ def run(config: Config) -> Run:
             folder=f"checkpoints/{member}",
         )
         measured = _measure(model, test, prompts, "" if held else "train_")
-        margin = moved.shift("margin", before, _margins(model, test), least=0.1)
+        margin = loop.shift("margin", before, _margins(model, test), least=0.1)
         name = f"reward: member {member}" if config.members > 1 else "reward"
-        measured["moved"] = moved.tell(name, first.change(model), config.training.lr, margin)
+        measured["moved"] = loop.tell(name, first.change(model), config.training.lr, margin)
         if run.writes:
             model.save(folder)
             runs.write_json(folder / "measured.json", measured)
         run.wait()
-    train.discard_checkpoints(run)
+    loop.discard_checkpoints(run)
     counts = {"pairs": len(batches), "held_out_pairs": len(clean), **long[0].counts()}
     return run.finish(members=_results(run, config), **counts, **_baseline(test, prompts, "" if held else "train_"))
 
@@ -157,7 +162,7 @@ def _member(config: Config, member: int) -> RewardModel:
         head_std=config.head_std,
         template=config.template,
     )
-    train.ready(model, config.training, name=None if member else config.model)
+    loop.ready(model, config.training, name=None if member else config.model)
     return model
 
 
@@ -184,13 +189,13 @@ def _measure(model: RewardModel, rows: list[Row], prompts: list[int], what: str)
     texts = [text.Encoded(list(row.prompt), list(response), False) for row in rows for response in row.responses]
     scores = model.raw_scores(texts)
     model.mean, model.std = scores.mean().item(), scores.std(correction=0).item()
-    wins = estimators.wins(*scores.view(-1, 2).unbind(1))
+    wins = statistics.wins(*scores.view(-1, 2).unbind(1))
     return {**_interval(f"{what}accuracy", f"{what}accuracy", wins, prompts), "mean": model.mean, "std": model.std}
 
 
 def _margins(model: RewardModel, rows: list[Row]) -> Tensor:
     """Raw scores of chosen less rejected, of some of the pairs, (N,)."""
-    some = rows[: moved.ROWS]
+    some = rows[: loop.ROWS]
     texts = [text.Encoded(list(row.prompt), list(response), False) for row in some for response in row.responses]
     chosen, rejected = model.raw_scores(texts).view(-1, 2).unbind(1)
     return chosen - rejected
@@ -203,12 +208,12 @@ def _results(run: Run, config: Config) -> list[dict[str, Any]]:
 def _baseline(rows: list[Row], prompts: list[int], what: str) -> dict[str, Any]:
     """How often the longer answer is the chosen one: what a reward model must beat."""
     lengths = torch.tensor([[len(response) for response in row.responses] for row in rows])
-    wins = estimators.wins(*lengths.unbind(1))
+    wins = statistics.wins(*lengths.unbind(1))
     return _interval(f"{what}length_accuracy", f"{what}length", wins, prompts)
 
 
 def _interval(name: str, prefix: str, wins: Tensor, prompts: list[int]) -> dict[str, float | None]:
     """A mean with its interval over prompts, which one prompt alone does not give."""
-    mean, lo, hi = (value.item() for value in estimators.bootstrap(wins, prompts=prompts))
+    mean, lo, hi = (value.item() for value in statistics.bootstrap(wins, prompts=prompts))
     known = lo == lo  # NaN differs from itself
     return {name: mean, f"{prefix}_lo": lo if known else None, f"{prefix}_hi": hi if known else None}

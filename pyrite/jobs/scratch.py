@@ -15,10 +15,13 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from pyrite import data, runs, seeds, text
-from pyrite.options import Count, Natural, Several
-from pyrite.progress import say
-from pyrite.runs import Run
+from pyrite.core import runs
+from pyrite.core.processes import say
+from pyrite.core.runs import Run
+from pyrite.data import rows as data
+from pyrite.data import text
+from pyrite.math import seeds
+from pyrite.math.ranges import Count, Natural, Several
 
 OUTPUTS = {"model/": "random weights and a tokenizer, Hugging Face layout"}
 PAD, BOS, EOS = SPECIALS = ("<pad>", "<bos>", "<eos>")

@@ -13,16 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyrite import data, long_prompts, moved, runs, text, train
-from pyrite.evaluation import response_logps
-from pyrite.long_prompts import Fitted, OnLong
-from pyrite.models import Lora, Policy
-from pyrite.options import Count, Fraction, Natural, Several
-from pyrite.packing import Row, micro_batches
-from pyrite.progress import say
-from pyrite.runs import Run
-from pyrite.templates import Template
-from pyrite.train import Training
+from pyrite.core import runs
+from pyrite.core.processes import say
+from pyrite.core.runs import Run
+from pyrite.data import rows as data
+from pyrite.data import rows as long_prompts
+from pyrite.data import text
+from pyrite.data.rows import Fitted, OnLong
+from pyrite.data.text import Template
+from pyrite.math.ranges import Count, Fraction, Natural, Several
+from pyrite.models.packing import Row, micro_batches
+from pyrite.models.policy import Lora, Policy
+from pyrite.training import loop
+from pyrite.training.evaluation import response_logps
+from pyrite.training.loop import Training
 
 OUTPUTS = {"model/": "the fine-tuned model, Hugging Face layout", "metrics.jsonl": "loss by step"}
 
@@ -69,8 +73,8 @@ def run(config: Config) -> Run:
         return run
     training, held = _read(config)
     policy = Policy.load(config.model, lora=config.lora, template=config.template)
-    train.ready(policy, config.training, name=config.model, own=True)
-    first = moved.Weights.of(policy)
+    loop.ready(policy, config.training, name=config.model, own=True)
+    first = loop.Weights.of(policy)
     fitted = _fitting(policy, training + held, config)
     kept = {id(row) for row in held}
     batches = _rows(policy, [row for row in fitted.rows if id(row) not in kept], config)
@@ -85,7 +89,7 @@ def run(config: Config) -> Run:
 
     before = _token_nll(policy, held_out)
     weights = [float(len(row.responses[0])) for row in batches]
-    train.fit(
+    loop.fit(
         policy,
         batches,
         loss,
@@ -98,10 +102,10 @@ def run(config: Config) -> Run:
     nll = negative_log_likelihood(policy, held_out) if held_out else None
     if run.writes:
         policy.save(run.folder / "model")
-    train.discard_checkpoints(run)
+    loop.discard_checkpoints(run)
     perplexity = math.exp(nll) if nll is not None else None
-    change = moved.shift("held-out loss", before, _token_nll(policy, held_out), least=0.01)
-    found = moved.tell("sft", first.change(policy), config.training.lr, change)
+    change = loop.shift("held-out loss", before, _token_nll(policy, held_out), least=0.01)
+    found = loop.tell("sft", first.change(policy), config.training.lr, change)
     counts = {"train_rows": len(batches), "held_out_rows": len(held_out)}
     return run.finish(held_out_nll=nll, perplexity=perplexity, **counts, **fitted.counts(), moved=found)
 
@@ -127,7 +131,7 @@ def negative_log_likelihood(policy: Policy, rows: list[Row], *, budget: int = 16
 
 def _token_nll(policy: Policy, rows: list[Row]) -> Tensor:
     """Of some of the rows, (N,) nats a token."""
-    return -response_logps(policy, rows[: moved.ROWS]).mean if rows else torch.zeros(0)
+    return -response_logps(policy, rows[: loop.ROWS]).mean if rows else torch.zeros(0)
 
 
 def _limits(policy: Policy, config: Config) -> tuple[int, int]:

@@ -19,12 +19,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyrite import runs, seeds, winrates
-from pyrite.options import Inside, Natural, NonNegative, Real, Several
-from pyrite.progress import say
-from pyrite.runs import Run
-from pyrite.sources import DataError, Source, read
-from pyrite.winrates import GAMED, KNOWN, Comparisons, Prior, Rates
+from pyrite.core import runs
+from pyrite.core.processes import say
+from pyrite.core.runs import Run
+from pyrite.data.files import DataError, Source, read
+from pyrite.math import seeds, winrates
+from pyrite.math.ranges import Inside, Natural, NonNegative, Real, Several
+from pyrite.math.winrates import GAMED, KNOWN, Comparisons, Prior, Rates
 
 OUTPUTS = {
     "winrates.json": "raw and length-controlled win rates of every model and their differences, with intervals",

@@ -5,11 +5,8 @@ from math import log10
 from pathlib import Path
 from typing import Any
 
-from pyrite.report.charts import SOLID, save
-from pyrite.report.marks import SERIES, Axis, Chart, Row, draw
-from pyrite.report.markup import number
-from pyrite.report.page import page
-from pyrite.report.sections import Figure, Keys, Part, Table, Text
+from pyrite.report.charts import SERIES, SOLID, Axis, Chart, Row, draw, save
+from pyrite.report.page import Figure, Keys, Part, Table, Text, number, page
 
 Results = Mapping[str, Any]
 LEAST = 1e-16  # what is smaller is rounding: drawn here

@@ -6,11 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pyrite.core.runs import read_metrics
 from pyrite.report.charts import NAMES, OBJECTIVES, Row, lines, overoptimization, reach
-from pyrite.report.markup import number
-from pyrite.report.page import page
-from pyrite.report.sections import Chart, Figure, Keys, Numbers, Part, Table, Text, Views
-from pyrite.runs import read_metrics
+from pyrite.report.page import Chart, Figure, Keys, Numbers, Part, Table, Text, Views, number, page
 
 MOST = 600  # points in a line: more cannot be seen, and a browser would feel them
 

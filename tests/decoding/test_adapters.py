@@ -10,7 +10,7 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pyrite.decoding.adapters import adapter_layers, base_of, innermost, silent
+from pyrite.models.decoder import adapter_layers, base_of, innermost, silent
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24, "vocab_size": 9}
 IDS = torch.tensor([[3, 4, 5, 6]])

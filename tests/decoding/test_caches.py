@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from pyrite.decoding.caches import BLOCK, Columns, Layer
+from pyrite.models.decoder import BLOCK, Columns, Layer
 
 
 def test_appending_equals_concatenation() -> None:

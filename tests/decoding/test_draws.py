@@ -9,7 +9,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from pyrite.decoding.draws import draw, streams, truncate, uniforms
+from pyrite.models.generation import draw, streams, truncate, uniforms
 
 SCORES = torch.log(torch.tensor([[0.1, 0.5, 0.05, 0.35]]))
 

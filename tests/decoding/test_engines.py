@@ -25,11 +25,9 @@ from transformers import (
     Qwen3Config,
 )
 
-from pyrite.decoding import engines
-from pyrite.decoding.adapters import adapter_layers
-from pyrite.decoding.cached_attention import attending
-from pyrite.decoding.lean import Lean
-from pyrite.generate import Samples, sample
+from pyrite.models import decoder as engines
+from pyrite.models.decoder import Lean, adapter_layers, attending
+from pyrite.models.generation import Samples, sample
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
 IDS = {"vocab_size": 67, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}

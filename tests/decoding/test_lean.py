@@ -15,10 +15,8 @@ from transformers import (
     LlamaForSequenceClassification,
 )
 
-from pyrite.decoding import lean
-from pyrite.decoding.cached_attention import attend
-from pyrite.decoding.caches import Columns
-from pyrite.decoding.lean import Dense, Lean, is_lean
+from pyrite.models import decoder
+from pyrite.models.decoder import Columns, Dense, Lean, attend, is_lean
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24, "vocab_size": 9}
 
@@ -39,7 +37,7 @@ def test_only_plain_small_causal_models_of_the_family(monkeypatch: pytest.Monkey
     assert is_lean(model)
     assert not is_lean(LlamaForSequenceClassification(LlamaConfig(**SIZES)))
     assert not is_lean(GPTNeoXForCausalLM(GPTNeoXConfig(**SIZES)))
-    monkeypatch.setattr(lean, "LIMIT", 1000)
+    monkeypatch.setattr(decoder, "LIMIT", 1000)
     assert not is_lean(model)
 
 
@@ -90,12 +88,12 @@ def test_adapters_of_several_layers_side_by_side(biased: bool) -> None:
     attention, x = model.get_base_model().model.layers[0].self_attn.eval(), torch.randn(5, 16)
     layers = attention.q_proj, attention.k_proj, attention.v_proj
     with torch.inference_mode():
-        fused = lean._fused(*layers, dtype=torch.float32)
+        fused = decoder._fused(*layers, dtype=torch.float32)
         torch.testing.assert_close(fused(x), torch.cat([layer(x) for layer in layers], -1), atol=1e-5, rtol=1e-5)
         assert fused.adapter and fused.adapter[0].shape == (8, 16) and fused.adapter[1].shape == (48, 8)
         with model.disable_adapter():
-            assert lean._fused(*layers, dtype=torch.float32).adapter is None
-        half = lean._fused(*layers, dtype=torch.bfloat16)
+            assert decoder._fused(*layers, dtype=torch.float32).adapter is None
+        half = decoder._fused(*layers, dtype=torch.bfloat16)
         assert half.adapter and {part.dtype for part in (half.weight, *half.adapter)} == {torch.bfloat16}
         assert (half(x) - fused(x)).norm() < 0.02 * fused(x).norm()
 

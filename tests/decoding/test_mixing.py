@@ -14,11 +14,11 @@ from scipy import stats
 from torch import Tensor, nn
 from transformers import BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from pyrite import samplers
-from pyrite.decoding import engines, sampling, voices
-from pyrite.generate import Samples, sample, sample_mixed
-from pyrite.models import Policy
-from pyrite.packing import Row
+from pyrite.math import samplers
+from pyrite.models import decoder, generation
+from pyrite.models.generation import Samples, sample, sample_mixed
+from pyrite.models.packing import Row
+from pyrite.models.policy import Policy
 from tests.conftest import tiny_tokenizer
 
 EOS = 2
@@ -129,8 +129,8 @@ def test_a_batch_of_one_equals_a_batch_of_many() -> None:
 @pytest.mark.parametrize(("check", "compact"), [(1, 1.0), (1, 0.0)])
 def test_dropping_rows_changes_nothing(monkeypatch: pytest.MonkeyPatch, check: int, compact: float) -> None:
     usual = sample_mixed(POLICY, REF, PROMPTS, exponents=ALL, eos=[EOS, 5, 6], max_new_tokens=24)
-    monkeypatch.setattr(sampling, "CHECK", check)
-    monkeypatch.setattr(sampling, "COMPACT", compact)
+    monkeypatch.setattr(generation, "CHECK", check)
+    monkeypatch.setattr(generation, "COMPACT", compact)
     other = sample_mixed(POLICY, REF, PROMPTS, exponents=ALL, eos=[EOS, 5, 6], max_new_tokens=24)
     assert other.responses() == usual.responses()
     torch.testing.assert_close(other.logps, usual.logps, atol=2e-5, rtol=0)
@@ -229,9 +229,9 @@ def test_kl_of_drawn_tokens_is_the_exact_kl() -> None:
 @pytest.mark.parametrize("kind", ["lean", "cached", "generate"])
 def test_both_log_probabilities_are_those_of_packed_forwards(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     if kind == "cached":
-        monkeypatch.setattr(engines, "is_lean", lambda _: False)
+        monkeypatch.setattr(decoder, "is_lean", lambda _: False)
     if kind == "generate":
-        monkeypatch.setattr(voices, "open_engine", lambda *_: None)
+        monkeypatch.setattr(generation, "open_engine", lambda *_: None)
     options: dict[str, Any] = {"eos": EOS, "max_new_tokens": 16, "temperature": 0.9, "top_k": 20}
     drawn = sample_mixed(POLICY, REF, PROMPTS[:16], exponents=ALL[:16], **options)
     assert drawn.path == ("uncached" if kind == "generate" else kind)
@@ -250,10 +250,12 @@ def test_both_log_probabilities_are_those_of_packed_forwards(monkeypatch: pytest
 def test_slow_paths_draw_the_same_rows(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     options: dict[str, Any] = {"eos": EOS, "max_new_tokens": 16, "seed": 2}
     fast = sample_mixed(POLICY, REF, PROMPTS, exponents=ALL, **options)
-    monkeypatch.setattr(engines, "is_lean", lambda _: False)
+    monkeypatch.setattr(decoder, "is_lean", lambda _: False)
     cached = sample_mixed(POLICY, REF, PROMPTS, exponents=ALL, **options)
-    real = voices.open_engine
-    monkeypatch.setattr(voices, "open_engine", lambda model, columns: None if model is REF else real(model, columns))
+    real = generation.open_engine
+    monkeypatch.setattr(
+        generation, "open_engine", lambda model, columns: None if model is REF else real(model, columns)
+    )
     with caplog.at_level(logging.WARNING):
         slow = sample_mixed(POLICY, REF, PROMPTS, exponents=ALL, **options)
     assert (fast.path, cached.path, slow.path) == ("lean", "cached", "uncached")

@@ -11,11 +11,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from pyrite import samplers
-from pyrite.decoding import voices
-from pyrite.decoding.requests import check_arms, check_reference, check_tokenizers, groups
-from pyrite.generate import sample_mixed
-from pyrite.samplers import Arm
+from pyrite.math import samplers
+from pyrite.math.samplers import Arm
+from pyrite.models import generation
+from pyrite.models.generation import check_arms, check_reference, check_tokenizers, groups, sample_mixed
 from tests.conftest import tiny_tokenizer
 
 EOS, ALL = 2, torch.tensor([(1.0, 0.0), (0.0, 1.0), (1.5, -0.5), (0.5, 0.5)]).expand(3, -1, -1)
@@ -82,7 +81,7 @@ MESSAGES = [
 
 @pytest.mark.parametrize(("change", "message"), MESSAGES, ids=[message for _, message in MESSAGES])
 def test_bad_input_is_one_line(monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], message: str) -> None:
-    monkeypatch.setattr(voices, "open_engine", lambda *_: pytest.fail("work was begun"))
+    monkeypatch.setattr(generation, "open_engine", lambda *_: pytest.fail("work was begun"))
     options = {"ref": llama(), "exponents": ALL[:2], "eos": EOS, "max_new_tokens": 8, **change}
     with pytest.raises(ValueError) as error:
         sample_mixed(llama(), options.pop("ref"), PROMPTS[:2], **options)

@@ -6,10 +6,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pyrite.decoding import sampling
-from pyrite.decoding.draws import streams
-from pyrite.decoding.sampling import chunks
-from pyrite.generate import sample
+from pyrite.models import generation
+from pyrite.models.generation import chunks, sample, streams
 
 PROMPTS = [[3], [4, 5, 6], [3], [7, 8], [4, 5, 6]]
 
@@ -48,12 +46,12 @@ def test_dropping_rows_changes_nothing(monkeypatch: pytest.MonkeyPatch, check: i
         torch.manual_seed(0)
         model = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=11, max_position_embeddings=64)).eval()
     kept: list[int] = []
-    keep = sampling.Decoder.keep
-    monkeypatch.setattr(sampling.Decoder, "keep", lambda self, rows: (kept.append(len(rows)), keep(self, rows))[1])
+    keep = generation.Decoder.keep
+    monkeypatch.setattr(generation.Decoder, "keep", lambda self, rows: (kept.append(len(rows)), keep(self, rows))[1])
     usual = sample(model, PROMPTS, eos=2, k=20, max_new_tokens=32)
     assert kept == sorted(kept, reverse=True) and kept[0] < 80 and kept[-1] < 10
-    monkeypatch.setattr(sampling, "CHECK", check)
-    monkeypatch.setattr(sampling, "COMPACT", compact)
+    monkeypatch.setattr(generation, "CHECK", check)
+    monkeypatch.setattr(generation, "COMPACT", compact)
     other = sample(model, PROMPTS, eos=2, k=20, max_new_tokens=32)
     assert other.responses() == usual.responses()
     torch.testing.assert_close(other.logps, usual.logps, atol=1e-5, rtol=0)

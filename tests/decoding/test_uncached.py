@@ -7,12 +7,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BloomConfig, Gemma2Config, LlamaConfig, MambaConfig, PreTrainedConfig
 
-from pyrite.decoding import uncached
-from pyrite.decoding.cached_attention import attending
-from pyrite.decoding.engines import Decoder, Prompts
-from pyrite.decoding.uncached import Uncached, score
-from pyrite.decoding.voices import Voice, open_voice
-from pyrite.samplers import mixed_logits
+from pyrite.math.samplers import mixed_logits
+from pyrite.models import generation
+from pyrite.models.decoder import Decoder, Prompts, attending
+from pyrite.models.generation import Uncached, Voice, open_voice, score
 
 BASE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "vocab_size": 23}
 SMALL = {"vocab_size": 23, "hidden_size": 32, "initializer_range": 0.2}
@@ -42,7 +40,7 @@ def drawn() -> Tensor:
 @pytest.mark.parametrize("family", CONFIGS)
 def test_score_is_the_stock_model(family: str, small: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if small:
-        monkeypatch.setattr(uncached, "LOGITS", 400)  # a row or two at a time
+        monkeypatch.setattr(generation, "LOGITS", 400)  # a row or two at a time
     voice, tokens, lengths = make(family), drawn(), torch.tensor([3, 8, 1, 8, 5])
     with torch.inference_mode():
         found = score(voice, PROMPTS, tokens, lengths)

@@ -9,8 +9,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from pyrite.decoding.lean import Lean
-from pyrite.decoding.voices import Voice, open_reference, open_voice
+from pyrite.models.decoder import Lean
+from pyrite.models.generation import Voice, open_reference, open_voice
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24, "vocab_size": 9}
 

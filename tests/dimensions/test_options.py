@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pyrite import judges, parts
-from pyrite.dimensions import Dimensions, Option, filled
-from pyrite.dimensions import options as module
+from pyrite.core import specs
+from pyrite.data import conditioning as module
+from pyrite.data.conditioning import Dimensions, Option, filled
+from pyrite.feedback import judges
 
 SOUPS = Dimensions.load("soups")
 MINE = [
@@ -164,5 +165,5 @@ def test_what_an_option_says_is_not_filled_again() -> None:
 
 def test_every_shipped_criterion_suits_a_language_judge() -> None:
     for option in SOUPS.options:
-        judge = parts.part(filled("llm(model='m', criterion={criterion}, criterion_id={id})", option), judges)
+        judge = specs.part(filled("llm(model='m', criterion={criterion}, criterion_id={id})", option), judges)
         assert judge.options["criterion"] == option.criterion and judge.options["criterion_id"] == option.id

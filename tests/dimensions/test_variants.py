@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from pyrite import data
-from pyrite.dimensions import Dimensions, Variants, conditioned, render
-from pyrite.dimensions import variants as module
+from pyrite.data import conditioning as module
+from pyrite.data import rows as data
+from pyrite.data.conditioning import Dimensions, Variants, conditioned, render
 
 SOUPS = Dimensions.load("soups")
 AB = SOUPS.chosen(["P2A", "P1B"])

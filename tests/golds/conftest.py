@@ -10,8 +10,8 @@ from conftest import tiny_tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, BertConfig, BertModel
 
-from pyrite import toy
-from pyrite.models import RewardModel
+from pyrite.models.policy import RewardModel
+from pyrite.recipes import toy
 
 
 @pytest.fixture(scope="session")

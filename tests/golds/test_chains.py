@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyrite import golds
-from pyrite.golds.chains import FAILED, chain, evaluate, levenshtein
+from pyrite.feedback import scorers
+from pyrite.feedback.scorers.words import FAILED, chain, evaluate, levenshtein
 
 WORKED = [  # prompt, answer, points as published, points where a negative value is needed once
     ("(7 * 2) = ", "14", 0, 0),
@@ -23,24 +23,24 @@ WORKED = [  # prompt, answer, points as published, points where a negative value
 
 @pytest.mark.parametrize(("prompt", "answer", "published", "once"), WORKED)
 def test_worked_values(prompt, answer, published, once):
-    assert golds.math_chain(repeat_negative=True)([prompt], [answer]).item() == published
-    assert golds.math_chain()([prompt], [answer]).item() == once
+    assert scorers.math_chain(repeat_negative=True)([prompt], [answer]).item() == published
+    assert scorers.math_chain()([prompt], [answer]).item() == once
     for front, back in ((prompt.rstrip(), answer), ("", prompt + answer), (prompt[:-2], f"= {answer}")):
-        assert golds.math_chain()([front], [back]).item() == once
+        assert scorers.math_chain()([front], [back]).item() == once
 
 
 @pytest.mark.parametrize("more", [1, 2, 9])
 def test_steps_beyond_the_last_are_free_unless_strict(more):
     prompts, answers = ["((5 + 6) + 3) = "], ["(11 + 3) = 14" + " = 14" * more]
     for repeat in (False, True):
-        assert golds.math_chain(repeat_negative=repeat)(prompts, answers).item() == 0
-        assert golds.math_chain(strict=True, repeat_negative=repeat)(prompts, answers).item() == -2 * more
+        assert scorers.math_chain(repeat_negative=repeat)(prompts, answers).item() == 0
+        assert scorers.math_chain(strict=True, repeat_negative=repeat)(prompts, answers).item() == -2 * more
 
 
 def test_strict_differs_in_the_tail_only():
     for prompt, answer, _, once in WORKED[:-1]:
         extra = answer.count("=") + 1 > len(chain(prompt.split(" =")[0])) - 1
-        assert (golds.math_chain(strict=True)([prompt], [answer]).item() < once) == extra
+        assert (scorers.math_chain(strict=True)([prompt], [answer]).item() < once) == extra
 
 
 def test_chain_by_hand():
@@ -75,15 +75,15 @@ def test_chain_by_hand():
 def test_what_is_no_expression_is_refused_and_scores_the_least(expression):
     with pytest.raises(ValueError):
         chain(expression)
-    assert golds.math_chain()([f"{expression} = "], ["3"]).item() == FAILED
+    assert scorers.math_chain()([f"{expression} = "], ["3"]).item() == FAILED
 
 
 def test_a_response_is_never_run():
     """Powers would take forever, names would be looked up."""
-    assert golds.math_chain()(["9**9**9**9 = "], ["1"]).item() == FAILED
+    assert scorers.math_chain()(["9**9**9**9 = "], ["1"]).item() == FAILED
     assert (
-        golds.math_chain()(["(1 + 1) = "], ["__import__('os') 2"]).item()
-        == golds.math_chain()(["(1 + 1) = "], ["() 2"]).item()
+        scorers.math_chain()(["(1 + 1) = "], ["__import__('os') 2"]).item()
+        == scorers.math_chain()(["(1 + 1) = "], ["() 2"]).item()
     )
 
 
@@ -102,7 +102,7 @@ def test_chain_ends_at_pythons_value(expression):
     assert len(steps) == 1 + expression.count("(")
     text = " = ".join(steps[1:])
     for strict in (False, True):
-        assert golds.math_chain(strict=strict)([f"{expression} = "], [text]).item() == 0
+        assert scorers.math_chain(strict=strict)([f"{expression} = "], [text]).item() == 0
 
 
 @given(

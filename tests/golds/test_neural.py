@@ -4,9 +4,10 @@ import pytest
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from pyrite import golds, text
-from pyrite.golds.neural import embeddings, novelty, turns
-from pyrite.models import RewardModel
+from pyrite.data import text
+from pyrite.feedback import scorers
+from pyrite.feedback.scorers.neural import embeddings, novelty, turns
+from pyrite.models.policy import RewardModel
 
 PROMPTS = ["tell me about the cat", "tell me about the cat", "the big red tree", "on"]
 RESPONSES = ["the cat sat .", "a dog", "small bird sang in the tree and ran .", "blue"]
@@ -29,14 +30,14 @@ def by_hand(folder, prompt: str, response: str) -> torch.Tensor:
 
 def test_distillation_is_the_difference_of_mean_log_likelihoods(tiny, other):
     want = [by_hand(tiny, p, y) - by_hand(other, p, y) for p, y in zip(PROMPTS, RESPONSES, strict=True)]
-    score = golds.distillation(strong=str(tiny), weak=str(other))
+    score = scorers.distillation(strong=str(tiny), weak=str(other))
     torch.testing.assert_close(score(PROMPTS, RESPONSES), torch.stack(want), atol=1e-5, rtol=1e-5)
     assert score(["on"], [""]).item() == 0
     assert score(["on", "on"], ["", "blue"])[1] == score(["on"], ["blue"])[0]
 
 
 def test_distillation_alone_and_in_any_batch(tiny, other):
-    score = golds.distillation(strong=str(tiny), weak=str(other))
+    score = scorers.distillation(strong=str(tiny), weak=str(other))
     together = score(PROMPTS, RESPONSES)
     assert together.std() > 0.1  # otherwise nothing could differ
     for some in ([2], [0, 3], [3, 1, 1, 0]):
@@ -47,15 +48,15 @@ def test_distillation_alone_and_in_any_batch(tiny, other):
 def test_equal_models_score_exactly_zero_and_swapping_flips_the_sign(tiny, other, tmp_path):
     shutil.copytree(tiny, tmp_path / "copy")
     for weak in (tiny, tmp_path / "copy"):
-        assert golds.distillation(strong=str(tiny), weak=str(weak))(PROMPTS, RESPONSES).tolist() == [0.0] * 4
-    there = golds.distillation(strong=str(tiny), weak=str(other))(PROMPTS, RESPONSES)
-    back = golds.distillation(strong=str(other), weak=str(tiny))(PROMPTS, RESPONSES)
+        assert scorers.distillation(strong=str(tiny), weak=str(weak))(PROMPTS, RESPONSES).tolist() == [0.0] * 4
+    there = scorers.distillation(strong=str(tiny), weak=str(other))(PROMPTS, RESPONSES)
+    back = scorers.distillation(strong=str(other), weak=str(tiny))(PROMPTS, RESPONSES)
     assert torch.equal(there, -back) and there.abs().min() > 0
 
 
 def test_distillation_reads_the_prompt_as_well_if_told(tiny, other):
     pair = f"strong={str(tiny)!r}, weak={str(other)!r}"
-    whole = golds.with_prompt(gold=f"distillation({pair})")(["the cat"], ["sat on"])
+    whole = scorers.with_prompt(gold=f"distillation({pair})")(["the cat"], ["sat on"])
     assert whole.item() == pytest.approx(
         (by_hand(tiny, "", "the cat sat on") - by_hand(other, "", "the cat sat on")).item(), abs=1e-5
     )
@@ -63,19 +64,19 @@ def test_distillation_reads_the_prompt_as_well_if_told(tiny, other):
 
 def test_a_text_too_long_for_a_model_is_refused(tiny, other):
     with pytest.raises(ValueError, match=r"row 2: .* 64 tokens"):
-        golds.distillation(strong=str(tiny), weak=str(other))(["on", "on"], ["cat", "cat " * 70])
+        scorers.distillation(strong=str(tiny), weak=str(other))(["on", "on"], ["cat", "cat " * 70])
 
 
 def test_models_are_loaded_at_the_first_text_and_once(chat_reward, monkeypatch):
-    nowhere = golds.reward_model(path="no/such/model"), golds.distillation(strong="no/a", weak="no/b")
-    for score in (*nowhere, golds.paraphrase(model="no/such/model")):
+    nowhere = scorers.reward_model(path="no/such/model"), scorers.distillation(strong="no/a", weak="no/b")
+    for score in (*nowhere, scorers.paraphrase(model="no/such/model")):
         assert score([], []).shape == (0,)
         with pytest.raises(ValueError, match="no/"):
             score(["a"], ["b"])
     loads = []
     load = RewardModel.load
     monkeypatch.setattr(RewardModel, "load", lambda path: loads.append(path) or load(path))
-    score = golds.reward_model(path=str(chat_reward))
+    score = scorers.reward_model(path=str(chat_reward))
     assert torch.equal(score(["a fox , forest ."], ["the fox"]), score(["a fox , forest ."], ["the fox"]))
     assert loads == [str(chat_reward)]
 
@@ -90,7 +91,7 @@ def test_reward_model_reads_prompts_in_its_chat_template(chat_reward):
         with torch.no_grad():
             return model(ids).logits.item()
 
-    score = golds.reward_model(path=str(chat_reward))
+    score = scorers.reward_model(path=str(chat_reward))
     said = ["the dog ran .", "hello my friend !"]
     want = [template(TALK[:1], said[0]), template(TALK, said[1])]
     assert score([text.plain(TALK[:1]), text.plain(TALK)], said).tolist() == pytest.approx(want, abs=1e-4)
@@ -100,7 +101,7 @@ def test_reward_model_reads_prompts_in_its_chat_template(chat_reward):
 
 def test_reward_model_without_template_reads_the_text(tiny, tmp_path):
     RewardModel.load(tiny, head_seed=0, head_std=0.5).save(tmp_path)
-    score = golds.reward_model(path=str(tmp_path))
+    score = scorers.reward_model(path=str(tmp_path))
     torch.testing.assert_close(score(PROMPTS, RESPONSES), RewardModel.load(tmp_path).scores(PROMPTS, RESPONSES))
 
 
@@ -117,7 +118,7 @@ def test_any_other_prompt_is_its_own(prompt):
 
 
 def test_paraphrase_of_itself_is_two(encoder):
-    score = golds.paraphrase(model=str(encoder))
+    score = scorers.paraphrase(model=str(encoder))
     texts = ["the cat sat", "tell me", "Tree", ""]
     assert score(texts[:3], texts[:3]).tolist() == pytest.approx([2.0] * 3, abs=1e-5)
     assert score([""], [""]).item() == pytest.approx(1.0, abs=1e-5)  # nothing said again: J is 0

@@ -9,7 +9,8 @@ import pkgutil
 import pytest
 import torch
 
-from pyrite import golds, parts
+from pyrite.core import specs
+from pyrite.feedback import scorers
 
 SPECS = {
     "distillation": "distillation(strong={tiny!r}, weak={other!r})",
@@ -45,7 +46,7 @@ def score(request, tiny, other, encoder, chat_reward):
     spec = SPECS[request.param].format(
         tiny=str(tiny), other=str(other), encoder=str(encoder), chat_reward=str(chat_reward)
     )
-    return parts.part(spec, golds)
+    return specs.part(spec, scorers)
 
 
 def asked(score, rows):
@@ -53,7 +54,7 @@ def asked(score, rows):
 
 
 def test_every_gold_is_here():
-    assert set(SPECS) | UNTESTED == set(golds.__all__) == {member.name for member in parts.members(golds)}
+    assert set(SPECS) | UNTESTED == set(scorers.__all__) == {member.name for member in specs.members(scorers)}
 
 
 def test_one_finite_score_a_row(score):
@@ -78,7 +79,7 @@ def test_asking_again_or_anew_gives_the_same(score):
     first = asked(score, ROWS)
     assert torch.equal(first, asked(score, ROWS))
     assert torch.equal(torch.get_rng_state(), state)
-    assert torch.equal(first, asked(parts.part(repr(score), golds), ROWS))
+    assert torch.equal(first, asked(specs.part(repr(score), scorers), ROWS))
 
 
 def test_unequal_lists_are_refused(score):
@@ -86,7 +87,7 @@ def test_unequal_lists_are_refused(score):
         score(["the", "the"], ["cat"])
 
 
-@pytest.mark.parametrize("name", [module.name for module in pkgutil.iter_modules(golds.__path__)])
+@pytest.mark.parametrize("name", [module.name for module in pkgutil.iter_modules(scorers.__path__)])
 def test_examples(name):
-    module = importlib.import_module(f"pyrite.golds.{name}")
+    module = importlib.import_module(f"pyrite.feedback.scorers.{name}")
     assert doctest.testmod(module, extraglobs={"torch": torch}).failed == 0

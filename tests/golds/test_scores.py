@@ -1,14 +1,15 @@
 import pytest
 import torch
 
-from pyrite import golds, parts
-from pyrite.golds.scores import each
+from pyrite.core import specs
+from pyrite.feedback import scorers
+from pyrite.feedback.scorers.words import each
 
 
 def test_check_scores_passes_good_scores_as_they_are():
     scores = torch.tensor([1.0, -2.0], dtype=torch.float64)
-    assert golds.check_scores(scores, 2, name="gold") is scores
-    assert golds.check_scores([1, 2], 2, name="gold").dtype == torch.float32
+    assert scorers.check_scores(scores, 2, name="gold") is scores
+    assert scorers.check_scores([1, 2], 2, name="gold").dtype == torch.float32
 
 
 @pytest.mark.parametrize(
@@ -22,7 +23,7 @@ def test_check_scores_passes_good_scores_as_they_are():
 )
 def test_check_scores_names_the_fault(scores, message):
     with pytest.raises(ValueError, match=message) as caught:
-        golds.check_scores(torch.tensor(scores), 3, name="gold")
+        scorers.check_scores(torch.tensor(scores), 3, name="gold")
     assert "\n" not in str(caught.value)
 
 
@@ -36,4 +37,4 @@ def test_a_scorer_of_single_texts_refuses_unequal_lists():
 @pytest.mark.parametrize("spec", ["word_colector()", "nothing()"])
 def test_an_unknown_gold_is_named(spec):
     with pytest.raises(ValueError, match=rf"unknown name '{spec[:-2]}': .*known: .*word_collector"):
-        parts.part(spec, golds)
+        specs.part(spec, scorers)

@@ -3,8 +3,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from pyrite import golds
-from pyrite.golds.syntax import depth
+from pyrite.feedback import scorers
+from pyrite.feedback.scorers.words import depth
 
 
 def sentence(heads: list[int]) -> list[SimpleNamespace]:
@@ -24,7 +24,7 @@ def test_depth_counts_the_heads_above():
 
 def test_the_deepest_word_counts(monkeypatch):
     fake(monkeypatch, lambda text: sentence([max(i - 1, 0) for i in range(len(text.split()))]))
-    assert golds.dependency_depth()(["a b c"] * 3, ["one", "", "one two three"]).tolist() == [0, 0, 2]
+    assert scorers.dependency_depth()(["a b c"] * 3, ["one", "", "one two three"]).tolist() == [0, 0, 2]
 
 
 def test_spacy_itself():
@@ -36,11 +36,11 @@ def test_spacy_itself():
 def test_what_is_missing_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "spacy", None)
     with pytest.raises(ValueError, match=r"needs spaCy.*\[nlp\]"):
-        golds.dependency_depth()
+        scorers.dependency_depth()
 
     def load(name):
         raise OSError("no such pipeline")
 
     monkeypatch.setitem(sys.modules, "spacy", SimpleNamespace(load=load))
     with pytest.raises(ValueError, match=r"finds no spaCy pipeline 'en_tiny'.*download en_tiny"):
-        golds.dependency_depth(model="en_tiny")
+        scorers.dependency_depth(model="en_tiny")

@@ -2,8 +2,8 @@ import sys
 
 import pytest
 
-from pyrite.golds import taggers
-from pyrite.toy_words import TAGS
+from pyrite.data.words import TAGS
+from pyrite.feedback.scorers import words as taggers
 
 LEAKS = "ignore::pytest.PytestUnraisableExceptionWarning"  # TextBlob leaves the file of its lexicon open
 

@@ -1,17 +1,18 @@
 import pytest
 
-from pyrite import golds, toy
-from pyrite.golds.words import LISTS, syllables, tokens
+from pyrite.feedback import scorers
+from pyrite.feedback.scorers.words import LISTS, syllables, tokens
+from pyrite.recipes import toy
 
 HOPE = "I hope this information can help. However, first have data; data!"
 
 
 def test_length_counts_words_or_characters():
     texts = ["hello my friend", "", "  spaced   out "]
-    assert golds.length()([""] * 3, texts).tolist() == [3, 0, 2]
-    assert golds.length(unit="chars")([""] * 3, texts).tolist() == [15, 0, 15]
+    assert scorers.length()([""] * 3, texts).tolist() == [3, 0, 2]
+    assert scorers.length(unit="chars")([""] * 3, texts).tolist() == [15, 0, 15]
     with pytest.raises(ValueError, match="'words' or 'chars'"):
-        golds.length(unit="tokens")  # type: ignore[arg-type]
+        scorers.length(unit="tokens")  # type: ignore[arg-type]
 
 
 def test_tokens_are_words_and_marks():
@@ -20,7 +21,7 @@ def test_tokens_are_words_and_marks():
 
 
 def test_word_collector_counts_distinct_whole_words_with_case():
-    score = golds.word_collector(words=["amber", "velvet", "lullaby"])
+    score = scorers.word_collector(words=["amber", "velvet", "lullaby"])
     assert score([""] * 4, ["amber amber, velvet!", "Amber ambers", "", "lullaby velvet amber"]).tolist() == [
         2,
         0,
@@ -32,7 +33,7 @@ def test_word_collector_counts_distinct_whole_words_with_case():
 @pytest.mark.parametrize("words", ["amber", "", []])
 def test_word_collector_refuses_no_list(words):
     with pytest.raises(ValueError, match=r"word_collector needs words.*d2po, toy, common"):
-        golds.word_collector(words=words)
+        scorers.word_collector(words=words)
 
 
 @pytest.mark.parametrize(
@@ -48,7 +49,7 @@ def test_word_collector_refuses_no_list(words):
     ],
 )
 def test_the_published_list(response, points):
-    score = golds.word_collector()
+    score = scorers.word_collector()
     assert score([""], [response]).item() == points
     for k in (2, 7):
         assert score([""], [" ".join([response] * k)]).item() == points
@@ -61,13 +62,13 @@ def test_word_lists():
 
 def test_word_collector_reads_the_response_alone_unless_told_otherwise():
     prompt, response = ["Question: data hope\n\nAnswer:"], ["nothing"]
-    assert golds.word_collector()(prompt, response).item() == 0
-    assert golds.with_prompt(gold="word_collector()")(prompt, response).item() == 2
+    assert scorers.word_collector()(prompt, response).item() == 0
+    assert scorers.with_prompt(gold="word_collector()")(prompt, response).item() == 2
 
 
 def test_toy_words_are_collected_about_once_an_answer():
     rows = toy.demos(2000, seed=0)
-    points = golds.word_collector(words="toy")([row["prompt"] for row in rows], [row["response"] for row in rows])
+    points = scorers.word_collector(words="toy")([row["prompt"] for row in rows], [row["response"] for row in rows])
     assert 0.9 < points.mean() < 1.15
     assert 0.55 < (points > 0).float().mean() < 0.7
 
@@ -76,25 +77,25 @@ def test_toy_words_are_collected_about_once_an_answer():
     ("response", "points"), [("", 3), ("the the of", 1), ("The OF", 3), (" ".join(LISTS["common"]), -6)]
 )
 def test_reverse_word_collector(response, points):
-    assert golds.reverse_word_collector()([""], [response]).item() == points
-    assert golds.reverse_word_collector(start=0.0)([""], [response]).item() == points - 3
+    assert scorers.reverse_word_collector()([""], [response]).item() == points
+    assert scorers.reverse_word_collector(start=0.0)([""], [response]).item() == points - 3
 
 
 def test_token_density():
     distinct = [f"w{i}" for i in range(30)]
     texts = [distinct[:20], distinct[:21], distinct[:20] + distinct[:5], ["w"] * 25, []]
-    points = golds.token_density()([""] * 5, [" ".join(text) for text in texts])
+    points = scorers.token_density()([""] * 5, [" ".join(text) for text in texts])
     assert points.tolist() == pytest.approx([-5.0, 10.0, 8.0, 0.4, -5.0])
-    assert golds.token_density(least=0)([""], [""]).item() == -5.0
+    assert scorers.token_density(least=0)([""], [""]).item() == -5.0
 
 
 def test_reading_grade_worked():
     """7 words in 2 sentences, 13 syllables: 0.39 * 7 / 2 + 11.8 * 13 / 7 - 15.59 = 7.689286."""
     words = "Every reader understands. It is a fable!"
     assert [syllables(word) for word in words.replace(".", "").replace("!", "").split()] == [3, 2, 3, 1, 1, 1, 2]
-    assert golds.reading_grade(least=1)([""], [words]).item() == pytest.approx(7.689286, abs=1e-5)
+    assert scorers.reading_grade(least=1)([""], [words]).item() == pytest.approx(7.689286, abs=1e-5)
     twenty, more = " ".join(["dog"] * 20), " ".join(["dog"] * 21)
-    points = golds.reading_grade()(["", "", ""], [twenty, more + ".", ". . ."])
+    points = scorers.reading_grade()(["", "", ""], [twenty, more + ".", ". . ."])
     assert points.tolist() == pytest.approx([-10.0, 0.39 * 21 + 11.8 - 15.59, -10.0], abs=1e-5)
 
 

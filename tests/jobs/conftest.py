@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from pyrite import data
+from pyrite.data import rows
 from pyrite.jobs import generate, label, reward, sft
-from pyrite.train import Training
+from pyrite.training.loop import Training
 
 
 @pytest.fixture(scope="session")
@@ -55,5 +55,5 @@ def rewards(tuned: Path, labels: Path) -> Path:
 @pytest.fixture
 def few(demos: Path, tmp_path: Path) -> Path:
     """Ten of the prompts."""
-    data.write(data.load(demos, "demos")[:10], tmp_path / "few.jsonl")
+    rows.write(rows.load(demos, "demos")[:10], tmp_path / "few.jsonl")
     return tmp_path / "few.jsonl"

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from pyrite.core.runs import Run, read_json
 from pyrite.jobs import bandit
-from pyrite.runs import Run, read_json
 
 
 @pytest.fixture
@@ -130,7 +130,7 @@ def test_done_is_not_done_again(config: bandit.Config) -> None:
         ({"samplers": ()}, "give at least one"),
         ({"samplers": ("uniform", "uniform")}, "one is named twice"),
         ({"samplers": ("mix_q",)}, "unknown name .mix_q.: did you mean"),
-        ({"samplers": ("pyrite.ensembles:mean()",)}, "not a pyrite.samplers.Sampler"),
+        ({"samplers": ("pyrite.math.ensembles:mean()",)}, "not a pyrite.math.samplers.Sampler"),
         ({"actions": 1}, "--actions 1: give at least 2"),
         ({"instances": 0}, "--instances 0"),
         ({"seeds": 0}, "--seeds 0"),

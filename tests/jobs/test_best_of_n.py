@@ -9,10 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pyrite import data, ensembles, estimators, parts
+from pyrite.core import specs as parts
+from pyrite.core.runs import read_json
+from pyrite.data import rows as data
 from pyrite.jobs import best_of_n
-from pyrite.models import RewardModel, member_paths
-from pyrite.runs import read_json
+from pyrite.math import ensembles, statistics
+from pyrite.models.policy import RewardModel, member_paths
 
 
 @pytest.fixture
@@ -37,7 +39,7 @@ def test_gold_stays_with_its_answer() -> None:
     assert found["member 1", 4] == pytest.approx(standardized(gold, 4.0))
     assert found["single", 4] == pytest.approx(standardized(gold, 2.5))
     assert all(found[name, 1] == pytest.approx(0) for name in ("single", "member 0", *specs))
-    assert {row["n"]: row["kl"] for row in rows} == {n: pytest.approx(estimators.best_of_n_kl(n)) for n in (1, 4)}
+    assert {row["n"]: row["kl"] for row in rows} == {n: pytest.approx(statistics.best_of_n_kl(n)) for n in (1, 4)}
 
 
 def test_scores_belong_to_their_rows(config: best_of_n.Config) -> None:
@@ -61,7 +63,7 @@ def test_scores_belong_to_their_rows(config: best_of_n.Config) -> None:
     names = ["single", "member 0", "member 1", *config.objectives]
     assert [(row["objective"], row["n"]) for row in curves] == [(name, n) for name in names for n in (1, 2, 4)]
     gold = (stored["gold"] - stored["gold"].mean()) / stored["gold"].std(correction=0)
-    worst = estimators.best_of_n(stored["proxy"].amin(0), gold, [4]).mean().item()
+    worst = statistics.best_of_n(stored["proxy"].amin(0), gold, [4]).mean().item()
     found = {(row["objective"], row["n"]): row["gold"] for row in curves}
     assert found["wco()", 4] == pytest.approx(worst, abs=1e-5)
     assert all(row["gold_lo"] <= row["gold"] <= row["gold_hi"] for row in curves)

@@ -12,12 +12,15 @@ import launch
 import pytest
 import torch
 
-from pyrite import data, losses, parts, seeds, text
-from pyrite.evaluation import Evaluation
+from pyrite.core import specs
+from pyrite.core.runs import read_json, read_metrics
+from pyrite.data import rows as data
+from pyrite.data import text
 from pyrite.jobs import dpo
-from pyrite.models import Lora, Policy
-from pyrite.runs import read_json, read_metrics
-from pyrite.train import Training, order
+from pyrite.math import losses, seeds
+from pyrite.models.policy import Lora, Policy
+from pyrite.training.evaluation import Evaluation
+from pyrite.training.loop import Training, order
 
 TRAINING = Training(lr=3e-3, epochs=2, batch_size=8, log_every=1, save_every=5, warmup=0)
 
@@ -83,7 +86,7 @@ def test_every_loss_trains(config: dpo.Config, tmp_path: Path) -> None:
     rows = [{**row, "strength": 1.0 + i % 3} for i, row in enumerate(data.load(config.data, "pairs"))]
     data.write(rows, tmp_path / "strong.jsonl")
     required = {"odpo": "", "rebel": ""}
-    for member in parts.members(losses):
+    for member in specs.members(losses):
         options = [f"{k}=1.0" for k, v in member.options.items() if v is inspect.Parameter.empty]
         spec = f"{member.name}({required.get(member.name, ','.join(options))})"
         training = replace(TRAINING, epochs=1, batch_size=20, lr=1e-3)

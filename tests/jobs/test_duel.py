@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
-from pyrite import data, runs
-from pyrite.dimensions import Dimensions, Variants, conditioned
+from pyrite.core import runs
+from pyrite.data import rows as data
+from pyrite.data.conditioning import Dimensions, Variants, conditioned
 from pyrite.jobs import duel, generate
-from pyrite.models import RewardModel
+from pyrite.models.policy import RewardModel
 
 MINE = """
 - {id: long, dimension: size, sentence: big, criterion: The longer one., gold: length()}

@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from pyrite import analyses, data
+from pyrite.core.runs import read_json
+from pyrite.data import rows as data
+from pyrite.data.text import encode
 from pyrite.jobs import evaluate
-from pyrite.models import Policy, RewardEnsemble
-from pyrite.runs import read_json
-from pyrite.text import encode
+from pyrite.math import statistics
+from pyrite.models.policy import Policy, RewardEnsemble
 
 
 @pytest.fixture
@@ -116,7 +117,7 @@ def test_degeneration_is_reported_with_its_numbers(config: evaluate.Config) -> N
     tokenizer = Policy.load(config.model).tokenizer
     for row in rows:
         tokens = encode(tokenizer, row["prompt"], row["response"], finished=row["finished"]).response
-        assert row["repetition"] == analyses.repetition(tokens)
+        assert row["repetition"] == statistics.repetition(tokens)
     assert results["degenerate"] == (results["missing_eos"]["mean"] > 0.2 or results["repetition"] > 0.5)
 
 

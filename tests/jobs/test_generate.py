@@ -8,13 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from pyrite import data, runs, text
-from pyrite.dimensions import Dimensions, Variants, conditioned
-from pyrite.generate import sample
+from pyrite.core import runs
+from pyrite.data import rows as data
+from pyrite.data import text
+from pyrite.data.conditioning import Dimensions, Variants, conditioned
+from pyrite.data.text import encode
 from pyrite.jobs import generate
-from pyrite.models import Policy
-from pyrite.packing import Row
-from pyrite.text import encode
+from pyrite.models.generation import sample
+from pyrite.models.packing import Row
+from pyrite.models.policy import Policy
 
 MINE = """
 - {id: cat, dimension: animal, sentence: about the cat, criterion: More cats.}

@@ -11,17 +11,18 @@ from pathlib import Path
 import pytest
 from judges.server import Server, truth
 
-from pyrite import cli, data
-from pyrite.data import load
-from pyrite.evaluation import Evaluation
+from pyrite import cli
+from pyrite.core.runs import RunError, read_json
+from pyrite.data import rows as data
+from pyrite.data.files import DataError, read
+from pyrite.data.rows import load
+from pyrite.feedback.judges.llm import Asking
+from pyrite.feedback.judges.questions import WINS
+from pyrite.feedback.ledger import GoldStopped, Ledger
 from pyrite.jobs import judge, label, online
-from pyrite.judges.llm import Asking
-from pyrite.judges.verdicts import WINS
-from pyrite.labelers import Paying
-from pyrite.ledger import GoldStopped, Ledger
-from pyrite.runs import RunError, read_json
-from pyrite.sources import DataError, read
-from pyrite.train import Training
+from pyrite.training.annotators import Paying
+from pyrite.training.evaluation import Evaluation
+from pyrite.training.loop import Training
 
 PREFERENCE = {"A": 1, "B": 2, "TIE": 0}
 

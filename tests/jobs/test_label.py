@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pyrite import data
+from pyrite.data import rows as data
 from pyrite.jobs import label
 
 

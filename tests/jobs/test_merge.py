@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from pyrite.core.runs import read_json
 from pyrite.jobs import merge
-from pyrite.models import Lora, Policy, RewardModel
-from pyrite.runs import read_json
+from pyrite.models.policy import Lora, Policy, RewardModel
 
 
 def nudge(model: torch.nn.Module) -> None:

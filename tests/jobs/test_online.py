@@ -20,14 +20,13 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from pyrite.evaluation import Evaluation
+from pyrite.core.runs import read_json, read_metrics
+from pyrite.feedback.ledger import Ledger
 from pyrite.jobs import online
-from pyrite.labelers import Paying
-from pyrite.ledger import Ledger
-from pyrite.models import Lora, Policy
-from pyrite.runs import read_json, read_metrics
-from pyrite.train import Training
-from pyrite.truths import Asking
+from pyrite.models.policy import Lora, Policy
+from pyrite.training.annotators import Paying
+from pyrite.training.evaluation import Asking, Evaluation
+from pyrite.training.loop import Training
 
 TRAINING = Training(lr=3e-3, epochs=1, batch_size=8, warmup=0)
 SAMPLERS = ["reference()", "on_policy()", "hybrid()", "mixed(kappa=0.5)", "mixed(on_policy=0.3)"]

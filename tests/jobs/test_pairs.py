@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from pyrite import data
-from pyrite.dimensions import Dimensions, Variants, conditioned
+from pyrite.data import rows as data
+from pyrite.data.conditioning import Dimensions, Variants, conditioned
 from pyrite.jobs import generate, pairs, reward
-from pyrite.rollouts import Reward, scored
-from pyrite.rounds import Answer
-from pyrite.train import Training
+from pyrite.training.loop import Training
+from pyrite.training.ppo import Reward, scored
+from pyrite.training.rounds import Answer
 
 MINE = """
 - {id: long, dimension: size, sentence: big, criterion: The longer one., gold: length()}

@@ -14,17 +14,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from pyrite.dimensions import Variants
-from pyrite.evaluation import Evaluation
+from pyrite.core.runs import read_json, read_metrics
+from pyrite.data.conditioning import Variants
 from pyrite.jobs import ppo
-from pyrite.models import Lora, Policy, RewardModel
-from pyrite.packing import Row
-from pyrite.rollouts import Rollouts
-from pyrite.runs import read_json, read_metrics
-from pyrite.train import Training, TrainingError
-from pyrite.truths import Asking
-from pyrite.values import HEAD, ValueModel
-from pyrite.watch import Stopping
+from pyrite.models.packing import Row
+from pyrite.models.policy import Lora, Policy, RewardModel
+from pyrite.models.value import HEAD, ValueModel
+from pyrite.training.evaluation import Asking, Evaluation
+from pyrite.training.loop import Training, TrainingError
+from pyrite.training.metrics import Stopping
+from pyrite.training.ppo import Rollouts
 
 TRAINING = Training(lr=3e-3, epochs=2, batch_size=8, warmup=0)
 

@@ -12,11 +12,13 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from pyrite import cli, data, runs
+from pyrite import cli
+from pyrite.core import runs
+from pyrite.core.runs import RunError, read_json
+from pyrite.data import rows as data
 from pyrite.jobs import reference
-from pyrite.models import Policy
-from pyrite.references import BadReference, load
-from pyrite.runs import RunError, read_json
+from pyrite.models.policy import Policy
+from pyrite.models.references import BadReference, load
 
 
 @pytest.fixture

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from pyrite import data, estimators, seeds
+from pyrite.core.runs import read_json, read_metrics
+from pyrite.data import rows as data
 from pyrite.jobs import reward
-from pyrite.models import Lora, RewardModel, member_paths
-from pyrite.runs import read_json, read_metrics
-from pyrite.train import Training, order
+from pyrite.math import seeds, statistics
+from pyrite.models.policy import Lora, RewardModel, member_paths
+from pyrite.training.loop import Training, order
 
 
 @pytest.fixture
@@ -32,7 +33,7 @@ def test_it_learns_what_is_easy(config: reward.Config, pairs: Path) -> None:
         assert measured["accuracy_lo"] <= measured["accuracy"] <= measured["accuracy_hi"]
         model = RewardModel.load(path)
         chosen, rejected = (model.scores(prompts, [pair[side] for pair in held]) for side in ("chosen", "rejected"))
-        assert estimators.win_rate(chosen, rejected).item() == pytest.approx(measured["accuracy"])
+        assert statistics.win_rate(chosen, rejected).item() == pytest.approx(measured["accuracy"])
         both = torch.cat([chosen, rejected])
         assert both.mean().item() == pytest.approx(0, abs=1e-4)
         assert both.std(correction=0).item() == pytest.approx(1, abs=1e-4)
@@ -78,8 +79,8 @@ def test_a_cut_ensemble_goes_on_exactly(config: reward.Config, monkeypatch: pyte
 
 def test_the_loss_is_bradley_terry_on_the_pairs(config: reward.Config) -> None:
     """The first logged loss against the formula on the stock scores."""
-    from pyrite import text
-    from pyrite.reward_losses import bradley_terry
+    from pyrite.data import text
+    from pyrite.math.reward_losses import bradley_terry
 
     reward.run(replace(config, members=1))
     train_pairs, _ = data.split(data.load(config.data, "pairs"), fraction=0.25, seed=seeds.derive(0, "held out"))

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from pyrite import data
+from pyrite.data import rows
+from pyrite.data.text import decode, encode_responses
 from pyrite.jobs import scratch
-from pyrite.models import Policy, RewardModel
-from pyrite.text import decode, encode_responses
+from pyrite.models.policy import Policy, RewardModel
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def test_other_kinds_of_rows(config: scratch.Config, demos: Path, kind) -> None:
 def test_refusals_before_work(config: scratch.Config, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"--hidden 16 is no multiple of --heads 3"):
         scratch.run(replace(config, heads=3))
-    data.write([{"prompt": "a"}], tmp_path / "prompts.jsonl")
+    rows.write([{"prompt": "a"}], tmp_path / "prompts.jsonl")
     with pytest.raises(ValueError, match="missing chosen"):
         scratch.run(replace(config, data=str(tmp_path / "prompts.jsonl")))
     assert not config.out.exists()

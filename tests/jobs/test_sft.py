@@ -16,12 +16,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pyrite import cli, data, text
+from pyrite import cli
+from pyrite.core.runs import RunError, read_json, read_metrics
+from pyrite.data import rows, text
 from pyrite.jobs import sft
-from pyrite.models import Lora, Policy
-from pyrite.packing import Row
-from pyrite.runs import RunError, read_json, read_metrics
-from pyrite.train import Training
+from pyrite.models.packing import Row
+from pyrite.models.policy import Lora, Policy
+from pyrite.training.loop import Training
 
 
 def weights(folder: Path, name: str = "model.safetensors") -> dict[str, Tensor]:
@@ -40,7 +41,7 @@ def test_it_learns_and_measures_what_it_says(tuned: Path, tiny: Path, demos: Pat
     assert sum(losses[-5:]) < 0.85 * sum(losses[:5])
     results = read_json(tuned / "done.json")
     assert (results["train_rows"], results["held_out_rows"]) == (59, 1)
-    _, held = data.split(data.load(demos, "demos"), fraction=0.02, seed=0)
+    _, held = rows.split(rows.load(demos, "demos"), fraction=0.02, seed=0)
     policy = Policy.load(tuned / "model")
     encoded = text.encode(policy.tokenizer, held[0]["prompt"], held[0]["response"])
     logp = policy.logps(policy.pack([Row(encoded.prompt, [encoded.response])])).sum.item()
@@ -50,9 +51,9 @@ def test_it_learns_and_measures_what_it_says(tuned: Path, tiny: Path, demos: Pat
 
 
 def test_the_first_loss_is_the_mean_over_response_tokens(tuned: Path, tiny: Path, demos: Path) -> None:
-    from pyrite.train import order
+    from pyrite.training.loop import order
 
-    training, _ = data.split(data.load(demos, "demos"), fraction=0.02, seed=0)
+    training, _ = rows.split(rows.load(demos, "demos"), fraction=0.02, seed=0)
     batch = [training[i] for i in order(59, 0, seed=0)[:8]]
     policy = Policy.load(tiny)
     total = count = 0.0
@@ -86,7 +87,7 @@ def test_adapters_only(tiny: Path, demos: Path, tmp_path: Path) -> None:
 
 def test_long_prompts_and_no_held_out(tiny: Path, demos: Path, tmp_path: Path) -> None:
     long = {"prompt_id": "long", "prompt": "cat " * 70, "response": "dog"}
-    data.write([*data.load(demos, "demos"), long], tmp_path / "long.jsonl")
+    rows.write([*rows.load(demos, "demos"), long], tmp_path / "long.jsonl")
     config = sft.Config(model=str(tiny), data=str(tmp_path / "long.jsonl"), out=tmp_path / "run", held_out=0.0)
     with pytest.raises(ValueError, match=r"long\.jsonl, line 61: the prompt has 71 tokens"):
         sft.run(replace(config, on_long="error"))

@@ -16,10 +16,11 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from pyrite import adapters, cli, toy
+from pyrite import cli
+from pyrite.core.runs import Run, RunError, read_json
 from pyrite.jobs import soup
-from pyrite.models import Lora, Policy, RewardModel
-from pyrite.runs import Run, RunError, read_json
+from pyrite.models.policy import Lora, Policy, RewardModel
+from pyrite.recipes import toy
 
 IDS = torch.arange(6, 30).view(2, 12)
 ASKED = (["tell me", "please"], ["hello my friend !", "a fox , forest ."])
@@ -80,8 +81,8 @@ def merged(out: Path, paths: list[str], *weights: float, **options: Any) -> Run:
 def test_a_soup_of_adapters(three: list[str], base: Path, tmp_path: Path) -> None:
     done = merged(tmp_path / "run", three, 0.5, 0.25, 0.25)
     folder = tmp_path / "run" / "model"
-    parts = [adapters.read(path) for path in three]
-    for name, part in adapters.read(folder).low.items():
+    parts = [soup.read(path) for path in three]
+    for name, part in soup.read(folder).low.items():
         mean = sum(w * p.low[name].matrix() for w, p in zip((0.5, 0.25, 0.25), parts, strict=True))
         torch.testing.assert_close(part.matrix(), mean, atol=1e-6, rtol=0)
     assert read_json(folder / "adapter_config.json")["r"] == 12
@@ -112,9 +113,9 @@ def test_equal_weights_are_the_default(three: list[str], tmp_path: Path, mode, r
     assert done.results is not None
     assert done.results["weights"] == [1 / 3] * 3
     assert done.results["rank"] == rank
-    read = [adapters.read(path) for path in three]
-    wanted = adapters.tensors(adapters.merged(read, [1 / 3] * 3, mode=mode))
-    found = adapters.tensors(adapters.read(tmp_path / "run" / "model"))
+    read = [soup.read(path) for path in three]
+    wanted = soup.tensors(soup.merged(read, [1 / 3] * 3, mode=mode))
+    found = soup.tensors(soup.read(tmp_path / "run" / "model"))
     assert found.keys() == wanted.keys()
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
@@ -139,7 +140,7 @@ def test_averaged_factors_are_remarked_upon(three: list[str], tmp_path: Path, ca
 
 def test_weights_as_they_stand(three: list[str], base: Path, tmp_path: Path) -> None:
     merged(tmp_path / "run", three[:2], 0.5, 0.0, normalize=False)
-    half, whole = (adapters.read(path) for path in (tmp_path / "run" / "model", three[0]))
+    half, whole = (soup.read(path) for path in (tmp_path / "run" / "model", three[0]))
     for name, part in half.low.items():
         torch.testing.assert_close(part.matrix(), whole.low[name].matrix() / 2)
 

@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from pyrite import data, winrates
+from pyrite.core.runs import read_json
+from pyrite.data import rows as data
 from pyrite.jobs import winrate
-from pyrite.runs import read_json
+from pyrite.math import winrates
 
 
 def comparisons(models: int = 3, prompts: int = 40, **options: Any) -> list[dict[str, Any]]:

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from judges.server import Server, truth
-from pyrite.judges.llm import Asking, LanguageJudge
-from pyrite.judges.verdicts import WINS
+from pyrite.feedback.judges.llm import Asking, LanguageJudge
+from pyrite.feedback.judges.questions import WINS
 
 Texts = tuple[list[str], list[str], list[str]]
 Make = Callable[..., LanguageJudge]

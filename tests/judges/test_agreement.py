@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-import pyrite.judges.agreement
-from pyrite import data
-from pyrite.judges.agreement import Opinion, agreement, kappa, leaning, opinions
-from pyrite.judges.pairs import Said, combined, verdict_row
-from pyrite.sources import DataError
+import pyrite.feedback.judges.agreement
+from pyrite.data import rows as data
+from pyrite.data.files import DataError
+from pyrite.feedback.judges.agreement import Opinion, agreement, kappa, leaning, opinions
+from pyrite.feedback.judges.questions import Said, combined, verdict_row
 
 SAID = {"A": Said("A", 1.0), "B": Said("B", 0.0), "T": Said("TIE", 0.5), "-": None}
 
@@ -126,4 +126,4 @@ def test_wrong_files(tmp_path: Path) -> None:
 
 
 def test_examples() -> None:
-    assert doctest.testmod(pyrite.judges.agreement).failed == 0
+    assert doctest.testmod(pyrite.feedback.judges.agreement).failed == 0

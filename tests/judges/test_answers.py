@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from asking import SERVER
 
-from pyrite import ledger
-from pyrite.judges.answers import Answers, Kept, Outcome, Question, Tally
-from pyrite.judges.forms import Case
-from pyrite.ledger import Ledger, LedgerError
+from pyrite.feedback import ledger
+from pyrite.feedback.judges.llm import Answers, Kept, Outcome, Question, Tally
+from pyrite.feedback.judges.questions import Case
+from pyrite.feedback.ledger import Ledger, LedgerError
 
 QUESTIONS = [Question(f"k{i}", "m", "brevity", Case("p", f"a{i}", f"b{i}")) for i in range(4)]
 

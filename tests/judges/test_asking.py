@@ -9,13 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from pyrite.judges.answers import Answers, Outcome, Question, Tally
-from pyrite.judges.asking import Desk, Pace, Trade
-from pyrite.judges.endpoints import Completion, Trouble
-from pyrite.judges.forms import Case
-from pyrite.judges.pairs import Said
-from pyrite.judges.verdicts import WINS, several
-from pyrite.ledger import GoldStopped
+from pyrite.feedback.judges.llm import Answers, Completion, Desk, Outcome, Pace, Question, Tally, Trade, Trouble
+from pyrite.feedback.judges.questions import WINS, Case, Said, several
+from pyrite.feedback.ledger import GoldStopped
 
 FAST = Pace(backoff=0.001)
 GOOD = Completion("A", False, 10, 1)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-import pyrite.judges.costs
-from pyrite.judges.costs import Prices, by_characters, by_tokenizer, most
+import pyrite.feedback.judges.llm
+from pyrite.feedback.judges.llm import Prices, by_characters, by_tokenizer, most
 
 MESSAGES = [{"role": "system", "content": "tell me"}, {"role": "user", "content": "about the cat ää"}]
 
@@ -31,4 +31,4 @@ def test_counting(tiny: Path) -> None:
 
 
 def test_examples() -> None:
-    assert doctest.testmod(pyrite.judges.costs).failed == 0
+    assert doctest.testmod(pyrite.feedback.judges.llm).failed == 0

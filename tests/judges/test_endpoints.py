@@ -11,8 +11,8 @@ from time import sleep, time
 import pytest
 
 from judges.server import PATIENCE, Server
-from pyrite.judges import endpoints
-from pyrite.judges.endpoints import Endpoint, Trouble
+from pyrite.feedback.judges import llm
+from pyrite.feedback.judges.llm import Endpoint, Trouble
 
 BODY = {
     "model": "toy",
@@ -131,10 +131,10 @@ def test_an_answer_that_drips_is_too_late() -> None:
 
 
 def test_retry_after() -> None:
-    assert endpoints._wait("7") == 7.0
-    assert endpoints._wait(None) == endpoints._wait("soon") == endpoints._wait("-1") == 0.0
-    assert 50 < endpoints._wait(formatdate(time() + 60, usegmt=True)) <= 60
-    assert endpoints._wait(formatdate(time() - 60, usegmt=True)) == 0.0
+    assert llm._wait("7") == 7.0
+    assert llm._wait(None) == llm._wait("soon") == llm._wait("-1") == 0.0
+    assert 50 < llm._wait(formatdate(time() + 60, usegmt=True)) <= 60
+    assert llm._wait(formatdate(time() - 60, usegmt=True)) == 0.0
 
 
 @pytest.mark.parametrize("url", ["127.0.0.1:8000", "ftp://x/v1", "http://", "http://me:pw@x/v1", "http://x/v1?key=1"])

@@ -23,12 +23,11 @@ import pytest
 
 from judges.conftest import Texts, pairs, wanted
 from judges.server import FAULTS, PATIENCE, Server, started
-from pyrite import data
-from pyrite.judges.answers import Answers
-from pyrite.judges.forms import Case, Form
-from pyrite.judges.llm import Asking, LanguageJudge
-from pyrite.ledger import GoldStopped
-from pyrite.sources import read
+from pyrite.data import rows as data
+from pyrite.data.files import read
+from pyrite.feedback.judges.llm import Answers, Asking, LanguageJudge
+from pyrite.feedback.judges.questions import Case, Form
+from pyrite.feedback.ledger import GoldStopped
 
 PAID = {"answered", "slow", "cut", "malformed", "label", "empty"}
 

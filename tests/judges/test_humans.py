@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from pyrite import data, judges, parts
-from pyrite.judges.humans import blinded, filled, human, write_sheet
-from pyrite.judges.pairs import verdict_row
-from pyrite.sources import DataError, Row
+from pyrite.core import specs
+from pyrite.data import rows as data
+from pyrite.data.files import DataError, Row
+from pyrite.feedback import judges
+from pyrite.feedback.judges.people import blinded, filled, human, write_sheet
+from pyrite.feedback.judges.questions import verdict_row
 
 ROWS: list[Row] = [
     {"prompt_id": str(i), "prompt": f'say "{i}",\nplease; now', "a": f"=a{i}; ü\n", "b": f"b{i},\tx", "model": "secret"}
@@ -98,7 +100,7 @@ def test_people_as_a_judge(tmp_path: Path) -> None:
     verdicts = filled(tmp_path / "filled.csv", ROWS, seed=7)
     table = [verdict_row(row, one, criterion="c", model="h") for row, one in zip(ROWS, verdicts, strict=True)]
     data.write(table, tmp_path / "verdicts.parquet")
-    judge = parts.part(f"human(path={str(tmp_path / 'verdicts.parquet')!r})", judges)
+    judge = specs.part(f"human(path={str(tmp_path / 'verdicts.parquet')!r})", judges)
     texts = [[row[name] for row in ROWS[:4]] for name in ("prompt", "a", "b")]
     assert torch.equal(judge(*texts).nan_to_num(-1), torch.tensor([0.5, -1, 1, 1]).double())
     assert torch.equal(judge(texts[0], texts[2], texts[1]).nan_to_num(-1), torch.tensor([0.5, -1, 0, 0]).double())

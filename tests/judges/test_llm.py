@@ -12,12 +12,11 @@ import torch
 
 from judges.conftest import Make, pairs, wanted
 from judges.server import Server, tokens
-from pyrite import judges, parts
-from pyrite.accounts import Account
-from pyrite.judges.answers import Answers
-from pyrite.judges.llm import Asking, LanguageJudge, llm
-from pyrite.ledger import GoldStopped, Ledger
-from pyrite.sources import DataError
+from pyrite.core import specs
+from pyrite.data.files import DataError
+from pyrite.feedback import judges
+from pyrite.feedback.judges.llm import Answers, Asking, LanguageJudge, llm
+from pyrite.feedback.ledger import Account, GoldStopped, Ledger
 
 TEXTS = pairs(12)
 
@@ -36,7 +35,7 @@ def test_right_verdicts(make: Make, server: Server, reply: str, both_orders: boo
 
 def test_a_spec_string_is_the_same_judge(make: Make, server: Server, tmp_path: Path) -> None:
     spec = f"llm(model='toy', criterion='more words', base_url='{server.url}', ledger='{tmp_path / 'judge.db'}')"
-    judge = parts.part(spec, judges)
+    judge = specs.part(spec, judges)
     assert judge(*TEXTS).tolist() == wanted(TEXTS)
     asked = len(server.bodies)
     assert make()(*TEXTS).tolist() == wanted(TEXTS)

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import pyrite.judges.scores
-from pyrite.judges import bradley_terry, check_verdicts
+import pyrite.feedback.judges.people
+from pyrite.feedback.judges import bradley_terry, check_verdicts
 
 
 def test_bradley_terry_worked_and_antisymmetric() -> None:
@@ -52,4 +52,4 @@ def test_noise_hardness_and_one_score_a_text(tmp_path: Path) -> None:
 
 
 def test_examples() -> None:
-    assert doctest.testmod(pyrite.judges.scores).failed == 0
+    assert doctest.testmod(pyrite.feedback.judges.people).failed == 0

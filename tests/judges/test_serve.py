@@ -20,11 +20,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from judges.conftest import pairs
-from pyrite.judges.agreement import Opinion, leaning
-from pyrite.judges.answers import Answers
-from pyrite.judges.costs import by_tokenizer
-from pyrite.judges.llm import Asking, LanguageJudge
-from pyrite.ledger import GoldStopped
+from pyrite.feedback.judges.agreement import Opinion, leaning
+from pyrite.feedback.judges.llm import Answers, Asking, LanguageJudge, by_tokenizer
+from pyrite.feedback.ledger import GoldStopped
 
 MISSING = [name for name in ("openai", "fastapi", "uvicorn") if importlib.util.find_spec(name) is None]
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"transformers serve needs {', '.join(MISSING)}")

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import torch
 
-from pyrite.logps import Logps, PairLogps, Running
+from pyrite.math.logps import Logps, PairLogps, Running
 
 F64 = torch.float64
 

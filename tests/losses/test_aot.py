@@ -1,9 +1,8 @@
 import pytest
 import torch
+from fixtures import pair_of, pair_with, random_rows
 
-from pyrite.losses import aot, dpo
-
-from .fixtures import pair_of, pair_with, random_rows
+from pyrite.math.losses import aot, dpo
 
 
 @pytest.mark.parametrize("paired", [True, False])

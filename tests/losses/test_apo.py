@@ -1,9 +1,8 @@
 import pytest
 import torch
+from fixtures import pair_with, slopes
 
-from pyrite.losses import apo_down, apo_zero
-
-from .fixtures import pair_with, slopes
+from pyrite.math.losses import apo_down, apo_zero
 
 
 def test_down_lowers_a_chosen_response_that_is_likely_already():

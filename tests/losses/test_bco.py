@@ -2,12 +2,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from fixtures import pair_of, pair_with, random_rows, slopes
 
-from pyrite.logps import Running
-from pyrite.losses import bco
-from pyrite.losses.running import update
-
-from .fixtures import pair_of, pair_with, random_rows, slopes
+from pyrite.math.logps import Running
+from pyrite.math.losses import bco
+from pyrite.math.losses.unpaired import update
 
 
 def test_the_running_mean_is_the_shift():

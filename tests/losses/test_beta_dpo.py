@@ -2,11 +2,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from fixtures import F64, pair_with, slopes
 
-from pyrite.logps import PairLogps, Running
-from pyrite.losses import beta_dpo, dpo
-
-from .fixtures import F64, pair_with, slopes
+from pyrite.math.logps import PairLogps, Running
+from pyrite.math.losses import beta_dpo, dpo
 
 
 def pair_at(mean: float, margins: list[float]) -> PairLogps:

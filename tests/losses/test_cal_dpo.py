@@ -1,8 +1,7 @@
 import torch
+from fixtures import pair_with
 
-from pyrite.losses import cal_dpo, dpo
-
-from .fixtures import pair_with
+from pyrite.math.losses import cal_dpo, dpo
 
 
 def test_calibrated_rewards_cost_nothing_more():

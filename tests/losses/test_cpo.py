@@ -1,8 +1,7 @@
 import torch
+from fixtures import pair_of, random_rows
 
-from pyrite.losses import cpo, posterior
-
-from .fixtures import pair_of, random_rows
+from pyrite.math.losses import cpo, posterior
 
 
 def test_the_likelihood_is_a_mean_over_tokens():

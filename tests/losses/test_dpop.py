@@ -1,8 +1,7 @@
 import torch
+from fixtures import pair_with
 
-from pyrite.losses import dpo, dpop
-
-from .fixtures import pair_with
+from pyrite.math.losses import dpo, dpop
 
 
 def test_dpo_where_chosen_has_not_become_less_likely():

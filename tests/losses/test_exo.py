@@ -2,10 +2,9 @@ import math
 
 import pytest
 import torch
+from fixtures import pair_with, slopes
 
-from pyrite.losses import exo
-
-from .fixtures import pair_with, slopes
+from pyrite.math.losses import exo
 
 
 @pytest.mark.parametrize("epsilon", [1e-3, 0.1, 0.4])

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from fixtures import F64, POLICY_CHOSEN, POLICY_REJECTED, tokens, worked_pair
 from torch import Tensor
 
-from pyrite import losses, parts
-from pyrite.logps import Logps, PairLogps, Running
-from pyrite.losses.running import update
-
-from .fixtures import F64, POLICY_CHOSEN, POLICY_REJECTED, tokens, worked_pair
+from pyrite.core import specs
+from pyrite.math import losses
+from pyrite.math.logps import Logps, PairLogps, Running
+from pyrite.math.losses.unpaired import update
 
 PRIOR = (-4.1, -7.3)  # log-probabilities of the two responses without the prompt
 
@@ -81,8 +81,8 @@ def test_every_loss_has_worked_values() -> None:
     assert {row[0].split("(")[0] for row in WORKED + BATCH} | BY_THEMSELVES == set(losses.__all__)
 
 
-def loss(spec: str) -> parts.Part:
-    return parts.part(spec, losses)
+def loss(spec: str) -> specs.Part:
+    return specs.part(spec, losses)
 
 
 def fixture_a(chosen: list[Tensor], rejected: list[Tensor]) -> PairLogps:
@@ -231,9 +231,9 @@ def sums(chosen: float, ref_chosen: float, rejected: float, ref_rejected: float)
 def test_published_values_of_online_dpo() -> None:
     """Log-ratio 8 at beta .05: .513015; the square of 8 − 10; log-ratios 8 and −4 summed; two equal answers: ln 2."""
     eight, minus_four = sums(-40, -44, -50, -46), sums(-50, -46, -40, -40)
-    dpo = parts.part("dpo(beta=0.05)", losses)
+    dpo = specs.part("dpo(beta=0.05)", losses)
     assert dpo(eight).item() == pytest.approx(0.513015, abs=1e-6)
-    assert parts.part("ipo(tau=0.05)", losses)(eight).item() == pytest.approx(4.0)
+    assert specs.part("ipo(tau=0.05)", losses)(eight).item() == pytest.approx(4.0)
     assert (dpo(eight) + dpo(minus_four)).item() == pytest.approx(1.311154, abs=1e-6)
     logp = torch.tensor([-40.0], dtype=F64, requires_grad=True)
     same = Logps.from_sums(logp, torch.tensor([10]))

@@ -1,8 +1,7 @@
 import pytest
+from fixtures import pair_with, slopes
 
-from pyrite.losses import ipo
-
-from .fixtures import pair_with, slopes
+from pyrite.math.losses import ipo
 
 
 def test_the_margin_is_to_reach_not_to_exceed():

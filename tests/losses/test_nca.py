@@ -1,10 +1,9 @@
 import math
 
 import pytest
+from fixtures import pair_with, slopes
 
-from pyrite.losses import nca
-
-from .fixtures import pair_with, slopes
+from pyrite.math.losses import nca
 
 
 @pytest.mark.parametrize("more, sign", [(-0.1, -1), (0.0, 0), (0.1, 1)])

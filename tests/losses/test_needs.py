@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from pyrite import losses, parts
-from pyrite.losses.needs import needs
+from pyrite.core import specs
+from pyrite.math import losses
+from pyrite.math.losses.needs import needs
 
 NOTHING, REF, STRONG = frozenset(), frozenset({"ref"}), frozenset({"ref", "strength"})
 LENGTHS, KEPT, OF_BATCH = frozenset({"ref", "aligned"}), frozenset({"ref", "running"}), frozenset({"ref", "batch"})
@@ -26,7 +27,7 @@ NEEDS: dict[str, frozenset[str]] = {
 
 @pytest.mark.parametrize("spec", NEEDS)
 def test_needs(spec: str) -> None:
-    assert needs(parts.part(spec, losses)) == NEEDS[spec]
+    assert needs(specs.part(spec, losses)) == NEEDS[spec]
 
 
 def test_every_loss_is_in_the_table() -> None:
@@ -40,4 +41,4 @@ def test_a_loss_of_the_user() -> None:
 
 def test_an_error_of_the_loss_itself_is_not_swallowed() -> None:
     with pytest.raises(ValueError, match=r"below 0\.5"):
-        needs(parts.part("robust(label_smoothing=0.7)", losses))
+        needs(specs.part("robust(label_smoothing=0.7)", losses))

@@ -3,8 +3,8 @@ import math
 import pytest
 import torch
 
-from pyrite.logps import Logps, PairLogps
-from pyrite.losses import orpo
+from pyrite.math.logps import Logps, PairLogps
+from pyrite.math.losses import orpo
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -1,4 +1,4 @@
-"""What every direct preference loss must satisfy, for all that pyrite.losses exports and the options that change it."""
+"""What every direct preference loss must satisfy, for all of pyrite.losses and the options that change it."""
 
 import math
 from collections.abc import Callable
@@ -7,16 +7,15 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from fixtures import F64, at_reference, pair_of, random_rows, tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pyrite import losses
-from pyrite.logps import PairLogps
-from pyrite.losses.needs import needs
-from pyrite.parts import members, part
-
-from .fixtures import F64, at_reference, pair_of, random_rows, tokens
+from pyrite.core.specs import members, part
+from pyrite.math import losses
+from pyrite.math.logps import PairLogps
+from pyrite.math.losses.needs import needs
 
 NAMES = [member.name for member in members(losses)]
 VARIANTS = [

@@ -1,8 +1,7 @@
 import pytest
+from fixtures import pair_with
 
-from pyrite.losses import rebel
-
-from .fixtures import pair_with
+from pyrite.math.losses import rebel
 
 
 def test_zero_where_margins_are_reward_differences():

@@ -4,11 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from fixtures import F64, pair_of, random_rows
 
-from pyrite.logps import Running
-from pyrite.losses.running import update
-
-from .fixtures import F64, pair_of, random_rows
+from pyrite.math.logps import Running
+from pyrite.math.losses.unpaired import update
 
 
 def test_statistics_over_batches():

@@ -1,8 +1,7 @@
 import torch
+from fixtures import pair_of, random_rows
 
-from pyrite.losses import simper
-
-from .fixtures import pair_of, random_rows
+from pyrite.math.losses import simper
 
 
 def test_inverse_perplexities():

@@ -1,10 +1,9 @@
 import pytest
 import torch
+from fixtures import pair_of, random_rows
 
-from pyrite.logps import Logps, PairLogps
-from pyrite.losses import alphapo, simpo
-
-from .fixtures import pair_of, random_rows
+from pyrite.math.logps import Logps, PairLogps
+from pyrite.math.losses import alphapo, simpo
 
 
 def test_the_margin_is_subtracted():

@@ -1,8 +1,7 @@
 import pytest
+from fixtures import pair_with, slopes
 
-from pyrite.losses import hinge, slic
-
-from .fixtures import pair_with, slopes
+from pyrite.math.losses import hinge, slic
 
 
 def test_hinge_rests_once_the_margin_is_reached():

@@ -2,10 +2,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from fixtures import F64, pair_with
 
-from pyrite.losses import dpo, tdpo
-
-from .fixtures import F64, pair_with
+from pyrite.math.losses import dpo, tdpo
 
 
 @pytest.mark.parametrize("version, through_chosen", [(1, True), (2, False)])

@@ -1,8 +1,7 @@
 import torch
+from fixtures import pair_of, random_rows
 
-from pyrite.losses import dpo, xpo
-
-from .fixtures import pair_of, random_rows
+from pyrite.math.losses import dpo, xpo
 
 
 def test_the_bonus_lowers_the_response_of_the_reference():

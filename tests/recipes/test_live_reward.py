@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from pyrite.ledger import Ledger
+from pyrite.feedback.ledger import Ledger
 from pyrite.recipes import live_reward as recipe
 from pyrite.recipes.live_reward import claims, offline
 from pyrite.recipes.live_reward.claims import Measured
 from pyrite.recipes.live_reward.settings import TOY, Settings, Task, methods
-from pyrite.train import Training
+from pyrite.training.loop import Training
 
 EVERY = tuple(methods(2, 1))
 SMALL = replace(

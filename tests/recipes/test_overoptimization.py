@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyrite import estimators
+from pyrite.core.runs import Run
 from pyrite.jobs import best_of_n, sft
+from pyrite.math import statistics
 from pyrite.recipes import overoptimization as recipe
 from pyrite.recipes.overoptimization import chain, claims, ppo, ppo_claims, results
 from pyrite.recipes.overoptimization.settings import TOY, Settings
-from pyrite.runs import Run
-from pyrite.train import Training
+from pyrite.training.loop import Training
 
 SMALL = replace(
     TOY,
@@ -132,7 +132,7 @@ def test_claims_on_a_world_that_is_not() -> None:
 def test_claims_over_several_chains_use_their_spread() -> None:
     found = by_id([simulated(seed, fooled=True, prompts=40) for seed in range(3)], TOY)
     row = found["gain-wco-25"]
-    want = estimators.t_interval(torch.tensor(row["by_seed"], dtype=torch.float64))
+    want = statistics.t_interval(torch.tensor(row["by_seed"], dtype=torch.float64))
     assert len(row["by_seed"]) == 3 and row["interval"] == pytest.approx([want.lo.item(), want.hi.item()])
 
 

@@ -12,7 +12,7 @@ import torch
 from pyrite.recipes import references as recipe
 from pyrite.recipes.references import claims
 from pyrite.recipes.references.settings import TOY, Settings
-from pyrite.train import Training
+from pyrite.training.loop import Training
 
 SMALL = replace(
     TOY,

@@ -15,7 +15,7 @@ import torch
 from pyrite.recipes import samplers as recipe
 from pyrite.recipes.samplers import claims, results
 from pyrite.recipes.samplers.settings import CAPPED, RACES, TOY, Settings
-from pyrite.train import Training
+from pyrite.training.loop import Training
 
 SMALL = replace(
     TOY,

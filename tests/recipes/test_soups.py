@@ -8,16 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from pyrite import data, toy
-from pyrite.dimensions import Dimensions
-from pyrite.evaluation import response_logps
-from pyrite.models import Policy
-from pyrite.packing import Row
+from pyrite.data import rows as data
+from pyrite.data.conditioning import Dimensions
+from pyrite.data.text import encode_all
+from pyrite.models.packing import Row
+from pyrite.models.policy import Policy
 from pyrite.recipes import soups as recipe
+from pyrite.recipes import toy
 from pyrite.recipes.soups import chain, claims, methods, results
 from pyrite.recipes.soups.settings import FOLLOWED, TOY, Settings
-from pyrite.text import encode_all
-from pyrite.train import Training
+from pyrite.training.evaluation import response_logps
+from pyrite.training.loop import Training
 
 FAST = Training(lr=1e-3, batch_size=16)
 SMALL = replace(

@@ -11,10 +11,11 @@ from conftest import WORDS, tiny_config
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from pyrite import data, text
-from pyrite.models import Policy
-from pyrite.references import Text
-from pyrite.text import Encoded
+from pyrite.data import rows as data
+from pyrite.data import text
+from pyrite.data.text import Encoded
+from pyrite.models.policy import Policy
+from pyrite.models.references import Text
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %} <user> {{ m['content'] }}{% endfor %}"

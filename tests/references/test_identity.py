@@ -7,15 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_config
+from conftest import TEMPLATE, bytes_tokenizer, tiny_config
 from transformers import LlamaForCausalLM
 
-from pyrite.loading import Lora
-from pyrite.models import Policy
-from pyrite.references import Text, identity, scoring, tables
-from pyrite.references.readings import read
-
-from .conftest import TEMPLATE, bytes_tokenizer
+from pyrite.models.loading import Lora
+from pyrite.models.policy import Policy
+from pyrite.models.references import Text, identity, scoring, tables
+from pyrite.models.references.identity import read
 
 Change = dict
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from conftest import TEMPLATE, encode
 
-from pyrite.models import Policy
-from pyrite.references import Text
-from pyrite.references.readings import cut_prompts, limits, read
-
-from .conftest import TEMPLATE, encode
+from pyrite.models.policy import Policy
+from pyrite.models.references import Text
+from pyrite.models.references.identity import cut_prompts, limits, read
 
 
 def test_limits_are_those_of_training() -> None:

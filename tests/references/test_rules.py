@@ -11,11 +11,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from conftest import TEMPLATE, encode
 
-from pyrite.models import Policy
-from pyrite.references import BadReference, Table, Text, compute, load, same_tokenizer, spot_check, tables, verify
-
-from .conftest import TEMPLATE, encode
+from pyrite.models.policy import Policy
+from pyrite.models.references import (
+    BadReference,
+    Table,
+    Text,
+    compute,
+    load,
+    same_tokenizer,
+    spot_check,
+    tables,
+    verify,
+)
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from pyrite.references import Source, parse
-from pyrite.references.tables import FIRST_PART, MANIFEST, PLAN
+from pyrite.models.references import Source, parse
+from pyrite.models.references.tables import FIRST_PART, MANIFEST, PLAN
 
 
 @pytest.mark.parametrize(

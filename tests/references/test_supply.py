@@ -8,16 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import TEMPLATE, Forwards, by_hand, encode
+from test_imports import write
 
-from pyrite.forwards import by_response
-from pyrite.loading import Lora
-from pyrite.logps import Logps
-from pyrite.models import Policy
-from pyrite.packing import Row
-from pyrite.references import BadReference, Text, compute, import_table, obtain, parse, tables
-
-from .conftest import TEMPLATE, Forwards, by_hand, encode
-from .test_imports import write
+from pyrite.math.logps import Logps
+from pyrite.models.forward import by_response
+from pyrite.models.loading import Lora
+from pyrite.models.packing import Row
+from pyrite.models.policy import Policy
+from pyrite.models.references import BadReference, Text, compute, import_table, obtain, parse, tables
 
 Supply = tuple[Logps, list[str | None], list[str]]
 

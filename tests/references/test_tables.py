@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pyrite.references import BadReference, Text, load, margins, row_id
-from pyrite.references import tables as t
+from pyrite.models.references import BadReference, Text, load, margins, row_id
+from pyrite.models.references import tables as t
 
 RECIPE = {"imported": {}, "data": {"rows": 3}, "tokens": True}
 

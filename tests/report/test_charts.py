@@ -4,17 +4,7 @@ import re
 import pytest
 import vl_convert
 
-from pyrite.report.charts import (
-    lines,
-    mechanism,
-    overoptimization,
-    peak,
-    reach,
-    save,
-    specification,
-    stages,
-    vega_lite,
-)
+from pyrite.report.charts import lines, mechanism, overoptimization, peak, reach, save, specification, stages, vega_lite
 
 
 def svg_of(chart, capfd) -> str:

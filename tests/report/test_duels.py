@@ -8,10 +8,9 @@ from typing import Any
 import pytest
 import vl_convert
 
+from pyrite.recipes.soups.duels import duel_sections, matrix_chart, pareto_chart
 from pyrite.report.charts import specification, vega_lite
-from pyrite.report.duels import duel_sections, matrix_chart, pareto_chart
-from pyrite.report.page import page
-from pyrite.report.sections import Figure, Table, Views
+from pyrite.report.page import Figure, Table, Views, page
 
 METHODS = ["vb", "pp", "pmorl", "psoups"]
 OPTIONS = {"technical+brief": ("technical", "brief"), "plain+brief": ("plain", "brief")}

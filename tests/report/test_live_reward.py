@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from pyrite.report.live_reward import live_reward_charts, live_reward_page, over
+from pyrite.recipes.live_reward.page import live_reward_charts, live_reward_page, over
 
 METHODS = ("offline", "gold", "gold_matched", "static", "live", "live_random")
 

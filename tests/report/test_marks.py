@@ -3,7 +3,7 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyrite.report.marks import span, split, spread
+from pyrite.report.charts import span, split, spread
 
 
 @given(st.lists(st.floats(-5, 5), min_size=1, max_size=10), st.floats(0.01, 0.9))

@@ -3,14 +3,14 @@ import json
 
 import pytest
 
-from pyrite.report import markup
-from pyrite.report.markup import Html, data, el, number, percent, prose, slug
+from pyrite.report import page
+from pyrite.report.page import Html, data, el, number, percent, prose, slug
 
 NASTY = """<script>alert("x & 'y'")</script>"""
 
 
 def test_examples_in_the_docstrings():
-    assert doctest.testmod(markup).failed == 0
+    assert doctest.testmod(page).failed == 0
 
 
 def test_text_is_escaped_and_markup_is_not():

@@ -3,7 +3,7 @@ import re
 import pytest
 
 from pyrite.report import Claims, Figure, Keys, Numbers, Samples, Table, Text, Views, lines, page
-from pyrite.report.render import chip, flatten, highlight, render
+from pyrite.report.page import chip, flatten, highlight, render
 
 NASTY = "<img src=x onerror=alert(1)> & \"q\" 'p' </script><script>alert(2)</script>"
 CHART = lines([{"step": 0, NASTY: 1.0}, {"step": 1, NASTY: 2.0}], "step", NASTY)

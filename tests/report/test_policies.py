@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 import vl_convert
 
+from pyrite.recipes.overoptimization.policies import STEP, bars, policies, policy_sections
 from pyrite.report.charts import specification, vega_lite
-from pyrite.report.policies import STEP, bars, policies, policy_sections
-from pyrite.report.sections import Table
+from pyrite.report.page import Table
 
 GOLD = {"single": [0.0, 1.0, 0.5, -1.0], "uwo": [0.0, 1.0, 1.2, 1.1]}
 KL = [-0.01, 2.0, 9.0, 4.0]  # an estimate below 0 at the start, and a path that turns back

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pyrite.report.references import against_beta, references_page
+from pyrite.recipes.references.page import against_beta, references_page
 
 REFS = ("self", "none", "prior", "family", "stranger", "tokenizer")
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from pyrite.report.samplers import over, samplers_charts, samplers_page
+from pyrite.recipes.samplers.page import over, samplers_charts, samplers_page
 
 METHODS = ("offline", "on_policy", "hybrid", "mixed")
 

@@ -4,7 +4,7 @@ import itertools
 from typing import Any
 
 from pyrite.recipes.soups import claims
-from pyrite.report.soups import soups_charts, soups_page
+from pyrite.recipes.soups.page import soups_charts, soups_page
 
 METHODS = ["vb", "pp", "psoups"]
 STRENGTH = {"vb": 0.0, "pp": 1.0, "psoups": 2.0}

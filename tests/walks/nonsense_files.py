@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import torch
 from safetensors.torch import load_file, save_file
 
-from pyrite.models import Lora, Policy, RewardModel
+from pyrite.models.policy import Lora, Policy, RewardModel
 from walks.command import pyrite
 
 MINE = """

@@ -26,10 +26,11 @@ from transformers import (
     MambaForCausalLM,
 )
 
-from pyrite import cli, data
-from pyrite.golds.neural import mean_logps
-from pyrite.loading import Lora, load_model
-from pyrite.models import Policy, RewardModel
+from pyrite import cli
+from pyrite.data import rows as data
+from pyrite.feedback.scorers.neural import mean_logps
+from pyrite.models.loading import Lora, load_model
+from pyrite.models.policy import Policy, RewardModel
 
 Command = Callable[..., tuple[int, str]]
 IDS = {"vocab_size": 27, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}

@@ -18,8 +18,10 @@ from typing import get_args
 import pytest
 from safetensors.torch import load_file
 
-from pyrite import cli, jobs, recipes, runs, usage
-from pyrite.train import Learner
+from pyrite import cli, jobs, recipes
+from pyrite.cli import help as usage
+from pyrite.core import runs
+from pyrite.training.loop import Learner
 from tests import launch
 from tests.walks.command import pyrite
 

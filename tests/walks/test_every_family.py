@@ -11,9 +11,9 @@ from families import by_loop, random_rows
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from pyrite import ways
-from pyrite.models import Policy
-from pyrite.packing import Row
+from pyrite.models import forward
+from pyrite.models.packing import Row
+from pyrite.models.policy import Policy
 
 SHAPES = [(3, [7, 3]), (1, [5]), (8, [2, 4])]
 
@@ -37,14 +37,14 @@ def test_every_family_of_transformers_is_right_or_refused(name: str, sizeable: b
     """Of its default config with small sizes; what needs more than a text, or cannot be made small, is skipped."""
     try:
         config = AutoConfig.for_model(name)
-        ways._shrink(config.get_text_config())
+        forward._shrink(config.get_text_config())
         kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
         kind = kind[0] if isinstance(kind, tuple) else kind
         with torch.device("meta"):
             shape = kind(copy.deepcopy(config))  # type: ignore[misc]
         if not sizeable:
-            monkeypatch.setattr(ways, "_enlarge", lambda model: None)
-        model = ways._built(shape, config)
+            monkeypatch.setattr(forward, "_enlarge", lambda model: None)
+        model = forward._built(shape, config)
         monkeypatch.undo()
         assert model is not None
         rows = tokens_of(model, SHAPES)

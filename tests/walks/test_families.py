@@ -21,11 +21,12 @@ from transformers import (
     Qwen2Config,
 )
 
-from pyrite import progress, ways
-from pyrite.generate import sample, sample_mixed
-from pyrite.models import Policy, RewardModel
-from pyrite.packing import Row
-from pyrite.text import Encoded
+from pyrite.core import processes
+from pyrite.data.text import Encoded
+from pyrite.models import forward
+from pyrite.models.generation import sample, sample_mixed
+from pyrite.models.packing import Row
+from pyrite.models.policy import Policy, RewardModel
 from walks.command import pyrite
 
 SHAPES = [(3, [7, 3]), (1, [5]), (8, [2, 4])]
@@ -165,7 +166,7 @@ def test_the_ways_of_a_family_leave_the_random_stream_alone(tokenizer) -> None:
     torch.manual_seed(3)
     want = torch.rand(4)
     torch.manual_seed(3)
-    ways.ways(model)
+    forward.ways(model)
     assert torch.equal(torch.rand(4), want)
 
 
@@ -180,7 +181,7 @@ def test_a_padded_model_computes_logits_of_responses_only(tokenizer, monkeypatch
 def test_a_run_says_once_that_a_model_runs_padded(tiny: Path, tmp_path, capsys) -> None:
     build("bloom").save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(tiny).save_pretrained(tmp_path)
-    progress.anew()
+    processes.anew()
     for _ in range(2):
         Policy.load(tmp_path)
     said = capsys.readouterr()
@@ -193,7 +194,7 @@ def test_a_large_shape_is_told_by_a_small_one() -> None:
         (Cohere2Config(), True, False),
     ):
         with torch.device("meta"):
-            found = ways.ways(AutoModelForCausalLM.from_config(config))
+            found = forward.ways(AutoModelForCausalLM.from_config(config))
         assert (found.packed, found.bare, found.causal, found.padded, found.head) == (packed, bare, True, True, True)
 
 
@@ -227,5 +228,5 @@ LARGE = {  # as published: a deep model with norms behind its layers, and a text
 def test_published_shapes_are_packed(name: str) -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(LARGE[name])
-    found = ways.ways(model)
+    found = forward.ways(model)
     assert (found.causal, found.packed, found.padded, found.bare) == (True, True, True, True)

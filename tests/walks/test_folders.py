@@ -15,8 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from pyrite import cli, data, locks, runs
-from pyrite.models import RewardModel
+from pyrite import cli
+from pyrite.core import runs
+from pyrite.data import rows as data
+from pyrite.models.policy import RewardModel
 from tests import launch
 from tests.walks.command import pyrite
 
@@ -89,26 +91,26 @@ def other_process(folder: Path, *, host: str | None = None) -> Iterator[int]:
 def test_a_second_process_is_refused_with_the_name_of_the_first(candidates: Path, tmp_path: Path) -> None:
     with other_process(tmp_path / "run") as pid:
         refused(label(candidates, tmp_path / "run"), f"process {pid} on host", "is working there", "--out")
-        assert [p.name for p in (tmp_path / "run").iterdir()] == [locks.NAME]
+        assert [p.name for p in (tmp_path / "run").iterdir()] == [runs.NAME]
     assert label(candidates, tmp_path / "run")[0] == 0  # a killed process leaves a lock that nobody has to remove
-    assert not (tmp_path / "run" / locks.NAME).exists()
+    assert not (tmp_path / "run" / runs.NAME).exists()
 
 
 def test_a_lock_of_another_host_is_taken_over_once_its_heart_stands_still(candidates: Path, tmp_path: Path) -> None:
     with other_process(tmp_path / "run", host="elsewhere") as pid:
         pass
     refused(label(candidates, tmp_path / "run"), f"process {pid} on host elsewhere")
-    lock, now = tmp_path / "run" / locks.NAME, time.time()
-    os.utime(lock, (now, now - locks.GONE + 60))
+    lock, now = tmp_path / "run" / runs.NAME, time.time()
+    os.utime(lock, (now, now - runs.GONE + 60))
     refused(label(candidates, tmp_path / "run"), "elsewhere")
-    os.utime(lock, (now, now - locks.GONE - 60))
+    os.utime(lock, (now, now - runs.GONE - 60))
     assert label(candidates, tmp_path / "run")[0] == 0
 
 
 def test_a_process_id_that_was_given_again_is_no_owner(candidates: Path, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / locks.NAME).write_text(
-        json.dumps({"host": locks._host(), "pid": os.getppid(), "born": 1.0, "token": "x", "since": "then"})
+    (tmp_path / "run" / runs.NAME).write_text(
+        json.dumps({"host": runs._host(), "pid": os.getppid(), "born": 1.0, "token": "x", "since": "then"})
     )
     assert label(candidates, tmp_path / "run")[0] == 0
 
@@ -116,7 +118,7 @@ def test_a_process_id_that_was_given_again_is_no_owner(candidates: Path, tmp_pat
 def test_a_run_that_another_host_has_taken_over_stops_and_names_it(tmp_path: Path) -> None:
     run = runs.Run(tmp_path / "run", {}, {})
     run.own()
-    lock = tmp_path / "run" / locks.NAME
+    lock = tmp_path / "run" / runs.NAME
     mine = lock.read_text()
     lock.write_text("")  # as when a network file system does not answer for a moment
     run.log(step=1)
@@ -170,8 +172,8 @@ def test_of_several_processes_that_want_one_folder_exactly_one_gets_it(tmp_path:
         folder = tmp_path / str(attempt)
         folder.mkdir()
         if left != "nothing":
-            gone = {"host": locks._host(), "pid": 2**22 + 1, "born": 1.0, "token": "x", "since": "then"}
-            (folder / locks.NAME).write_text(json.dumps(gone))
+            gone = {"host": runs._host(), "pid": 2**22 + 1, "born": 1.0, "token": "x", "since": "then"}
+            (folder / runs.NAME).write_text(json.dumps(gone))
         said = race(folder, 4)
         assert sum(line == "owner" for line in said) == 1, said
         assert sum("is working there" in line for line in said) == 3, said
@@ -183,7 +185,7 @@ def test_the_processes_of_one_launcher_are_one_owner(tiny: Path, demos: Path, tm
     options = list(map(str, ("sft", "--model", tiny, "--data", demos, "--out", tmp_path / "run", *SFT)))
     launch.launch([options, options], processes=2)
     assert (tmp_path / "run" / "done.json").exists()
-    assert not (tmp_path / "run" / locks.NAME).exists()
+    assert not (tmp_path / "run" / runs.NAME).exists()
 
 
 # Folders that are no run's ----------------------------------------------------------------------------------------
@@ -267,7 +269,9 @@ def test_a_run_that_failed_before_it_learned_anything_may_be_asked_otherwise(
 ) -> None:
     command = ("sft", "--model", tiny, "--data", demos, "--out", tmp_path / "run", "--batch-size", 30)
     with monkeypatch.context() as patch:
-        patch.setattr("pyrite.train.Learner.update", lambda *a, **k: (_ for _ in ()).throw(ValueError("out of memory")))
+        patch.setattr(
+            "pyrite.training.loop.Learner.update", lambda *a, **k: (_ for _ in ()).throw(ValueError("out of memory"))
+        )
         assert pyrite(*command, "--lr", 1)[0] == 2
     assert (tmp_path / "run" / "config.json").exists()
     assert pyrite(*command, "--lr", 0.01)[0] == 0

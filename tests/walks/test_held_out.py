@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from pyrite import data
-from pyrite.runs import read_json, read_metrics
+from pyrite.core.runs import read_json, read_metrics
+from pyrite.data import rows as data
 from walks.command import pyrite
 
 FAST = "--batch-size 8 --warmup 0 --log-every 1".split()

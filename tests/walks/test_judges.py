@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from judges.server import Server
 
-from pyrite import data
-from pyrite.judges.answers import Answers
-from pyrite.sources import read
+from pyrite.data import rows as data
+from pyrite.data.files import read
+from pyrite.feedback.judges.llm import Answers
 
 GOLDEN = Path(__file__).parent / "golden"
 CRITERION = "Which answer is more correct?"

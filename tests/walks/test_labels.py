@@ -12,11 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyrite import data, labels
-from pyrite.estimators import bootstrap
+from pyrite.core.runs import read_json, read_metrics
+from pyrite.data import rows as data
+from pyrite.data.files import read
+from pyrite.feedback import pairing
 from pyrite.jobs.best_of_n import answer_grid
-from pyrite.runs import read_json, read_metrics
-from pyrite.sources import read
+from pyrite.math.statistics import bootstrap
 from walks.command import pyrite as command_line
 
 FAST = "--batch-size 8 --warmup 0 --log-every 1".split()
@@ -113,7 +114,7 @@ def correlation(draws: Tensor) -> float:
     return found[~torch.eye(len(found), dtype=torch.bool)].abs().max().item()
 
 
-def first_wins(pairs: list[labels.Pair], groups: int) -> Tensor:
+def first_wins(pairs: list[pairing.Pair], groups: int) -> Tensor:
     """Whether answer 0 of each group beat answers 1, 2 and 3, (G, 3)."""
     won = {(p.chosen, p.rejected) for p in pairs}
     return torch.tensor([[(4 * g, 4 * g + k) in won for k in (1, 2, 3)] for g in range(groups)]).double()
@@ -128,7 +129,7 @@ def test_every_pair_has_its_own_draw() -> None:
     groups = 2000
     answers = [f"{g} {k}" for g in range(groups) for k in range(4)]
     places = [list(range(4 * g, 4 * g + 4)) for g in range(groups)]
-    made = labels.label(even_judge, ["p"] * len(answers), answers, places, pairing="all", labels="sampled", seed=5)
+    made = pairing.label(even_judge, ["p"] * len(answers), answers, places, pairing="all", labels="sampled", seed=5)
     draws = first_wins(made.pairs, groups)
     far = 4 / math.sqrt(groups)  # four standard saidors of a correlation of 0
     assert correlation(draws) < far
@@ -142,13 +143,13 @@ def test_a_draw_does_not_depend_on_the_batch() -> None:
     names = [f"q{g} {k}" for g in range(40) for k in range(4)]
     places = [list(range(4 * g, 4 * g + 4)) for g in range(40)]
     options: dict[str, Any] = {"pairing": "all", "labels": "sampled", "seed": 1}
-    whole = labels.label(even_judge, ["p"] * 160, names, places, names=names, **options)
+    whole = pairing.label(even_judge, ["p"] * 160, names, places, names=names, **options)
     told = {frozenset((names[p.chosen], names[p.rejected])): names[p.chosen] for p in whole.pairs}
     for g in reversed(range(40)):
         some = names[4 * g : 4 * g + 4]
-        alone = labels.label(even_judge, ["p"] * 4, some, [[0, 1, 2, 3]], names=some, **options)
+        alone = pairing.label(even_judge, ["p"] * 4, some, [[0, 1, 2, 3]], names=some, **options)
         assert all(told[frozenset((some[p.chosen], some[p.rejected]))] == some[p.chosen] for p in alone.pairs)
-    other = labels.label(even_judge, ["p"] * 160, names, places, names=names, **{**options, "seed": 2})
+    other = pairing.label(even_judge, ["p"] * 160, names, places, names=names, **{**options, "seed": 2})
     assert other.pairs != whole.pairs
 
 

@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 from judges.server import Server
 
-from pyrite import data
-from pyrite.data import load
-from pyrite.runs import read_json
-from pyrite.sources import DataError, read
-from pyrite.text import encode_all, load_tokenizer
+from pyrite.core.runs import read_json
+from pyrite.data import rows as data
+from pyrite.data.files import DataError, read
+from pyrite.data.rows import load
+from pyrite.data.text import encode_all, load_tokenizer
 
 Command = Callable[..., None]
 Rows = list[dict[str, Any]]

@@ -9,10 +9,11 @@ import pytest
 from conftest import tiny_config, tiny_tokenizer
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from pyrite import data, text
-from pyrite.models import RewardModel
-from pyrite.runs import read_json
-from pyrite.sources import read
+from pyrite.core.runs import read_json
+from pyrite.data import rows as data
+from pyrite.data import text
+from pyrite.data.files import read
+from pyrite.models.policy import RewardModel
 from walks.command import pyrite
 
 FAST = "--batch-size 8 --warmup 0 --log-every 1".split()

@@ -9,21 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from pyrite import (
-    cli,
-    data,
-    discriminators,
-    ensembles,
-    golds,
-    judges,
-    losses,
-    parts,
-    reward_losses,
-    samplers,
-    schedules,
-    selectors,
-)
-from pyrite.losses.needs import needs
+from pyrite import cli
+from pyrite.core import specs
+from pyrite.data import rows as data
+from pyrite.feedback import judges, schedules, scorers, selectors
+from pyrite.math import ensembles, losses, reward_losses, samplers
+from pyrite.math.losses.needs import needs
+from pyrite.training import annotators
 
 Command = Callable[..., tuple[int, str, str]]
 HEAD = "import torch\nimport torch.nn.functional as F\n\n\n"  # a part begins in line 5
@@ -91,7 +83,7 @@ def test_three_lines_of_dpo_train_as_dpo_does(
 )
 def test_what_a_natural_loss_needs_is_found(mine: Callable, code: str, needed: set[str]) -> None:
     mine(code + "\n")
-    found = needs(parts.part("mine.py:f", losses))
+    found = needs(specs.part("mine.py:f", losses))
     assert needed <= found
     assert ("ref" in found) == ("ref" in needed)
 
@@ -166,18 +158,19 @@ def test_a_loss_that_misbehaves_is_one_line_before_a_model_is_loaded(
 def test_options_by_position_are_told_how_to_be_options(mine: Callable) -> None:
     mine("def f(pair, beta=0.1): return beta * pair.chosen.sum\n\n\ndef g(pair, **more): return pair.chosen.sum\n")
     with pytest.raises(ValueError, match=r"put a star before its options: def f\(\.\.\., \*, beta=\.\.\.\)"):
-        parts.part("mine.py:f(beta=0.2)", losses)
-    assert parts.part("mine.py:f", losses)
+        specs.part("mine.py:f(beta=0.2)", losses)
+    assert specs.part("mine.py:f", losses)
     with pytest.raises(ValueError, match="g has no option 'beta'"):
-        parts.part("mine.py:g(beta=0.2)", losses)
+        specs.part("mine.py:g(beta=0.2)", losses)
 
 
 def test_a_range_of_ones_own_is_checked(mine: Callable) -> None:
     mine(
-        "from pyrite.options import Positive\n\n\ndef f(pair, *, beta: Positive = 0.1): return beta * pair.chosen.sum\n"
+        "from pyrite.math.ranges import Positive\n\n\n"
+        "def f(pair, *, beta: Positive = 0.1): return beta * pair.chosen.sum\n"
     )
     with pytest.raises(ValueError, match="f: option beta=-1: give a number above 0"):
-        parts.part("mine.py:f(beta=-1)", losses)
+        specs.part("mine.py:f(beta=-1)", losses)
 
 
 def test_honest_losses_of_every_form(mine: Callable) -> None:
@@ -189,7 +182,7 @@ def test_honest_losses_of_every_form(mine: Callable) -> None:
         + "\n\ndef double(pair):\n    return my_dpo(pair).double()\n"
     )
     for spec in ("my_dpo", "short", "made(beta=0.2)", "listed", "double"):
-        assert parts.part(f"mine.py:{spec}", losses)
+        assert specs.part(f"mine.py:{spec}", losses)
 
 
 # Surroundings -------------------------------------------------------------------------------------------------------
@@ -209,7 +202,7 @@ def test_nothing_a_part_does_to_its_surroundings_lasts(
     )
     import random
 
-    scorer = parts.part("mine.py:score", golds)
+    scorer = specs.part("mine.py:score", scorers)
     torch.manual_seed(5)
     random.seed(5)
     want = torch.rand(3), random.random()
@@ -229,10 +222,10 @@ def test_nothing_a_part_does_to_its_surroundings_lasts(
 
 def test_a_part_draws_on_from_call_to_call(mine: Callable) -> None:
     mine("def score(prompts, responses): return torch.rand(len(prompts))\n")
-    scorer = parts.part("mine.py:score", golds)
+    scorer = specs.part("mine.py:score", scorers)
     first, second = scorer(["p"], ["a"]), scorer(["p"], ["a"])
     assert first.item() != second.item()
-    assert parts.part("mine.py:score", golds)(["p"], ["a"]).item() == first.item()
+    assert specs.part("mine.py:score", scorers)(["p"], ["a"]).item() == first.item()
 
 
 # Golds and judges ---------------------------------------------------------------------------------------------------
@@ -255,7 +248,7 @@ SCORES = [
 @pytest.mark.parametrize(("body", "want"), SCORES)
 def test_what_converts_without_loss_is_taken(mine: Callable, body: str, want: list[float] | None) -> None:
     mine(f"def score(prompts, responses):\n    {body}\n")
-    scorer = parts.part("mine.py:score", golds)
+    scorer = specs.part("mine.py:score", scorers)
     if want is None:
         with pytest.raises(ValueError, match="returns a generator"):
             scorer(["p", "q"], ["a", "bb"])
@@ -347,8 +340,8 @@ def test_a_gold_is_called_for_no_trial_of_its_own(mine: Callable, tmp_path: Path
         "def score(prompts, responses):\n    open('called', 'a').write('x')\n    return [1.0] * len(prompts)\n\n\n"
         "def better(prompts, a, b):\n    return score(prompts, a)\n"
     )
-    parts.part("mine.py:score", golds)
-    parts.part("mine.py:better", judges)
+    specs.part("mine.py:score", scorers)
+    specs.part("mine.py:better", judges)
     assert not (tmp_path / "called").exists()
 
 
@@ -360,9 +353,9 @@ HONEST = [
     (ensembles, "def f(scores): return scores.mean(0).tolist()"),
     (selectors, "def f(margins, generator=None): return -margins.mean(0).abs()"),
     (selectors, "def f(margins, generator): return torch.rand(margins.shape[1], generator=generator)"),
-    (samplers, "from pyrite.samplers import on_policy\n\n\ndef f(): return on_policy()"),
-    (schedules, "from pyrite.schedules import even\n\n\ndef f(*, window=2): return even(window=window)"),
-    (discriminators, "def f(*, scale=1.0):\n    return lambda players, seed: None"),
+    (samplers, "from pyrite.math.samplers import on_policy\n\n\ndef f(): return on_policy()"),
+    (schedules, "from pyrite.feedback.schedules import even\n\n\ndef f(*, window=2): return even(window=window)"),
+    (annotators, "def f(*, scale=1.0):\n    return lambda players, seed: None"),
 ]
 BAD = [
     (reward_losses, "def f(chosen, rejected): return (chosen - rejected).mean()", "one number for the whole batch"),
@@ -374,26 +367,26 @@ BAD = [
     (ensembles, "def f(scores): return 'best'", "returns text"),
     (selectors, "def f(margins, generator=None): return margins", "returns shape (3, 6) for 6"),
     (selectors, "def f(margins): return -margins.mean(0)", "unexpected keyword argument 'generator'"),
-    (samplers, "def f(): return None", "returns None; return a pyrite.samplers.Sampler"),
+    (samplers, "def f(): return None", "returns None; return a pyrite.math.samplers.Sampler"),
     (samplers, "def f(policy, ref): return policy", "it must take options only, after a star"),
     (samplers, "def f(): return 1 / 0", "mine.py:5, f(): ZeroDivisionError"),
-    (schedules, "def f(): return 3", "return a pyrite.schedules.Schedule"),
-    (discriminators, "def f(): return 3", "it returns one number (3)"),
-    (discriminators, "def f(): return lambda players: 3", "called with (players, seed)"),
+    (schedules, "def f(): return 3", "return a pyrite.feedback.schedules.Schedule"),
+    (annotators, "def f(): return 3", "it returns one number (3)"),
+    (annotators, "def f(): return lambda players: 3", "called with (players, seed)"),
 ]
 
 
 @pytest.mark.parametrize(("registry", "code"), HONEST)
 def test_honest_parts_of_every_kind(mine: Callable, registry, code: str) -> None:
     mine(code + "\n")
-    assert parts.part("mine.py:f", registry)
+    assert specs.part("mine.py:f", registry)
 
 
 @pytest.mark.parametrize(("registry", "code", "words"), BAD)
 def test_parts_that_misbehave_are_refused_when_named(mine: Callable, registry, code: str, words: str) -> None:
     mine(code + "\n")
     with pytest.raises(ValueError) as error:
-        parts.part("mine.py:f", registry)
+        specs.part("mine.py:f", registry)
     assert words in str(error.value)
     assert str(error.value).startswith("mine.py:")
 
@@ -404,17 +397,17 @@ def test_a_discriminator_is_checked_as_it_works(mine: Callable) -> None:
         "    def learn(self, labels, *, seed): return None\n\n\n"
         "def f(): return lambda players, seed: Mine()\n\n\ndef g(): return lambda players, seed: object()\n"
     )
-    made = parts.part("mine.py:f", discriminators)(None, 0)
+    made = specs.part("mine.py:f", annotators)(None, 0)
     with pytest.raises(ValueError, match=r"scores\(\) returns shape \(2,\); return a tensor \(E, N\), N = 2 answers"):
         made.scores(["a", "b"])
     with pytest.raises(ValueError, match=r"learn\(\) returns None"):
         made.learn([], seed=0)
     with pytest.raises(ValueError, match="without scores and learn and learners"):
-        parts.part("mine.py:g", discriminators)(None, 0)
+        specs.part("mine.py:g", annotators)(None, 0)
 
 
 def test_a_bandit_races_an_own_loss_and_an_own_sampler(pyrite: Command, mine: Callable) -> None:
-    mine(MY_DPO + "\n\nfrom pyrite.samplers import uniform\n\n\ndef even(): return uniform()\n")
+    mine(MY_DPO + "\n\nfrom pyrite.math.samplers import uniform\n\n\ndef even(): return uniform()\n")
     options = ("--actions", 4, "--instances", 3, "--seeds", 2, "--steps", 5, "--loss", "mine.py:my_dpo")
     status, _, err = pyrite(
         "bandit", "--out", "own", "--samplers", "mine.py:even", "--loss", "mine.py:my_dpo", *options
@@ -423,7 +416,7 @@ def test_a_bandit_races_an_own_loss_and_an_own_sampler(pyrite: Command, mine: Ca
 
 
 def test_the_contract_of_every_kind_is_written_down() -> None:
-    from pyrite import contracts
+    from pyrite.core import specs as contracts
 
     assert contracts.__doc__
     assert all(f"\n    {kind} " in contracts.__doc__ for kind in contracts.CONTRACTS)

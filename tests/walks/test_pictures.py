@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
-from pyrite import cli, data
-from pyrite.runs import read_json
+from pyrite import cli
+from pyrite.core.runs import read_json
+from pyrite.data import rows as data
 
 Command = Callable[..., None]
 FOLDERS = ("reward", "pool", "gold", "best_of_n")

@@ -18,9 +18,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from pyrite import train
-from pyrite.models import Policy, RewardModel
-from pyrite.runs import read_json, read_metrics
+from pyrite.core.runs import read_json, read_metrics
+from pyrite.models.policy import Policy, RewardModel
+from pyrite.training import loop
 from walks.command import pyrite
 
 EXACT = 1e-6
@@ -186,7 +186,7 @@ def test_a_stopped_run_goes_on_exactly(
     places: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, job: str, options: tuple[str, ...]
 ) -> None:
     whole = run(job, places, tmp_path / "whole" / "run", *options)
-    real = train.save
+    real = loop.save
 
     def stopped(checkpoints: Path, *given: Any) -> None:
         real(checkpoints, *given)
@@ -194,7 +194,7 @@ def test_a_stopped_run_goes_on_exactly(
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(train, "save", stopped)
+        patched.setattr(loop, "save", stopped)
         status, _, _ = pyrite(*command(job, places, *options), "--out", tmp_path / "cut" / "run")
         assert status == 130
     assert run(job, places, tmp_path / "cut" / "run", *options) == whole

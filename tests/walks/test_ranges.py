@@ -15,7 +15,9 @@ import pytest
 import tyro
 from annotated_types import Ge, Gt, Interval, Len, Predicate
 
-from pyrite import cli, jobs, options, parts, recipes
+from pyrite import cli, jobs, recipes
+from pyrite.core import specs
+from pyrite.math import ranges
 
 KINDS = [kind for kind in cli.KINDS if kind not in ("jobs", "recipes")]
 RULES = (Gt, Ge, Interval, Predicate)
@@ -35,7 +37,7 @@ def schemas() -> dict[str, Any]:
 
 def leaves(schema: Any) -> Iterator[tuple[str, Any, Any]]:
     """Name, annotation and default of every option, those of groups too."""
-    annotated = options.hints(schema)
+    annotated = ranges.hints(schema)
     assert annotated, f"the annotations of {schema} cannot be read"
     for field in fields(schema):
         if is_dataclass(field.default):
@@ -49,12 +51,12 @@ OPTIONS = [(command, *leaf) for command, schema in SCHEMAS.items() for leaf in l
 MEMBERS = [
     (kind, name, function)
     for kind in KINDS
-    for name, function in parts._functions(importlib.import_module(f"pyrite.{kind}")).items()
+    for name, function in specs._functions(importlib.import_module(f"pyrite.{kind}")).items()
 ]
 PART_OPTIONS = [
-    (kind, name, option, options.hints(function).get(option, Any), default)
+    (kind, name, option, ranges.hints(function).get(option, Any), default)
     for kind, name, function in MEMBERS
-    for option, default in parts._defaults(function).items()
+    for option, default in specs._defaults(function).items()
 ]
 
 
@@ -83,7 +85,7 @@ def may_be_empty(hint: Any) -> bool:
 
 def nonsense(hint: Any) -> list[Any]:
     """Values that no option of this annotation may take: drawn by its types, then by the bounds it declares."""
-    admits, rules = kinds(hint), json.loads(json.dumps(options.words(hint)))
+    admits, rules = kinds(hint), json.loads(json.dumps(ranges.words(hint)))
     found: list[Any] = []
     if float in admits:
         found += [math.nan, math.inf, -math.inf]
@@ -159,7 +161,7 @@ def test_every_number_of_a_part_declares_its_range(kind: str, name: str, option:
 @pytest.mark.parametrize(("command", "name", "hint", "default"), OPTIONS)
 def test_defaults_are_in_range(command: str, name: str, hint: Any, default: Any) -> None:
     if default not in (MISSING, ""):
-        assert options.fault(default, hint) is None
+        assert ranges.fault(default, hint) is None
 
 
 @pytest.mark.parametrize("command", SCHEMAS)
@@ -182,7 +184,7 @@ def test_nonsense_in_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, com
     monkeypatch.chdir(tmp_path)
     schema = SCHEMAS[command]
     run = importlib.import_module(f"pyrite.jobs.{command.split()[0]}").run
-    annotated = options.hints(schema)
+    annotated = ranges.hints(schema)
     needed = {name: "nothing" for name, _, default in leaves(schema) if default is MISSING}
     needed |= {name: ("nothing", "other") for name in needed if several(annotated[name])}
     good = schema(**needed)
@@ -214,7 +216,7 @@ def test_nonsense_in_a_part(kind: str, name: str, option: str, hint: Any, defaul
             continue
         text = {math.inf: "1e999", -math.inf: "-1e999"}.get(value, repr(value)) if value == value else "1e999"
         with pytest.raises(ValueError, match=rf"\b{option}=") as error:
-            parts.part(f"{name}({option}={text})", registry)
+            specs.part(f"{name}({option}={text})", registry)
         assert "\n" not in str(error.value)
 
 

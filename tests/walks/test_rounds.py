@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pyrite import data
-from pyrite.runs import read_metrics
-from pyrite.sources import read
+from pyrite.core.runs import read_metrics
+from pyrite.data import rows
+from pyrite.data.files import read
 from walks.command import pyrite
 
 ROUNDS = "--rounds 4 --prompts-per-round 16 --held-out .2 --k 2 --max-new-tokens 6 --pairing all".split()
@@ -24,7 +24,7 @@ def test_rounds_go_through_the_prompts(tiny: Path, tmp_path: Path) -> None:
     judge = tmp_path / "mine.py"
     judge.write_text("import torch\n\n\ndef judge(prompts, a, b):\n    return torch.full((len(a),), 0.75)\n")
     prompts = tmp_path / "prompts.jsonl"
-    data.write(
+    rows.write(
         [
             {
                 "prompt_id": str(i),

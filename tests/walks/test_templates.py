@@ -12,8 +12,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from pyrite import cli, text
-from pyrite.models import Policy, RewardEnsemble
+from pyrite import cli
+from pyrite.data import text
+from pyrite.models.policy import Policy, RewardEnsemble
 from tests.conftest import tiny_config
 
 LETTERS = sorted(pre_tokenizers.ByteLevel.alphabet())

@@ -13,11 +13,12 @@ import torch
 from conftest import tiny_tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
 
-from pyrite import losses, models, moved, policy_gradient
+from pyrite.core.runs import read_json, read_metrics
 from pyrite.jobs import ppo
-from pyrite.losses import clamps
-from pyrite.models import Lora, Policy, RewardModel
-from pyrite.runs import read_json, read_metrics
+from pyrite.math import logps, losses, policy_gradient
+from pyrite.models import policy
+from pyrite.models.policy import Lora, Policy, RewardModel
+from pyrite.training import loop
 from walks.command import pyrite
 
 QUICK = "--warmup 0 --log-every 1 --batch-size 40".split()
@@ -66,17 +67,17 @@ def test_dpo_counts_pairs_held_at_a_bound(tiny: Path, pairs: Path, tmp_path: Pat
 
 
 def test_a_pair_beyond_the_bound_has_no_gradient_and_is_counted() -> None:
-    from pyrite.logps import Logps, PairLogps
+    from pyrite.math.logps import Logps, PairLogps
 
     near, far = torch.tensor([-5.0, -5.0]), torch.tensor([-5.0, -205.0], requires_grad=True)
     ref, length = Logps.from_sums(near, torch.ones(2)), torch.ones(2)
     pair = PairLogps(Logps.from_sums(near, length), Logps.from_sums(far, length), ref, ref)
-    with clamps.counting() as found:
+    with logps.counting() as found:
         value = losses.f_dpo(pair, divergence="forward_kl")
     (gradient,) = torch.autograd.grad(value.sum(), far)
     assert gradient[0] != 0
     assert gradient[1] == 0
-    assert clamps.pairs(found, 2) == 1
+    assert logps.pairs(found, 2) == 1
 
 
 def test_ppo_and_online_count_theirs(tiny: Path, demos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,7 +90,7 @@ def test_ppo_and_online_count_theirs(tiny: Path, demos: Path, tmp_path: Path, mo
     monkeypatch.setattr(policy_gradient, "FAR", 0.1)
     done(*some, "--out", tmp_path / "near")
     assert 0 < read_metrics(tmp_path / "near")[1]["clamped"] < 1
-    monkeypatch.setattr(sys.modules["pyrite.losses.simpo"], "LARGEST", 4.0)  # nats a token
+    monkeypatch.setattr(sys.modules["pyrite.math.losses.reference_free"], "LARGEST", 4.0)  # nats a token
     judge = ("--judge", "bradley_terry(gold='length()')", "--rounds", 1, "--prompts-per-round", 16)
     done("online", *given, *judge, "--out", tmp_path / "online", "--loss", "alphapo(alpha=1.0)")
     assert 0 < read_metrics(tmp_path / "online")[1]["clamped"] < 1
@@ -104,7 +105,7 @@ def test_dpo_at_its_default_rate_says_that_nothing_moved(tiny: Path, pairs: Path
     assert "hardly moved" in said
     assert "--lr was 1e-06" in said
     found = read_json(tmp_path / "still" / "done.json")["moved"]
-    assert 0 < found["weights"] < moved.STILL
+    assert 0 < found["weights"] < loop.STILL
     assert abs(found["margin"]) < 0.1
     rate = re.search(r"such as --lr (\S+),", said)
     assert rate is not None
@@ -132,7 +133,7 @@ def test_every_job_says_so(tiny: Path, pairs: Path, demos: Path, tmp_path: Path,
 
 def test_the_change_of_weights_is_exact_for_small_models_and_for_adapters(tiny: Path) -> None:
     whole = Policy.load(tiny)
-    then, start = moved.Weights.of(whole), copy.deepcopy(whole)
+    then, start = loop.Weights.of(whole), copy.deepcopy(whole)
     for parameter in whole.parameters():
         parameter.data += 0.01 * torch.randn_like(parameter)
     before, after = (torch.cat([p.flatten() for p in model.parameters()]) for model in (start, whole))
@@ -142,7 +143,7 @@ def test_the_change_of_weights_is_exact_for_small_models_and_for_adapters(tiny: 
     layers = [m for m in adapted.model.modules() if hasattr(m, "lora_A") and hasattr(m, "get_delta_weight")]
     for layer in layers:
         layer.lora_B["default"].weight.data.normal_(0, 0.1)
-    then = moved.Weights.of(adapted)
+    then = loop.Weights.of(adapted)
     assert then.change(adapted) == pytest.approx(0, abs=1e-6)
     start = [layer.get_delta_weight("default").clone() for layer in layers]
     for layer in layers:
@@ -220,14 +221,14 @@ def test_ppo_loads_a_reward_run_once(
     tiny: Path, demos: Path, reward: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spelled: str
 ) -> None:
     loaded = []
-    real = models.RewardModel.load.__func__  # type: ignore[attr-defined]
+    real = policy.RewardModel.load.__func__  # type: ignore[attr-defined]
 
     def load(cls: type, path: Path, **options: Any) -> RewardModel:
         loaded.append(str(path))
         return real(cls, path, **options)
 
-    monkeypatch.setattr(models.RewardModel, "load", classmethod(load))
+    monkeypatch.setattr(policy.RewardModel, "load", classmethod(load))
     given = ("--model", tiny, "--prompts", demos, *DRAW, "--rewards", reward, "--steps", 1, "--prompts-per-step", 4)
     done("ppo", *given, "--reward", spelled.format(reward), "--out", tmp_path / "run")
     assert len(loaded) == 1
-    assert ppo.RewardEnsemble is models.RewardEnsemble
+    assert ppo.RewardEnsemble is policy.RewardEnsemble

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from pyrite import data
-from pyrite.runs import read_json
+from pyrite.core.runs import read_json
+from pyrite.data import rows as data
 
 PUBLISHED = Path(__file__).parents[3] / "shared" / "data" / "winrates.json"
 Command = Callable[..., None]

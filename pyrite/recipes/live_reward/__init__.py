@@ -9,14 +9,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from pyrite import experiments, runs
-from pyrite.options import Count, Natural
+from pyrite.core import runs
+from pyrite.core.runs import Run
+from pyrite.math.ranges import Count, Natural
+from pyrite.recipes import study
 from pyrite.recipes.live_reward import chain, results, settings
 from pyrite.recipes.live_reward.claims import CLAIMS
+from pyrite.recipes.live_reward.page import live_reward_charts, live_reward_page
 from pyrite.recipes.live_reward.settings import Scale, Settings
 from pyrite.report import charts
-from pyrite.report.live_reward import live_reward_charts, live_reward_page
-from pyrite.runs import Run
 
 __all__ = ["CLAIMS", "SETTINGS", "Config", "report", "run"]
 
@@ -40,9 +41,9 @@ class Config:
 def run(config: Config) -> Path:
     """Run every chain and write the page; what is done already is not done again. Returns its path."""
     wanted = SETTINGS[config.scale]
-    return experiments.conduct(
+    return study.conduct(
         "live_reward",
-        experiments.start("live_reward", config, wanted),
+        study.start("live_reward", config, wanted),
         config.out,
         config.first_seed,
         config.seeds,
@@ -54,7 +55,7 @@ def run(config: Config) -> Path:
 def report(run: Run, chains: list[chain.Chain], config: Config) -> None:
     """results.json, figures and report.html."""
     wanted = SETTINGS[config.scale]
-    found = experiments.results(
+    found = study.results(
         "live_reward",
         run,
         config,
@@ -65,4 +66,4 @@ def report(run: Run, chains: list[chain.Chain], config: Config) -> None:
     for name, chart in live_reward_charts(found).items():
         charts.save(chart, run.folder / "figures", name)
     runs.write_text(run.folder / "report.html", live_reward_page(found))
-    experiments.tell(found["claims"])
+    study.tell(found["claims"])

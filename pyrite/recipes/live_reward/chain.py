@@ -5,14 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from pyrite import data, math_task, toy
-from pyrite.evaluation import Evaluation
+from pyrite.core.runs import Run
+from pyrite.data import rows
 from pyrite.jobs import dpo, generate, online, reward, sft
-from pyrite.labelers import Paying
+from pyrite.math.seeds import derive
+from pyrite.recipes import toy, toy_math
 from pyrite.recipes.live_reward.offline import Offline, offline
 from pyrite.recipes.live_reward.settings import Method, Settings, Task, methods
-from pyrite.runs import Run
-from pyrite.seeds import derive
+from pyrite.training.annotators import Paying
+from pyrite.training.evaluation import Evaluation
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ def _stories(folder: Path, settings: Settings, chain: Chain, *, seed: int) -> Wo
     )
     few = folder / "few.parquet"
     if not few.exists():
-        data.write(data.load(str(world.demos), "demos")[: settings.weak_demos], few)
+        rows.write(rows.load(str(world.demos), "demos")[: settings.weak_demos], few)
     for name, demos in (("sft", world.demos), ("weak", few)):
         config = sft.Config(str(world.model), str(demos), folder / name, training=settings.sft, seed=derive(seed, name))
         chain.runs[f"stories: {name}"] = sft.run(config)
@@ -112,7 +113,7 @@ def _stories(folder: Path, settings: Settings, chain: Chain, *, seed: int) -> Wo
 
 def _arithmetic(folder: Path, settings: Settings, chain: Chain, *, seed: int) -> World:
     """Sums and differences of three or four numbers up to 5, step by step; about a third of the answers are right."""
-    world = math_task.write(
+    world = toy_math.write(
         folder / "world",
         seed=derive(seed, "world"),
         n_demos=settings.math_demos,

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyrite import estimators
+from pyrite.math import statistics
 
 SOURCE = "arXiv:2405.01511"
 OWN = f"not in {SOURCE}"
@@ -39,13 +39,13 @@ class Measured:
     def labels_to(self, method: str, gold: float) -> float:
         """Labels after which a method first has that gold; nan where it never has."""
         curve = self.curves[method]
-        return estimators.where(curve["gold"], curve["labels"], gold)
+        return statistics.where(curve["gold"], curve["labels"], gold)
 
     def at_equal_kl(self, first: str, second: str) -> float:
         """Gold of one method above another's at the KL where the shorter of both curves ends."""
         curves = [self.curves[method] for method in (first, second)]
         kl = min(curve["kl"].max().item() for curve in curves)
-        ours, theirs = (estimators.where(curve["kl"], curve["gold"], kl) for curve in curves)
+        ours, theirs = (statistics.where(curve["kl"], curve["gold"], kl) for curve in curves)
         return ours - theirs
 
 
@@ -141,6 +141,6 @@ def _row(claim: Claim, task: str, values: list[float]) -> dict[str, Any]:
         return row | {"over": None, "measured": None, "interval": None, "holds": None}
     if len(values) < 2:
         return row | {"over": None, "measured": values[0], "interval": None, "holds": None}
-    mean, lo, hi = (value.item() for value in estimators.t_interval(found))
+    mean, lo, hi = (value.item() for value in statistics.t_interval(found))
     holds = True if lo > 0 else False if hi < 0 else None
     return row | {"over": "chains", "measured": mean, "interval": [lo, hi], "holds": holds}

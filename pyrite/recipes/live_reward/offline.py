@@ -7,10 +7,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pyrite import data, judges, parts, runs
-from pyrite.accounts import Account, Budget
-from pyrite.labels import label
-from pyrite.ledger import Ledger
+from pyrite.core import runs, specs
+from pyrite.data import rows as data
+from pyrite.feedback import judges
+from pyrite.feedback.ledger import Account, Budget, Ledger
+from pyrite.feedback.pairing import label
 
 HELD_OUT = 100  # couples to measure reward models on; not charged
 
@@ -32,7 +33,7 @@ def offline(folder: Path, answers: Path, judge: str, n: int, *, seed: int) -> Of
     couples = _couples(answers)
     if len(couples) < n + 2:
         raise ValueError(f"{answers}: {len(couples)} couples of different answers; {n} labels need 2 more than that")
-    verdict = parts.part(judge, judges)
+    verdict = specs.part(judge, judges)
     with Ledger(folder / "ledger.db") as ledger:
         account = Account(ledger, "offline", judge, "verdict", budget=Budget(labels=n), batch=64)
         data.write(_labelled(couples[:n], partial(account.ask, verdict), seed), made.pairs)

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyrite import data, estimators, runs
+from pyrite.core import runs
+from pyrite.data import rows as data
+from pyrite.math import statistics
 from pyrite.recipes.live_reward import claims
 from pyrite.recipes.live_reward.chain import Chain, Trained
 from pyrite.recipes.live_reward.settings import Settings
@@ -84,7 +86,7 @@ def _over_seeds(rows: list[dict[str, Any]]) -> dict[str, Any]:
     for name in COLUMNS:
         values = [row[name] for row in rows if row.get(name) is not None]
         if len(values) > 1:
-            interval = estimators.t_interval(torch.tensor(values, dtype=torch.float64))
+            interval = statistics.t_interval(torch.tensor(values, dtype=torch.float64))
             found |= {name: interval.mean.item(), f"{name}_lo": interval.lo.item(), f"{name}_hi": interval.hi.item()}
         elif values:
             half = 1.96 * rows[0].get(f"{name}_se", math.nan)
@@ -105,7 +107,7 @@ def _levels(task: str, chains: list[claims.Measured]) -> list[dict[str, Any]]:
             reached = [value for value in needed if not math.isnan(value)]
             row = {"task": task, "method": method, "share": share, "reached": len(reached), "chains": len(chains)}
             if len(reached) > 1:
-                found = estimators.t_interval(torch.tensor(reached, dtype=torch.float64))
+                found = statistics.t_interval(torch.tensor(reached, dtype=torch.float64))
                 row |= {"labels": found.mean.item(), "labels_lo": found.lo.item(), "labels_hi": found.hi.item()}
             elif reached:
                 row |= {"labels": reached[0]}

@@ -8,13 +8,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from pyrite import experiments, runs
-from pyrite.options import Count, Natural
+from pyrite.core import runs
+from pyrite.core.runs import Run
+from pyrite.math.ranges import Count, Natural
+from pyrite.recipes import study
 from pyrite.recipes.overoptimization import chain, claims, ppo_claims, results, settings
+from pyrite.recipes.overoptimization.page import overoptimization_page
+from pyrite.recipes.overoptimization.policies import policies
 from pyrite.recipes.overoptimization.settings import Scale, Settings
-from pyrite.report import charts, overoptimization_page
-from pyrite.report.policies import policies
-from pyrite.runs import Run
+from pyrite.report import charts
 
 __all__ = ["CLAIMS", "SETTINGS", "Config", "report", "run"]
 
@@ -44,9 +46,9 @@ class Config:
 def run(config: Config) -> Path:
     """Run every chain and write the page; what is done already is not done again. Returns the page's path."""
     wanted = SETTINGS[config.scale]
-    return experiments.conduct(
+    return study.conduct(
         "overoptimization",
-        experiments.start("overoptimization", config, wanted),
+        study.start("overoptimization", config, wanted),
         config.out,
         config.first_seed,
         config.seeds,
@@ -59,7 +61,7 @@ def report(run: Run, chains: list[chain.Chain], config: Config) -> None:
     """results.json, figures and report.html."""
     wanted = SETTINGS[config.scale]
     seconds = sum(done.results["seconds"] for c in chains for done in c.runs.values() if done.results)
-    found = experiments.results(
+    found = study.results(
         "overoptimization", run, config, wanted, seconds=seconds, found=results.collect(chains, wanted)
     )
     for noise in wanted.noise:
@@ -72,4 +74,4 @@ def report(run: Run, chains: list[chain.Chain], config: Config) -> None:
             name = f"ppo_{y}_noise_{100 * noise:g}_beta_{beta:g}"
             charts.save(policies(rows, y=y), run.folder / "figures", name)
     runs.write_text(run.folder / "report.html", overoptimization_page(found))
-    experiments.tell(found["claims"])
+    study.tell(found["claims"])

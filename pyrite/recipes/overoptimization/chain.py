@@ -11,12 +11,15 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pyrite import data, ensembles, estimators, parts, toy
+from pyrite.core import specs
+from pyrite.core.runs import Run
+from pyrite.data import rows as data
 from pyrite.jobs import best_of_n, generate, label, reward, sft
+from pyrite.math import ensembles, statistics
+from pyrite.math.seeds import derive
+from pyrite.recipes import toy
 from pyrite.recipes.overoptimization.ppo import Optimized, optimize, told
 from pyrite.recipes.overoptimization.settings import Settings
-from pyrite.runs import Run
-from pyrite.seeds import derive
 
 
 @dataclass(frozen=True)
@@ -174,18 +177,18 @@ def _sized(folder: Path, settings: Settings, size: toy.Size, demos: str, pairs: 
 def gold_at(scores: Scores, settings: Settings) -> dict[str, Tensor]:
     """Gold of each objective's pick by n: "single" (E, M, Q), every ensemble (M, Q), and how often those win."""
     n = list(settings.n)
-    single = torch.stack([estimators.best_of_n(proxy, scores.gold, n) for proxy in scores.proxy])
+    single = torch.stack([statistics.best_of_n(proxy, scores.gold, n) for proxy in scores.proxy])
     picked = {"single": single}
     for name, proxy in objectives(scores.proxy, settings).items():
-        picked[name] = estimators.best_of_n(proxy, scores.gold, n)
-        picked[f"wins of {name}"] = estimators.wins(picked[name].expand_as(single), single)
+        picked[name] = statistics.best_of_n(proxy, scores.gold, n)
+        picked[f"wins of {name}"] = statistics.wins(picked[name].expand_as(single), single)
     half = ensembles.uwo(scores.proxy.flatten(1), weight=0.5).view_as(scores.gold)
-    picked["uwo at 0.5"] = estimators.best_of_n(half, scores.gold, n)
+    picked["uwo at 0.5"] = statistics.best_of_n(half, scores.gold, n)
     for size in (3, 4):  # the average over all ensembles of that size
         chosen = list(itertools.combinations(range(len(scores.proxy)), size))
         worst = [scores.proxy[list(members)].amin(0) for members in chosen]
         if worst:
-            golds = torch.stack([estimators.best_of_n(proxy, scores.gold, n) for proxy in worst])
+            golds = torch.stack([statistics.best_of_n(proxy, scores.gold, n) for proxy in worst])
             picked[f"wco of {size}"] = golds.mean(0)
     return picked
 
@@ -194,7 +197,7 @@ def objectives(proxy: Tensor, settings: Settings) -> dict[str, Tensor]:
     """The ensembles' scores (Q, N) of proxies (E, Q, N) by short name, standardized like any other proxy."""
     combined = {}
     for spec in settings.objectives:
-        part = parts.part(spec, ensembles)
+        part = specs.part(spec, ensembles)
         scores = part(proxy.flatten(1)).view(proxy.shape[1:])
         combined[part.name] = (scores - scores.mean()) / scores.std(correction=0)
     return combined

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pyrite import estimators
+from pyrite.math import statistics
 
 Curves = dict[str, Tensor]  # objective -> gold (B, 2, M): resamples, halves of the prompts, values of n
 Rule = Literal["positive", "negligible", "published"]
@@ -191,7 +191,7 @@ def check(chains: list[dict[float, dict[str, Tensor]]], *, end: int) -> list[dic
 
 
 def _over_chains(points: list[float]) -> tuple[float, float, float]:
-    interval = estimators.t_interval(torch.tensor(points, dtype=torch.float64))
+    interval = statistics.t_interval(torch.tensor(points, dtype=torch.float64))
     return interval.mean.item(), interval.lo.item(), interval.hi.item()
 
 

@@ -11,13 +11,16 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pyrite import ensembles, loading, parts, runs
-from pyrite.evaluation import Evaluation
+from pyrite.core import runs
+from pyrite.core import specs as parts
+from pyrite.core.runs import Run
 from pyrite.jobs import ppo
-from pyrite.members import member_paths
+from pyrite.math import ensembles
+from pyrite.math.seeds import derive
+from pyrite.models import loading
+from pyrite.models.loading import member_paths
 from pyrite.recipes.overoptimization.settings import Settings
-from pyrite.runs import Run
-from pyrite.seeds import derive
+from pyrite.training.evaluation import Evaluation
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyrite import estimators
+from pyrite.math import statistics
 from pyrite.recipes.overoptimization.claims import NEGLIGIBLE, SOURCE, Rule, verdict
 from pyrite.recipes.overoptimization.ppo import Optimized
 
@@ -210,7 +210,7 @@ def check(chains: Sequence[Sequence[Optimized]]) -> list[dict[str, Any]]:
         if len(points) == 1:
             rows.append(known | {"measured": points.item(), "interval": None, "holds": None})
             continue
-        mean, lo, hi = (value.item() for value in estimators.t_interval(points))
+        mean, lo, hi = (value.item() for value in statistics.t_interval(points))
         rows.append(known | {"measured": mean, "interval": [lo, hi], "holds": verdict(claim.rule, lo, hi)})
     return rows
 

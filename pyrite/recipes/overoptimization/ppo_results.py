@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from pyrite import estimators
-from pyrite.fits import fit_rl
+from pyrite.math import statistics
+from pyrite.math.statistics import fit_rl
 from pyrite.recipes.overoptimization.chain import Chain, gold_at
 from pyrite.recipes.overoptimization.ppo import Optimized
 from pyrite.recipes.overoptimization.settings import Settings
-from pyrite.watch import FAR
+from pyrite.training.metrics import FAR
 
 SHOWN = ("kl", "kl_se", "kl_k3", "sqrt_kl", "gold", "gold_se", "proxy", "length", "missing_eos", "variance")
 
@@ -41,7 +41,7 @@ def _point(points: Sequence[Sequence[dict[str, Any]]]) -> dict[str, Any]:
     found = {name: values.mean().item() for name, values in by_chain.items()}
     for name in ("gold", "proxy"):
         if len(points) > 1:
-            _, lo, hi = (value.item() for value in estimators.t_interval(by_chain[name]))
+            _, lo, hi = (value.item() for value in statistics.t_interval(by_chain[name]))
             found |= {f"{name}_lo": lo, f"{name}_hi": hi}
         elif name == "gold":
             found |= {"gold_lo": found["gold"] - 2 * found["gold_se"], "gold_hi": found["gold"] + 2 * found["gold_se"]}
@@ -111,5 +111,5 @@ def _bar(group: str, label: str, objective: str, values: Sequence[float]) -> dic
     known = {"group": group, "label": label, "objective": objective, "gold": sum(values) / len(values)}
     if len(values) < 2:
         return known
-    _, lo, hi = (value.item() for value in estimators.t_interval(torch.tensor(values, dtype=torch.float64)))
+    _, lo, hi = (value.item() for value in statistics.t_interval(torch.tensor(values, dtype=torch.float64)))
     return known | {"lo": lo, "hi": hi}

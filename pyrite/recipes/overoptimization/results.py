@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyrite import estimators, toy, toy_words
+from pyrite.data import words
+from pyrite.math import statistics
+from pyrite.recipes import toy
 from pyrite.recipes.overoptimization import claims, ppo_claims, ppo_results
 from pyrite.recipes.overoptimization.chain import Chain, Scores, gold_at, objectives
 from pyrite.recipes.overoptimization.settings import Settings
@@ -65,12 +67,12 @@ def _curves(scores: list[Scores], settings: Settings, noise: float) -> list[dict
     for name in per_chain[0]:
         gold, proxy = (_band([chain[name][i] for chain in per_chain]) for i in range(2))
         for i, m in enumerate(n):
-            kl = estimators.best_of_n_kl(m)
+            kl = statistics.best_of_n_kl(m)
             row = {"noise": noise, "objective": name, "member": None, "n": m, "kl": kl, "sqrt_kl": kl**0.5}
             row |= {key: band[i].item() for key, band in zip(("gold", "gold_lo", "gold_hi"), gold, strict=True)}
             row |= {key: band[i].item() for key, band in zip(("proxy", "proxy_lo", "proxy_hi"), proxy, strict=True)}
             answers = scores[0].gold.shape[1]
-            rows.append({**row, "effective_samples": estimators.effective_samples(answers, [m]).item()})
+            rows.append({**row, "effective_samples": statistics.effective_samples(answers, [m]).item()})
     if len(scores) == 1:
         rows += _member_curves(scores[0], n, noise)
     return rows
@@ -79,19 +81,19 @@ def _curves(scores: list[Scores], settings: Settings, noise: float) -> list[dict
 def _gold_and_proxy(scores: Scores, settings: Settings) -> dict[str, tuple[Tensor, Tensor]]:
     """(gold, proxy), each (M, Q), by objective; single is the average over members of their own picks."""
     n = list(settings.n)
-    pairs = [(estimators.best_of_n(p, scores.gold, n), estimators.best_of_n(p, p, n)) for p in scores.proxy]
+    pairs = [(statistics.best_of_n(p, scores.gold, n), statistics.best_of_n(p, p, n)) for p in scores.proxy]
     found = {"single": (torch.stack([g for g, _ in pairs]).mean(0), torch.stack([p for _, p in pairs]).mean(0))}
     for name, proxy in objectives(scores.proxy, settings).items():
-        found[name] = (estimators.best_of_n(proxy, scores.gold, n), estimators.best_of_n(proxy, proxy, n))
+        found[name] = (statistics.best_of_n(proxy, scores.gold, n), statistics.best_of_n(proxy, proxy, n))
     return found
 
 
 def _member_curves(scores: Scores, n: list[int], noise: float) -> list[dict[str, Any]]:
     rows = []
     for member, proxy in enumerate(scores.proxy):
-        gold, own = (estimators.best_of_n(proxy, values, n).mean(1).tolist() for values in (scores.gold, proxy))
+        gold, own = (statistics.best_of_n(proxy, values, n).mean(1).tolist() for values in (scores.gold, proxy))
         for i, m in enumerate(n):
-            kl = estimators.best_of_n_kl(m)
+            kl = statistics.best_of_n_kl(m)
             row = {"noise": noise, "objective": "member", "member": member, "n": m, "kl": kl, "sqrt_kl": kl**0.5}
             rows.append({**row, "gold": gold[i], "proxy": own[i]})
     return rows
@@ -100,8 +102,8 @@ def _member_curves(scores: Scores, n: list[int], noise: float) -> list[dict[str,
 def _band(values: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """Mean and interval (M,) of per-prompt values (M, Q): over prompts of one chain, or over chains."""
     if len(values) == 1:
-        return tuple(estimators.bootstrap(values[0]))  # type: ignore[return-value]
-    return tuple(estimators.t_interval(torch.stack([v.mean(1) for v in values], -1)))  # type: ignore[return-value]
+        return tuple(statistics.bootstrap(values[0]))  # type: ignore[return-value]
+    return tuple(statistics.t_interval(torch.stack([v.mean(1) for v in values], -1)))  # type: ignore[return-value]
 
 
 def _fits(curves: list[dict[str, Any]], noise: float, end: int) -> list[dict[str, Any]]:
@@ -110,7 +112,7 @@ def _fits(curves: list[dict[str, Any]], noise: float, end: int) -> list[dict[str
     for name in dict.fromkeys(row["objective"] for row in curves if row["member"] is None):
         line = [r for r in curves if r["noise"] == noise and r["objective"] == name and 1 < r["n"] <= end]
         d, gold = (torch.tensor([r[key] for r in line], dtype=torch.float64) for key in ("sqrt_kl", "gold"))
-        fit = estimators.fit_best_of_n(d, gold)
+        fit = statistics.fit_best_of_n(d, gold)
         peaks = fit.b > 0
         rows.append(
             {
@@ -127,7 +129,7 @@ def _fits(curves: list[dict[str, Any]], noise: float, end: int) -> list[dict[str
 
 def _mechanism(chains: list[Chain], settings: Settings) -> dict[str, Any]:
     """What fools the proxy, its share among the picks by n, and the curves without it."""
-    lexicons = toy_words.LEXICONS
+    lexicons = words.LEXICONS
     pools = [chain.runs["pool answers"].results or {} for chain in chains]
     return {
         "name": MECHANISM,
@@ -151,10 +153,10 @@ def _shares(scores: list[Scores], settings: Settings, noise: float) -> list[dict
     by_objective: dict[str, list[Tensor]] = {}
     for s in scores:
         mark = s.mark.double()
-        single = torch.stack([estimators.best_of_n(p, mark, n).mean(1) for p in s.proxy]).mean(0)
+        single = torch.stack([statistics.best_of_n(p, mark, n).mean(1) for p in s.proxy]).mean(0)
         by_objective.setdefault("single", []).append(single)
         for name, proxy in objectives(s.proxy, settings).items():
-            by_objective.setdefault(name, []).append(estimators.best_of_n(proxy, mark, n).mean(1))
+            by_objective.setdefault(name, []).append(statistics.best_of_n(proxy, mark, n).mean(1))
     base = torch.stack([s.mark.double().mean() for s in scores]).mean().item()
     return [
         {"noise": noise, "objective": name, "n": m, "share": share, "base": base}

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from pyrite import toy
-from pyrite.train import Training
+from pyrite.recipes import toy
+from pyrite.training.loop import Training
 
 Scale = Literal["toy", "toy_wide", "small", "paper"]
 

@@ -9,15 +9,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from pyrite import experiments, runs
-from pyrite.options import Count, Natural
-from pyrite.progress import say
+from pyrite.core import runs
+from pyrite.core.processes import say
+from pyrite.core.runs import Run
+from pyrite.math.ranges import Count, Natural
+from pyrite.recipes import study
 from pyrite.recipes.references import chain, results, settings
 from pyrite.recipes.references.claims import CLAIMS
+from pyrite.recipes.references.page import against_beta, references_page
 from pyrite.recipes.references.settings import Scale, Settings
-from pyrite.report import charts, references_page
-from pyrite.report.references import against_beta
-from pyrite.runs import Run
+from pyrite.report import charts
 
 __all__ = ["CLAIMS", "SETTINGS", "Config", "report", "run"]
 
@@ -41,9 +42,9 @@ class Config:
 def run(config: Config) -> Path:
     """Run every chain and write the page; what is done already is not done again. Returns the page's path."""
     wanted = SETTINGS[config.scale]
-    return experiments.conduct(
+    return study.conduct(
         "references",
-        experiments.start("references", config, wanted),
+        study.start("references", config, wanted),
         config.out,
         config.first_seed,
         config.seeds,
@@ -55,7 +56,7 @@ def run(config: Config) -> Path:
 def report(run: Run, chains: list[chain.Chain], config: Config) -> None:
     """results.json, a figure and report.html."""
     wanted = SETTINGS[config.scale]
-    found = experiments.results(
+    found = study.results(
         "references", run, config, wanted, seconds=sum(c.seconds for c in chains), found=results.collect(chains)
     )
     drawn = against_beta(found["curves"], "gold", refs=("self", "none", "prior"), level=found["start"]["gold"])

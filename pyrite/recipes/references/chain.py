@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pyrite import data, toy
-from pyrite.evaluation import Evaluation
+from pyrite.core.runs import Run
+from pyrite.data import rows
 from pyrite.jobs import dpo, evaluate, generate, label, scratch, sft
+from pyrite.math.seeds import derive
+from pyrite.recipes import toy
 from pyrite.recipes.references.settings import Settings
-from pyrite.runs import Run
-from pyrite.seeds import derive
+from pyrite.training.evaluation import Evaluation
 
 # reference -> what --ref is told; a path stands for a stronger model
 OWN = {"self": "self", "none": "none", "prior": "prior"}
@@ -56,8 +57,8 @@ def run(folder: Path, settings: Settings, *, seed: int) -> Chain:
     done |= _pairs(folder, policy, world, settings, seed=seed)
     better = folder / "better" / "demos.parquet"
     if not better.exists():
-        asked = [row["prompt"] for row in data.load(world.pair_prompts, "prompts")]
-        data.write(
+        asked = [row["prompt"] for row in rows.load(world.pair_prompts, "prompts")]
+        rows.write(
             toy.demos(settings.better_demos, seed=derive(seed, "better"), among=asked, shares=settings.better), better
         )
     paths = _stronger(folder, policy, better, settings, done, seed=seed)

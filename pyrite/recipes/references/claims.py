@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyrite import estimators
+from pyrite.math import statistics
 
 SOURCE = "arXiv:2407.13709"
 Ref = str
@@ -147,7 +147,7 @@ def check(chains: list[Measured]) -> list[dict[str, Any]]:
     for claim in CLAIMS:
         points = [claim.value(_halves(chain)).item() for chain in chains]
         if len(chains) > 1:
-            measured, lo, hi = (v.item() for v in estimators.t_interval(torch.tensor(points, dtype=torch.float64)))
+            measured, lo, hi = (v.item() for v in statistics.t_interval(torch.tensor(points, dtype=torch.float64)))
         else:
             resampled = claim.value(_resampled(chains[0]))
             measured, ends = points[0], torch.tensor([0.025, 0.975], dtype=torch.float64)

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyrite import data, estimators
+from pyrite.core.runs import Run
+from pyrite.data import rows as data
+from pyrite.math import statistics
+from pyrite.models.references import Text, load, row_id
 from pyrite.recipes.references import claims
 from pyrite.recipes.references.chain import Chain, Trained
-from pyrite.references import Text, load, row_id
-from pyrite.runs import Run
 
 NUMBERS = ("gold", "kl", "length", "missing_eos", "repetition", "accuracy", "policy_accuracy", "best_gold")
 
@@ -62,7 +63,7 @@ def _over_seeds(rows: list[dict[str, Any]]) -> dict[str, Any]:
     for name in NUMBERS:
         values = [row[name] for row in rows if row.get(name) is not None]
         if len(values) > 1:
-            interval = estimators.t_interval(torch.tensor(values, dtype=torch.float64))
+            interval = statistics.t_interval(torch.tensor(values, dtype=torch.float64))
             found |= {f"{name}_lo": interval.lo.item(), f"{name}_hi": interval.hi.item()}
         if values:
             found[name] = sum(values) / len(values)
@@ -80,7 +81,7 @@ def _indicators(chains: list[Chain]) -> list[dict[str, Any]]:
         margins = _margins(chain)
         for ref, values in margins.items():
             both = torch.corrcoef(torch.stack([values, margins["self"]]))[0, 1].item()
-            accuracy = estimators.wins(values, torch.zeros_like(values)).mean().item()
+            accuracy = statistics.wins(values, torch.zeros_like(values)).mean().item()
             found.setdefault(ref, []).append((values.std().item(), both, accuracy))
     names = ("sd", "correlation", "accuracy")
     means = {ref: torch.tensor(rows, dtype=torch.float64).mean(0).tolist() for ref, rows in found.items()}

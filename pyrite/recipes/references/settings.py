@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from pyrite.toy import Shares
-from pyrite.train import Training
+from pyrite.recipes.toy import Shares
+from pyrite.training.loop import Training
 
 Scale = Literal["toy"]
 

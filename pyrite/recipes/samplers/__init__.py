@@ -9,15 +9,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from pyrite import experiments, runs
-from pyrite.options import Count, Natural
-from pyrite.progress import say
+from pyrite.core import runs
+from pyrite.core.processes import say
+from pyrite.core.runs import Run
+from pyrite.math.ranges import Count, Natural
+from pyrite.recipes import study
 from pyrite.recipes.samplers import chain, results, settings
 from pyrite.recipes.samplers.claims import CLAIMS
+from pyrite.recipes.samplers.page import samplers_charts, samplers_page
 from pyrite.recipes.samplers.settings import Scale, Settings
 from pyrite.report import charts
-from pyrite.report.samplers import samplers_charts, samplers_page
-from pyrite.runs import Run
 
 __all__ = ["CLAIMS", "SETTINGS", "Config", "report", "run"]
 
@@ -41,14 +42,14 @@ class Config:
 def run(config: Config) -> Path:
     """Run the races and every chain, and write the page; what is done already is not done again. Returns its path."""
     wanted = SETTINGS[config.scale]
-    run = experiments.start("samplers", config, wanted)
+    run = study.start("samplers", config, wanted)
     page = config.out / "report.html"
     if run.done:
         return page
     run.open()
     say("samplers: races in the exact world")
     races = chain.races(config.out / "races", wanted, seed=config.first_seed)
-    chains = experiments.chains(
+    chains = study.chains(
         "samplers",
         config.out,
         config.first_seed,
@@ -64,7 +65,7 @@ def report(run: Run, races: dict[str, Run], chains: list[chain.Chain], config: C
     """results.json, figures and report.html."""
     raced = sum(done.results["seconds"] for done in races.values() if done.results)
     wanted = SETTINGS[config.scale]
-    found = experiments.results(
+    found = study.results(
         "samplers",
         run,
         config,
@@ -75,4 +76,4 @@ def report(run: Run, races: dict[str, Run], chains: list[chain.Chain], config: C
     for name, chart in samplers_charts(found).items():
         charts.save(chart, run.folder / "figures", name)
     runs.write_text(run.folder / "report.html", samplers_page(found))
-    experiments.tell(found["claims"])
+    study.tell(found["claims"])

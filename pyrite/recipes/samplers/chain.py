@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from pyrite import toy
-from pyrite.evaluation import Evaluation
+from pyrite.core.runs import Run
 from pyrite.jobs import bandit, evaluate, generate, label, online, reward, sft
+from pyrite.math.seeds import derive
+from pyrite.recipes import toy
 from pyrite.recipes.samplers.settings import Settings
-from pyrite.runs import Run
-from pyrite.seeds import derive
+from pyrite.training.evaluation import Evaluation
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyrite import estimators
+from pyrite.math import statistics
 from pyrite.recipes.samplers.settings import CAPPED
 
 SOURCE = "arXiv:2409.19605"
@@ -230,9 +230,9 @@ def _row(claim: Claim, values: list[Tensor], *, over: str) -> dict[str, Any]:
     units = values[0] if over == "repetitions" else torch.stack([v.mean() for v in values])
     row["by_seed"] = units.tolist()
     if len(units) > 1:
-        found = estimators.t_interval(units)
+        found = statistics.t_interval(units)
     elif over == "chains" and len(values[0]) > 1:
-        over, found = "prompts", estimators.bootstrap(values[0])
+        over, found = "prompts", statistics.bootstrap(values[0])
     else:
         return row | {"over": None, "measured": units.mean().item(), "interval": None, "holds": None}
     lo, hi = found.lo.item(), found.hi.item()

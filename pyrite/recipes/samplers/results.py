@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyrite import data, estimators, runs
+from pyrite.core import runs
+from pyrite.core.runs import Run
+from pyrite.data import rows as data
+from pyrite.math import statistics
 from pyrite.recipes.samplers import claims
 from pyrite.recipes.samplers.chain import Chain, Trained
 from pyrite.recipes.samplers.settings import Settings
-from pyrite.runs import Run
 
 NUMBERS = ("gold", "proxy", "kl", "length", "missing_eos", "win_rate", "agreement", "loss")
 COLUMNS = {  # of instances.csv: how tables become one number, and what an empty cell means
@@ -139,11 +141,11 @@ def _over_seeds(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _t(values: list[float]) -> estimators.Interval:
-    return estimators.t_interval(torch.tensor(values, dtype=torch.float64))
+def _t(values: list[float]) -> statistics.Interval:
+    return statistics.t_interval(torch.tensor(values, dtype=torch.float64))
 
 
-def _floats(interval: estimators.Interval) -> tuple[float, ...]:
+def _floats(interval: statistics.Interval) -> tuple[float, ...]:
     return tuple(value.item() for value in interval)
 
 
@@ -156,14 +158,14 @@ def _end(chains: list[Chain], index: int) -> dict[str, Any]:
         for name in ("gold", "proxy", "kl", "length", "missing_eos"):
             found.setdefault(name, []).append(mine[name].mean(1))
         for name in ("gold", "proxy"):
-            pairs = estimators.wins(mine[name][:, :, None], start[name][:, None, :])
+            pairs = statistics.wins(mine[name][:, :, None], start[name][:, None, :])
             found.setdefault(f"win_{name}", []).append(pairs.mean((1, 2)))
     return {name: _summary(values) for name, values in found.items()}
 
 
 def _summary(values: list[Tensor]) -> dict[str, float]:
     """Mean and interval: over prompts of one chain, over whole chains of several."""
-    found = estimators.bootstrap(values[0]) if len(values) == 1 else _t([v.mean().item() for v in values])
+    found = statistics.bootstrap(values[0]) if len(values) == 1 else _t([v.mean().item() for v in values])
     return dict(zip(("mean", "lo", "hi"), _floats(found), strict=True))
 
 

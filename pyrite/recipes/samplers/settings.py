@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from pyrite.train import Training
+from pyrite.training.loop import Training
 
 Scale = Literal["toy"]
 

@@ -8,14 +8,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from pyrite import experiments, runs
-from pyrite.options import Count, Natural
+from pyrite.core import runs
+from pyrite.core.runs import Run
+from pyrite.math.ranges import Count, Natural
+from pyrite.recipes import study
 from pyrite.recipes.soups import chain, results, settings
 from pyrite.recipes.soups.claims import CLAIMS
+from pyrite.recipes.soups.page import soups_charts, soups_page
 from pyrite.recipes.soups.settings import Scale, Settings
 from pyrite.report import charts
-from pyrite.report.soups import soups_charts, soups_page
-from pyrite.runs import Run
 
 __all__ = ["CLAIMS", "SETTINGS", "Config", "report", "run"]
 
@@ -39,9 +40,9 @@ class Config:
 def run(config: Config) -> Path:
     """Run every chain and write the page; what is done already is not done again. Returns its path."""
     wanted = SETTINGS[config.scale]
-    return experiments.conduct(
+    return study.conduct(
         "soups",
-        experiments.start("soups", config, wanted),
+        study.start("soups", config, wanted),
         config.out,
         config.first_seed,
         config.seeds,
@@ -54,8 +55,8 @@ def report(run: Run, chains: list[chain.Chain], config: Config) -> None:
     """results.json, figures and report.html."""
     wanted = SETTINGS[config.scale]
     seconds = sum(one.seconds for one in chains)
-    found = experiments.results("soups", run, config, wanted, seconds=seconds, found=results.collect(chains, wanted))
+    found = study.results("soups", run, config, wanted, seconds=seconds, found=results.collect(chains, wanted))
     for name, drawn in soups_charts(found).items():
         charts.save(drawn, run.folder / "figures", name)
     runs.write_text(run.folder / "report.html", soups_page(found))
-    experiments.tell(found["claims"])
+    study.tell(found["claims"])

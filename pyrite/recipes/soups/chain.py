@@ -8,17 +8,19 @@ from pathlib import Path
 
 import numpy as np
 
-from pyrite import data, text, toy
-from pyrite.dimensions import Dimensions, Option, Variants, conditioned
-from pyrite.evaluation import response_logps
+from pyrite.core.runs import Run
+from pyrite.data import rows as data
+from pyrite.data import text
+from pyrite.data.conditioning import Dimensions, Option, Variants, conditioned
 from pyrite.jobs import duel, generate, pairs, reward, sft
-from pyrite.models import Policy
-from pyrite.packing import Row
+from pyrite.math.seeds import derive
+from pyrite.models.packing import Row
+from pyrite.models.policy import Policy
+from pyrite.recipes import toy
 from pyrite.recipes.soups import methods
 from pyrite.recipes.soups.methods import Place
 from pyrite.recipes.soups.settings import FOLLOWED, NEUTRAL, Settings
-from pyrite.runs import Run
-from pyrite.seeds import derive
+from pyrite.training.evaluation import response_logps
 
 
 @dataclass

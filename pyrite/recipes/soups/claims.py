@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from pyrite import estimators
+from pyrite.math import statistics
 
 SOURCE = "arXiv:2310.11564"
 OWN = f"not in {SOURCE}"
@@ -113,7 +113,7 @@ def check(chains: Sequence[Duels]) -> list[dict[str, Any]]:
         if len(points) < 2:
             rows.append(known | {"measured": points[0], "interval": None, "holds": None})
             continue
-        interval = estimators.t_interval(torch.tensor(points, dtype=torch.float64))
+        interval = statistics.t_interval(torch.tensor(points, dtype=torch.float64))
         mean, lo, hi = (value.item() for value in interval)
         holds = True if lo > 0 else False if hi < 0 else None
         rows.append(known | {"measured": mean, "interval": [lo, hi], "holds": holds})

@@ -12,13 +12,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pyrite import data
-from pyrite.dimensions import Dimensions, Variants
-from pyrite.evaluation import Evaluation
+from pyrite.core.runs import Run
+from pyrite.data import rows as data
+from pyrite.data.conditioning import Dimensions, Variants
 from pyrite.jobs import dpo, generate, ppo, sft, soup
+from pyrite.math.seeds import derive
 from pyrite.recipes.soups.settings import Settings
-from pyrite.runs import Run
-from pyrite.seeds import derive
+from pyrite.training.evaluation import Evaluation
 
 Runs = dict[str, Run]
 Method = Callable[["Place", Runs], list[Path]]  # candidates of the test prompts

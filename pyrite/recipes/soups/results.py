@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
-from pyrite import data, estimators
-from pyrite.dimensions import Dimensions
+from pyrite.data import rows as data
+from pyrite.data.conditioning import Dimensions
+from pyrite.math import statistics
 from pyrite.recipes.soups import claims
 from pyrite.recipes.soups.chain import Chain
 from pyrite.recipes.soups.settings import Settings
@@ -81,7 +82,7 @@ def _averaged(rows: Sequence[Row], keys: Sequence[str]) -> Row:
     for name in ("half", "without"):
         values = [row.get(name) for row in rows]
         if all(value is not None for value in values):
-            spread = estimators.t_interval(torch.tensor(values, dtype=torch.float64))
+            spread = statistics.t_interval(torch.tensor(values, dtype=torch.float64))
             found |= {f"{name}_lo": spread.lo.item(), f"{name}_hi": spread.hi.item()}
     if "mean" in found:
         values = torch.tensor([row["mean"] for row in rows], dtype=torch.float64)
@@ -122,7 +123,7 @@ def _kl(chains: Sequence[Chain]) -> list[Row]:
         means = torch.stack([values.mean() for values in ratios])
         row: Row = {"method": method, "kl": means.mean().item()}
         if len(chains) > 1:
-            spread = estimators.t_interval(means)
+            spread = statistics.t_interval(means)
             row |= {"kl_lo": spread.lo.item(), "kl_hi": spread.hi.item()}
         else:
             row["kl_se"] = (ratios[0].std() / len(ratios[0]) ** 0.5).item()

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from pyrite.jobs.pairs import Kind
-from pyrite.models import Lora
-from pyrite.toy import Shares
-from pyrite.train import Training
+from pyrite.models.policy import Lora
+from pyrite.recipes.toy import Shares
+from pyrite.training.loop import Training
 
 Scale = Literal["toy"]
 METHODS = ("vb", "pp", "mt", "rlhf", "pmorl", "psoups", "psoups_factor", "psoups_dpo")

@@ -1,0 +1,310 @@
+"""What the command line says of a job's options: help with the common ones first, an example, hints for other names."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import inspect
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import MISSING, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
+
+import tyro
+
+from pyrite.math import ranges
+
+WIDTH = 100
+LINES = 20  # of a summary
+SIDE_BY_SIDE = 6  # figures in one of them
+EXAMPLES = {
+    "bandit": "--samplers uniform mix_r mix_p --out runs/bandit",
+    "best_of_n": "--candidates runs/gold/candidates.parquet --rewards runs/reward --out runs/best_of_n",
+    "dpo": "--model runs/sft/model --data pairs.jsonl --loss 'dpo(beta=0.1)' --out runs/dpo",
+    "duel": "--answers a=runs/a/candidates.parquet b=runs/b/candidates.parquet --dimensions soups --out runs/duel",
+    "evaluate": "--model runs/dpo/model --prompts prompts.jsonl --ref runs/sft/model --out runs/evaluate",
+    "generate": "--model runs/sft/model --prompts prompts.jsonl --k 4 --out runs/candidates",
+    "judge agreement": "--first runs/llm/verdicts.parquet --second runs/people/verdicts.parquet --out runs/agreement",
+    "judge ask": "--model gpt-4o-mini --criterion 'Which answer is more helpful?' --pairs pairs.jsonl --out runs/judge",
+    "judge export": "--criterion 'Which answer is more helpful?' --pairs pairs.jsonl --out runs/sheet",
+    "judge import": "--file filled.csv --exported runs/sheet --out runs/people",
+    "label": "--candidates runs/candidates/candidates.parquet --gold 'length()' --out runs/labels",
+    "merge": "--model runs/dpo/model --out runs/merged",
+    "online": "--model runs/sft/model --prompts prompts.jsonl --judge 'mine.py:judge()' --out runs/online",
+    "pairs": "--candidates runs/candidates/candidates.parquet --dimensions soups --out runs/pairs",
+    "ppo": "--model runs/sft/model --prompts prompts.jsonl --reward runs/reward --out runs/ppo",
+    "reference compute": "--model runs/sft/model --data pairs.jsonl --out runs/reference",
+    "reference import": "--file logprobs.jsonl --scorer 'a model of mine' --out runs/reference",
+    "reference verify": "--table runs/reference/table --data pairs.jsonl --model runs/sft/model",
+    "reward": "--model runs/sft/model --data pairs.jsonl --members 5 --out runs/reward",
+    "scratch": "--data pairs.jsonl --out runs/scratch",
+    "sft": "--model path/or/hub-name --data demos.jsonl --out runs/sft",
+    "soup": "--ingredients runs/a/model runs/b/model --out runs/soup",
+    "winrate": "--data comparisons.jsonl --out runs/winrate",
+}
+COMMON = (
+    *("columns", "held_out", "limit", "seed", "loss", "ref", "gold", "judge", "rewards", "pairs", "noise", "members"),
+    *(
+        "objective",
+        "objectives",
+        "method",
+        "value",
+        "steps",
+        "rounds",
+        "prompts_per_round",
+        "prompts_per_step",
+        "k",
+        "n",
+    ),
+    *("beta", "sampler", "silver", "budget", "max_length", "max_prompt", "on_long", "max_new_tokens", "temperature"),
+    *("eval_prompts", "lora_rank", "lr", "epochs", "batch_size", "precision", "weights", "mode", "dimensions", "kinds"),
+    *(
+        "candidates",
+        "ties",
+        "model",
+        "second",
+        "scale",
+        "seeds",
+        "samplers",
+        "actions",
+        "instances",
+        "layers",
+        "hidden",
+    ),
+    *("vocabulary", "context", "annotator", "format", "estimate", "base_url", "options", "general", "tokens"),
+)
+EVERYWHERE = (
+    ("--config FILE", "Options from a YAML or JSON file, such as the config.json of a run; the command line wins."),
+    (
+        "--dry-run",
+        "Check all that can be checked without work, show what would be read and written; write nothing.",
+    ),
+    ("--json", "Results as JSON on standard output, also on a terminal. Everything else goes to standard error."),
+    ("--debug", "Show the whole traceback of an error."),
+    ("--help", "The common options."),
+    ("--help-all", "All options."),
+)
+# options as transformers and TRL call them
+ALIASES = {
+    "adam-beta1": "betas",
+    "adam-beta2": "betas",
+    "adapter": "model",
+    "base-model": "model",
+    "bf16": "precision bfloat16",
+    "checkpoint": "model",
+    "dataset": "data",
+    "dataset-name": "data",
+    "dataset-path": "data",
+    "eval-dataset": "held-out",
+    "eval-steps": "measure-every",
+    "generation-kwargs": "temperature",
+    "gradient-checkpointing": "recompute",
+    "kl-coef": "beta",
+    "learning-rate": "lr",
+    "logging-steps": "log-every",
+    "lora-r": "lora-rank",
+    "loss-type": "loss",
+    "lr-scheduler-type": "schedule",
+    "max-completion-length": "max-new-tokens",
+    "max-grad-norm": "clip",
+    "max-prompt-length": "max-prompt",
+    "max-seq-length": "max-length",
+    "max-steps": "epochs",
+    "min-lr-ratio": "floor",
+    "model-name": "model",
+    "model-name-or-path": "model",
+    "num-epochs": "epochs",
+    "num-generations": "k",
+    "num-ppo-epochs": "epochs",
+    "num-return-sequences": "k",
+    "num-train-epochs": "epochs",
+    "output": "out",
+    "output-dir": "out",
+    "per-device-eval-batch-size": "batch-size",
+    "per-device-train-batch-size": "batch-size",
+    "random-seed": "seed",
+    "ref-model": "ref",
+    "ref-model-path": "ref",
+    "response-length": "max-new-tokens",
+    "reward-model": "reward",
+    "reward-model-path": "reward",
+    "save-steps": "save-every",
+    "sft-model-path": "model",
+    "total-episodes": "steps",
+    "train-batch-size": "batch-size",
+    "train-file": "data",
+    "use-peft": "lora-rank",
+    "warmup-steps": "warmup",
+}
+
+
+class Option(NamedTuple):
+    """One option as the command line has it."""
+
+    name: str
+    group: str
+    text: str
+    hint: Any
+    default: Any
+
+    @property
+    def required(self) -> bool:
+        return self.default is MISSING or self.default is tyro.MISSING
+
+
+def described(schema: Any, group: str = "") -> Iterator[Option]:
+    """Every option of a config and its groups, with the text beside it."""
+    own = schema if isinstance(schema, type) else type(schema)
+    texts, hints = _texts(own), ranges.hints(own)
+    for one in fields(schema):
+        default = one.default if one.default is not MISSING or one.default_factory is MISSING else one.default_factory()
+        if not isinstance(schema, type):
+            default = getattr(schema, one.name)
+        if is_dataclass(default) and not isinstance(default, type):
+            yield from described(default, one.name)
+        else:
+            yield Option(one.name, group, texts.get(one.name, ""), hints.get(one.name, Any), default)
+
+
+def help_text(schema: type, prog: str, *, everything: bool) -> str:
+    """The help of a job or recipe: what it does, required and common options, or all of them, and an example."""
+    known = list(described(schema))
+    needed = [one for one in known if one.required]
+    others = [one for one in known if not one.required]
+    common = [one for one in others if one.name in COMMON or one.name == "out"]
+    usage = " ".join([prog, *(f"--{_dashed(one.name)} {_metavar(one)}" for one in needed), "[options]"])
+    lines = [f"usage: {usage}", "", (schema.__doc__ or "").split("\n\n")[0].strip(), ""]
+    lines += _section("required", needed)
+    if everything:
+        groups = dict.fromkeys(one.group for one in others)
+        for group in groups:
+            lines += _section(group.replace("_", " ") or "options", [one for one in others if one.group == group])
+    else:
+        lines += _section("common options", common)
+    lines += ["everywhere"] + [line for name, text in EVERYWHERE for line in _entry(name, text)] + [""]
+    name = prog.removeprefix("pyrite ")
+    example = EXAMPLES.get(name, "--out runs/" + name.split()[-1])
+    lines += ["example", f"  {prog} {example}"]
+    if not everything and (more := len(others) - len(common)):
+        lines += ["", f"{prog} --help-all shows {more} more options."]
+    return "\n".join(lines)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """ "; did you mean --lr?" for an option that is not known, by its name elsewhere or its spelling; or nothing."""
+    names = list(known)
+    elsewhere = difflib.get_close_matches(name, ALIASES, n=1, cutoff=0.85)
+    if elsewhere and ALIASES[elsewhere[0]].split()[0] in names:
+        return f"; did you mean --{ALIASES[elsewhere[0]]}?"
+    near = difflib.get_close_matches(name, names, n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def summary(results: Mapping[str, Any]) -> list[str]:
+    """The figures that matter, a line each: means with their errors, and what stands in groups side by side."""
+    lines = []
+    for name, value in results.items():
+        if (told := _figure(value)) is not None:
+            lines.append(f"  {name:24} {told}")
+    more = len(lines) - LINES
+    return lines[:LINES] + ([f"  ... {more} more with --json"] if more > 0 else [])
+
+
+def _figure(value: Any) -> str | None:
+    """A value of the results in a line, or None for one that takes more."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, str, Mapping, list)):
+        return None
+    if isinstance(value, (int, float)):
+        return f"{value:.4g}" if isinstance(value, float) else str(value)
+    if isinstance(value, str):
+        return value if len(value) < WIDTH else None
+    if isinstance(value, list):
+        numbers = [one for one in value if isinstance(one, (int, float))]
+        if numbers and len(numbers) == len(value):
+            return " ".join(f"{one:.4g}" for one in numbers[:SIDE_BY_SIDE]) + (
+                " ..." if len(numbers) > SIDE_BY_SIDE else ""
+            )
+        groups = [told for one in value[:3] if (told := _figure(one))]
+        return " | ".join(groups) or None
+    if "mean" in value and "se" in value:
+        return f"{value['mean']:.4g} ± {value['se']:.2g}"
+    inner = [
+        f"{name} {told}"
+        for name, one in value.items()
+        if not isinstance(one, (Mapping, list)) and (told := _figure(one))
+    ]
+    return ", ".join(inner[:SIDE_BY_SIDE]) or None
+
+
+def _section(title: str, some: Iterable[Option]) -> list[str]:
+    lines = [line for one in some for line in _entry(f"--{_dashed(one.name)} {_metavar(one)}", _told(one))]
+    return [title, *lines, ""] if lines else []
+
+
+def _entry(head: str, text: str) -> list[str]:
+    indent = " " * 30
+    wrapped = textwrap.wrap(text, WIDTH, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False)
+    if len(head) < 27 and wrapped:
+        return [f"  {head:28}{wrapped[0].strip()}", *wrapped[1:]]
+    return [f"  {head}", *wrapped]
+
+
+def _told(one: Option) -> str:
+    text, span = " ".join(one.text.split()), ranges.words(one.hint)
+    if span and get_origin(one.hint) is not Literal and span not in text:
+        text += f" {span[0].upper()}{span[1:]}."
+    if one.required:
+        return f"{text} (required)"
+    if one.default is None or one.default in ("", ()):
+        return text
+    return f"{text} Default: {_value(one.default)}."
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, (tuple, list)):
+        return " ".join(map(_value, value))
+    return f'"{value}"' if isinstance(value, str) and " " in value else str(value)
+
+
+def _metavar(one: Option) -> str:
+    """What an option takes: a number, a choice, several."""
+    kinds = [kind for kind in _kinds(one.hint) if kind is not type(None)]
+    if bool in kinds:
+        return f"| --no-{_dashed(one.name)}"
+    several = any(get_origin(kind) in (tuple, list) for kind in kinds)
+    inner = [part for kind in kinds for part in (get_args(kind) if get_origin(kind) in (tuple, list) else (kind,))]
+    flat = [base for part in inner if part is not ... for base in _kinds(part)]
+    names = {int: "N", float: "X", str: "TEXT", Path: "PATH"}
+    told = dict.fromkeys(
+        "|".join(map(str, get_args(kind))) if get_origin(kind) is Literal else names.get(kind, "TEXT") for kind in flat
+    )
+    return "|".join(told) + (" ..." if several else "")
+
+
+def _kinds(hint: Any) -> list[Any]:
+    """The alternatives of a type hint, without their ranges."""
+    while hasattr(hint, "__metadata__"):
+        hint = get_args(hint)[0]
+    if get_origin(hint) is Union or type(hint).__name__ == "UnionType":
+        return [kind for part in get_args(hint) for kind in _kinds(part)]
+    return [hint]
+
+
+def _dashed(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def _texts(schema: type) -> dict[str, str]:
+    """The text under each option of a config class."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(schema))).body[0]
+    assert isinstance(body, ast.ClassDef)
+    found = {}
+    for line, after in zip(body.body, body.body[1:], strict=False):
+        if not isinstance(line, ast.AnnAssign) or not isinstance(line.target, ast.Name):
+            continue
+        if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) and isinstance(after.value.value, str):
+            found[line.target.id] = inspect.cleandoc(after.value.value)
+    return found

@@ -1,0 +1,671 @@
+"""Spec strings: "dpo(beta=0.3)", "mine.py:my_loss(tau=2)", "package.module:fn()" -> a ready function.
+
+The module is the registry and the signature is the schema: what `members` lists is what a name may be,
+keyword-only parameters are the options, and values are literals, never code.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import difflib
+import dis
+import functools
+import importlib
+import importlib.util
+import inspect
+import os
+import random
+import re
+import sys
+import sysconfig
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyrite.math import ranges, seeds
+from pyrite.math.losses.needs import toy_pairs
+
+# foreign: Errors that are not Pyrite's own words, in one line that says whose they are and where they arose.
+
+
+HERE = Path(__file__).parent
+LIBRARIES = tuple(Path(sysconfig.get_path(name)) for name in ("purelib", "platlib", "stdlib"))
+RAISE = dis.opmap["RAISE_VARARGS"]
+
+
+def line(error: BaseException) -> str:
+    """What the command line says of an error: its message and, if Pyrite did not raise it itself, its place.
+
+    A refusal by Pyrite says what to do, and its place does not matter. An error of a library, or one that Python raised
+    in Pyrite's own code, says too little without. Errors of files and networks name the file, and stay as they are.
+    """
+    said = " ".join(str(error).split())
+    frames = list(traceback.walk_tb(error.__traceback__))
+    if not frames or (isinstance(error, OSError) and error.filename is not None):
+        return said or type(error).__name__
+    frame, number = frames[-1]
+    file = Path(frame.f_code.co_filename)
+    if file.is_relative_to(HERE):
+        if _raised(error):
+            return said
+        return f"{type(error).__name__}: {said} (at {file.relative_to(HERE.parent)}:{number}; --debug shows the rest)"
+    library = _library(file)
+    if library is None:
+        return said
+    return f"{said or type(error).__name__} (in {library} at {file.name}:{number}; --debug shows the traceback)"
+
+
+def _raised(error: BaseException) -> bool:
+    """Whether the last line of an error's traceback is a `raise`, not a call that Python refused."""
+    trace = error.__traceback__
+    while trace and trace.tb_next:
+        trace = trace.tb_next
+    return bool(trace) and trace.tb_frame.f_code.co_code[trace.tb_lasti] == RAISE
+
+
+def _library(file: Path) -> str | None:
+    """The library that a file belongs to, None for a file that is nobody's."""
+    for folder in LIBRARIES:
+        if file.is_relative_to(folder):
+            return file.relative_to(folder).parts[0].removesuffix(".py")
+    return str(file) if str(file).startswith("<frozen") else None
+
+
+# contracts: What a part of one's own is given and must return, kind by kind; it is held to that at every call.
+
+
+Function = Callable[..., Any]
+EXACT = 2**24  # whole numbers up to here are float32 numbers
+
+
+class PartError(ValueError):
+    """A part of the user's own raised, or returned something else than it must; the message names its file and line."""
+
+
+@dataclass
+class Own:
+    """A part of the user's own: where it stands, as typed, and its random numbers, which are nobody else's."""
+
+    where: str
+    name: str
+    file: str = ""
+    line: int = 0
+    state: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, where: str, name: str, function: Function) -> Own:
+        """The own part of a function."""
+        code = getattr(inspect.unwrap(getattr(function, "func", function)), "__code__", None)
+        return cls(where, name, code.co_filename if code else "", code.co_firstlineno if code else 0)
+
+    def fault(self, what: str, *, error: BaseException | None = None) -> PartError:
+        """An error that names the part and the line: of the error if it arose in the part's file, else of the part."""
+        lines = [number for frame, number in _frames(error) if frame.f_code.co_filename == self.file]
+        line = lines[-1] if lines else self.line
+        return PartError(f"{self.where}{f':{line}' if line else ''}, {self.name}(): {what}")
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Run the user's code: nothing it does to its surroundings lasts, and its errors are one line."""
+        try:
+            with undisturbed(self.state, self.name):
+                yield
+        except PartError:
+            raise
+        except (Exception, SystemExit) as error:
+            if type(error).__module__.startswith("pyrite."):
+                raise  # a stop of Pyrite's own, such as a judge without money
+            said = " ".join(str(error).split())
+            raise self.fault(f"{type(error).__name__}{': ' if said else ''}{said}", error=error) from error
+
+
+class Contract(NamedTuple):
+    """One kind of part: the names of its data, what its answer must be, and how it is tried, if it is."""
+
+    data: tuple[str, ...] = ()
+    returns: str = ""
+    read: Callable[[Own, Any, tuple[Any, ...]], Any] | None = None
+    trial: Callable[[], tuple[tuple[Any, ...], dict[str, Any]]] | None = None
+    instance: str = ""
+    late: tuple[str, ...] = ()
+
+
+def held(own: Own, make: Callable[[], Any], registry: ModuleType | Mapping[str, Function]) -> Any:
+    """What `make` makes of the user's function and its options, held to the contract of its kind; tried if it may be.
+
+    registry: the module of the kind, such as pyrite.math.losses; parts of another registry are guarded only.
+    """
+    kind = getattr(registry, "__name__", "")
+    contract = CONTRACTS.get(kind.rpartition(".")[2], Contract())
+    with own.running():
+        made = make()
+    if contract.instance:
+        wanted = getattr(registry, contract.instance)
+        if isinstance(made, functools.partial):
+            raise own.fault(f"takes {inspect.signature(made)}; it must take options only, after a star, (*, share=0.5)")
+        if not isinstance(made, wanted):
+            raise own.fault(f"returns {_called(made)}; return a {kind}.{contract.instance}")
+        return made
+    if not callable(made):
+        words = f"the function to call with ({', '.join(contract.data)})" if contract.data else "the function to call"
+        raise own.fault(f"takes options only, so it must return {words}; it returns {_called(made)}")
+    if contract.read is None:
+        return _watched(own, made, contract)
+    _check_arity(own, made, contract)
+    function = _watched(own, made, contract)
+    if contract.trial:
+        data, late = contract.trial()
+        answer = function(*data, **late)
+        bad = (~answer.isfinite()).nonzero()
+        if len(bad):
+            value = answer[int(bad[0])].item()
+            raise own.fault(f"returns {value} for ordinary numbers; every value must be finite ({contract.returns})")
+    return function
+
+
+def _watched(own: Own, made: Function, contract: Contract) -> Function:
+    """The function with its data protected and its answers read."""
+
+    @functools.wraps(made)
+    def function(*data: Any, **late: Any) -> Any:
+        given = tuple(_lent(value) for value in data)
+        before = [(tensor, tensor._version) for tensor in _tensors(given) if not tensor.is_inference()]
+        with own.running():
+            answer = made(*given, **late)
+            if inspect.iscoroutine(answer):
+                answer.close()  # so that nobody waits for it
+        if any(tensor._version != version for tensor, version in before):
+            raise own.fault("changes what it is given in place; work on a copy, such as x.clone()")
+        return contract.read(own, answer, given) if contract.read else answer
+
+    return function
+
+
+def _lent(value: Any) -> Any:
+    """Data as it is lent: lists, and tensors that keep no count of changes, as copies."""
+    if isinstance(value, list):
+        return list(value)
+    return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            if not isinstance(item, str):
+                yield from _tensors(item)
+    elif is_dataclass(value) and not isinstance(value, type):
+        for part in fields(value):
+            yield from _tensors(getattr(value, part.name))
+
+
+def _check_arity(own: Own, made: Function, contract: Contract) -> None:
+    try:
+        inspect.signature(made).bind(*contract.data, **dict.fromkeys(contract.late))
+    except TypeError as error:
+        example = f"def {own.name}({', '.join(contract.data)}, *, option=1.0)"
+        raise own.fault(f"{error}; it is called with ({', '.join(contract.data)}): write {example}") from None
+    except ValueError:
+        return  # a builtin without a signature
+
+
+# What is returned ---------------------------------------------------------------------------------------------------
+
+
+def _loss(own: Own, answer: Any, data: tuple[Any, ...]) -> Tensor:
+    """One value a pair, with a gradient if the data have one."""
+    like = data[0] if isinstance(data[0], Tensor) else data[0].chosen.sum
+    returns = "return one value a pair, shape (B,)"
+    if isinstance(answer, (list, tuple)) and answer and all(isinstance(one, Tensor) for one in answer):
+        answer = torch.stack(list(answer)) if all(one.ndim == 0 for one in answer) else answer
+    if not isinstance(answer, Tensor):
+        raise own.fault(f"returns {_called(answer)}; {returns}, as a tensor computed from the data")
+    if answer.ndim == 0:
+        raise own.fault(f"returns one number for the whole batch; {returns}")
+    if answer.shape != like.shape:
+        raise own.fault(f"returns shape {tuple(answer.shape)} for {len(like)} pairs; {returns}")
+    if not answer.is_floating_point():
+        raise own.fault(f"returns {str(answer.dtype).removeprefix('torch.')}, which has no gradient; {returns}")
+    learns = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in _tensors(data))
+    if learns and not answer.requires_grad:
+        raise own.fault("returns values without a gradient; compute them from the data, without detach() or no_grad()")
+    return answer if answer.device == like.device else answer.to(like.device)
+
+
+def _score_a_column(own: Own, answer: Any, data: tuple[Any, ...]) -> Tensor:
+    values = _numbers(own, answer, data[0].shape[1], "return one number a column, shape (N,)").to(data[0].device)
+    bad = (~values.isfinite()).nonzero()
+    if len(bad) and bool(data[0].isfinite().all()):
+        raise own.fault(f"returns {values[int(bad[0])].item()}; every value must be finite")
+    return values
+
+
+def _score_a_row(own: Own, answer: Any, data: tuple[Any, ...]) -> Tensor:
+    return _numbers(own, answer, len(data[0]), "return one number for each, N in all")
+
+
+def _numbers(own: Own, answer: Any, n: int, returns: str) -> Tensor:
+    """N numbers, whatever holds them: a tensor, a list, an array. Nothing is lost: large whole numbers stay exact."""
+    if not isinstance(answer, Tensor) and hasattr(answer, "__array__") and not isinstance(answer, (str, bytes)):
+        answer = answer.tolist()
+    if isinstance(answer, (list, tuple)):
+        items = [item.item() if _single(item) else item for item in answer]
+        wrong = next((i for i, item in enumerate(items) if not isinstance(item, (bool, int, float))), None)
+        if wrong is not None:
+            raise own.fault(f"returns {_called(items[wrong])} at place {wrong + 1}; {returns}")
+        answer = torch.tensor(items, dtype=_width(items))
+    if not isinstance(answer, Tensor):
+        raise own.fault(f"returns {_called(answer)}; {returns}")
+    if answer.ndim == 0:
+        raise own.fault(f"returns one number for {n}; {returns}")
+    if answer.shape != (n,):
+        said = f"{len(answer)} values" if answer.ndim == 1 else f"shape {tuple(answer.shape)}"
+        raise own.fault(f"returns {said} for {n}; {returns}")
+    if answer.is_complex() or answer.is_meta:
+        raise own.fault(f"returns {'complex numbers' if answer.is_complex() else 'no values'}; {returns}")
+    answer = answer.detach()
+    return answer if answer.is_floating_point() else answer.to(_width(answer.tolist()))
+
+
+def _single(item: Any) -> bool:
+    return not isinstance(item, (bool, int, float, str)) and hasattr(item, "item") and getattr(item, "ndim", 1) == 0
+
+
+def _width(values: Sequence[Any]) -> torch.dtype:
+    large = any(isinstance(value, int) and abs(value) > EXACT for value in values)
+    return torch.float64 if large else torch.float32
+
+
+def _maker(own: Own, answer: Any, data: tuple[Any, ...]) -> Any:
+    missing = [name for name in ("scores", "learn", "learners") if not hasattr(answer, name)]
+    if missing:
+        raise own.fault(f"makes {_called(answer)} without {' and '.join(missing)}; see pyrite.training.annotators")
+    return Discriminating(own, answer)
+
+
+@dataclass(frozen=True)
+class Discriminating:
+    """A discriminator of the user's own, its answers checked."""
+
+    own: Own
+    inner: Any
+
+    @property
+    def learners(self) -> Sequence[Any]:
+        """Of its members, for checkpoints."""
+        return self.inner.learners
+
+    def scores(self, answers: Sequence[Any]) -> Tensor:
+        """(E, N), finite."""
+        with self.own.running():
+            found = self.inner.scores(list(answers))
+        if not (isinstance(found, Tensor) and found.ndim == 2 and found.shape[1] == len(answers)):
+            shape = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else _called(found)
+            raise self.own.fault(f"scores() returns {shape}; return a tensor (E, N), N = {len(answers)} answers")
+        if not found.isfinite().all():
+            raise self.own.fault("scores() returns a value that is not finite")
+        return found.detach()
+
+    def learn(self, labels: Sequence[Any], *, seed: int) -> dict[str, float]:
+        """Means over its updates, by name."""
+        with self.own.running():
+            found = self.inner.learn(list(labels), seed=seed)
+        if not isinstance(found, Mapping):
+            raise self.own.fault(f"learn() returns {_called(found)}; return numbers by name, such as {{'loss': 0.5}}")
+        return dict(found)
+
+
+def _called(value: Any) -> str:
+    """How a value is called in a message."""
+    if value is None:
+        return "None"
+    if isinstance(value, str):
+        return f"text ({value!r:.30})"
+    if isinstance(value, (bool, int, float)):
+        return f"one number ({value})"
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    kind = type(value).__name__
+    return f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"
+
+
+# Trials -------------------------------------------------------------------------------------------------------------
+
+
+def _pairs() -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return (toy_pairs(learning=True),), {}
+
+
+def _scored() -> tuple[tuple[Any, ...], dict[str, Any]]:
+    g = torch.Generator().manual_seed(0)
+    return tuple(torch.randn(6, generator=g).requires_grad_() for _ in range(2)), {}
+
+
+def _members() -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return (torch.randn(3, 6, generator=torch.Generator().manual_seed(0)),), {}
+
+
+def _margins() -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return _members()[0], {"generator": torch.Generator().manual_seed(0)}
+
+
+REGISTRIES = {  # what `pyrite list KIND` lists, and the module that holds it
+    "discriminators": "pyrite.training.annotators",
+    "ensembles": "pyrite.math.ensembles",
+    "golds": "pyrite.feedback.scorers",
+    "judges": "pyrite.feedback.judges",
+    "losses": "pyrite.math.losses",
+    "reward_losses": "pyrite.math.reward_losses",
+    "samplers": "pyrite.math.samplers",
+    "schedules": "pyrite.feedback.schedules",
+    "selectors": "pyrite.feedback.selectors",
+}
+PAIR = "return one value a pair, shape (B,)"
+CONTRACTS = {
+    "losses": Contract(("pair",), PAIR, _loss, _pairs),
+    "reward_losses": Contract(("chosen", "rejected"), PAIR, _loss, _scored),
+    "ensembles": Contract(("scores",), "one score an answer, shape (N,)", _score_a_column, _members),
+    "selectors": Contract(
+        ("margins",), "one priority a pair, shape (B,)", _score_a_column, _margins, late=("generator",)
+    ),
+    "scorers": Contract(("prompts", "responses"), "one score a response", _score_a_row),
+    "judges": Contract(("prompts", "a", "b"), "P(a beats b) of each pair", _score_a_row),
+    "samplers": Contract(instance="Sampler"),
+    "schedules": Contract(instance="Schedule"),
+    "annotators": Contract(("players", "seed"), "a discriminator", _maker),
+}
+
+
+# Surroundings -------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def undisturbed(state: dict[str, Any], name: str) -> Iterator[None]:
+    """Run code that may do anything to its surroundings, with random numbers of its own, kept in `state`."""
+    dtype, device, folder = torch.get_default_dtype(), torch.get_default_device(), os.getcwd()
+    inference, grad = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
+    before = _random_state()
+    _set_random_state(state or _seeded(seeds.derive(0, "own part", name)))
+    try:
+        with contextlib.redirect_stdout(sys.stderr), torch.inference_mode(inference), torch.set_grad_enabled(grad):
+            yield
+    finally:
+        state.update(_random_state())
+        _set_random_state(before)
+        torch.set_default_dtype(dtype)
+        if torch.get_default_device() != device:
+            torch.set_default_device(device)
+        os.chdir(folder)
+
+
+def _frames(error: BaseException | None) -> list[Any]:
+    return list(traceback.walk_tb(error.__traceback__)) if error else []
+
+
+def _random_state() -> dict[str, Any]:
+    state: dict[str, Any] = {"python": random.getstate(), "torch": torch.get_rng_state()}
+    if torch.cuda.is_initialized():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        state["numpy"] = numpy.random.get_state()
+    return state
+
+
+def _set_random_state(state: Mapping[str, Any]) -> None:
+    random.setstate(state["python"])
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state:
+        torch.cuda.set_rng_state_all(state["cuda"])
+    if "numpy" in state:
+        sys.modules["numpy"].random.set_state(state["numpy"])
+
+
+def _seeded(seed: int) -> dict[str, Any]:
+    """The random numbers that a part begins with."""
+    state: dict[str, Any] = {"python": random.Random(seed).getstate()}
+    state["torch"] = torch.Generator().manual_seed(seed % 2**63).get_state()
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        state["numpy"] = numpy.random.RandomState(seed % 2**32).get_state()
+    return state
+
+
+# parts: Spec strings: "dpo(beta=0.3)", "mine.py:my_loss(tau=2)", "package.module:fn()" -> a ready function.
+
+
+Registry = ModuleType | Mapping[str, Function]
+
+_SPEC = re.compile(r"\s*(?:(?P<where>[^()]+):)?\s*(?P<name>[^\W\d]\w*)\s*(?P<call>\(.*)?", re.DOTALL)
+_EXAMPLE = 'write "name", "name(option=value)", "file.py:name(option=value)" or "package.module:name()"'
+
+
+class Member(NamedTuple):
+    """One entry of `pyrite list`: options map to their defaults, inspect.Parameter.empty where required; ranges in
+    words."""
+
+    name: str
+    options: dict[str, Any]
+    summary: str
+    ranges: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A function ready for data; prints as the spec that makes it again."""
+
+    name: str
+    options: Mapping[str, Any]
+    function: Function
+    where: str = ""
+
+    def __call__(self, *data: Any, **late: Any) -> Any:
+        return self.function(*data, **late)
+
+    @property
+    def own(self) -> bool:
+        """Whether it is the user's own, from a file or a module of theirs."""
+        return bool(self.where) and self.where.partition(".")[0] != "pyrite"
+
+    def __repr__(self) -> str:
+        options = ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+        return f"{self.where}{':' if self.where else ''}{self.name}({options})"
+
+
+def part(spec: str, registry: Registry) -> Part:
+    """The function a spec string names, its options checked and fixed; one's own is held to `pyrite.core.specs`.
+
+    A bare name is looked up in `registry`, a module or a mapping of names; "path.py:name" in that file and
+    "package.module:name" in that module, which are imported. A function of options alone is a factory: it
+    is called, and what it returns is the part. Raises ValueError, in one line, for a spec that cannot be
+    read, an unknown name or option (with the nearest), or a value that is not what the annotation says.
+
+    >>> import pyrite.math.losses
+    >>> part("dpo(beta=0.3)", pyrite.math.losses)
+    dpo(beta=0.3)
+    """
+    match = _SPEC.fullmatch(spec)
+    if match is None:
+        raise ValueError(f"cannot read {spec!r}: {_EXAMPLE}")
+    where, name = (match["where"] or "").strip(), match["name"]
+    options = _options(spec, match["call"] or "()", match.start("call"))
+    module = _load(where) if where else None
+    functions = _functions(module or registry)
+    if name not in functions:
+        place = f" in {where}" if where else ""
+        raise ValueError(f"unknown name {name!r}{place}: {_no_function(name, module) or _suggest(name, functions)}")
+    function = functions[name]
+    _check_options(function, options)
+    if not where or function.__module__.partition(".")[0] == "pyrite":
+        made = _ready(function, options)
+        verify = getattr(made, "verify", None)
+        if verify:
+            verify()  # a part that asks a model refuses a broken one now, and loads it when it is asked
+        return Part(name, options, made, where)
+    own = Own.of(where, name, function)
+    return Part(name, options, held(own, lambda: _ready(function, options), registry), where)
+
+
+def members(registry: Registry) -> list[Member]:
+    """What can be named: the functions of a module's `__all__`, or its own public ones; sorted by name."""
+    functions = _functions(registry)
+    return [_member(name, functions[name]) for name in sorted(functions)]
+
+
+def _member(name: str, function: Function) -> Member:
+    hints = ranges.hints(function)
+    known = {option: ranges.words(hints.get(option, Any)) for option in _defaults(function)}
+    said = {option: words for option, words in known.items() if words}
+    return Member(name, _defaults(function), _summary(function), said)
+
+
+def signature(function: Function) -> str:
+    """A function and its options as a spec has them: "dpo(beta=0.1, label_smoothing=0.0)"."""
+    empty = inspect.Parameter.empty
+    options = (name if value is empty else f"{name}={value!r}" for name, value in _defaults(function).items())
+    return f"{function.__name__}({', '.join(options)})"
+
+
+def _options(spec: str, call: str, start: int) -> dict[str, Any]:
+    """The keyword options of "(name=value, ...)", which begins at `start` of the spec."""
+    try:
+        node = ast.parse(f"f{call}", mode="eval").body
+    except SyntaxError as error:
+        at = start + max((error.offset or 2) - 2, 0)  # offset counts from 1, and from the f put in front
+        raise ValueError(f"cannot read {spec!r} at {spec[at:] or 'its end'!r}: {_EXAMPLE}") from None
+    if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
+        raise ValueError(f"cannot read {spec!r} beyond one pair of parentheses: {_EXAMPLE}")
+    if node.args:
+        raise ValueError(f"{spec!r}: {ast.unparse(node.args[0])!r} has no name; {_EXAMPLE}")
+    options: dict[str, Any] = {}
+    for keyword in node.keywords:
+        if keyword.arg is None or keyword.arg in options:
+            raise ValueError(f"{spec!r}: give every option once, by its name, not {ast.unparse(keyword)!r}")
+        options[keyword.arg] = _literal(spec, keyword.arg, keyword.value)
+    return options
+
+
+def _literal(spec: str, name: str, value: ast.expr) -> Any:
+    try:
+        return ast.literal_eval(value)
+    except (ValueError, TypeError, SyntaxError):
+        raise ValueError(
+            f"{spec!r}: {name}={ast.unparse(value)} is no plain value; "
+            "give a number, True, False, None, a list, or text in quotes"
+        ) from None
+
+
+def _load(where: str) -> ModuleType:
+    """The module at a path ending in .py, or of a dotted name."""
+    path = Path(where)
+    if path.suffix == ".py" and not path.is_file():
+        raise ValueError(f"no file {where}: give its path from the current folder, {Path.cwd()}")
+    try:
+        with undisturbed({}, where):
+            return _load_file(path) if path.suffix == ".py" else importlib.import_module(where)
+    except ModuleNotFoundError as error:
+        hint = "" if error.name != where else f'; for a file of yours write "{where}.py:name()"'
+        raise ValueError(f"cannot import {where}: no module named {error.name!r}{_line(error, path)}{hint}") from None
+    except (Exception, SystemExit) as error:
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"cannot import {where}: {said}{_line(error, path)}") from error
+
+
+def _line(error: BaseException, path: Path) -> str:
+    """The line of a file at which its import stopped; a SyntaxError names its own."""
+    frames = traceback.walk_tb(error.__traceback__)
+    lines = [n for frame, n in frames if Path(frame.f_code.co_filename).absolute() == path.absolute()]
+    return f" ({path.name}, line {lines[-1]})" if lines and not isinstance(error, SyntaxError) else ""
+
+
+def _load_file(path: Path) -> ModuleType:
+    name = f"pyrite_part_{re.sub(r'[^0-9a-zA-Z]', '_', str(path.resolve()))}"
+    module_spec = importlib.util.spec_from_file_location(name, path)
+    assert module_spec is not None and module_spec.loader is not None  # a .py file always has a loader
+    module = importlib.util.module_from_spec(module_spec)
+    sys.modules[name] = module  # dataclasses and type hints of the file look it up by name
+    try:
+        module_spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def _no_function(name: str, module: ModuleType | None) -> str:
+    """What a name of one's own file stands for, if not for a function of that file."""
+    value = vars(module).get(name) if module and not name.startswith("_") else None
+    if inspect.isclass(value) and value.__module__ == getattr(module, "__name__", ""):
+        return f"{name} is a class; write a function that makes one: def make(*, option=1): return {name}(option)"
+    if callable(value) and not inspect.isclass(value) and not hasattr(module, "__all__"):
+        return f"{name} is not a function of this file; write one that calls it"
+    return ""
+
+
+def _functions(registry: Registry) -> dict[str, Function]:
+    if not isinstance(registry, ModuleType):
+        return dict(registry)
+    exported = getattr(registry, "__all__", None)
+    found = {name: vars(registry)[name] for name in exported or vars(registry) if name in vars(registry)}
+    return {
+        name: value
+        for name, value in found.items()
+        if inspect.isfunction(value)
+        and (exported or (not name.startswith("_") and value.__module__ == registry.__name__))
+    }
+
+
+def _defaults(function: Function) -> dict[str, Any]:
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
+def _summary(function: Function) -> str:
+    return (inspect.getdoc(function) or "").partition("\n")[0]
+
+
+def _ready(function: Function, options: dict[str, Any]) -> Function:
+    """The function with its options fixed or, of a factory, what it makes of them."""
+    parameters = inspect.signature(function).parameters.values()
+    if any(p.kind is not p.KEYWORD_ONLY for p in parameters):
+        return partial(function, **options)
+    for p in parameters:
+        if p.default is p.empty and p.name not in options:
+            raise ValueError(f"{function.__name__} needs the option {p.name!r}; it is {signature(function)}")
+    return function(**options)
+
+
+def _check_options(function: Function, options: dict[str, Any]) -> None:
+    known = _defaults(function)
+    hints = ranges.hints(function)
+    for name, value in options.items():
+        if name in inspect.signature(function).parameters and name not in known:
+            raise ValueError(
+                f"{function.__name__} takes {name} by position; put a star before its options: "
+                f"def {function.__name__}(..., *, {name}=...)"
+            )
+        if name not in known:
+            raise ValueError(
+                f"{function.__name__} has no option {name!r}: {_suggest(name, known)}; it is {signature(function)}"
+            )
+        wrong = None if value == known[name] else ranges.fault(value, hints.get(name, Any))
+        if wrong:
+            refused = ranges.refusal(f"{function.__name__}: option {name}={value!r}", wrong)
+            raise ValueError(f"{refused}; it is {signature(function)}")
+
+
+def _suggest(name: str, known: Iterable[str]) -> str:
+    """ "did you mean dpo? known: dpo, ipo"."""
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, n=2, cutoff=0.5)
+    guess = f"did you mean {' or '.join(near)}? " if near else ""
+    return f"{guess}known: {', '.join(names) or 'none'}"

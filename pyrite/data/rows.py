@@ -1,0 +1,1037 @@
+"""Prompts longer than a job can take: cut, left out, or an error; always counted, and named by file and line."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import gzip
+import hashlib
+import json
+import math
+import os
+import os.path
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from pyrite.data import text as text_
+from pyrite.data.files import TEXTS, DataError, Placed, Row, Source, read
+from pyrite.data.text import OF_TOOLS, SHOWN, Answer, plain
+
+# layouts: Column layouts of published data sets, each turned into this library's rows: one function a layout.
+
+
+Message = dict[str, Any]
+
+
+class Skip(Exception):  # noqa: N818, a signal and not an error
+    """A sound row that is left out; its message is the reason, counted by the loader."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Columns a layout is recognized by, others it reads, and the function that turns a row into ours.
+
+    gather: of layouts with one answer a row, what makes pairs of the rows before they are converted: the pairs, each
+    with the number of the row it begins with, and how many rows are left out by reason.
+    """
+
+    needs: tuple[str, ...]
+    convert: Callable[[Row], Row]
+    reads: tuple[str, ...] = ()
+    gather: Callable[[list[Row]], tuple[list[tuple[int, Row]], dict[str, int]]] | None = None
+
+
+def messages(value: Any, name: str) -> list[Message]:
+    """The value as messages: role, content, and the further fields a chat template may write (`templates.SHOWN`).
+
+    A turn of tool calls needs no content. Raises ValueError for anything else.
+    """
+    shaped = isinstance(value, list) and value and all(isinstance(turn, dict) for turn in value)
+    turns = [_message(turn) for turn in value] if shaped else []
+    if not turns or not all(isinstance(turn[key], str) for turn in turns for key in ("role", "content")):
+        raise ValueError(f"{name} must be a list of messages, each with a role and a content that are text")
+    return turns
+
+
+def _message(turn: Row) -> Message:
+    names = SHOWN if turn.get("role") in ("user", "assistant", "system") else (*SHOWN, *OF_TOOLS)
+    fields = {name: _known(turn[name]) for name in names if turn.get(name)}
+    content = turn.get("content")
+    return {"role": turn.get("role"), "content": "" if content is None and fields else content, **fields}
+
+
+def _known(value: Any) -> Any:
+    """A value without the empty fields that Parquet gives every struct."""
+    if isinstance(value, dict):
+        return {name: _known(one) for name, one in value.items() if one is not None}
+    return [_known(one) for one in value] if isinstance(value, list) else value
+
+
+def said(turn: Message, name: str) -> Row:
+    """The columns of an answer: its text, and as NAME_fields what else its message holds."""
+    fields = {key: value for key, value in turn.items() if key not in ("role", "content")}
+    return {name: turn["content"]} | ({f"{name}_fields": fields} if fields else {})
+
+
+def transcript(text: str) -> list[Message]:
+    """Messages of a transcript in Anthropic's HH format ("\\n\\nHuman: …\\n\\nAssistant: …")."""
+    parts = re.split(r"(?:\A|\n\n)(Human|Assistant):", text.strip())[1:]
+    roles = {"Human": "user", "Assistant": "assistant"}
+    return [{"role": roles[who], "content": said.strip()} for who, said in zip(parts[::2], parts[1::2], strict=True)]
+
+
+def merged(turns: list[Message]) -> list[Message]:
+    """Turns of one speaker in a row joined to one: chat templates want speakers to alternate; not those with fields."""
+    result: list[Message] = []
+    for turn in turns:
+        if result and result[-1]["role"] == turn["role"] and len(result[-1]) == len(turn) == 2:
+            joined = "\n\n".join(said for said in (result[-1]["content"], turn["content"]) if said)
+            result[-1] = {"role": turn["role"], "content": joined}
+        else:
+            result.append(turn)
+    return result
+
+
+def split_conversations(chosen: list[Message], rejected: list[Message]) -> Row:
+    """Two conversations that differ in their last answer only: the common turns are the prompt.
+
+    A pair that parts earlier is skipped: its preference is about several turns, some of them the user's,
+    and giving it to one answer would invent a label.
+    """
+    first, second = merged(chosen), merged(rejected)
+    for name, turns in (("chosen", first), ("rejected", second)):
+        if turns[-1]["role"] != "assistant":
+            raise ValueError(f"{name} does not end with an assistant turn")
+    if len(first) == 1 or len(second) == 1:
+        raise ValueError("chosen and rejected hold only an answer; a prompt column is needed")
+    if first[:-1] != second[:-1]:
+        raise Skip("the conversations part before the last answer")
+    return {"prompt": first[:-1], **said(first[-1], "chosen"), **said(second[-1], "rejected")}
+
+
+def pair_with_prompt(row: Row) -> Row:
+    """TRL preference, standard (texts) or conversational (answers or whole conversations as messages)."""
+    prompt, sides = row["prompt"], (row["chosen"], row["rejected"])
+    if not any(isinstance(side, list) for side in sides):
+        return {"prompt": prompt, "chosen": row["chosen"], "rejected": row["rejected"]}
+    opening = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else messages(prompt, "prompt")
+    whole = []
+    for name, side in zip(("chosen", "rejected"), sides, strict=True):
+        turns = messages(side, name)
+        whole.append(opening + turns if turns[0]["role"] == "assistant" else turns)
+    return split_conversations(whole[0], whole[1])
+
+
+def pair_without_prompt(row: Row) -> Row:
+    """TRL preference with an implicit prompt: conversations, HH transcripts, texts that begin alike."""
+    chosen, rejected = row["chosen"], row["rejected"]
+    if isinstance(chosen, list) or isinstance(rejected, list):
+        return split_conversations(messages(chosen, "chosen"), messages(rejected, "rejected"))
+    chosen, rejected = text(row, "chosen"), text(row, "rejected")
+    if all(re.match(r"\s*Human:", side) for side in (chosen, rejected)):
+        pair = split_conversations(transcript(chosen), transcript(rejected))
+        if not pair["chosen"]:
+            raise Skip("the preferred answer of the transcript is empty")
+        return pair
+    common = re.match(r"(.*\S)\s", os.path.commonprefix([chosen, rejected]), re.DOTALL)  # noqa: RUF071
+    if common is None:
+        raise ValueError("chosen and rejected share no beginning that could be the prompt; add a prompt column")
+    prompt = common.group(1)
+    return {"prompt": prompt, "chosen": chosen[len(prompt) :], "rejected": rejected[len(prompt) :]}
+
+
+def pair_from_outputs(row: Row) -> Row:
+    """AlpacaFarm: instruction, input, output_1, output_2, preference = number of the better, 1 or 2.
+
+    AlpacaEval's weighted judges give a preference between 1 and 2, which is 1 + P(the second is better).
+    """
+    answers, value = [text(row, "output_1"), text(row, "output_2")], row["preference"]
+    if not isinstance(value, float) or not 1 < value < 2:
+        return _preferred(row, answers, first=1)
+    if value == 1.5:
+        raise Skip("neither answer is better (preference 1.5)")
+    pair = _preferred({**row, "preference": round(value)}, answers, first=1)
+    return pair | {"probability": max(value - 1, 2 - value)}
+
+
+def pair_from_answers(row: Row) -> Row:
+    """Gold-labelled AlpacaFarm: instruction, input, two answers, preference = index of the better, 0 or 1."""
+    answers = row["answers"]
+    if not isinstance(answers, list) or len(answers) != 2 or not all(isinstance(one, str) for one in answers):
+        raise ValueError("answers must be a list of two texts")
+    return _preferred(row, answers, first=0)
+
+
+def pair_from_question(row: Row) -> Row:
+    """Stack-exchange pairs: question, response_j (the better), response_k."""
+    return {
+        "prompt": text(row, "question"),
+        "chosen": text(row, "response_j"),
+        "rejected": text(row, "response_k"),
+    }
+
+
+def pair_from_votes(row: Row) -> Row:
+    """SHP: history (of the post), human_ref_A, human_ref_B, labels = 1 where A has more votes, else 0."""
+    return _better(row, row["history"], "human_ref_A", "human_ref_B", first=_label(row["labels"], "labels"))
+
+
+def pair_from_strength(row: Row) -> Row:
+    """HelpSteer2 and 3: two responses and a preference from -3, the first is much better, to 3, the second is."""
+    new = "overall_preference" in row
+    name, first, second = (
+        ("overall_preference", "response1", "response2") if new else ("preference_strength", "response_1", "response_2")
+    )
+    value = row[name]
+    if value is None:
+        raise Skip("it has no preference")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not -3 <= value <= 3:
+        raise ValueError(f"{name} must be a number from -3 to 3, not {value!r:.60}")
+    if value == 0:
+        raise Skip(f"neither answer is better ({name} 0)")
+    return _better(row, row["context"] if "context" in row else row["prompt"], first, second, first=value < 0)
+
+
+def pair_from_turns(row: Row) -> Row:
+    """ShareGPT with two endings: conversations, and chosen and rejected as {from, value} or text."""
+    turns = sharegpt(row["conversations"])
+    ends = [row[name] if isinstance(row[name], list) else [row[name]] for name in ("chosen", "rejected")]
+    whole = [
+        turns + ([{"role": "assistant", "content": end[0]}] if isinstance(end[0], str) else sharegpt(end))
+        for end in ends
+        if end
+    ]
+    if len(whole) < 2:
+        raise ValueError("chosen and rejected must each hold an answer")
+    return split_conversations(whole[0], whole[1])
+
+
+def pairs_of_labels(rows: list[Row]) -> tuple[list[tuple[int, Row]], dict[str, int]]:
+    """Unpaired rows (prompt, completion, label): the first good answer to a prompt and its first bad one, and so on."""
+    groups: dict[str, tuple[list[int], list[int]]] = {}
+    for i, row in enumerate(rows):
+        good = _label(row.get("label"), "label", where=i)
+        groups.setdefault(repr(row.get("prompt")), ([], []))[not good].append(i)
+    pairs = [(rows[a], rows[b], min(a, b)) for good, bad in groups.values() for a, b in zip(good, bad, strict=False)]
+    if not pairs:
+        raise ValueError(
+            "no prompt has both an answer with label true and one with label false, and pairs are learned from here; "
+            "have a judge compare answers (`pyrite generate`, `pyrite label --judge`), or give the file to `pyrite sft`"
+        )
+    kept = [
+        (i, {**good, "chosen": good.get("completion"), "rejected": bad.get("completion")}) for good, bad, i in pairs
+    ]
+    alone = len(rows) - 2 * len(pairs)
+    reason = "no answer with the other label is left for their prompt"
+    return sorted(kept, key=lambda pair: pair[0]), {reason: alone} if alone else {}
+
+
+def pairs_of_scores(rows: list[Row]) -> tuple[list[tuple[int, Row]], dict[str, int]]:
+    """HelpSteer's rows (prompt, response, helpfulness, ...): answers 0 and 1, 2 and 3, ... to a prompt are compared,
+    and the more helpful one is chosen."""
+    groups: dict[str, list[int]] = {}
+    for i, row in enumerate(rows):
+        value = row.get("helpfulness")
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise MisplacedError(f"helpfulness must be a number, not {value!r:.60}", i)
+        groups.setdefault(repr(row.get("prompt")), []).append(i)
+    pairs, ties, alone = [], 0, 0
+    for group in groups.values():
+        alone += len(group) % 2
+        for a, b in zip(group[::2], group[1::2], strict=False):
+            if rows[a]["helpfulness"] == rows[b]["helpfulness"]:
+                ties += 2
+                continue
+            good, bad = (a, b) if rows[a]["helpfulness"] > rows[b]["helpfulness"] else (b, a)
+            sides = {"chosen": rows[good].get("response"), "rejected": rows[bad].get("response")}
+            pairs.append((a, {"prompt": rows[a].get("prompt"), **sides}))
+    if not pairs:
+        raise ValueError("no prompt has two answers of which one is more helpful, and pairs are learned from here")
+    counts = {"two answers to a prompt are equally helpful": ties, "the only answer left to its prompt": alone}
+    return pairs, {reason: count for reason, count in counts.items() if count}
+
+
+def sharegpt(value: Any) -> list[dict[str, str]]:
+    """Messages of ShareGPT's turns {from, value}; turns {role, content} pass as they are."""
+    turns = value if isinstance(value, list) else [value]
+    if turns and all(isinstance(turn, dict) and "role" in turn for turn in turns):
+        return messages(turns, "conversations")
+    found = []
+    for turn in turns:
+        if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
+            raise ValueError("conversations must be a list of turns, each with from and value that are text")
+        role = SPEAKERS.get(str(turn.get("from")).lower())
+        if role is None:
+            raise ValueError(
+                f"conversations hold a turn from {turn.get('from')!r:.40}; known are {', '.join(SPEAKERS)}"
+            )
+        found.append({"role": role, "content": turn["value"]})
+    if not found:
+        raise ValueError("conversations are empty")
+    return found
+
+
+def demo_from_turns(row: Row) -> Row:
+    """ShareGPT: conversations of turns {from, value}, and optionally a system text; the last answer is the response."""
+    turns = _opened(row)
+    if turns[-1]["role"] != "assistant":
+        raise Skip("the conversation does not end with an answer")
+    return demo_from_messages({"messages": turns})
+
+
+def prompt_from_turns(row: Row) -> Row:
+    """ShareGPT's conversation without its closing answer."""
+    return prompt_from_messages({"messages": _opened(row)})
+
+
+def demo_from_text(row: Row) -> Row:
+    """TRL language modeling: a text without a prompt, learned whole; an HH transcript is a conversation."""
+    whole = text(row, "text")
+    if re.match(r"\s*Human:", whole):
+        return demo_from_messages({"messages": transcript(whole)})
+    return {"prompt": "", "response": whole}
+
+
+def demo_from_label(row: Row) -> Row:
+    """An unpaired row (prompt, completion, label): to be imitated if its label is true."""
+    if not _label(row["label"], "label"):
+        raise Skip("their label says that the answer is bad")
+    return demo_from_completion(row)
+
+
+def demo_from_completion(row: Row) -> Row:
+    """TRL prompt-completion, standard or conversational."""
+    if isinstance(row["completion"], str):
+        return {"prompt": row["prompt"], "response": row["completion"]}
+    prompt = row["prompt"]
+    opening = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else messages(prompt, "prompt")
+    return demo_from_messages({"messages": opening + messages(row["completion"], "completion")})
+
+
+def demo_from_messages(row: Row) -> Row:
+    """TRL conversational language modeling: the last assistant turn is the response."""
+    turns = merged(messages(row["messages"], "messages"))
+    if turns[-1]["role"] != "assistant" or len(turns) < 2:
+        raise ValueError("messages must hold a prompt and end with an assistant turn")
+    return {"prompt": turns[:-1], **said(turns[-1], "response")}
+
+
+def demo_from_instruction(row: Row) -> Row:
+    """Alpaca: instruction, input, output."""
+    return {"prompt": instruction(row), "response": text(row, "output")}
+
+
+def prompt_from_messages(row: Row) -> Row:
+    """A conversation without its closing assistant turn."""
+    turns = merged(messages(row["messages"], "messages"))
+    return {"prompt": turns[:-1] if turns[-1]["role"] == "assistant" else turns}
+
+
+def instruction(row: Row) -> str:
+    """Alpaca prompt: the instruction verbatim, and the input on the next line where there is one."""
+    extra = text(row, "input") if row.get("input") is not None else ""
+    return text(row, "instruction") + (f"\n{extra}" if extra.strip() else "")
+
+
+def text(row: Row, name: str) -> str:
+    """The text in a column. Raises ValueError where it is something else."""
+    if not isinstance(row[name], str):
+        raise ValueError(f"{name} must be text, not {row[name]!r:.60}")
+    return row[name]
+
+
+class MisplacedError(ValueError):
+    """A broken row that is not the one at hand; `row` is its number from 0."""
+
+    def __init__(self, message: str, row: int) -> None:
+        super().__init__(message)
+        self.row = row
+
+
+def _opened(row: Row) -> list[dict[str, str]]:
+    """ShareGPT's turns, after the system text if there is one."""
+    turns = merged(sharegpt(row["conversations"]))
+    if isinstance(row.get("system"), str) and row["system"].strip() and turns[0]["role"] != "system":
+        turns = [{"role": "system", "content": row["system"]}, *turns]
+    begun = turns[1:] if turns[0]["role"] == "system" else turns
+    if not begun or begun[0]["role"] != "user":
+        raise Skip("the conversation does not begin with the user")
+    return turns
+
+
+def _label(value: Any, name: str, *, where: int | None = None) -> bool:
+    """A label true or false, or 1 or 0."""
+    if value not in (True, False) or not isinstance(value, (bool, int, float)):
+        message = f"{name} must be true or false (or 1 or 0), not {value!r:.60}"
+        raise ValueError(message) if where is None else MisplacedError(message, where)
+    return bool(value)
+
+
+def _better(row: Row, prompt: Any, one: str, other: str, *, first: bool) -> Row:
+    chosen, rejected = (one, other) if first else (other, one)
+    return {"prompt": prompt, "chosen": text(row, chosen), "rejected": text(row, rejected)}
+
+
+def _preferred(row: Row, answers: list[str], *, first: int) -> Row:
+    preference = row.get("preference")
+    if preference is None:
+        raise Skip("it has no preference")
+    if isinstance(preference, bool) or preference not in (first, first + 1):
+        raise ValueError(f"preference must be {first} or {first + 1}, not {preference!r:.60}")
+    better = int(preference) - first
+    return {"prompt": instruction(row), "chosen": answers[better], "rejected": answers[1 - better]}
+
+
+def _same(*names: str) -> Callable[[Row], Row]:
+    return lambda row: {name: row[name] for name in names}
+
+
+SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant"}
+SPEAKERS |= {"bing": "assistant", "bard": "assistant", "model": "assistant", "system": "system"}
+VOTES = ("history", "human_ref_A", "human_ref_B", "labels")
+CANDIDATE = ("prompt", "response", "sample", "finished", "length", "logp")
+# The first layout of a kind whose columns are all there is taken; the first of all is our own.
+LAYOUTS: dict[str, tuple[Layout, ...]] = {
+    "prompts": (
+        Layout(("prompt",), _same("prompt")),
+        Layout(("messages",), prompt_from_messages),
+        Layout(("instruction",), lambda row: {"prompt": instruction(row)}, reads=("input",)),
+        Layout(("question",), lambda row: {"prompt": text(row, "question")}),
+        Layout(("conversations",), prompt_from_turns, reads=("system", "chosen", "rejected")),
+        Layout(("history",), lambda row: {"prompt": text(row, "history")}),
+        Layout(("context",), lambda row: {"prompt": row["context"]}),
+        Layout(("chosen", "rejected"), lambda row: {"prompt": pair_without_prompt(row)["prompt"]}),
+    ),
+    "demos": (
+        Layout(("prompt", "response"), _same("prompt", "response")),
+        Layout(("prompt", "completion", "label"), demo_from_label),
+        Layout(("prompt", "completion"), demo_from_completion),
+        Layout(("messages",), demo_from_messages, reads=("prompt",)),
+        Layout(("instruction", "output"), demo_from_instruction, reads=("input",)),
+        Layout(("conversations",), demo_from_turns, reads=("system",)),
+        Layout(("text",), demo_from_text),
+    ),
+    "pairs": (
+        Layout(("prompt", "chosen", "rejected"), pair_with_prompt),
+        Layout(("conversations", "chosen", "rejected"), pair_from_turns, reads=("system",)),
+        Layout(("chosen", "rejected"), pair_without_prompt),
+        Layout(("instruction", "output_1", "output_2", "preference"), pair_from_outputs, reads=("input",)),
+        Layout(("instruction", "answers", "preference"), pair_from_answers, reads=("input",)),
+        Layout(("question", "response_j", "response_k"), pair_from_question),
+        Layout(VOTES, pair_from_votes),
+        Layout(("prompt", "response_1", "response_2", "preference_strength"), pair_from_strength),
+        Layout(("context", "response1", "response2", "overall_preference"), pair_from_strength),
+        Layout(("prompt", "response1", "response2", "overall_preference"), pair_from_strength),
+        Layout(
+            ("prompt", "completion", "label"), pair_with_prompt, reads=("chosen", "rejected"), gather=pairs_of_labels
+        ),
+        Layout(("prompt", "response", "helpfulness"), pair_with_prompt, gather=pairs_of_scores),
+    ),
+    "answers": (
+        Layout(("prompt", "response"), _same("prompt", "response")),
+        Layout(("prompt", "completion"), demo_from_completion),
+        Layout(("messages",), demo_from_messages, reads=("prompt",)),
+        Layout(("instruction", "output"), demo_from_instruction, reads=("input",)),
+        Layout(("prompt", "output"), lambda row: {"prompt": row["prompt"], "response": text(row, "output")}),
+        Layout(("conversations",), demo_from_turns, reads=("system",)),
+    ),
+    "candidates": (Layout(CANDIDATE, _same(*CANDIDATE)),),
+}
+
+
+# data: Rows on disk: load and import, validate, split by prompt, write, and add exact label noise.
+
+
+Kind = Literal["prompts", "demos", "pairs", "candidates", "answers"]
+
+OnContradiction = Literal["error", "swap", "drop", "keep"]
+CONTRADICTION = "their strength or probability says that the rejected answer is the better one"
+CONDITIONED = ("asked", "asked_id", "preferences")  # what a prompt under preferences was made from
+PROBABILITY_FLOOR = 1e-4  # a judge's certainty becomes at most ln(9999) = 9.21 nats
+_TEXTS = {
+    "prompts": (),
+    "demos": ("response",),
+    "pairs": ("chosen", "rejected"),
+    "candidates": ("response",),
+    "answers": ("response",),
+}
+_NONEMPTY = {"demos": "response", "pairs": "chosen"}
+_TYPES = {
+    "sample": ((int,), "a whole number"),
+    "length": ((int,), "a whole number"),
+    "logp": ((int, float), "a number"),
+    "strength": ((int, float), "a number"),
+    "probability": ((int, float), "a number"),
+    "finished": ((bool,), "true or false"),
+    "flipped": ((bool,), "true or false"),
+}
+_TYPED = {
+    "candidates": ("sample", "length", "logp", "finished"),
+    "pairs": ("strength", "probability", "flipped"),
+}
+
+
+def load(
+    path: str | Path,
+    kind: Kind,
+    *,
+    columns: str | Mapping[str, str] | None = None,
+    on_equal: Literal["error", "drop"] = "error",
+    on_contradiction: OnContradiction = "keep",
+    on_tie: Literal["keep", "drop"] = "keep",
+    note: Callable[[str], object] | None = None,
+) -> list[Row]:
+    """Checked rows of a kind from a file, a `datasets` folder (folder[:split]) or the Hub (org/name[:split]).
+
+    Files: JSON, JSONL, CSV, TSV (each gzipped too), Parquet. Layouts recognized: ours, TRL's standard and
+    conversational ones, Anthropic HH transcripts, AlpacaFarm, Alpaca, question/response_j/response_k;
+    `columns` renames others ("prompt=question,chosen=good", ours first). A missing prompt_id is derived from
+    the prompt. A judge's `probability` p becomes `strength` = ln(p / (1 − p)) nats, p clipped to
+    [1e-4, 1 − 1e-4]. Left out, and told to `note` in one line a reason: pairs with chosen equal to rejected
+    (an error unless on_equal="drop"), conversations that part before the last answer or prefer an empty one,
+    rows without a verdict, and prompts seen before (kind "prompts").
+
+    on_contradiction: for pairs whose strength is below 0, or probability below ½, so that the rejected answer is the
+    better one: keep, as they stand; swap, which exchanges the answers and their columns; drop; or an error. on_tie: for
+    pairs of strength 0, of which neither answer is better.
+
+    Every row knows its file and line: `place(row)` says them, whatever was left out, split or shuffled since.
+    Raises DataError, naming the file and the row.
+    """
+    if kind not in LAYOUTS:
+        raise DataError(f"unknown kind of data {kind!r}; it is one of {', '.join(LAYOUTS)}")
+    if on_equal not in ("error", "drop"):
+        raise DataError(f"on_equal is {on_equal!r}; it must be 'error' or 'drop'")
+    names = _names(columns)
+    source = _renamed(read(str(path), texts=[theirs for ours, theirs in names.items() if ours in TEXTS]), names)
+    total = len(source.rows)
+    source, layout, alone = _gathered(source, _layout(source, kind))
+    rows, dropped, swaps = _converted(source, kind, layout, on_equal, on_contradiction, on_tie)
+    dropped += alone
+    if swaps and note is not None:
+        note(f"{source.name}: in {swaps} of {total} rows chosen and rejected are exchanged: {CONTRADICTION}")
+    for reason, count in dropped.items():
+        if note is not None:
+            note(f"{source.name}: {count} of {total} rows left out: {reason}")
+    if not rows:
+        raise DataError(f"{source.name}: no row is left of {total}; {'; '.join(dropped)}")
+    return rows
+
+
+def place(row: Row, unknown: str = "") -> str:
+    """Where the user's file has a row, as errors call it: "pairs.jsonl, line 7"; `unknown` where nobody knows.
+
+    Known of rows from `load`, and of rows made of them by `row | {...}`.
+    """
+    return getattr(row, "place", "") or unknown or f"the row of prompt {row.get('prompt_id')!r}"
+
+
+def answer(row: Row, name: str) -> Answer:
+    """The answer in a column: its text, or the whole message where that had more fields than a text."""
+    fields = row.get(f"{name}_fields")
+    return {"content": row[name], **fields} if fields else row[name]
+
+
+def prompt_id(prompt: Any) -> str:
+    """Id of a prompt, from its text alone: the same prompt has the same id in every file."""
+    return hashlib.sha256(plain(prompt).encode()).hexdigest()[:16]
+
+
+def origin(row: Row) -> tuple[str, str]:
+    """Id and text of the raw prompt of a row: what splits go by, whatever preferences made of it.
+
+    Of a text without a prompt, the text.
+    """
+    raw = all(name in row for name in CONDITIONED)
+    asked = plain(row["asked" if raw else "prompt"])
+    return str(row["asked_id" if raw else "prompt_id"]), asked or str(row.get("response", ""))
+
+
+def apart(rows: Sequence[Row], held: Sequence[Row], *, note: Callable[[str], object], source: str) -> list[Row]:
+    """The rows whose raw prompt is not among those held out; how many are left out is told to `note`.
+
+    Prompts are compared by their texts, as files number their rows each in its own way. source: the file of `rows`,
+    for messages. Raises DataError if none is left.
+    """
+    kept = {_words(row) for row in held}
+    left = [row for row in rows if _words(row) not in kept]
+    if not left:
+        raise DataError(f"{source}: all {len(rows)} rows are of prompts that are held out; hold out other ones")
+    if len(left) < len(rows):
+        first = place(next(row for row in rows if _words(row) in kept)) or source
+        note(f"{source}: {len(rows) - len(left)} of {len(rows)} rows left out: their prompt is held out ({first}, ...)")
+    return left
+
+
+def seen(rows: Sequence[Row], others: Sequence[Row]) -> int:
+    """How many of the rows are about a raw prompt of the others."""
+    known = {_words(row) for row in others}
+    return sum(_words(row) in known for row in rows)
+
+
+def _words(row: Row) -> tuple[str, ...]:
+    return tuple(origin(row)[1].split())
+
+
+def clusters(rows: Sequence[Row]) -> list[int]:
+    """Which raw prompt each row is about, numbered from 0 in order: rows of one number are not independent."""
+    names = _groups(rows, None)
+    number = {name: i for i, name in enumerate(dict.fromkeys(names))}
+    return [number[name] for name in names]
+
+
+def split(rows: Sequence[Row], *, fraction: float, seed: int, by: str | None = None) -> tuple[list[Row], list[Row]]:
+    """(train, held), round(fraction · groups) groups of equal `by`, at least one, held; no prompt in both.
+
+    by: a column; by default asked_id where a row has it, else prompt_id. Which groups depends on the seed and their
+    ids only, never on the order of rows. Rows with the same prompt under two ids stay together. Raises DataError
+    where there is nothing to divide.
+    """
+    if not 0 <= fraction < 1:
+        raise DataError(f"--held-out: the held-out fraction is {fraction}; it must be at least 0 and below 1")
+    if fraction == 0:
+        return list(rows), []
+    groups = _groups(rows, by)
+    distinct = sorted(set(groups), key=lambda group: hashlib.sha256(f"{seed}\0{group}".encode()).digest())
+    if len(distinct) < 2:
+        name = by or "prompt_id"
+        where = f"{place(rows[0])}: " if rows else ""
+        raise DataError(
+            f"{where}cannot hold out rows by {name}: there are {len(distinct)} distinct ones, two are needed"
+        )
+    held = set(distinct[: min(max(1, round(fraction * len(distinct))), len(distinct) - 1)])
+    sides: tuple[list[Row], list[Row]] = ([], [])
+    for row, group in zip(rows, groups, strict=True):
+        sides[group in held].append(row)
+    return sides
+
+
+def write(rows: Sequence[Row], path: str | Path) -> None:
+    """Rows to .parquet, .jsonl or .jsonl.gz, whole or not at all. Raises DataError where it cannot."""
+    target = Path(path)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    if not target.name.endswith((".parquet", ".jsonl", ".jsonl.gz")):
+        raise DataError(f"cannot write {target}: the name must end in .parquet, .jsonl or .jsonl.gz")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.suffix == ".parquet":
+            _write_parquet(rows, temporary)
+        else:
+            text = "".join(f"{_json(row, sort=False)}\n" for row in rows).encode()
+            temporary.write_bytes(gzip.compress(text, mtime=0) if target.suffix == ".gz" else text)
+        os.replace(temporary, target)
+    except OSError as error:
+        raise DataError(f"cannot write {target}: {error.strerror or error}") from error
+    except (TypeError, ValueError) as error:
+        raise DataError(f"cannot write {target}: {str(error).splitlines()[0]}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def fingerprint(rows: Sequence[Row]) -> str:
+    """sha256 of the rows in their order; the order of columns and the file format do not matter."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(_json(row, sort=True).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def cut_hint(candidates: Sequence[Row]) -> str:
+    """What to do about answers that were cut before their end, as the end of a message; empty if none was."""
+    cut = [row["length"] for row in candidates if not row["finished"]]
+    if not cut:
+        return ""
+    counted = f"{len(cut)} of {len(candidates)} answers were cut, the longest at {max(cut)} tokens"
+    return f"; {counted}: for more finished ones, generate again with a larger --max-new-tokens"
+
+
+def flip_labels(rows: Sequence[Row], *, p: float, seed: int) -> tuple[list[Row], np.ndarray]:
+    """Exact label noise: chosen and rejected swapped in exactly round(p · N) pairs, and the mask (N,).
+
+    Give it training pairs only. One seed gives one mask, to be shared by all members of an ensemble. A
+    strength stays: it is part of the (now false) claim. Raises DataError unless 0 ≤ p ≤ 1.
+    """
+    if not 0 <= p <= 1:
+        raise DataError(f"the share of flipped labels is {p}; it must be between 0 and 1")
+    mask = np.zeros(len(rows), dtype=bool)
+    stream = np.random.default_rng(np.random.SeedSequence([seed, *b"label noise"]))
+    mask[stream.permutation(len(rows))[: round(p * len(rows))]] = True
+    return apply_flips(rows, mask), mask
+
+
+def apply_flips(rows: Sequence[Row], mask: np.ndarray) -> list[Row]:
+    """Pairs swapped where `mask` (N,) is true, `flipped` kept in step; done twice, the identity."""
+    if len(mask) != len(rows):
+        raise DataError(f"the flip mask has {len(mask)} entries for {len(rows)} pairs")
+    result = []
+    for row, flip in zip(rows, mask, strict=True):
+        row = exchanged(row) if flip else row
+        result.append(row | {"flipped": bool(row.get("flipped", False)) ^ bool(flip)})
+    return result
+
+
+def _names(columns: str | Mapping[str, str] | None) -> Mapping[str, str]:
+    """Theirs by ours: "prompt=question,chosen=good" or the mapping itself."""
+    if not isinstance(columns, str) or not columns:
+        return columns or {}
+    pairs = [entry.partition("=") for entry in columns.split(",")]
+    if not all(ours.strip() and theirs.strip() for ours, _, theirs in pairs):
+        raise DataError(f"--columns {columns}: write ours=theirs, as in prompt=question,chosen=good")
+    return {ours.strip(): theirs.strip() for ours, _, theirs in pairs}
+
+
+def _renamed(source: Source, columns: Mapping[str, str]) -> Source:
+    if not columns:
+        return source
+    for theirs in columns.values():
+        if theirs not in source.rows[0]:
+            raise DataError(f"{source.name} has no column {theirs!r}{_nearest(theirs, source.rows[0])}")
+    taken = set(columns.values())
+    rows = [
+        {k: v for k, v in row.items() if k not in taken}
+        | {ours: row[theirs] for ours, theirs in columns.items() if theirs in row}
+        for row in source.rows
+    ]
+    return Source(source.name, rows, source.unit, source.numbers)
+
+
+def _layout(source: Source, kind: str) -> Layout:
+    present = source.rows[0]
+    for layout in LAYOUTS[kind]:
+        if all(name in present for name in layout.needs):
+            return layout
+    needs = LAYOUTS[kind][0].needs
+    missing = [name for name in needs if name not in present]
+    raise DataError(
+        f"{source.at(0)}: {kind} need {', '.join(needs)}; missing {', '.join(missing)}"
+        f"{_nearest(missing[0], present)}; rename with columns {missing[0]}=NAME"
+    )
+
+
+def _gathered(source: Source, layout: Layout) -> tuple[Source, Layout, Counter[str]]:
+    """The rows, made pairs where the layout has one answer a row, and how many of them make none, by reason."""
+    if layout.gather is None:
+        return source, layout, Counter()
+    try:
+        pairs, alone = layout.gather(source.rows)
+    except MisplacedError as error:
+        raise DataError(f"{source.at(error.row)}: {error}") from error
+    except ValueError as error:
+        raise DataError(f"{source.name}: {error}") from error
+    numbers = [source.numbers[i] if source.numbers else i + 1 for i, _ in pairs]
+    made = Source(source.name, [row for _, row in pairs], source.unit, numbers)
+    return (
+        made,
+        replace(layout, needs=("prompt", "chosen", "rejected"), reads=layout.needs, gather=None),
+        Counter(alone),
+    )
+
+
+def _nearest(name: str, present: Row) -> str:
+    near = difflib.get_close_matches(name, [str(column) for column in present], n=1)
+    return f" (present: {', '.join(map(str, present))}{f'; nearest: {near[0]}' if near else ''})"
+
+
+def _converted(
+    source: Source, kind: Kind, layout: Layout, on_equal: str, on_contradiction: OnContradiction, on_tie: str
+) -> tuple[list[Row], Counter[str], int]:
+    """The rows, how many were left out by reason, and of how many pairs the answers were exchanged."""
+    rows: list[Row] = []
+    dropped: Counter[str] = Counter()
+    prompts: dict[Any, str] = {}
+    against: list[int] = []
+    said = ""
+    for i, raw in enumerate(source.rows):
+        try:
+            row = _checked(raw, kind, layout)
+            _check_pair(row, kind, on_equal)
+            _check_id(row, kind, prompts)
+            if kind == "pairs" and _data_better(row) == 0 and on_tie == "drop":
+                raise Skip("neither answer is better (strength 0)")
+            if kind == "pairs" and _data_better(row) < 0:
+                name = "probability" if "probability" in row else "strength"
+                said = said or f"{name} is {row[name]:.4g}"
+                against.append(i)
+                row = _resolved(row, on_contradiction)
+        except Skip as reason:
+            dropped[str(reason)] += 1
+        except ValueError as error:
+            raise DataError(f"{source.at(i)}: {error}") from error
+        else:
+            rows.append(Placed.at(row, source.at(i)))
+    if against and on_contradiction == "error":
+        raise DataError(
+            f"{source.at(against[0])}: {said}, so the rejected answer is the better one, as in {len(against)} of "
+            f"{len(source.rows)} rows; --on-contradiction swap exchanges their answers, drop leaves them out, "
+            "keep takes them as they stand"
+        )
+    return rows, dropped, len(against) * (on_contradiction == "swap")
+
+
+def _data_better(row: Row) -> float:
+    """Which answer the numbers of a pair prefer: above 0 chosen, below 0 rejected, 0 neither; 1 without numbers."""
+    if "strength" not in row:
+        return 1.0
+    odds = row.get("probability", 0.5) - 0.5
+    if row["strength"] * odds < 0:
+        raise ValueError(
+            f"strength is {row['strength']:.4g} but probability is {row['probability']:.4g}: they disagree"
+        )
+    return row["strength"]
+
+
+def _resolved(row: Row, on_contradiction: OnContradiction) -> Row:
+    """A pair of which the rejected answer is the better one, as it is to be taken."""
+    if on_contradiction == "drop":
+        raise Skip(CONTRADICTION)
+    if on_contradiction != "swap":
+        return row
+    signs = {"strength": -row["strength"]} if "strength" in row else {}
+    signs |= {"probability": 1 - row["probability"]} if "probability" in row else {}
+    return exchanged(row) | signs
+
+
+def exchanged(row: Row) -> Row:
+    """A pair with its answers exchanged, and with them all columns that come in twos: chosen_logp and rejected_logp."""
+    return row | {name: row[_twin(name)] for name in row if _twin(name) in row}
+
+
+def twins(one: str, other: str) -> bool:
+    """Whether `exchanged` sees that two columns belong to the two answers of a pair.
+
+    >>> twins("chosen_logp", "rejected_logp"), twins("lw", "ll")
+    (True, False)
+    """
+    return one != other and _twin(one) == other
+
+
+def _twin(name: str) -> str:
+    """Of a column about one answer, the name of the other's."""
+    return re.sub("chosen|rejected", lambda found: "rejected" if found[0] == "chosen" else "chosen", name)
+
+
+def _check_pair(row: Row, kind: Kind, on_equal: str) -> None:
+    if kind == "pairs" and answer(row, "chosen") == answer(row, "rejected"):
+        if on_equal == "error":
+            raise ValueError("chosen equals rejected; remove such pairs, or leave them out with on_equal=drop")
+        raise Skip("chosen equals rejected")
+
+
+def _check_id(row: Row, kind: Kind, prompts: dict[Any, str]) -> None:
+    """One id, one prompt: splits, counts and random streams go by it."""
+    text, seen = plain(row["prompt"]), row["prompt_id"] in prompts
+    if prompts.setdefault(row["prompt_id"], text) != text:
+        raise ValueError(f"prompt_id {row['prompt_id']!r} already belongs to another prompt")
+    if seen and kind == "prompts":
+        raise Skip("the prompt is there already")
+
+
+def _checked(raw: Row, kind: Kind, layout: Layout) -> Row:
+    """Our columns, then the file's others; raises ValueError without the place, which the caller knows."""
+    missing = [name for name in layout.needs if name not in raw]
+    if missing:
+        raise ValueError(f"missing {', '.join(missing)}")
+    ours = layout.convert(raw)
+    bare = kind == "demos" and ours["prompt"] == "" and "text" in layout.needs  # a text without a prompt
+    prompt = ours["prompt"] = "" if bare else _checked_prompt(ours["prompt"])
+    for name in _TEXTS[kind]:
+        if not isinstance(ours[name], str):
+            raise ValueError(f"{name} must be text, not {ours[name]!r:.60}")
+    if kind in _NONEMPTY and not ours[_NONEMPTY[kind]].strip() and not ours.get(f"{_NONEMPTY[kind]}_fields"):
+        raise ValueError(f"{_NONEMPTY[kind]} is empty")
+    named = _named(raw, "prompt_id", prompt or ours["response"])
+    if kind == "prompts":
+        return {"prompt_id": named, "prompt": prompt, **_asked(raw)}
+    used = {"prompt_id", *ours, *layout.needs, *layout.reads}
+    others = {name: value for name, value in raw.items() if name not in used and value is not None}
+    row = {"prompt_id": named, **ours, **others, **_asked(raw)}
+    _check_numbers(row, kind)
+    if kind == "pairs" and "probability" in row and "strength" not in row:
+        row["strength"] = _log_odds(row["probability"])
+    return row
+
+
+def _asked(raw: Row) -> Row:
+    """What a prompt was made from; nothing unless both the raw prompt and its preferences are there."""
+    if raw.get("asked") is None or raw.get("preferences") is None:
+        return {}
+    asked, ids = _checked_prompt(raw["asked"], "asked"), raw["preferences"]
+    if not isinstance(ids, list) or not all(isinstance(one, str) for one in ids):
+        raise ValueError(f"preferences must be a list of texts, not {ids!r:.60}")
+    return {"asked": asked, "asked_id": _named(raw, "asked_id", asked), "preferences": ids}
+
+
+def _named(raw: Row, name: str, prompt: Any) -> str | int:
+    """The id in a column, else one derived from the prompt."""
+    given = raw.get(name)
+    if given is None:
+        return prompt_id(prompt)
+    if isinstance(given, bool) or not isinstance(given, (str, int)):
+        raise ValueError(f"{name} must be text or a whole number, not {given!r:.60}")
+    return given
+
+
+def _checked_prompt(prompt: Any, name: str = "prompt") -> Any:
+    if isinstance(prompt, str):
+        if not prompt.strip():
+            raise ValueError(f"{name} is empty")
+        return prompt
+    turns = messages(prompt, name) if isinstance(prompt, list) else None
+    if turns is None:
+        raise ValueError(f"{name} must be text or a list of messages, not {prompt!r:.60}")
+    if turns[-1]["role"] == "assistant":
+        raise ValueError(f"{name} ends with an assistant turn; it must end with what is to be answered")
+    return turns
+
+
+def _check_numbers(row: Row, kind: str) -> None:
+    for name in _TYPED.get(kind, ()):
+        types, words = _TYPES[name]
+        value = row.get(name)
+        wrong_bool = isinstance(value, bool) and bool not in types
+        if name in row and (wrong_bool or not isinstance(value, types)):
+            raise ValueError(f"{name} must be {words}, not {value!r:.60}")
+    for name, value in row.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{name} is {value}; numbers must be finite")
+
+
+def _log_odds(p: float) -> float:
+    if not 0 <= p <= 1:
+        raise ValueError(f"probability is {p}; it must be between 0 and 1")
+    p = min(max(p, PROBABILITY_FLOOR), 1 - PROBABILITY_FLOOR)
+    return math.log(p / (1 - p))
+
+
+def _groups(rows: Sequence[Row], by: str | None) -> list[str]:
+    """Group of each row: rows joined by equal `by` or raw prompt, named by the smallest `by` in it."""
+    parent: dict[str, str] = {}
+
+    def root(key: str) -> str:
+        while parent.setdefault(key, key) != key:
+            parent[key] = parent[parent[key]]
+            key = parent[key]
+        return key
+
+    owner: dict[str, str] = {}
+    keys = []
+    for i, row in enumerate(rows):
+        if (by or "prompt_id") not in row:
+            raise DataError(f"row {i + 1} has no column {by or 'prompt_id'!r} to split by")
+        keys.append(key := str(row[by]) if by else origin(row)[0])
+        other = owner.setdefault(origin(row)[1], key) if "prompt" in row else key
+        low, high = sorted((root(key), root(other)))
+        parent[high] = low
+    return [root(key) for key in keys]
+
+
+def _write_parquet(rows: Sequence[Row], path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    table = pyarrow.table({name: [row.get(name) for row in rows] for name in names})
+    pyarrow.parquet.write_table(table, path)
+
+
+def _json(row: Row, *, sort: bool) -> str:
+    return json.dumps(row, sort_keys=sort, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+
+# long_prompts: Prompts longer than a job can take: cut, left out, or an error; always counted, and named by file and
+# line.
+
+
+OnLong = Literal["truncate", "drop", "error"]
+NAMED = 3  # prompts that a message names
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """Rows whose prompts fit, the token ids of those prompts, how many were cut, and what was left out and why."""
+
+    rows: list[Row]
+    ids: list[list[int]]
+    cut: int
+    dropped: list[dict[str, Any]]
+
+    def counts(self) -> dict[str, int]:
+        """For the results of a job; empty if every prompt fitted."""
+        found = {"prompts_cut": self.cut, "prompts_dropped": len(self.dropped)}
+        return {name: count for name, count in found.items() if count}
+
+
+def room(context: int, new: int, max_prompt: int | None) -> int:
+    """Longest prompt in tokens where `new` tokens are drawn behind it. Raises ValueError if options leave no room."""
+    most = context - new
+    if most < 1:
+        raise ValueError(
+            f"--max-new-tokens {new}: the model reads {context} tokens at most, prompt and answer together"
+        )
+    if max_prompt is not None and max_prompt > most:
+        raise ValueError(
+            f"--max-prompt {max_prompt}: the model reads {context} tokens at most, and --max-new-tokens takes {new}; "
+            f"give at most {most}"
+        )
+    return most if max_prompt is None else max_prompt
+
+
+def fit(
+    tokenizer: Any,
+    rows: Sequence[Row],
+    *,
+    most: int,
+    context: int,
+    on_long: OnLong | None,
+    note: Callable[[str], object],
+) -> Fitted:
+    """The rows with prompts of at most `most` tokens, in a model that reads `context`.
+
+    A longer prompt is cut (it keeps its end, and what the chat template writes around it), its row is left out, or it
+    is an error. Without on_long it is cut, but if all prompts are too long, an option is wrong and not the data: that
+    is an error. Raises DataError for these, and if no prompt is left, ValueError if `most` leaves no room at all.
+    """
+    if most >= context:
+        raise ValueError(
+            f"--max-prompt {most}: leaves no room for an answer in the {context} tokens that are read; give at most "
+            f"{context - 1}, or raise --max-length"
+        )
+    ids = text_.encode_prompts(tokenizer, [row["prompt"] for row in rows], where=lambda i: place(rows[i]))
+    long = [i for i, one in enumerate(ids) if len(one) > most]
+    if not long:
+        return Fitted(list(rows), ids, 0, [])
+    places = ", ".join(f"{place(rows[i])} ({len(ids[i])} tokens)" for i in long[:NAMED])
+    named = f"{places}{', ...' if len(long) > NAMED else ''}"
+    counted = f"{len(long)} of {len(rows)} prompts have more than {most} tokens"
+    if on_long == "error" or (on_long is None and len(long) == len(rows)):
+        length = len(ids[long[0]])
+        raise DataError(
+            f"{place(rows[long[0]])}: the prompt has {length} tokens and leaves no room for an answer in a "
+            f"context of {context}: {counted}; --on-long truncate cuts them, drop leaves them out"
+        )
+    if on_long == "drop":
+        note(f"{counted} and are left out: {named}")
+        kept = [i for i in range(len(rows)) if len(ids[i]) <= most]
+        if not kept:
+            raise DataError(f"{place(rows[0])}: no prompt is left: {counted}; raise --max-prompt, or cut them")
+        lost = [_lost(rows[i], len(ids[i]), most) for i in long]
+        return Fitted([rows[i] for i in kept], [ids[i] for i in kept], 0, lost)
+    note(f"{counted} and are cut, keeping their ends: {named}")
+    short = text_.encode_prompts(
+        tokenizer, [rows[i]["prompt"] for i in long], max_prompt=most, where=lambda k: place(rows[long[k]])
+    )
+    for i, one in zip(long, short, strict=True):
+        ids[i] = one
+    return Fitted(list(rows), ids, len(long), [])
+
+
+def _lost(row: Row, length: int, most: int) -> dict[str, Any]:
+    reason = f"the prompt has {length} tokens, more than {most}"
+    return {"prompt_id": row["prompt_id"], "place": place(row), "reason": reason}

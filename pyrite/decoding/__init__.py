@@ -1,1 +1,0 @@
-"""What `generate.py` is made of: draws, caches, engines and the loop over them."""

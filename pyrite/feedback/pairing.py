@@ -1,0 +1,143 @@
+"""Candidates to preference pairs: who is asked about which two answers, and what is made of the verdicts.
+
+No label is invented: a tie or a missing verdict makes no pair, and each is counted.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from pyrite.data.rows import PROBABILITY_FLOOR
+from pyrite.feedback.judges import Judge, check_verdicts
+from pyrite.math import seeds
+
+Pairing = Literal["consecutive", "all", "best_worst"]
+Labels = Literal["soft", "hard", "sampled"]
+Source = Literal["judge", "gold", "silver", "tie"]  # tie: gold saw none better, and silver's order was kept
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Indices of the chosen and the rejected answer, ln(p / (1 − p)) of the verdict for the chosen in nats, and whose
+    verdict it is."""
+
+    chosen: int
+    rejected: int
+    strength: float
+    source: Source = "judge"
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Pairs, how many verdicts were given, and what made no pair: ties, and couples without a verdict."""
+
+    pairs: list[Pair]
+    labels: int
+    ties: int
+    missing: int
+
+
+def label(
+    judge: Judge,
+    prompts: Sequence[str],
+    answers: Sequence[str],
+    groups: Sequence[Sequence[int]],
+    *,
+    pairing: Pairing = "best_worst",
+    labels: Labels = "soft",
+    gap: float = 0.0,
+    seed: int = 0,
+    name: str = "judge",
+    names: Sequence[object] | None = None,
+) -> Labelled:
+    """Pairs of N answers (with the prompt of each), by groups of indices that answer the same prompt.
+
+    pairing: consecutive (0 1, 2 3, ...); all; best_worst, by mean probability of winning against the group's others.
+    labels: soft and hard take the likelier answer as chosen; sampled draws it by the verdict, one draw a pair from the
+    stream (seed, names of the two answers). names: of the answers, their places by default; a pair of the same names
+    is drawn alike in whatever batch it stands. gap: log-odds, nats, that a pair must exceed, or it is a tie. Equal
+    texts are not asked about. Raises ValueError if the judge's verdicts are no probabilities.
+    """
+    couples = paired(groups, pairing)
+    asked = [(a, b) for a, b in couples if answers[a] != answers[b]]
+    first, second = [a for a, _ in asked], [b for _, b in asked]
+    texts = [[side[i] for i in where] for side, where in ((prompts, first), (answers, first), (answers, second))]
+    verdicts = check_verdicts(judge(*texts), len(asked), name=name) if asked else torch.empty(0)
+    known = dict(zip(asked, verdicts.double().tolist(), strict=True))
+    if pairing == "best_worst":
+        couples = [couple for group in groups if (couple := _ends(group, known))]
+    wanted = [known.get(couple, 0.5) for couple in couples]
+    pairs = decided(couples, wanted, len(answers), labels=labels, gap=gap, seed=seed, names=names)
+    missing = sum(map(math.isnan, wanted))
+    return Labelled(pairs, int((~verdicts.isnan()).sum()), len(couples) - len(pairs) - missing, missing)
+
+
+def paired(groups: Sequence[Sequence[int]], pairing: Pairing, scores: Tensor | None = None) -> list[tuple[int, int]]:
+    """Who is compared with whom: indices (a, b) of answers of one group.
+
+    best_worst gives every couple of a group, or with scores (N,) its highest and lowest alone.
+    """
+    if pairing == "consecutive":
+        return [couple for group in groups for couple in zip(group[::2], group[1::2], strict=False)]
+    if pairing == "best_worst" and scores is not None:
+        value = scores.tolist()
+        several = [group for group in groups if len(group) > 1]
+        ends = [(min(g, key=lambda i: (-value[i], i)), min(g, key=lambda i: (value[i], -i))) for g in several]
+        return [(min(couple), max(couple)) for couple in ends]
+    return [couple for group in groups for couple in itertools.combinations(group, 2)]
+
+
+def decided(
+    couples: Sequence[tuple[int, int]],
+    verdicts: Sequence[float],
+    n: int,
+    *,
+    labels: Labels = "soft",
+    gap: float = 0.0,
+    seed: int = 0,
+    sources: Sequence[Source] | None = None,
+    names: Sequence[object] | None = None,
+) -> list[Pair]:
+    """The pairs of verdicts P(a beats b), for couples among n answers; none of a tie or of no verdict.
+
+    names: of the n answers, their places by default. A sampled label is drawn from the stream (seed, both names).
+    """
+    known = range(n) if names is None else names
+    whose: list[Source] = list(sources) if sources else ["judge" for _ in couples]
+    found = []
+    for (a, b), p, source in zip(couples, verdicts, whose, strict=True):
+        uniform = seeds.uniform(seed, "label", str(known[a]), str(known[b])) if labels == "sampled" else 0.5
+        found.append(_decided(a, b, p, uniform, source))
+    return [pair for pair in found if pair and abs(pair.strength) > gap]
+
+
+def _ends(group: Sequence[int], known: dict[tuple[int, int], float]) -> tuple[int, int] | None:
+    """The answers that win most and least against the group's others; None where no two were judged."""
+    wins: dict[int, list[float]] = {}
+    for a, b in itertools.combinations(group, 2):
+        p = known.get((a, b), 0.5)
+        if not math.isnan(p):
+            wins.setdefault(a, []).append(p)
+            wins.setdefault(b, []).append(1 - p)
+    if not wins:
+        return (group[0], group[1]) if len(group) > 1 else None
+    means = {index: sum(values) / len(values) for index, values in wins.items()}
+    best, worst = max(means, key=lambda i: (means[i], -i)), min(means, key=lambda i: (means[i], -i))
+    return (best, worst) if best < worst else (worst, best)
+
+
+def _decided(a: int, b: int, p: float, uniform: float, source: Source) -> Pair | None:
+    """The pair of a verdict P(a beats b), where a wins if `uniform` lies below it; None for a tie or no verdict."""
+    if math.isnan(p) or p == 0.5:
+        return None
+    a_wins = p > uniform
+    sure = min(max(p, PROBABILITY_FLOOR), 1 - PROBABILITY_FLOOR)
+    odds = math.log(sure / (1 - sure))
+    return Pair(a, b, odds, source) if a_wins else Pair(b, a, -odds, source)

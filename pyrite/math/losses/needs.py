@@ -1,0 +1,100 @@
+"""What a loss must be given, found by asking it: one thing is taken away, and does it object?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from pyrite.math.logps import Logps, PairLogps, Running
+
+__all__ = ["needs", "takes_ties", "toy_pairs"]
+
+
+def needs(loss: Callable[[PairLogps], Tensor]) -> frozenset[str]:
+    """Names of what this loss cannot do without.
+
+    ref, strength, running: these fields of PairLogps; aligned: a reference that counts the policy's tokens;
+    tokens, ref_tokens: log-probabilities token by token; kl, collision: these fields of the policy's Logps;
+    batch: a pair's value depends on the other pairs, so that a batch cannot be taken apart.
+
+    Whatever a loss raises without a thing, it needs it, as long as it raises nothing with everything there. It needs a
+    reference also if its value is another one without.
+    """
+    full = toy_pairs()
+    value, without = loss(full), _poorer(full)
+    found = {name for name, poorer in without.items() if _objects(loss, poorer)}
+    if "ref" not in found and not torch.equal(value, loss(without["ref"])):
+        found.add("ref")
+    alone = torch.cat([loss(_at(full, [i])) for i in range(len(full))])
+    return frozenset(found if torch.allclose(value, alone) else {*found, "batch"})
+
+
+def takes_ties(loss: Callable[[PairLogps], Tensor]) -> bool:
+    """Whether a strength of 0 is a tie to this loss: it reads strengths, and with the answers exchanged and the sign of
+    the strength turned it has the same value.
+
+    >>> from pyrite.math.losses import dpo, odpo, soft_dpo
+    >>> takes_ties(soft_dpo), takes_ties(odpo), takes_ties(dpo)
+    (True, False, False)
+    """
+    if "strength" not in needs(loss):
+        return False
+    full = toy_pairs()
+    assert full.strength is not None
+    turned = PairLogps(full.rejected, full.chosen, full.ref_rejected, full.ref_chosen, -full.strength, full.running)
+    return torch.allclose(loss(full), loss(turned))
+
+
+def toy_pairs(*, learning: bool = False) -> PairLogps:
+    """Six pairs with everything a loss could read; `learning`: the policy's log-probabilities take gradients."""
+    g = torch.Generator().manual_seed(0)
+
+    def side(lengths: tuple[int, ...], *, learning: bool = False) -> Logps:
+        rows = [-torch.rand(n, generator=g, dtype=torch.float64) - 0.1 for n in lengths]
+        rows = [row.requires_grad_(learning) for row in rows]
+        drawn = torch.rand(2, len(lengths), generator=g, dtype=torch.float64)
+        return replace(Logps.from_tokens(rows), kl=drawn[0], collision=-drawn[1])
+
+    first, second = (3, 5, 4, 2, 6, 1), (4, 2, 6, 5, 3, 2)
+    running = Running(*torch.tensor([0.1, 0.2, 1.0], dtype=torch.float64))
+    policy = side(first, learning=learning), side(second, learning=learning)
+    return PairLogps(*policy, side(first), side(second), torch.arange(1, 7).double() / 3, running)
+
+
+def _poorer(full: PairLogps) -> dict[str, PairLogps]:
+    """The pairs with one thing taken away, by its name."""
+    return {
+        "ref": replace(full, ref_chosen=None, ref_rejected=None),
+        "aligned": _sides(full, "ref_", lambda s: Logps.from_sums(s.sum, s.length, aligned=False)),
+        "tokens": _sides(full, "", lambda s: replace(s, tokens=None, mask=None)),
+        "ref_tokens": _sides(full, "ref_", lambda s: replace(s, tokens=None, mask=None)),
+        "kl": _sides(full, "", lambda s: replace(s, kl=None)),
+        "collision": _sides(full, "", lambda s: replace(s, collision=None)),
+        "strength": replace(full, strength=None),
+        "running": replace(full, running=None),
+    }
+
+
+def _sides(pair: PairLogps, prefix: str, change: Callable[[Logps], Logps]) -> PairLogps:
+    names = (f"{prefix}chosen", f"{prefix}rejected")
+    return replace(pair, **{name: change(getattr(pair, name)) for name in names})
+
+
+def _objects(loss: Callable[[PairLogps], Tensor], pair: PairLogps) -> bool:
+    try:
+        loss(pair)
+    except Exception:  # an AttributeError of None, say, in a loss written without a thought of it
+        return True
+    return False
+
+
+def _at(pair: PairLogps, rows: list[int]) -> PairLogps:
+    def part(side: Logps) -> Logps:
+        values = {name: value[rows] for name, value in vars(side).items() if isinstance(value, Tensor)}
+        return replace(side, **values)
+
+    sides = {name: part(value) for name, value in vars(pair).items() if isinstance(value, Logps)}
+    return replace(pair, **sides, strength=None if pair.strength is None else pair.strength[rows])

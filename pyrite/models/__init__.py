@@ -1,0 +1,1 @@
+"""Models: loading, packed forward passes, log-probabilities, scores, sampling, references."""

@@ -1,0 +1,491 @@
+"""Policies and reward models: load, adapt, log-probabilities, scores, save.
+
+Both run packed rows through the stock transformers model where its architecture allows it and padded
+where it does not (an encoder, recurrent layers, unusual masks); rows that may not share a batch are run apart.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from pyrite.core.processes import once
+from pyrite.data.text import PLAIN, Answer, Encoded, Prompt, Template, encode_all, remembering, stop_ids
+from pyrite.math.logps import Logps
+from pyrite.models import forward
+from pyrite.models.forward import (
+    Ways,
+    by_group,
+    by_prompt,
+    by_response,
+    logp_details,
+    own_head,
+    pad_of,
+    picked_logp,
+    places,
+    run,
+    selective_logp,
+    states,
+)
+from pyrite.models.loading import (
+    Dtype,
+    Lora,
+    active_adapter,
+    adapted,
+    backbone,
+    beside,
+    check_ids,
+    context_of,
+    draw_head,
+    has_bare_head,
+    member_paths,
+    one_trunk,
+    opened,
+    pad_id,
+    save,
+    settings,
+    tokenizer_of,
+    train_top,
+)
+from pyrite.models.packing import Packed, Row, longest, micro_batches, pack, recompute_layers
+
+Pooling = Literal["last", "mean"]
+REORDERED = frozenset({"xlnet", "xlm", "flaubert"})  # generate puts a mask behind the text, which a text has not
+
+
+class Policy(nn.Module):
+    """A causal language model that gives log-probabilities of response tokens."""
+
+    def __init__(self, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        super().__init__()
+        self.model = model
+        own = getattr(backbone(model).generation_config, "eos_token_id", None)
+        self.tokenizer = remembering(tokenizer, ends=[own] if isinstance(own, int) else own or ())
+        self.reversible = False  # without its adapters it is the model it was loaded from
+        self.ways = forward.ways(backbone(model))
+        _check_speaks(model, self.ways)
+        self.bare = self.ways.bare and has_bare_head(model)
+        self.packed = self.ways.packed and self.bare
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        lora: Lora | None = None,
+        top: int | None = None,
+        dtype: Dtype = "float32",
+        template: Template = PLAIN,
+    ) -> Policy:
+        """From a folder or Hub name; a folder with adapters loads its base below them.
+
+        top: layers that are trained, the last ones, beside the final norm and the vocabulary head, unless it is tied
+        to the input embedding; None trains all. template: what its chat template is told.
+        Raises ValueError for `top` with adapters or beyond the model's layers.
+        """
+        model, tokenizer = opened(AutoModelForCausalLM, path, dtype=dtype, template=template)
+        made = cls(adapted(model, lora, task="CAUSAL_LM"), tokenizer)
+        if top is not None:
+            if isinstance(made.model, PeftModel):
+                raise ValueError(f"{path}: train the {top} top layers or adapters, not both")
+            train_top(made.model, top, option="--train-top")
+        made.reversible = isinstance(made.model, PeftModel) and not isinstance(model, PeftModel)
+        once(cost(made, path))
+        return made
+
+    @property
+    def context(self) -> int:
+        """Longest prompt + response in tokens."""
+        return context_of(backbone(self.model))
+
+    @property
+    def stops(self) -> list[int]:
+        """Ids of the tokens that end a drawn answer."""
+        return stop_ids(self.tokenizer)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def pack(self, rows: Sequence[Row]) -> Packed:
+        """Rows as this model reads them, on its device."""
+        return pack_for(self, rows)
+
+    def forward(self, batch: Packed, *, details: bool = False, ref: Policy | None = None) -> Tensor:
+        """Log-probability of each of the R response tokens, (R,) float32 nats.
+
+        With `details`, (3, R): also the token's KL(ref || policy) (0 without `ref`) and log of the sum of squares.
+        """
+        if details:
+            return logp_details(self.logits(batch), batch.target, ref.logits(batch) if ref else None)
+        return self._picked(self.readable(batch), None)
+
+    def read(self, batch: Packed) -> tuple[Tensor, Tensor]:
+        """Hidden states (R, H) that predict the response tokens, and the log-probabilities (R,) of these."""
+        hidden = self.predicting(batch)
+        return hidden, self._picked(self.readable(batch), hidden)
+
+    def logits(self, batch: Packed) -> Callable[[slice], Tensor]:
+        """The logits that predict some of the R response tokens.
+
+        Only those are ever computed, unless the model's head reads more than its trunk's states.
+        """
+        return self._head(self.readable(batch), None)
+
+    def predicting(self, batch: Packed) -> Tensor:
+        """Hidden states (R, H) that predict the response tokens of a batch."""
+        batch, model = self.readable(batch), backbone(self.model)
+        if model.base_model is model:  # no trunk to be found in it
+
+            def last(ids: Tensor, mask: Tensor | None) -> Tensor:
+                return run(model, ids, mask, output_hidden_states=True).hidden_states[-1]
+
+            whole = by_group(model, batch, self.ways, last, pad=pad_of(model))
+            return whole.flatten(0, 1).index_select(0, places(batch).predictor)
+        return states(model, batch, self.ways, pad=pad_of(model)).index_select(0, places(batch).predictor)
+
+    def readable(self, batch: Packed) -> Packed:
+        """The batch as this model can read it, where another model laid it out."""
+        return batch if batch.padded or fits(self, batch.rows) else self.pack(batch.rows)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """Of a bare vocabulary head."""
+        return backbone(self.model).get_output_embeddings().weight  # type: ignore[union-attr,return-value]
+
+    def logps(self, batch: Packed, *, tokens: bool = False) -> Logps:
+        """Log-probabilities of the N responses; `tokens=True` keeps them token by token."""
+        return by_response(self(batch), batch, tokens=tokens)
+
+    @contextmanager
+    def without_adapters(self) -> Iterator[Policy]:
+        """Within this block its adapters, if it has any, do nothing."""
+        with self.model.disable_adapter() if isinstance(self.model, PeftModel) else nullcontext():
+            yield self
+
+    def frozen_copy(self) -> Policy:
+        """The policy as it is now, for a reference: the weights it does not train are shared, the others copied.
+
+        Of a policy that trains its top layers this is a second head on one trunk in memory; each computes the trunk
+        for itself, since a drawn answer is read by the reference alone: the draws gave the policy's log-probabilities.
+        """
+        kept = {id(parameter): parameter for parameter in self.parameters() if not parameter.requires_grad}
+        return copy.deepcopy(self, kept).requires_grad_(False)
+
+    def save(self, folder: str | Path) -> None:
+        """Hugging Face layout, safetensors, tokenizer included."""
+        save(self.model, folder, self.tokenizer)
+
+    def _picked(self, batch: Packed, hidden: Tensor | None) -> Tensor:
+        """Log-probabilities (R,) of the response tokens, from the hidden states that predict them where known."""
+        if self.bare:
+            hidden = self.predicting(batch) if hidden is None else hidden
+            return selective_logp(hidden, self.head_weight, batch.target)
+        size = backbone(self.model).config.get_text_config().vocab_size
+        return picked_logp(self._head(batch, hidden), batch.target, size=size)
+
+    def _head(self, batch: Packed, hidden: Tensor | None) -> Callable[[slice], Tensor]:
+        """Logits of some response tokens, from the hidden states that predict them where known."""
+        model = backbone(self.model)
+        if not (self.bare or self.ways.head):
+            pad = pad_of(model)
+            whole = by_group(model, batch, self.ways, lambda ids, mask: run(model, ids, mask).logits, pad=pad)
+            chosen = whole.flatten(0, 1).index_select(0, places(batch).predictor)
+            return lambda rows: chosen[rows]
+        known, head = self.predicting(batch) if hidden is None else hidden, own_head(model)
+        if self.bare:
+            return lambda rows: F.linear(known[rows], self.head_weight)
+        if isinstance(self.model, PeftModel):  # its adapters may be off by the time that rows are asked for
+            chosen = head(known)
+            return lambda rows: chosen[rows]
+        return lambda rows: head(known[rows])
+
+
+class RewardModel(nn.Module):
+    """A sequence classifier with one output, read at the last token (or the mean) of the response."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        tokenizer: Any,
+        *,
+        pooling: Pooling = "last",
+        mean: float = 0.0,
+        std: float = 1.0,
+        max_length: int | None = None,
+        max_prompt: int | None = None,
+        adapter: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.tokenizer = tokenizer
+        self.adapter = adapter or active_adapter(model)
+        self.pooling: Pooling = pooling
+        self.mean, self.std = mean, std
+        self.max_length = max_length or self.context
+        self.max_prompt = max_prompt or self.max_length * 3 // 4
+        self.ways = forward.ways(backbone(model))
+        score = getattr(backbone(model), "score", None)  # the head transformers gives every decoder classifier
+        self.decodes = isinstance(score, nn.Module) and self.ways.causal and self.ways.head
+        self.packed = self.decodes and self.ways.packed
+        if pooling == "mean" and not self.decodes:
+            raise ValueError("pooling=mean needs a decoder model; use pooling=last")
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        lora: Lora | None = None,
+        dtype: Dtype = "float32",
+        pooling: Pooling | None = None,
+        max_length: int | None = None,
+        max_prompt: int | None = None,
+        head_seed: int | None = None,
+        head_std: float = 0.02,
+        sibling: RewardModel | None = None,
+        template: Template = PLAIN,
+    ) -> RewardModel:
+        """From a saved reward model, or from any base model with `head_seed`, which draws a new head.
+
+        sibling: a loaded reward model; what both have in common, an equal trunk or the base below adapters, is kept
+        in memory once, for scoring. template: what its chat template is told, over what it was saved with.
+        """
+        shared = beside(sibling.model, path) if sibling else None
+        if shared:
+            model, adapter = shared
+            tokenizer = tokenizer_of(path, template_args=template.template_args)
+            check_ids(tokenizer, model, path)
+        else:
+            with torch.random.fork_rng():  # an encoder's pooler, where the base has none, is drawn with the head
+                torch.manual_seed(head_seed or 0)
+                kind, adapter = AutoModelForSequenceClassification, None
+                model, tokenizer = opened(kind, path, dtype=dtype, new_head=head_seed is not None, template=template)
+        saved = settings(path)
+        model.config.pad_token_id = pad_id(tokenizer)
+        if head_seed is not None:
+            draw_head(model, seed=head_seed, std=head_std)
+        made = cls(
+            adapted(model, lora, task="SEQ_CLS"),
+            sibling.tokenizer if sibling and shared else tokenizer,
+            pooling=pooling or saved.get("pooling", "last"),
+            mean=saved.get("mean", 0.0),
+            std=saved.get("std", 1.0),
+            max_length=max_length or saved.get("max_length"),
+            max_prompt=max_prompt or saved.get("max_prompt"),
+            adapter=adapter,
+        )
+        once(cost(made, path))
+        return made
+
+    @property
+    def context(self) -> int:
+        """Longest prompt + response in tokens."""
+        return context_of(backbone(self.model))
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def pack(self, rows: Sequence[Row]) -> Packed:
+        """Rows as this model reads them, on its device."""
+        return pack_for(self, rows)
+
+    def forward(self, batch: Packed) -> Tensor:
+        """Raw scores of the N responses, (N,) float32."""
+        if self.decodes:
+            return self.read(self.pooled(batch, self.pooling))
+        return self._plain(batch)
+
+    def encode(
+        self,
+        prompts: Sequence[Prompt],
+        responses: Sequence[Answer],
+        *,
+        finished: bool | Sequence[bool] = True,
+        where: Callable[[int], str] | None = None,
+        as_drawn: bool = False,
+    ) -> list[Encoded]:
+        """Texts as this model reads them, in training and in scoring alike; a cut answer gets no end token."""
+        return encode_all(
+            self.tokenizer,
+            prompts,
+            responses,
+            finished=finished,
+            where=where,
+            as_drawn=as_drawn,
+            max_length=self.max_length,
+            max_prompt=self.max_prompt,
+        )
+
+    def scores(
+        self, prompts: Sequence[Prompt], responses: Sequence[str], *, finished: bool | Sequence[bool] = True
+    ) -> Tensor:
+        """Standardized scores (N,): (raw - mean) / std with the constants measured after training."""
+        texts = self.encode(prompts, responses, finished=finished, as_drawn=True)
+        return (self.raw_scores(texts) - self.mean) / self.std
+
+    def raw_scores(
+        self, texts: Sequence[Encoded], *, budget: int = 16384, progress: Callable[[int], None] | None = None
+    ) -> Tensor:
+        """Raw scores (N,) of encoded prompt-response texts; a score does not depend on its neighbors."""
+        return _raw_scores([self], texts, budget=budget, progress=progress)[0]
+
+    def pooled(self, batch: Packed, pooling: Pooling) -> Tensor:
+        """What the head reads of each of the N responses of a packed batch, (N, H)."""
+        hidden, at = states(self._active(), batch, self.ways, pad=pad_of(self._active())), places(batch)
+        if pooling == "last":
+            return hidden.index_select(0, at.last)
+        total = hidden.new_zeros(batch.n, hidden.shape[1]).index_add(0, batch.owner, hidden[at.response])
+        return total / batch.lengths.clamp(min=1)[:, None]
+
+    def read(self, pooled: Tensor) -> Tensor:
+        """The head's scores (N,) float32 of pooled states (N, H)."""
+        return self._active().score(pooled).squeeze(-1).float()
+
+    def save(self, folder: str | Path) -> None:
+        """Hugging Face layout; pooling and normalization travel in the model's config."""
+        if self.adapter and (others := len(self.model.peft_config) - 1):  # type: ignore[arg-type]
+            raise ValueError(f"this reward model shares its base with {others} others; load it alone to save it")
+        config = backbone(self.model).config
+        names = ("pooling", "mean", "std", "max_length", "max_prompt")
+        config.pyrite = {name: getattr(self, name) for name in names}
+        save(self.model, folder, self.tokenizer)
+        config.save_pretrained(folder)  # adapters alone would leave the constants behind
+
+    def _plain(self, batch: Packed) -> Tensor:
+        model = self._active()
+        outputs = by_group(model, batch, self.ways, lambda ids, mask: run(model, ids, mask).logits, pad=pad_of(model))
+        return outputs[:, 0].float()
+
+    def _active(self) -> Any:
+        """The transformers model, with this reward model's adapters where several share it."""
+        if self.adapter and self.model.active_adapter != self.adapter:
+            self.model.set_adapter(self.adapter, inference_mode=True)  # type: ignore[operator,arg-type]
+        return backbone(self.model)
+
+
+def recompute(model: Policy | RewardModel) -> None:
+    """Trade time for memory from here on: layers are computed again for their gradients."""
+    recompute_layers(backbone(model.model))
+
+
+class RewardEnsemble:
+    """E reward models over the same texts; a trunk or base they share is held once, and a trunk runs once."""
+
+    def __init__(self, members: Sequence[RewardModel]) -> None:
+        self.members = list(members)
+
+    @classmethod
+    def load(
+        cls, folder: str | Path, *, dtype: Dtype = "float32", loaded: dict[Path, RewardEnsemble] | None = None
+    ) -> RewardEnsemble:
+        """All `member_*` of a reward run, or one reward model folder as an ensemble of one.
+
+        loaded: what a job has loaded so far, by folder, to be looked up and added to: a run that is both reward and
+        proxy is in memory once.
+        """
+        if loaded is not None:
+            place = Path(folder).resolve()
+            return loaded[place] if place in loaded else loaded.setdefault(place, cls.load(folder, dtype=dtype))
+        first, *others = member_paths(folder)
+        lead = RewardModel.load(first, dtype=dtype)
+        return cls([lead, *(RewardModel.load(path, dtype=dtype, sibling=lead) for path in others)])
+
+    def scores(
+        self, prompts: Sequence[Prompt], responses: Sequence[str], *, finished: bool | Sequence[bool] = True
+    ) -> Tensor:
+        """Standardized scores (E, N)."""
+        raw = self.raw(prompts, responses, finished=finished)
+        return torch.stack([(row - member.mean) / member.std for member, row in zip(self.members, raw, strict=True)])
+
+    def raw(
+        self, prompts: Sequence[Prompt], responses: Sequence[str], *, finished: bool | Sequence[bool] = True
+    ) -> Tensor:
+        """Scores as they were trained (E, N): differences are log-odds, nats."""
+        reads = {(id(m.tokenizer), m.pooling, m.max_length, m.max_prompt, m.packed) for m in self.members}
+        alike = len(reads) == 1
+        groups = [self.members] if alike else [[member] for member in self.members]
+        texts = [group[0].encode(prompts, responses, finished=finished, as_drawn=True) for group in groups]
+        return torch.cat([_raw_scores(group, some) for group, some in zip(groups, texts, strict=True)])
+
+
+@torch.inference_mode()
+def _raw_scores(
+    members: Sequence[RewardModel],
+    texts: Sequence[Encoded],
+    *,
+    budget: int = 16384,
+    progress: Callable[[int], None] | None = None,
+) -> Tensor:
+    """Raw scores (E, N) of members that read texts alike, so that each batch is packed once."""
+    for member in members:
+        member.eval()
+    rows, owners = by_prompt(texts)
+    out = torch.empty(len(members), len(texts))
+    for group in micro_batches(rows, budget=budget):
+        index = [i for g in group for i in owners[g]]
+        out[:, index] = _together(members, members[0].pack([rows[g] for g in group])).cpu()
+        if progress:
+            progress(len(index))
+    return out
+
+
+def _together(members: Sequence[RewardModel], batch: Packed) -> Tensor:
+    """Raw scores (E, N) of one batch."""
+    if batch.padded or not one_trunk([member.model for member in members]):
+        return torch.stack([member(batch) for member in members])
+    pooled = members[0].pooled(batch, members[0].pooling)
+    return torch.stack([member.read(pooled) for member in members])
+
+
+def pack_for(model: Any, rows: Sequence[Row]) -> Packed:
+    """Packed where the model can; rows longer than a sliding window need the model's own masks."""
+    return pack(rows, padded=not fits(model, rows)).to(model.device)
+
+
+def fits(model: Any, rows: Sequence[Row]) -> bool:
+    """Whether a model reads these rows packed."""
+    return model.packed and longest(rows) <= model.ways.longest
+
+
+def cost(model: Any, path: str | Path) -> str:
+    """What a model pays for an architecture that reads no packed rows; empty of one that does."""
+    if model.packed:
+        return ""
+    inside = backbone(model.model)
+    why = f"  note: {path}: {type(inside).__name__} runs padded: it reads a prompt again for each of its answers, "
+    if not model.ways.padded:
+        return why + "and only texts of one length together"
+    if inside.get_output_embeddings() is not None and not model.ways.head:
+        return why + "and computes pads, and the logits of prompts too"
+    return why + "and computes pads too"
+
+
+def _check_speaks(model: Any, found: Ways) -> None:
+    """Raises ValueError for a model whose log-probabilities of a text are not those it would be drawn with."""
+    inside = backbone(model)
+    kind = type(inside).__name__
+    if getattr(type(inside.config), "is_encoder_decoder", False):
+        raise ValueError(f"{kind} is half of an encoder-decoder: a policy needs a decoder model, such as a Llama")
+    if not found.causal or inside.config.model_type in REORDERED:
+        raise ValueError(
+            f"{kind} reads tokens beyond the one it predicts: a policy needs a causal language model "
+            "(for an encoder that was trained as one, is_decoder: true in its config.json)"
+        )
+    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+        raise ValueError(f"{kind} with prompt tuning: a policy takes adapters inside the model, such as LoRA")

@@ -1,0 +1,197 @@
+"""Value models: what is still to come of the reward before every token, in units of the reward.
+
+`ValueModel` has a trunk of its own, begun from any model or from a reward model; `WithValue` is a policy with a head on
+its trunk, so that one forward gives both. A value is read where the token is predicted: it has not seen the token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
+
+from pyrite.core import checkpoints
+from pyrite.core.processes import once
+from pyrite.models import forward
+from pyrite.models.forward import pad_of, places, states
+from pyrite.models.loading import (
+    Dtype,
+    Lora,
+    adapted,
+    backbone,
+    context_of,
+    draw_head,
+    is_classifier,
+    opened,
+    pad_id,
+    save,
+    settings,
+    train_top,
+)
+from pyrite.models.packing import Packed, Row, micro_batches
+from pyrite.models.policy import Policy, cost, pack_for
+
+HEAD = "value_head.safetensors"
+
+
+class Critic(Protocol):
+    """What gives values: a `ValueModel` or a `WithValue`."""
+
+    def pack(self, rows: Sequence[Row]) -> Packed: ...
+
+    def values(self, batch: Packed) -> Tensor: ...
+
+    def eval(self) -> Any: ...
+
+
+class ValueModel(nn.Module):
+    """A sequence classifier with one output, read before every response token: (score − mean) / std."""
+
+    def __init__(
+        self, model: PreTrainedModel | PeftModel, tokenizer: Any, *, mean: float = 0.0, std: float = 1.0
+    ) -> None:
+        super().__init__()
+        self.model, self.tokenizer = model, tokenizer
+        self.mean, self.std = mean, std
+        self.ways = forward.ways(backbone(model))
+        if not isinstance(getattr(backbone(model), "score", None), nn.Module) or not self.ways.causal:
+            raise ValueError(f"{type(backbone(model)).__name__} reads ahead: a value model needs a decoder model")
+        self.packed = self.ways.packed
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        lora: Lora | None = None,
+        top: int | None = None,
+        dtype: Dtype = "float32",
+    ) -> ValueModel:
+        """From a reward model, whose head and standardization it takes over; or from any other model, at 0 everywhere.
+
+        lora: new adapters, which are trained beside the head in place of the trunk. top: layers that are trained, the
+        last ones, beside the final norm and the head; None trains all. Raises ValueError for a model that is no
+        decoder, for `top` with adapters or beyond the model's layers, for new adapters beside old ones.
+        """
+        about = settings(path)
+        starts = not about and not is_classifier(path)
+        model, tokenizer = opened(AutoModelForSequenceClassification, path, dtype=dtype, new_head=starts)
+        backbone(model).config.pad_token_id = pad_id(tokenizer)
+        if starts:
+            draw_head(model, seed=0, std=0.0)
+        old, new = isinstance(model, PeftModel), lora is not None and lora.lora_rank > 0
+        if old and new:
+            raise ValueError(
+                f"{path} has adapters, which are trained on: no rank for new ones beside them, or merge them"
+            )
+        if top is not None and (old or new):
+            raise ValueError(f"{path}: train the {top} top layers or adapters, not both")
+        made = cls(
+            adapted(model, lora, task="SEQ_CLS"), tokenizer, mean=about.get("mean", 0.0), std=about.get("std", 1.0)
+        )
+        if top is not None:
+            train_top(backbone(made.model), top, option="--value-top")
+        once(cost(made, path))
+        return made
+
+    @property
+    def context(self) -> int:
+        """Longest prompt + response in tokens."""
+        return context_of(backbone(self.model))
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def pack(self, rows: Sequence[Row]) -> Packed:
+        """Rows as this model reads them, on its device."""
+        return pack_for(self, rows)
+
+    def forward(self, batch: Packed) -> Tensor:
+        """The value before each of the R response tokens, (R,) float32."""
+        model: Any = backbone(self.model)
+        hidden = states(model, batch, self.ways, pad=pad_of(model))
+        return (model.score(hidden.index_select(0, places(batch).predictor)).squeeze(-1).float() - self.mean) / self.std
+
+    def values(self, batch: Packed) -> Tensor:
+        return self(batch)
+
+    def save(self, folder: str | Path) -> None:
+        """Hugging Face layout; the standardization travels in the model's config."""
+        config = backbone(self.model).config
+        config.pyrite = {**(getattr(config, "pyrite", None) or {}), "mean": self.mean, "std": self.std}
+        save(self.model, folder, self.tokenizer)
+        config.save_pretrained(folder)
+
+
+class WithValue(nn.Module):
+    """A policy and a linear head on its trunk, 0 at first and float32 throughout.
+
+    detach: the values' gradient stops at the head, so that the trunk is the policy's alone.
+    """
+
+    def __init__(self, policy: Policy, *, detach: bool = False) -> None:
+        super().__init__()
+        self.policy, self.detach = policy, detach
+        size = backbone(policy.model).config.get_text_config().hidden_size
+        self.head = nn.Linear(size, 1, device=policy.device)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    @property
+    def model(self) -> PreTrainedModel | PeftModel:
+        """The policy's."""
+        return self.policy.model
+
+    def pack(self, rows: Sequence[Row]) -> Packed:
+        """Rows as the policy reads them, on its device."""
+        return self.policy.pack(rows)
+
+    def forward(self, batch: Packed) -> Tensor:
+        """(2, R) float32: log-probability of each of the R response tokens, nats, and the value before it."""
+        hidden, logp = self.policy.read(batch)
+        return torch.stack([logp, self._value(hidden)])
+
+    def values(self, batch: Packed) -> Tensor:
+        """The values alone, (R,)."""
+        return self._value(self.policy.predicting(batch))
+
+    def save(self, folder: str | Path) -> None:
+        """The policy as it saves itself, and the head beside it."""
+        self.policy.save(folder)
+        save_file({name: value.contiguous() for name, value in self.head.state_dict().items()}, Path(folder) / HEAD)
+
+    def restore_head(self, folder: str | Path) -> None:
+        """The head that `save` left in a folder. Raises ValueError where there is none."""
+        if not (Path(folder) / HEAD).exists():
+            raise ValueError(
+                f"{folder}: no {HEAD} here; it is written beside a policy that was trained with a value head"
+            )
+        here = {name: tuple(value.shape) for name, value in self.head.state_dict().items()}
+        if (found := checkpoints.shapes(Path(folder) / HEAD)) != here:
+            raise ValueError(f"{Path(folder) / HEAD}: holds {found}, and the policy's value head has {here}")
+        self.head.load_state_dict(load_file(Path(folder) / HEAD))
+
+    def _value(self, hidden: Tensor) -> Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.head((hidden.detach() if self.detach else hidden).float()).squeeze(-1)
+
+
+@torch.no_grad()
+def response_values(critic: Critic, rows: Sequence[Row], *, budget: int = 16384) -> Tensor:
+    """Values (N, T) of all responses, row by row, 0 behind their ends; on the processor."""
+    critic.eval()
+    parts: list[Sequence[Tensor]] = [()] * len(rows)
+    for group in micro_batches(rows, budget=budget):
+        batch = critic.pack([rows[i] for i in group])
+        flat = iter(critic.values(batch).cpu().split(batch.lengths.tolist()))
+        for i in group:
+            parts[i] = [next(flat) for _ in rows[i].responses]
+    return pad_sequence([part for row in parts for part in row], batch_first=True)

@@ -1,0 +1,1 @@
+"""Training: the loop, batches of pairs, rounds, policy optimization, evaluation, metrics."""

@@ -1,0 +1,426 @@
+"""Gold reward, proxy reward and KL from the reference, of answers a policy samples: always side by side.
+
+Answers are drawn at temperature 1 without truncation and scored under the same distribution, so that
+KL(policy || ref) = E_policy[log pi - log pi_ref] is estimated where it is defined. Natural logarithms.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyrite.core import specs
+from pyrite.core.processes import Advance, on_main, say
+from pyrite.data import rows as data
+from pyrite.data import rows as long_prompts
+from pyrite.data import text
+from pyrite.data.rows import OnLong
+from pyrite.feedback import scorers
+from pyrite.feedback import scorers as golds
+from pyrite.feedback.ledger import Account, Budget, Ledger
+from pyrite.feedback.scorers import Scorer
+from pyrite.math import ensembles, seeds, statistics
+from pyrite.math.logps import Logps
+from pyrite.math.ranges import Count, Natural, NonNegative, Several, check
+from pyrite.models.generation import Samples, sample
+from pyrite.models.packing import Packed, Row, micro_batches
+from pyrite.models.policy import Policy, RewardEnsemble, backbone
+
+# truths: How often the gold that measures a run is asked, and what its answers may cost: the truth has a price too.
+
+
+@dataclass(frozen=True)
+class Asking:
+    """When gold is asked in a run's measurements, and what that may cost; by default always, for nothing."""
+
+    gold_every: Count = 1
+    """Measurements to one with gold; the first and the last have it too."""
+    gold_prompts: Several | None = None
+    """Held-out prompts whose answers gold is asked about, the first ones; all by default."""
+    gold_budget: Natural | None = None
+    """Answers gold may score at most, in the measurements; none is scored twice."""
+    gold_max_cost: NonNegative | None = None
+    """Money to spend on that at most; needs --gold-cost."""
+    gold_cost: NonNegative = 0.0
+    """Price of scoring one answer."""
+    gold_ledger: Path | None = None
+    """SQLite file of paid scores, which runs may share; ledger.db in the run's folder by default."""
+    gold_batch: Count = 1
+    """Answers in one call of gold."""
+
+    def __post_init__(self) -> None:
+        check(self)
+        if self.gold_max_cost is not None and not self.gold_cost:
+            raise ValueError(f"--gold-max-cost {self.gold_max_cost}: give --gold-cost, the price of one answer, too")
+
+    @property
+    def sparing(self) -> bool:
+        """Whether gold is asked less than always: then nobody asks it anything but measurements."""
+        return self != ALWAYS
+
+    @property
+    def counted(self) -> bool:
+        """Whether its answers are paid for, through a ledger."""
+        limits = (self.gold_budget, self.gold_max_cost, self.gold_ledger)
+        return self.gold_cost > 0 or any(limit is not None for limit in limits)
+
+    def account(self, folder: Path, gold: str) -> Account | None:
+        """The run's account with the gold, where its answers are counted."""
+        if not self.counted:
+            return None
+        ledger = Ledger(self.gold_ledger or folder / "ledger.db")
+        return Account(ledger, str(folder.resolve()), gold, "score", budget=self._budget(), batch=self.gold_batch)
+
+    def _budget(self) -> Budget:
+        return Budget(self.gold_budget, self.gold_max_cost, self.gold_cost)
+
+
+ALWAYS = Asking()
+
+
+@dataclass
+class Truth:
+    """Gold of one measurement after another; `account` where it is paid for."""
+
+    scorer: Scorer
+    name: str
+    asking: Asking = ALWAYS
+    account: Account | None = None
+    told: bool = False
+
+    def due(self, number: int, *, over: bool) -> bool:
+        """Whether measurement `number` (0 is the start) asks gold; the last one of a run always does."""
+        return over or number % self.asking.gold_every == 0
+
+    def __call__(self, prompts: list[str], responses: list[str], owner: Tensor, *, step: int) -> Tensor | None:
+        """Gold of N answers, answer i to prompt owner[i]: NaN where gold was not asked or gave none; None of all.
+
+        A budget that does not cover what a measurement still has to buy buys nothing of it: part of its answers would
+        be another measurement. Gold of answers to fewer than 2 prompts is none, for it has no standard error.
+        """
+        some = (owner < self.asking.gold_prompts if self.asking.gold_prompts else torch.ones_like(owner).bool()).cpu()
+        chosen = some.nonzero().flatten().tolist()
+        asked, said = [prompts[i] for i in chosen], [responses[i] for i in chosen]
+        if self.account is None:
+            found: Tensor | None = scorers.check_scores(self.scorer(asked, said), len(said), name=self.name).cpu()
+        else:
+            found = on_main(self._buy)(asked, said, step)
+        if found is None:
+            return None
+        known = found.isfinite()
+        if len(owner[some][known].unique()) < min(2, len(owner.unique())):
+            return None
+        gold = found.new_full((len(owner),), math.nan)
+        gold[some] = found
+        return gold
+
+    def spent(self, step: int) -> dict[str, float]:
+        """Answers bought up to a step, and money where they have a price."""
+        if self.account is None:
+            return {}
+        books = self.account.books(round=step)
+        return {"gold_labels": books.labels} | ({"gold_money": books.money} if self.asking.gold_cost else {})
+
+    def _buy(self, prompts: list[str], responses: list[str], step: int) -> Tensor | None:
+        """Every answer's gold, or None where the budget does not cover it; NaN where gold gave none."""
+        assert self.account is not None
+        if self.account.wanting(prompts, responses, round=step) > self.account.left:
+            self._tell(step)
+            return None
+        found = self.account.ask(self.scorer, prompts, responses, round=step)
+        if missing := int(found.isnan().sum()):
+            say(f"  gold gave no score to {missing} of {len(found)} answers at step {step}; they are left out")
+        return found
+
+    def _tell(self, step: int) -> None:
+        if not self.told and self.account is not None:
+            bought = self.account.books(round=step).labels
+            say(
+                f"  the budget of gold, {bought} answers so far, does not pay for the measurement at step {step}; "
+                "measuring goes on without gold"
+            )
+            self.told = True
+
+
+# divergences: How far a policy is from its reference at every position of its answers, over the whole vocabulary.
+
+
+CHUNK = 1024  # positions whose logits are in memory at a time
+
+
+@dataclass(frozen=True, eq=False)
+class Divergences:
+    """Of N answers: log-probabilities under the reference, and at every position, (T_i,) float32 nats each:
+
+    kl       KL(π ‖ π_ref) = Σ_v π(v) log(π(v)/π_ref(v))
+    entropy  −Σ_v π(v) log π(v)
+    """
+
+    ref: Logps
+    kl: list[Tensor]
+    entropy: list[Tensor]
+
+    def summary(self) -> dict[str, Tensor]:
+        """kl_exact (N,), nats an answer; entropy_exact (N,), nats a token, the mean over an answer's tokens."""
+        kl = torch.stack([row.double().sum() for row in self.kl])
+        return {"kl_exact": kl, "entropy_exact": torch.stack([row.double().mean() for row in self.entropy])}
+
+
+@torch.inference_mode()
+def divergences(policy: Policy, ref: Policy, rows: Sequence[Row], *, budget: int = 16384) -> Divergences:
+    """Of each row's one response, as the policy drew it. ref: `policy` itself is the policy without its adapters."""
+    policy.eval()
+    ref.eval()
+    parts: list[tuple[Tensor, ...]] = [()] * len(rows)
+    for group in micro_batches(rows, budget=budget):
+        some = [rows[i] for i in group]
+        batch = packed if (packed := ref.pack(some)).padded else policy.pack(some)
+        ours = policy.logits(batch)
+        with policy.without_adapters() if ref is policy else nullcontext():
+            found = _by_position(ours, ref.logits(batch), batch)
+        for i, part in zip(group, found.cpu().split(batch.lengths.tolist(), dim=1), strict=True):
+            parts[i] = tuple(part)
+    logps, kl, entropy = (list(column) for column in zip(*parts, strict=True))
+    return Divergences(Logps.from_tokens(logps), kl, entropy)
+
+
+def _by_position(ours: Callable[[slice], Tensor], theirs: Callable[[slice], Tensor], batch: Packed) -> Tensor:
+    """(3, R): log π_ref(target), KL(π ‖ π_ref), entropy of π."""
+    found = []
+    for begin in range(0, len(batch.target), CHUNK):
+        rows = slice(begin, begin + CHUNK)
+        p, q = (torch.log_softmax(logits(rows).float(), -1) for logits in (ours, theirs))
+        weight, picked = p.exp(), q.gather(1, batch.target[rows, None]).squeeze(1)
+        found.append(torch.stack([picked, (weight * (p - q)).sum(-1), -(weight * p).sum(-1)]))
+    return torch.cat(found, dim=1)
+
+
+# evaluation: Gold reward, proxy reward and KL from the reference, of answers a policy samples: always side by side.
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a policy's answers are measured by, at every measurement; nothing without prompts."""
+
+    eval_prompts: str | None = None
+    """Prompts to answer: prompt, prompt_id."""
+    gold: str | None = None
+    """The scorer that plays the truth."""
+    rewards: str | None = None
+    """Folder of a reward run: the proxy."""
+    ensemble: str = "mean()"
+    """How its members become one score."""
+    eval_limit: Count | None = 256
+    """Prompts to answer at most."""
+    eval_k: Count = 1
+    """Answers a prompt."""
+    eval_exact: bool = False
+    """Also KL and entropy of the policy over the whole vocabulary at every position: less noise, one more forward."""
+    max_new_tokens: Count = 256
+    """Longest answer in tokens."""
+
+    def inputs(self) -> dict[str, str]:
+        """What is read."""
+        named = {"eval_prompts": self.eval_prompts, "rewards": self.rewards}
+        return {name: path for name, path in named.items() if path}
+
+
+@dataclass(frozen=True)
+class Answers:
+    """N answers to P prompts and what they are worth: `values` are (N,), by name; gold is NaN where it is not known.
+
+    exact: KL from the reference and entropy by position, where they were asked for.
+    """
+
+    rows: list[dict[str, Any]]
+    values: dict[str, Tensor]
+    drawn: Samples
+    prompts: int
+    exact: Divergences | None = None
+
+    def summary(self) -> dict[str, dict[str, float]]:
+        """Means with standard errors over prompts (answers to one prompt are averaged first)."""
+        return {name: _summary(self.by_prompt(name), known=name == "gold") for name in self.values}
+
+    def by_prompt(self, name: str) -> Tensor:
+        """The mean of a value over the answers to each prompt, (P,) float64; NaN where gold is known of none."""
+        value, prompt = self.values[name].double(), self.drawn.prompt
+        known = ~value.isnan() if name == "gold" else torch.ones_like(value).bool()
+        total = torch.zeros(self.prompts, dtype=torch.float64).index_add(0, prompt[known], value[known])
+        return total / torch.bincount(prompt[known], minlength=self.prompts)
+
+    def diversity(self) -> dict[str, float]:
+        """Distinct 1-grams and 2-grams of all answers."""
+        responses = self.drawn.responses()
+        return {f"distinct_{n}": statistics.distinct(responses, n) for n in (1, 2)}
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """Prompts and scorers, loaded and checked, ready to measure a policy."""
+
+    prompts: list[dict[str, Any]]
+    ids: list[list[int]]
+    gold: golds.Scorer | None
+    proxy: Callable[[list[Any], list[str], list[bool]], Tensor] | None
+    ref: Policy | None
+    options: Evaluation
+    seed: int
+    asking: Asking = ALWAYS
+    long: Mapping[str, int] = field(default_factory=dict)
+    """How many prompts were too long, by what was done with them."""
+
+    @classmethod
+    def load(
+        cls,
+        options: Evaluation,
+        policy: Policy,
+        *,
+        ref: str | Policy | None,
+        seed: int,
+        columns: str | None = None,
+        prompts: list[dict[str, Any]] | None = None,
+        asking: Asking = ALWAYS,
+        loaded: dict[Path, RewardEnsemble] | None = None,
+        max_prompt: int | None = None,
+        on_long: OnLong | None = None,
+    ) -> Evaluator:
+        """Everything read, and whatever cannot work refused: options, scorers. Long prompts: as `long_prompts.fit`.
+
+        ref: a path, a loaded policy, or `policy` itself, which then is its own reference without its adapters.
+        prompts: rows in place of those in `options.eval_prompts`. asking: for a gold that whoever measures asks itself.
+        loaded: reward runs that the job has loaded already.
+        """
+        if asking.sparing and not options.gold:
+            raise ValueError("options --gold-... say when gold is asked and what it may cost: give --gold too, or none")
+        gold = specs.part(options.gold, golds) if options.gold else None
+        given = prompts is not None
+        rows = prompts or data.load(str(options.eval_prompts), "prompts", columns=columns)
+        prompts = rows[: options.eval_limit]
+        if gold and not asking.counted:  # one that cannot score is refused now, unless a try has a price
+            tried = gold([text.plain(prompts[0]["prompt"])] * 2, ["hello", "hello there"])
+            golds.check_scores(tried, 2, name=str(options.gold))
+        fitted = long_prompts.fit(
+            policy.tokenizer,
+            prompts,
+            most=long_prompts.room(policy.context, options.max_new_tokens, max_prompt),
+            context=policy.context,
+            on_long=on_long or ("truncate" if given else None),
+            note=lambda words: say(f"to measure on: {words}"),
+        )
+        prompts, ids = fitted.rows, fitted.ids
+        scorers = gold, _proxy(options, loaded), _reference(policy, ref)
+        made = cls(prompts, ids, *scorers, options, seed, asking, fitted.counts())
+        replace(made, prompts=prompts[:1], ids=ids[:1])._sample(policy, new=1)  # refuses options out of range
+        return made
+
+    def __call__(self, policy: Policy, *, gold: bool = True, progress: Advance | None = None) -> Answers:
+        """Sample, score by everybody, or by all but gold."""
+        drawn = self._sample(policy, new=self.options.max_new_tokens, progress=progress)
+        rows = _rows(policy, self.prompts, drawn)
+        asked, said = [row["prompt"] for row in rows], [row["response"] for row in rows]
+        values: dict[str, Tensor] = {}
+        if self.gold and gold:
+            plain = [text.plain(prompt) for prompt in asked]
+            values["gold"] = golds.check_scores(self.gold(plain, said), len(said), name=str(self.options.gold))
+        if self.proxy:
+            values["proxy"] = self.proxy(asked, said, drawn.finished.tolist())
+        found, exact = self._kl(policy, self.ref, drawn) if self.ref else ({}, None)
+        values |= found | {"length": drawn.length.double(), "missing_eos": (~drawn.finished).double()}
+        return Answers(rows, values, drawn, len(self.prompts), exact)
+
+    @property
+    def total(self) -> int:
+        """Answers in one measurement."""
+        return len(self.prompts) * self.options.eval_k
+
+    def _sample(self, policy: Policy, *, new: int, progress: Advance | None = None) -> Samples:
+        drawn = sample(
+            backbone(policy.model),
+            self.ids,
+            eos=policy.stops,
+            k=self.options.eval_k,
+            max_new_tokens=min(new, self.options.max_new_tokens),
+            seed=seeds.derive(self.seed, "evaluate"),
+            keys=[seeds.derive(0, str(row["prompt_id"])) for row in self.prompts],
+            progress=progress,
+        )
+        return replace(drawn, **{name: value.cpu() for name, value in vars(drawn).items() if isinstance(value, Tensor)})
+
+    def _kl(self, policy: Policy, ref: Policy, drawn: Samples) -> tuple[dict[str, Tensor], Divergences | None]:
+        """k1 and k3 of every answer, and the exact KL where wanted: the reference scores the very tokens sampled."""
+        rows = [Row(self.ids[p], [r]) for p, r in zip(drawn.prompt.tolist(), drawn.responses(), strict=True)]
+        mask = torch.arange(drawn.tokens.shape[1]) < drawn.length[:, None]
+        ours = Logps(drawn.policy_logps.double().sum(1), drawn.length, drawn.policy_logps, mask)
+        exact = divergences(policy, ref, rows) if self.options.eval_exact else None
+        with policy.without_adapters() if ref is policy else nullcontext():
+            theirs = exact.ref if exact else response_logps(ref, rows)
+        found = {f"kl_{name}": statistics.kl(ours, theirs, estimator=name).double() for name in ("k1", "k3")}
+        return found | (exact.summary() if exact else {}), exact
+
+
+@torch.inference_mode()
+def response_logps(
+    policy: Policy, rows: Sequence[Row], *, budget: int = 16384, progress: Advance | None = None
+) -> Logps:
+    """Token by token log-probabilities of all responses, row by row; `progress` is told each number of rows."""
+    policy.eval()
+    parts: list[Sequence[Tensor]] = [()] * len(rows)
+    for group in micro_batches(rows, budget=budget):
+        batch = policy.pack([rows[i] for i in group])
+        flat = iter(policy(batch).cpu().split(batch.lengths.tolist()))
+        for i in group:
+            parts[i] = [next(flat) for _ in rows[i].responses]
+        if progress:
+            progress(len(group))
+    return Logps.from_tokens([part for row in parts for part in row])
+
+
+def _proxy(
+    options: Evaluation, loaded: dict[Path, RewardEnsemble] | None
+) -> Callable[[list[Any], list[str], list[bool]], Tensor] | None:
+    combine = specs.part(options.ensemble, ensembles)
+    combine(torch.zeros(2, 1))  # an option out of range is refused now
+    if not options.rewards:
+        return None
+    rewards = RewardEnsemble.load(options.rewards, loaded=loaded)
+    # an answer that was cut gets no end token
+    return lambda prompts, responses, finished: combine(rewards.scores(prompts, responses, finished=finished))
+
+
+def _reference(policy: Policy, path: str | Policy | None) -> Policy | None:
+    if path is None or isinstance(path, Policy):
+        return path
+    ref = Policy.load(path)
+    if ref.tokenizer.get_vocab() != policy.tokenizer.get_vocab():
+        raise ValueError(f"{path} and the policy have other vocabularies: no KL between them")
+    return ref.requires_grad_(False)
+
+
+def _rows(policy: Policy, prompts: list[dict[str, Any]], drawn: Samples) -> list[dict[str, Any]]:
+    texts = text.decode(policy.tokenizer, drawn.responses())
+    named = zip(drawn.prompt.tolist(), drawn.sample.tolist(), texts, drawn.finished.tolist(), strict=True)
+    return [
+        {
+            "prompt_id": prompts[p]["prompt_id"],
+            "prompt": prompts[p]["prompt"],
+            "sample": s,
+            "response": words,
+            "finished": done,
+        }
+        for p, s, words, done in named
+    ]
+
+
+def _summary(means: Tensor, *, known: bool = False) -> dict[str, float]:
+    """known: over the prompts that have one, where some may not."""
+    means = means[~means.isnan()] if known else means
+    error = means.std().item() / len(means) ** 0.5 if len(means) > 1 else 0.0
+    return {"mean": means.mean().item(), "se": error}

@@ -1,0 +1,467 @@
+"""The inner loop every training job shares: batches, micro-batches, optimizer, clipping, checkpoints.
+
+A batch is `batch_size` rows over all processes. It is cut into micro-batches by a token budget, and each loss is
+divided by the weight of the whole batch, so neither the budget nor the number of processes changes the step.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from pyrite.core import processes
+from pyrite.core.processes import progress, say, world
+from pyrite.core.runs import Run
+from pyrite.math import seeds
+from pyrite.math.ranges import Count, Fraction, Natural, NonNegative, Positive, Share, check
+from pyrite.models.packing import Row, micro_batches
+from pyrite.models.policy import recompute
+
+# dropout: The dropout a model learns with.
+
+
+def learn_with(model: nn.Module, dropout: float | None, *, name: str | None) -> None:
+    """Give every dropout of a model this probability; None leaves the model's own. A note says what that changes.
+
+    Adapters have a dropout of their own (--lora-dropout), which stays. name: of the model, for the note; None for none.
+    """
+    own = largest(model)
+    if dropout is None:
+        if own and name:
+            say(f"  note: {name} learns with its own dropout, {own:g}; --dropout 0 turns it off")
+        return
+    for module, attribute in _places(model):
+        setattr(module, attribute, dropout)
+    if name and own not in (0, dropout):
+        say(f"  note: {name} has a dropout of {own:g}; here it learns with {dropout:g} (--dropout {own:g} keeps it)")
+
+
+def largest(model: nn.Module) -> float:
+    """The largest probability of dropout in a model, 0 if it has none."""
+    return max((getattr(module, attribute) for module, attribute in _places(model)), default=0.0)
+
+
+def _places(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    """Modules and the names of their attributes that hold a probability of dropout."""
+    for path, module in model.named_modules():
+        if "lora_" in path:
+            continue
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            yield module, "p"
+        else:
+            held = [name for name, value in vars(module).items() if "drop" in name and type(value) is float]
+            yield from ((module, name) for name in held)
+
+
+# moved: Did training move the model? A run says so when neither its weights nor what it measures have.
+
+
+SAMPLE = 4096  # entries of each weight that are remembered
+ROWS = 512  # held-out rows that are compared before and after
+STILL = 1e-3  # of their size: weights that changed less have hardly moved
+
+
+@dataclass(frozen=True)
+class Shift:
+    """By how much something measured has changed over a run, with its standard error; what is hardly any change."""
+
+    name: str
+    mean: float
+    se: float
+    least: float
+
+    @property
+    def seen(self) -> bool:
+        """Whether it is more than its noise, and more than hardly any."""
+        return abs(self.mean) > max(2 * self.se, self.least)
+
+
+def shift(name: str, before: Tensor, after: Tensor, *, least: float) -> Shift:
+    """Of values (N,) of the same rows before and after."""
+    change = after.double() - before.double()
+    se = change.std().item() / math.sqrt(len(change)) if len(change) > 1 else 0.0
+    return Shift(name, change.mean().item() if len(change) else 0.0, se, least)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What is remembered of a model's trained weights as they were before training.
+
+    Of each whole weight some entries, evenly spread; of adapters both factors, since their product is what changes.
+    """
+
+    entries: dict[str, Tensor]
+    factors: dict[str, tuple[Tensor, Tensor]]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Weights:
+        """As they are now."""
+        entries = {name: _some(parameter).clone() for name, parameter in _whole(model)}
+        return cls(entries, {name: (a.clone(), b.clone()) for name, a, b, _ in _factors(model)})
+
+    @torch.no_grad()
+    def change(self, model: nn.Module) -> float:
+        """||now - then|| / ||then|| over the trained weights; of weights with adapters, that of their sum."""
+        moved, size = 0.0, 0.0
+        for name, parameter in _whole(model):
+            then, each = self.entries[name].double(), parameter.numel() / len(self.entries[name])
+            moved += each * (_some(parameter).double() - then).square().sum().item()
+            size += each * then.square().sum().item()
+        for name, a, b, layer in _factors(model):
+            (a0, b0), scale = self.factors[name], layer.scaling[name.rpartition(" ")[2]]
+            left, right = torch.cat([b, -b0], 1).double(), torch.cat([a, a0]).double()
+            moved += scale**2 * ((left.T @ left) * (right @ right.T)).sum().item()
+            base: Any = layer.get_base_layer()  # type: ignore[operator]
+            size += base.weight.detach().double().square().sum().item()
+        return math.sqrt(max(moved, 0.0) / size) if size else 0.0
+
+
+def tell(job: str, weights: float, lr: float, *seen: Shift) -> dict[str, Any]:
+    """Say so if nothing moved; the numbers, for the results of the run."""
+    if weights < STILL and not any(one.seen for one in seen):
+        shifts = ", ".join(f"{one.name} by {one.mean:+.2g} (standard error {one.se:.1g})" for one in seen)
+        more = min(1000, 10 ** math.ceil(math.log10(5 * STILL / max(weights, 1e-12))))
+        say(
+            f"{job}: this run hardly moved the model: its weights by {weights:.1g} of their size"
+            f"{', ' if shifts else ''}{shifts}; --lr was {lr:g}: give a larger one, such as --lr {more * lr:.0e}, "
+            "or more steps"
+        )
+    return {"weights": weights} | {k: v for one in seen for k, v in ((one.name, one.mean), (f"{one.name}_se", one.se))}
+
+
+def _whole(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Trained parameters that are no factor of an adapter."""
+    return ((name, p) for name, p in model.named_parameters() if p.requires_grad and ".lora_" not in name)
+
+
+def _some(parameter: Tensor) -> Tensor:
+    flat = parameter.detach().reshape(-1)
+    return flat[:: max(1, len(flat) // SAMPLE)]
+
+
+def _factors(model: nn.Module) -> Iterator[tuple[str, Tensor, Tensor, LoraLayer]]:
+    """Trained adapters of linear layers: "layer adapter", both factors, the layer."""
+    for path, layer in model.named_modules():
+        for adapter in layer.lora_A if isinstance(layer, LoraLayer) else ():
+            a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight  # type: ignore[union-attr]
+            if a.requires_grad:  # type: ignore[union-attr]
+                yield f"{path} {adapter}", a.detach(), b.detach(), layer  # type: ignore[operator,misc]
+
+
+# train: The inner loop every training job shares: batches, micro-batches, optimizer, clipping, checkpoints.
+
+
+Precision = Literal["float32", "bfloat16"]
+# (model, rows, their indices) -> (sum of the losses, sums of metrics)
+BatchLoss = Callable[[nn.Module, list[Row], list[int]], tuple[Tensor, dict[str, Tensor]]]
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message names the step, the batch and the last good checkpoint."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a model is trained."""
+
+    lr: Positive = 1e-5
+    """Peak learning rate of AdamW."""
+    epochs: Count = 1
+    """Passes over the data."""
+    batch_size: Count = 32
+    """Rows in one optimizer step, over all processes."""
+    micro_tokens: Count = 8192
+    """Packed tokens in one forward pass; changes memory and speed, not the result."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate falls after its warm-up."""
+    warmup: Natural = 10
+    """Steps over which the learning rate rises from 0."""
+    floor: Share = 0.1
+    """Last learning rate as a share of the peak."""
+    weight_decay: NonNegative = 0.0
+    """Of AdamW, on matrices alone."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.98)
+    """Of AdamW's running means of gradients and of their squares."""
+    clip: Positive = 1.0
+    """Largest gradient norm."""
+    dropout: Share | None = None
+    """Of the model as it learns. By default the model's own in sft and 0 elsewhere, as references are read without."""
+    precision: Precision = "float32"
+    """Of the products, in training and in all that a step learns from; weights are float32."""
+    recompute: bool = False
+    """Gradient checkpointing: layers are computed again for their gradients, which saves memory and costs time."""
+    log_every: Count = 10
+    """Steps between rows of metrics."""
+    save_every: Count = 200
+    """Steps between checkpoints."""
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+def ready(model: nn.Module, training: Training, *, name: str | None, own: bool = False) -> None:
+    """Give a model just loaded the dropout it learns with; a note, with its name, says what that changes.
+
+    own: without --dropout it is the model's own, not 0.
+    """
+    asked = training.dropout
+    learn_with(model, 0.0 if asked is None and not own else asked, name=name)
+
+
+def learning_rate(step: int, total: int, training: Training) -> float:
+    """Warm-up from 0, then the schedule down to `floor` of the peak at step `total`."""
+    warm = min(1.0, (step + 1) / max(training.warmup, 1))
+    share = min(step / max(total, 1), 1.0)
+    shape = {"cosine": 0.5 * (1 + math.cos(math.pi * share)), "linear": 1 - share, "constant": 1.0}
+    return training.lr * warm * (training.floor + (1 - training.floor) * shape[training.schedule])
+
+
+def order(n: int, epoch: int, *, seed: int) -> list[int]:
+    """The order in which epoch `epoch` visits n rows."""
+    return torch.randperm(n, generator=seeds.generator(seed, "order", epoch)).tolist()
+
+
+def steps(rows: int, training: Training) -> int:
+    """Optimizer steps over `rows` rows."""
+    return math.ceil(rows / training.batch_size) * training.epochs
+
+
+def fit(
+    model: nn.Module,
+    rows: Sequence[Row],
+    loss: BatchLoss,
+    *,
+    weights: Sequence[float],
+    training: Training,
+    seed: int,
+    run: Run,
+    label: str,
+    folder: str = "checkpoints",
+    state: Mapping[str, Tensor] | None = None,
+    watch: Callable[[int], None] | None = None,
+) -> None:
+    """Minimize sum(loss) / sum(weights) over batches of `rows`, resuming from the last checkpoint if there is one.
+
+    weights: what each row counts in its batch (response tokens for sft, 1 for a pair). state: tensors of the
+    loss's own that belong in a checkpoint (running means, a moving reference), restored in place. watch(step) is
+    called after every step, before its checkpoint; the model is then in evaluation mode.
+    Raises TrainingError if the loss or a gradient is not finite.
+    """
+    learner = Learner(model, training)
+    total = steps(len(rows), training)
+    torch.manual_seed(seeds.derive(seed, "dropout"))
+    checkpoints = run.folder / folder
+    begin = resume(checkpoints, learner, state or {})
+    run.rewind(begin, part=label)
+    if begin:
+        say(f"  {label}: going on from step {begin} of {total}")
+    model.train()
+    log = _Log(run, label, training, checkpoints)
+    order_of = batches(len(rows), training, seed=seed, begin=begin)
+    with progress(label, total, unit="steps", done=begin) as advance, processes.after_steps("step") as asked:
+        for step, batch in zip(range(begin, total), order_of, strict=True):
+            lr = learning_rate(step, total, training)
+            metrics = learner.update(batch, rows, loss, weights=weights, lr=lr)
+            saves = (step + 1) % training.save_every == 0 and step + 1 < total
+            log.add(step + 1, metrics, lr=lr, line=saves or step + 1 == total)
+            if watch:
+                model.eval()
+                watch(step + 1)
+                model.train()
+            stop = 0 if step + 1 == total else asked()
+            if saves or stop:
+                log.line(step + 1, lr=lr)
+                save(checkpoints, step + 1, learner, state or {})
+                run.pause()
+            advance(1)
+            if stop:
+                raise processes.Stopped(stop, f"{label} has {step + 1} of {total} steps")
+    model.eval()
+
+
+class Learner:
+    """A model and its optimizer, in all processes: one update at a time."""
+
+    def __init__(self, model: nn.Module, training: Training) -> None:
+        world()  # before the accelerator, which would not find siblings without a GPU
+        self.accelerator = Accelerator(mixed_precision="no")  # one process may train in both precisions; we cast
+        self.model, self.training = model.to(self.accelerator.device), training
+        if training.recompute:
+            recompute(model)  # type: ignore[arg-type]  # policies and reward models are all that is trained
+        self.wrapped = self.accelerator.prepare(model) if self.accelerator.num_processes > 1 else model
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget the optimizer's moments."""
+        self.optimizer = _optimizer(self.model, self.training)
+
+    def update(
+        self, batch: list[int], rows: Sequence[Row], loss: BatchLoss, *, weights: Sequence[float], lr: float
+    ) -> dict[str, Tensor]:
+        """One optimizer step on some of the rows; means of loss and metrics, and the norm of the gradient."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        metrics = _backward(self.wrapped, batch, rows, loss, weights, self.accelerator, self.training)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.training.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return {**metrics, "grad_norm": norm}
+
+
+def batches(rows: int, training: Training, *, seed: int, begin: int = 0) -> Iterator[list[int]]:
+    """Row indices of every step from `begin` on."""
+    places = range(0, rows, training.batch_size)
+    first, skipped = divmod(begin, max(len(places), 1))
+    for epoch in range(first, training.epochs):
+        visit = order(rows, epoch, seed=seed)
+        for place in places[skipped if epoch == first else 0 :]:
+            yield visit[place : place + training.batch_size]
+
+
+def discard_checkpoints(run: Run, folder: str = "checkpoints") -> None:
+    """Drop what only a resume would need, once the model is saved."""
+    if run.writes:
+        shutil.rmtree(run.folder / folder, ignore_errors=True)
+
+
+def _backward(
+    model: nn.Module,
+    batch: list[int],
+    rows: Sequence[Row],
+    loss: BatchLoss,
+    weights: Sequence[float],
+    accelerator: Accelerator,
+    training: Training,
+) -> dict[str, Tensor]:
+    """Gradients of one optimizer batch; this process takes every num_processes-th row by length."""
+    norm = sum(weights[i] for i in batch)
+    by_length = sorted(batch, key=lambda i: -rows[i].tokens)
+    mine = by_length[accelerator.process_index :: accelerator.num_processes]
+    idle = not mine  # fewer rows than processes: take part in the gradient sum with weight 0
+    mine = mine or by_length[:1]
+    groups = list(micro_batches([rows[i] for i in mine], budget=training.micro_tokens))
+    share = 0.0 if idle else accelerator.num_processes / norm  # DDP averages over processes
+    sums: dict[str, Tensor] = {}
+    # one cast of the weights serves all micro-batches: autocast keeps it until the outermost block ends
+    with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=training.precision == "bfloat16"):
+        for number, group in enumerate(groups):
+            indices = [mine[i] for i in group]
+            with nullcontext() if number == len(groups) - 1 else accelerator.no_sync(model):
+                value, metrics = loss(model, [rows[i] for i in indices], indices)
+                with torch.autocast(accelerator.device.type, enabled=False):
+                    accelerator.backward(value * share)
+            for name, amount in {"loss": value.detach(), **metrics}.items():
+                sums[name] = sums.get(name, 0) + amount.detach() * (0.0 if idle else 1.0)
+    return {name: accelerator.reduce(amount) / norm for name, amount in sums.items()}  # type: ignore[operator]
+
+
+def _optimizer(model: nn.Module, training: Training) -> torch.optim.AdamW:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": training.weight_decay},
+        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(groups, lr=training.lr, betas=training.betas, fused=True)
+
+
+class _Log:
+    """Means over the steps since the last line; remembers the first step that was not finite.
+
+    A checkpoint is a line too: what follows it is then the same in a resumed run.
+    """
+
+    def __init__(self, run: Run, label: str, training: Training, checkpoints: Path) -> None:
+        self.run, self.label, self.training, self.checkpoints = run, label, training, checkpoints
+        self.sums: dict[str, Tensor] = {}
+        self.count = 0
+        self.bad = torch.zeros(())
+
+    def add(self, step: int, metrics: dict[str, Tensor], *, lr: float, line: bool) -> None:
+        for name, value in metrics.items():
+            self.sums[name] = self.sums.get(name, 0) + value.detach().float()  # stays on the device: no wait
+            wrong = ~torch.isfinite(self.sums[name])
+            self.bad = self.bad.to(wrong.device)
+            self.bad = torch.where(wrong & (self.bad == 0), float(step), self.bad)
+        self.count += 1
+        if line or step % self.training.log_every == 0:
+            self.line(step, lr=lr)
+
+    def line(self, step: int, *, lr: float) -> None:
+        """Log the means over the steps since the last line, if there are any."""
+        self.check(step)
+        if self.count:
+            means = {name: (total / self.count).item() for name, total in self.sums.items()}
+            self.run.log(step=step, part=self.label, lr=lr, **means)
+        self.sums, self.count = {}, 0
+
+    def check(self, step: int) -> None:
+        if (bad := int(self.bad.item())) == 0:
+            return
+        saved = _steps(self.checkpoints)
+        good = f"the last good checkpoint is step {saved[-1]}" if saved else "there is no earlier checkpoint"
+        raise TrainingError(
+            f"{self.label}: loss or gradient not finite at step {bad} (noticed at {step}; batch {bad - 1} of the "
+            f"order drawn from the seed); {good} in {self.checkpoints}; lower --lr or look at that batch"
+        )
+
+
+def _steps(checkpoints: Path) -> list[int]:
+    return sorted(int(path.stem.split("-")[1]) for path in checkpoints.glob("step-*.safetensors"))
+
+
+def save(checkpoints: Path, step: int, learner: Learner, extra: Mapping[str, Tensor]) -> None:
+    """Trained weights, optimizer moments, the dropout stream and the loss's own state, in one safetensors file.
+
+    The last two are kept.
+    """
+    if not world().is_main_process:
+        return
+    params, optimizer = dict(learner.model.named_parameters()), learner.optimizer
+    names = [name for name, p in params.items() if p.requires_grad]
+    state = {f"model.{name}": params[name].detach().clone() for name in names}
+    for name in names:
+        for key, value in optimizer.state[params[name]].items():
+            state[f"optimizer.{key}.{name}"] = torch.as_tensor(value).clone()
+    state |= {f"state.{name}": value.detach().clone() for name, value in extra.items()}
+    state["rng"] = torch.get_rng_state()
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    beside = checkpoints / f".step-{step}"
+    save_file(state, beside)
+    beside.replace(checkpoints / f"step-{step}.safetensors")
+    for old in _steps(checkpoints)[:-2]:
+        (checkpoints / f"step-{old}.safetensors").unlink()
+
+
+@torch.no_grad()
+def resume(checkpoints: Path, learner: Learner, extra: Mapping[str, Tensor], *, step: int | None = None) -> int:
+    """Restore the newest checkpoint, or that of a step, and return its step, or 0."""
+    saved = _steps(checkpoints) if step is None else [step]
+    if not saved:
+        return 0
+    state = load_file(checkpoints / f"step-{saved[-1]}.safetensors")
+    params, optimizer = dict(learner.model.named_parameters()), learner.optimizer
+    for key, value in state.items():
+        kind, _, name = key.partition(".")
+        if kind == "model":
+            params[name].copy_(value)
+        elif kind == "state":
+            extra[name].copy_(value)
+        elif kind == "optimizer":
+            moment, _, name = name.partition(".")
+            parameter = params[name]
+            where = "cpu" if moment == "step" and parameter.device.type == "cpu" else parameter.device
+            optimizer.state[parameter][moment] = value.to(where)
+    torch.set_rng_state(state["rng"])
+    return saved[-1]
