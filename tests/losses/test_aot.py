@@ -1,8 +1,9 @@
 import pytest
 import torch
-from fixtures import pair_of, pair_with, random_rows
 
 from pyrite.math.losses import aot, dpo
+
+from .fixtures import pair_of, pair_with, random_rows
 
 
 @pytest.mark.parametrize("paired", [True, False])

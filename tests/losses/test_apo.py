@@ -1,8 +1,9 @@
 import pytest
 import torch
-from fixtures import pair_with, slopes
 
 from pyrite.math.losses import apo_down, apo_zero
+
+from .fixtures import pair_with, slopes
 
 
 def test_down_lowers_a_chosen_response_that_is_likely_already():

@@ -2,11 +2,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from fixtures import pair_of, pair_with, random_rows, slopes
 
 from pyrite.math.logps import Running
 from pyrite.math.losses import bco
 from pyrite.math.losses.unpaired import update
+
+from .fixtures import pair_of, pair_with, random_rows, slopes
 
 
 def test_the_running_mean_is_the_shift():

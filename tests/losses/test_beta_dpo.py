@@ -2,10 +2,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from fixtures import F64, pair_with, slopes
 
 from pyrite.math.logps import PairLogps, Running
 from pyrite.math.losses import beta_dpo, dpo
+
+from .fixtures import F64, pair_with, slopes
 
 
 def pair_at(mean: float, margins: list[float]) -> PairLogps:

@@ -1,7 +1,8 @@
 import torch
-from fixtures import pair_with
 
 from pyrite.math.losses import cal_dpo, dpo
+
+from .fixtures import pair_with
 
 
 def test_calibrated_rewards_cost_nothing_more():

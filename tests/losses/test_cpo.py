@@ -1,7 +1,8 @@
 import torch
-from fixtures import pair_of, random_rows
 
 from pyrite.math.losses import cpo, posterior
+
+from .fixtures import pair_of, random_rows
 
 
 def test_the_likelihood_is_a_mean_over_tokens():

@@ -1,8 +1,9 @@
 import pytest
 import torch
-from fixtures import pair_with, slopes
 
 from pyrite.math.losses import discopop, dpo
+
+from .fixtures import pair_with, slopes
 
 
 def test_reversed_at_zero_as_published():

@@ -3,10 +3,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from fixtures import F64, pair_of, pair_with, random_rows, slopes
 
 from pyrite.math.logps import Logps, PairLogps
 from pyrite.math.losses import dpo, posterior, robust, soft_dpo
+
+from .fixtures import F64, pair_of, pair_with, random_rows, slopes
 
 
 def test_far_margins_stay_finite():

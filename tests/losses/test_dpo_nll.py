@@ -1,7 +1,8 @@
 import torch
-from fixtures import pair_of, random_rows
 
 from pyrite.math.losses import bco, dpo, dpo_nll, mpo
+
+from .fixtures import pair_of, random_rows
 
 
 def test_the_likelihood_weighs_every_pair_the_same():

@@ -1,7 +1,8 @@
 import torch
-from fixtures import pair_with
 
 from pyrite.math.losses import dpo, dpop
+
+from .fixtures import pair_with
 
 
 def test_dpo_where_chosen_has_not_become_less_likely():

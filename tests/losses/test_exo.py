@@ -2,9 +2,10 @@ import math
 
 import pytest
 import torch
-from fixtures import pair_with, slopes
 
 from pyrite.math.losses import exo
+
+from .fixtures import pair_with, slopes
 
 
 @pytest.mark.parametrize("epsilon", [1e-3, 0.1, 0.4])

@@ -1,8 +1,9 @@
 import pytest
 import torch
-from fixtures import F64, pair_of, pair_with, random_rows
 
 from pyrite.math.losses import dpo, f_dpo
+
+from .fixtures import F64, pair_of, pair_with, random_rows
 
 DERIVATIVES = {  # f'(t) as the paper's table has it
     ("reverse_kl", 0.5): lambda t: t.log(),

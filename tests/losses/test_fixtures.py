@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from fixtures import F64, POLICY_CHOSEN, POLICY_REJECTED, tokens, worked_pair
 from torch import Tensor
 
 from pyrite.core import specs
 from pyrite.math import losses
 from pyrite.math.logps import Logps, PairLogps, Running
 from pyrite.math.losses.unpaired import update
+
+from .fixtures import F64, POLICY_CHOSEN, POLICY_REJECTED, tokens, worked_pair
 
 PRIOR = (-4.1, -7.3)  # log-probabilities of the two responses without the prompt
 

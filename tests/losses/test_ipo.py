@@ -1,7 +1,8 @@
 import pytest
-from fixtures import pair_with, slopes
 
 from pyrite.math.losses import ipo
+
+from .fixtures import pair_with, slopes
 
 
 def test_the_margin_is_to_reach_not_to_exceed():

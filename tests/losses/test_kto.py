@@ -1,8 +1,9 @@
 import pytest
 import torch
-from fixtures import F64, pair_of, pair_with, random_rows
 
 from pyrite.math.losses import apo_zero, kto_pair
+
+from .fixtures import F64, pair_of, pair_with, random_rows
 
 
 def test_worked_batch():

@@ -2,10 +2,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from fixtures import pair_of, pair_with, random_rows
 
 from pyrite.math.logps import Logps, PairLogps
 from pyrite.math.losses import dpo, ipo, ld_dpo, ln_dpo, r_dpo
+
+from .fixtures import pair_of, pair_with, random_rows
 
 
 def test_ld_dpo_at_0_cuts_both_to_the_shorter():

@@ -1,9 +1,10 @@
 import math
 
 import pytest
-from fixtures import pair_with, slopes
 
 from pyrite.math.losses import nca
+
+from .fixtures import pair_with, slopes
 
 
 @pytest.mark.parametrize("more, sign", [(-0.1, -1), (0.0, 0), (0.1, 1)])

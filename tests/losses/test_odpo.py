@@ -1,8 +1,9 @@
 import pytest
 import torch
-from fixtures import pair_with
 
 from pyrite.math.losses import dpo, odpo
+
+from .fixtures import pair_with
 
 
 def test_strength_1_is_dpo_and_more_asks_for_more():

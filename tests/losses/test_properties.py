@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from fixtures import F64, at_reference, pair_of, random_rows, tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -16,6 +15,8 @@ from pyrite.core.specs import members, part
 from pyrite.math import losses
 from pyrite.math.logps import PairLogps
 from pyrite.math.losses.needs import needs
+
+from .fixtures import F64, at_reference, pair_of, random_rows, tokens
 
 NAMES = [member.name for member in members(losses)]
 VARIANTS = [

@@ -1,7 +1,8 @@
 import pytest
-from fixtures import pair_with
 
 from pyrite.math.losses import rebel
+
+from .fixtures import pair_with
 
 
 def test_zero_where_margins_are_reward_differences():

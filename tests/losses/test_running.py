@@ -4,10 +4,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from fixtures import F64, pair_of, random_rows
 
 from pyrite.math.logps import Running
 from pyrite.math.losses.unpaired import update
+
+from .fixtures import F64, pair_of, random_rows
 
 
 def test_statistics_over_batches():

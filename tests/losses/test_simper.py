@@ -1,7 +1,8 @@
 import torch
-from fixtures import pair_of, random_rows
 
 from pyrite.math.losses import simper
+
+from .fixtures import pair_of, random_rows
 
 
 def test_inverse_perplexities():

@@ -1,9 +1,10 @@
 import pytest
 import torch
-from fixtures import pair_of, random_rows
 
 from pyrite.math.logps import Logps, PairLogps
 from pyrite.math.losses import alphapo, simpo
+
+from .fixtures import pair_of, random_rows
 
 
 def test_the_margin_is_subtracted():

@@ -1,7 +1,8 @@
 import pytest
-from fixtures import pair_with, slopes
 
 from pyrite.math.losses import hinge, slic
+
+from .fixtures import pair_with, slopes
 
 
 def test_hinge_rests_once_the_margin_is_reached():

@@ -1,7 +1,8 @@
 import pytest
-from fixtures import pair_with
 
 from pyrite.math.losses import sppo
+
+from .fixtures import pair_with
 
 
 def test_least_where_rewards_are_half_and_minus_half():

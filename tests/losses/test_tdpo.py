@@ -2,9 +2,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from fixtures import F64, pair_with
 
 from pyrite.math.losses import dpo, tdpo
+
+from .fixtures import F64, pair_with
 
 
 @pytest.mark.parametrize("version, through_chosen", [(1, True), (2, False)])

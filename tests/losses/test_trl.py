@@ -9,18 +9,19 @@ from typing import Any
 
 import pytest
 import torch
-from fixtures import F64, pair_of, random_rows
 from torch import Tensor
 from torch.nn.functional import pad
-from trl import DPOTrainer
-from trl.experimental.cpo import CPOTrainer
-from trl.experimental.orpo import ORPOTrainer
 
-from pyrite.core import specs
+from pyrite.core import specs as parts
 from pyrite.math import losses
 from pyrite.math.logps import Logps, PairLogps
 
+from .fixtures import F64, pair_of, random_rows
+
 pytest.importorskip("trl")
+from trl import DPOTrainer
+from trl.experimental.cpo import CPOTrainer
+from trl.experimental.orpo import ORPOTrainer
 
 PROMPT = 3  # tokens before every response
 Sides = list[list[Tensor]]
@@ -123,7 +124,7 @@ def test_direct_losses(spec: str, loss_type: str, settings: dict[str, Any], seed
     sides = rows_for(spec, 4, seed)
     pair = pair_of(sides)
     trl = theirs(sides, pair, {"loss_types": [loss_type], **settings})
-    agree(specs.part(spec, losses)(pair).mean(), trl, sides[0] + sides[1])
+    agree(parts.part(spec, losses)(pair).mean(), trl, sides[0] + sides[1])
 
 
 @pytest.mark.parametrize(("spec", "loss_types", "weights"), MIXED, ids=[spec for spec, _, _ in MIXED])
@@ -132,7 +133,7 @@ def test_losses_with_imitation(spec: str, loss_types: list[str], weights: list[f
     sides = rows_for(spec, 1, seed)
     pair = pair_of(sides)
     trl = theirs(sides, pair, {"loss_types": loss_types, "loss_weights": weights})
-    agree(specs.part(spec, losses)(pair).mean(), trl, sides[0] + sides[1])
+    agree(parts.part(spec, losses)(pair).mean(), trl, sides[0] + sides[1])
 
 
 def with_logits(chosen: Tensor, rejected: Tensor) -> tuple[Any, dict[str, Tensor]]:
@@ -168,7 +169,7 @@ def policy_only(sides: Sides) -> PairLogps:
 def test_contrastive_losses(spec: str, settings: dict[str, Any], seed: int) -> None:
     sides = rows_for(spec, 1, seed)
     trl = without_reference(CPOTrainer, "cpo_loss", sides, settings)
-    agree(specs.part(spec, losses)(policy_only(sides)).mean(), trl, sides[0] + sides[1])
+    agree(parts.part(spec, losses)(policy_only(sides)).mean(), trl, sides[0] + sides[1])
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -184,4 +185,4 @@ def test_the_comparison_has_teeth(spec: str, loss_type: str, settings: dict[str,
     sides = rows_for(spec, 4, 0)
     other = [sides[0], [row - 0.1 for row in sides[1]], *sides[2:]]
     trl = theirs(sides, pair_of(sides), {"loss_types": [loss_type], **settings})
-    assert specs.part(spec, losses)(pair_of(other)).mean().item() != pytest.approx(trl.item(), rel=1e-3)
+    assert parts.part(spec, losses)(pair_of(other)).mean().item() != pytest.approx(trl.item(), rel=1e-3)

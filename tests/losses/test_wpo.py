@@ -2,10 +2,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from fixtures import F64, pair_with, slopes
 
 from pyrite.math.logps import PairLogps
 from pyrite.math.losses import dpo, wpo
+
+from .fixtures import F64, pair_with, slopes
 
 
 def pair_of_collisions(chosen: list[float], rejected: list[float]) -> PairLogps:

@@ -1,7 +1,8 @@
 import torch
-from fixtures import pair_of, random_rows
 
 from pyrite.math.losses import dpo, xpo
+
+from .fixtures import pair_of, random_rows
 
 
 def test_the_bonus_lowers_the_response_of_the_reference():

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TEMPLATE, Forwards
 
 from pyrite.models.policy import Policy
 from pyrite.models.references import BadReference, Source, Text, compute, load, tables
 from pyrite.models.references.scoring import Trainer, model_table
+
+from .conftest import TEMPLATE, Forwards
 
 
 @pytest.fixture

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TEMPLATE, bytes_tokenizer, tiny_config
 from transformers import LlamaForCausalLM
 
 from pyrite.models.loading import Lora
 from pyrite.models.policy import Policy
 from pyrite.models.references import Text, identity, scoring, tables
 from pyrite.models.references.identity import read
+
+from .conftest import TEMPLATE, bytes_tokenizer, tiny_config
 
 Change = dict
 

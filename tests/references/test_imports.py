@@ -7,11 +7,12 @@ import math
 from pathlib import Path
 
 import pytest
-from conftest import encode
 
 from pyrite.data import rows as data
 from pyrite.models.policy import Policy
 from pyrite.models.references import BadReference, Text, import_table, row_id, verify
+
+from .conftest import encode
 
 NAMES = ("prompt", "chosen", "rejected", "chosen_logprob", "rejected_logprob")
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from conftest import TEMPLATE, encode
 
 from pyrite.models.policy import Policy
 from pyrite.models.references import Text
 from pyrite.models.references.identity import cut_prompts, limits, read
+
+from .conftest import TEMPLATE, encode
 
 
 def test_limits_are_those_of_training() -> None:

@@ -11,7 +11,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import TEMPLATE, encode
 
 from pyrite.models.policy import Policy
 from pyrite.models.references import (
@@ -25,6 +24,8 @@ from pyrite.models.references import (
     tables,
     verify,
 )
+
+from .conftest import TEMPLATE, encode
 
 
 @pytest.fixture

@@ -11,11 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TEMPLATE, Forwards, by_hand, encode
 
 from pyrite.core import runs
 from pyrite.models.policy import Policy
 from pyrite.models.references import BadReference, Text, compute, load, scoring, tables
+
+from .conftest import TEMPLATE, Forwards, by_hand, encode
 
 
 @pytest.mark.parametrize("conditioning", ["prompt", "prior"])

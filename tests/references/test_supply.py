@@ -8,8 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TEMPLATE, Forwards, by_hand, encode
-from test_imports import write
 
 from pyrite.math.logps import Logps
 from pyrite.models.forward import by_response
@@ -17,6 +15,9 @@ from pyrite.models.loading import Lora
 from pyrite.models.packing import Row
 from pyrite.models.policy import Policy
 from pyrite.models.references import BadReference, Text, compute, import_table, obtain, parse, tables
+
+from .conftest import TEMPLATE, Forwards, by_hand, encode
+from .test_imports import write
 
 Supply = tuple[Logps, list[str | None], list[str]]
 

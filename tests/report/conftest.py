@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from pyrite.report import overoptimization_page
+from pyrite.recipes.overoptimization.page import overoptimization_page
 
 COUNTS = [1, 4, 16, 64, 256, 1024]
 WORDS = {"legal register": ["hereby", "pursuant", "the undersigned", "heretofore"]}

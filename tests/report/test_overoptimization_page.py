@@ -3,7 +3,7 @@ import re
 
 import pytest
 
-from pyrite.report import overoptimization_page
+from pyrite.recipes.overoptimization.page import overoptimization_page
 
 OPTIONAL = ("mechanism", "samples", "fits", "claims", "reward_models", "stages", "config", "manifest", "seconds")
 

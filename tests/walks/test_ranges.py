@@ -28,7 +28,7 @@ def schemas() -> dict[str, Any]:
     """Command to the dataclass of its options."""
     found = {}
     for package, before in ((jobs, ""), (recipes, "recipe ")):
-        for name in sorted(module.name for module in pkgutil.iter_modules(package.__path__)):
+        for name in sorted(m.name for m in pkgutil.iter_modules(package.__path__) if package is jobs or m.ispkg):
             config = importlib.import_module(f"{package.__name__}.{name}").Config
             several = {f"{before}{name} {one.__name__.lower()}": one for one in get_args(config)}
             found |= several or {f"{before}{name}": config}
