@@ -51,7 +51,7 @@ OPTIONS = [(command, *leaf) for command, schema in SCHEMAS.items() for leaf in l
 MEMBERS = [
     (kind, name, function)
     for kind in KINDS
-    for name, function in specs._functions(importlib.import_module(f"pyrite.{kind}")).items()
+    for name, function in specs._functions(importlib.import_module(specs.REGISTRIES[kind])).items()
 ]
 PART_OPTIONS = [
     (kind, name, option, ranges.hints(function).get(option, Any), default)
@@ -210,7 +210,7 @@ def _with(config: Any, name: str, value: Any) -> Any:
 
 @pytest.mark.parametrize(("kind", "name", "option", "hint", "default"), PART_OPTIONS)
 def test_nonsense_in_a_part(kind: str, name: str, option: str, hint: Any, default: Any) -> None:
-    registry = importlib.import_module(f"pyrite.{kind}")
+    registry = importlib.import_module(specs.REGISTRIES[kind])
     for value in nonsense(hint):
         if value == default:
             continue
