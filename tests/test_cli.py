@@ -189,6 +189,21 @@ def test_wrong_yaml(tmp_path: Path, yaml: str, words: str) -> None:
     assert "\n" not in str(error.value)
 
 
+def test_options_of_earlier_versions_are_refused_with_their_new_names(
+    pyrite: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    old = {"--speed": "--nothing or --lr", "--wings": "models do not fly; walk", "--seed": "--lr"}
+    monkeypatch.setattr("pyrite.cli.help.OLD_NAMES", old)
+    base = ("sft", "--model", "m", "--data", "d", "--out", "o")
+    assert pyrite(*base, "--speed", "1") == (2, "", "pyrite: --speed is now --lr\n")
+    assert pyrite(*base, "--no-wings") == (2, "", "pyrite: --wings is gone: models do not fly; walk\n")
+    assert "--seed x: is no whole number" in pyrite(*base, "--seed", "x")[2]  # still an option of this job
+    for yaml in ("speed: 1", "training: {speed: 1}", "motion: {lr: 1, speed: 1}"):
+        (tmp_path / "c.yaml").write_text(yaml)
+        status, _, err = pyrite(*base, "--config", tmp_path / "c.yaml")
+        assert (status, err) == (2, f"pyrite: {tmp_path / 'c.yaml'}: --speed is now --lr\n")
+
+
 def test_a_yaml_file_that_is_not_there(pyrite: Command) -> None:
     status, _, err = pyrite("sft", "--config", "nowhere.yaml")
     assert status == 2

@@ -291,7 +291,7 @@ def _refuse_unknown(schema: type, options: list[str]) -> None:
     for option in options:
         name = option.removeprefix("--").partition("=")[0].replace("_", "-")
         if option.startswith("--") and name not in known and name.removeprefix("no-") not in known and name != "help":
-            raise ValueError(f"unknown option --{name}{usage.nearest(name, known)}")
+            raise ValueError(usage.renamed(name, known) or f"unknown option --{name}{usage.nearest(name, known)}")
 
 
 def _refuse_missing(schema: type, options: list[str], prog: str) -> None:
@@ -355,7 +355,8 @@ def _from_yaml(schema: type, path: Path, job: str | None) -> list[str]:
     for key, value in _flat(given, _groups(schema), path):
         option = key.replace("_", "-")
         if option not in known:
-            raise ValueError(f"{path}: unknown option {key!r}{usage.nearest(option, known)}")
+            wrong = usage.renamed(option, known) or f"unknown option {key!r}{usage.nearest(option, known)}"
+            raise ValueError(f"{path}: {wrong}")
         if isinstance(value, bool):
             arguments.append(f"--{option}" if value else f"--no-{option}")
         else:
@@ -371,6 +372,8 @@ def _flat(given: dict[str, Any], groups: set[str], path: Path) -> Iterator[tuple
             yield str(key), value
         elif key in groups:
             yield from _flat(value, groups, path)
+        elif any(usage.is_old(str(inner)) for inner in value):
+            yield from _flat(value, groups, path)  # a group of an earlier version
         else:
             raise ValueError(f"{path}: unknown group {key!r}{_nearest(str(key), groups)}")
 

@@ -139,6 +139,10 @@ ALIASES = {
 }
 
 
+# Options of earlier versions: the name now ("--a or --b" if that depends on the job), or why it went and what to do.
+OLD_NAMES: dict[str, str] = {}
+
+
 class Option(NamedTuple):
     """One option as the command line has it."""
 
@@ -199,6 +203,23 @@ def nearest(name: str, known: Iterable[str]) -> str:
         return f"; did you mean --{ALIASES[elsewhere[0]]}?"
     near = difflib.get_close_matches(name, names, n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def renamed(name: str, known: Iterable[str]) -> str:
+    """What became of an option of an earlier version; "" for a name that never was one, or still is."""
+    old, names = f"--{_dashed(name)}", set(known)
+    now = OLD_NAMES.get(old) or OLD_NAMES.get(old.replace("--no-", "--", 1), "")
+    if not now or old.removeprefix("--") in names:
+        return ""
+    if not now.startswith("--"):
+        return f"{old.replace('--no-', '--', 1)} is gone: {now}"
+    here = [new for new in now.split(" or ") if new.removeprefix("--").split()[0] in names]
+    return f"{old} is now {' or '.join(here)}" if here else ""
+
+
+def is_old(name: str) -> bool:
+    """Whether a key of a file is the name of an option of an earlier version."""
+    return f"--{_dashed(name)}" in OLD_NAMES
 
 
 def summary(results: Mapping[str, Any]) -> list[str]:
