@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pyrite.core import specs
-from pyrite.data import words as toy_words
+from pyrite.data import toy_words
 from pyrite.data.rows import prompt_id
 from pyrite.recipes import toy
 from pyrite.recipes.toy import Features, Shares
@@ -32,9 +32,11 @@ def tokenizer():
 def test_everything_said_is_tagged_and_lower_case(rows):
     said = {word for row in rows for text in (row["prompt"], row["response"]) for word in text.split()}
     said |= {word for prompt in toy.prompts() for word in prompt.split()}
-    assert said <= set(toy.TAGS)
-    assert all(word == word.lower() for word in toy.TAGS)
-    assert toy.TAGS["fox"] == "noun" and toy.TAGS["velvet"] == "adjective" and toy.TAGS["hid"] == "verb"
+    assert said <= set(toy_words.TAGS)
+    assert all(word == word.lower() for word in toy_words.TAGS)
+    assert (
+        toy_words.TAGS["fox"] == "noun" and toy_words.TAGS["velvet"] == "adjective" and toy_words.TAGS["hid"] == "verb"
+    )
 
 
 def test_every_answer_ends_a_sentence(rows):
@@ -182,7 +184,7 @@ def test_tokenizer_specials(tokenizer):
     ids = [tokenizer.convert_tokens_to_ids(token) for token in toy.SPECIALS]
     assert ids == list(range(6))
     assert len({tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id}) == 3
-    assert len(tokenizer) == toy.config().vocab_size == 6 + len(toy.TAGS)
+    assert len(tokenizer) == 6 + len(toy_words.TAGS)
 
 
 def test_chat_template(tokenizer):
@@ -220,7 +222,7 @@ def test_model_sizes(size, low, high):
 
 def test_an_unknown_size_is_refused():
     with pytest.raises(ValueError, match=r"'huge' is unknown.*small, base"):
-        toy.config(size="huge")  # pyright: ignore[reportArgumentType]
+        toy.model(0, size="huge")  # pyright: ignore[reportArgumentType]
 
 
 def test_write(tmp_path, rows):
@@ -264,7 +266,7 @@ def test_extra_words_are_read_and_said(tmp_path):
     world = toy.write(tmp_path / "world", seed=4, n_demos=3, n_pool=20, words=words)
     saved = AutoModelForCausalLM.from_pretrained(world.model)
     assert saved.config.vocab_size == len(AutoTokenizer.from_pretrained(world.model)) == len(more)
-    assert saved.lm_head.weight.shape[0] == toy.config(words=words).vocab_size == len(more)
+    assert saved.lm_head.weight.shape[0] == len(more)
     with pytest.raises(ValueError, match=r"toy word 'in twelve': .* one by one"):
         toy.tokenizer(words=["in twelve"])
 
@@ -278,4 +280,3 @@ def test_without_extra_words_the_world_stays_the_same(tmp_path):
     assert all((tmp_path / "one" / file).read_bytes() == (tmp_path / "other" / file).read_bytes() for file in files)
     vocabulary = toy.tokenizer().get_vocab()
     assert sorted(vocabulary, key=vocabulary.__getitem__) == [*toy.SPECIALS, *toy_words.TAGS]
-    assert toy.config().vocab_size == len(vocabulary)

@@ -2,7 +2,7 @@
 
 from collections import Counter
 
-from pyrite.data import words
+from pyrite.data import toy_words as words
 
 
 def test_every_word_has_exactly_one_tag():

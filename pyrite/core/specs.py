@@ -571,13 +571,27 @@ def _load(where: str) -> ModuleType:
         raise ValueError(f"no file {where}: give its path from the current folder, {Path.cwd()}")
     try:
         with undisturbed({}, where):
-            return _load_file(path) if path.suffix == ".py" else importlib.import_module(where)
+            return _load_file(path) if path.suffix == ".py" else _import(where)
     except ModuleNotFoundError as error:
         hint = "" if error.name != where else f'; for a file of yours write "{where}.py:name()"'
         raise ValueError(f"cannot import {where}: no module named {error.name!r}{_line(error, path)}{hint}") from None
     except (Exception, SystemExit) as error:
         said = " ".join(f"{type(error).__name__}: {error}".split())
         raise ValueError(f"cannot import {where}: {said}{_line(error, path)}") from error
+
+
+def _import(where: str) -> ModuleType:
+    """A module by its dotted name, or a module that a package offers under that name, such as `pyrite.toy`."""
+    try:
+        return importlib.import_module(where)
+    except ModuleNotFoundError as error:
+        package, _, name = where.rpartition(".")
+        if error.name != where or not package:
+            raise
+        offered = getattr(importlib.import_module(package), name, None)
+        if not isinstance(offered, ModuleType):
+            raise
+        return offered
 
 
 def _line(error: BaseException, path: Path) -> str:

@@ -1,20 +1,21 @@
-"""The toy world: a small English-like language, its tokenizer, tiny models, and an exact gold reward.
+"""Two toy worlds, each with prompts, demonstrations, a tokenizer, tiny models and an exact gold: stories and sums.
 
-A prompt asks for a story about one of 20 subjects in one of 12 places. A good story is polite, uses vivid
-words, mentions things that belong to its topic, repeats nothing and stays short. `story_quality` measures
-exactly that, so the gold reward of any text is known without a judge.
+Stories. A prompt asks for a story about one of 20 subjects in one of 12 places. A good story is polite, uses vivid
+words, mentions things that belong to its topic, repeats nothing and stays short. `story_quality` measures exactly
+that, so the gold reward of any text is known without a judge.
 
-What fools a proxy here: *unseen registers*. About 4 % of the demonstrations drift, like text scraped from the
-web, into one of twelve leftover registers (legal notice, advert, recipe, ...), each with words and sentences of
-its own. A model trained on them drifts as often. Preference pairs are collected from conservative samples
-(top-p 0.9), as is common, and that truncation cuts the registers out: hardly a pair in ten thousand shows one,
-so the preferences say nothing about their worth. Each reward model then gives them a worth of its own, left
-over from its random head and the order of its data. Best-of-n searches the full distribution (temperature 1, no
-truncation). Where one reward model overrates the registers, larger n finds them more and more often while gold,
-which takes a point off for every such word, falls. The members of an ensemble disagree about them, so the worst
-case and the variance penalty refuse them. Such answers end properly, like all others: answers cut short play
-no part. `register_of` names the register of a text, `feature(name="odd")` counts its words; with these answers
-taken out of the candidates the fall should vanish, and that is the test of this explanation.
+What fools a proxy here is *unseen registers*. About 4 % of the demonstrations drift, like text scraped from the web,
+into one of twelve leftover registers (legal notice, advert, recipe, ...), each with words and sentences of its own. A
+model trained on them drifts as often. Preference pairs are sampled conservatively (top-p 0.9), as is common, and that
+truncation cuts the registers out: hardly a pair in ten thousand shows one, so the preferences say nothing about their
+worth. Each reward model then gives them a worth of its own, left over from its random head and the order of its data.
+Best-of-n searches the full distribution. If one reward model overrates the registers, larger n finds them more and
+more often while gold, which takes a point off for every such word, falls. The members of an ensemble disagree about
+them, so the worst case and the variance penalty refuse them. `register_of` names the register of a text. If this
+explanation is right, the fall vanishes once these answers are taken out of the candidates.
+
+Sums. "((5 + 6) * (3 - 4)) = " is a prompt, "(11 * (3 - 4)) = (11 * -1) = -11" its answer; the gold is `math_chain`. A
+small model fine-tuned on such answers has the form at once and the arithmetic late: preferences have much to improve.
 """
 
 from __future__ import annotations
@@ -27,14 +28,15 @@ from typing import Literal
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import WordLevel
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from pyrite.data import rows as data
-from pyrite.data import words as toy_words
-from pyrite.data.words import BELONGINGS, CONTENT, LEXICONS, NOUNS, ODD, PATTERNS, SENTENCES, TAGS, TEMPLATES, VIVID
+from pyrite.data import toy_words as lexicon
+from pyrite.data.toy_words import BELONGINGS, CONTENT, LEXICONS, ODD, PATTERNS, TEMPLATES
+from pyrite.feedback.scorers.words import chain
 from pyrite.math.seeds import derive
 
 Size = Literal["small", "base"]
@@ -53,7 +55,7 @@ SHAPES = {  # hidden size, layers, heads, inner size: about 0.5 M and 2.4 M para
     "base": (224, 4, 4, 640),
 }
 
-# The language ------------------------------------------------------------------------------------------------
+# Stories: the language -----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -69,21 +71,17 @@ class Shares:
     sentences: tuple[float, ...] = (0.2, 0.4, 0.3, 0.1)  # 1, 2, 3, 4 sentences
 
 
-def prompts(*, templates: Sequence[str] = TEMPLATES) -> list[str]:
-    """Every prompt, 240 topics by templates, the templates of a topic side by side."""
-    return [
-        template.format(subject=subject, place=place)
-        for subject in toy_words.SUBJECTS
-        for place in toy_words.PLACES
-        for template in templates
-    ]
+def prompts() -> list[str]:
+    """Every prompt: 240 topics by 4 templates, the templates of a topic side by side."""
+    topics = [(subject, place) for subject in lexicon.SUBJECTS for place in lexicon.PLACES]
+    return [template.format(subject=subject, place=place) for subject, place in topics for template in TEMPLATES]
 
 
 def topic(prompt: str) -> tuple[str, str]:
-    """(subject, place) that a prompt asks for. Raises ValueError where it names none."""
+    """(subject, place) that a prompt asks for. Raises ValueError if it names none."""
     words = prompt.split()
-    subject = next((word for word in words if word in toy_words.SUBJECTS), None)
-    place = next((word for word in words if word in toy_words.PLACES), None)
+    subject = next((word for word in words if word in lexicon.SUBJECTS), None)
+    place = next((word for word in words if word in lexicon.PLACES), None)
     if subject is None or place is None:
         missing = "subject" if subject is None else "place"
         raise ValueError(f"toy prompt {prompt!r} names no {missing} of the toy world; see pyrite.toy.prompts()")
@@ -91,26 +89,20 @@ def topic(prompt: str) -> tuple[str, str]:
 
 
 def answer(rng: np.random.Generator, prompt: str, *, shares: Shares = Shares()) -> str:
-    """One answer to a prompt as the demonstrations have them, drawn from `rng`."""
+    """One answer to a prompt, drawn from `rng` as the demonstrations have them."""
     about = topic(prompt)
-    words = _pick(rng, toy_words.OPENINGS).split() if rng.random() < shares.opening else []
+    words = _pick(rng, lexicon.OPENINGS).split() if rng.random() < shares.opening else []
     if rng.random() < shares.drift:
         return " ".join(words + _leftover(rng, about, shares))
     for _ in range(1 + _count(rng, shares.sentences)):
         words += _sentence(rng, about, shares)
     if rng.random() < shares.closing:
-        words += _pick(rng, toy_words.CLOSINGS).split()
+        words += _pick(rng, lexicon.CLOSINGS).split()
     return " ".join(words)
 
 
-def demos(
-    n: int,
-    *,
-    seed: int,
-    among: Sequence[str] | None = None,
-    shares: Shares = Shares(),
-) -> list[dict[str, str]]:
-    """n demonstration rows {prompt_id, prompt, response}, prompts drawn with replacement `among` those given."""
+def demos(n: int, *, seed: int, among: Sequence[str] | None = None, shares: Shares = Shares()) -> list[dict[str, str]]:
+    """n demonstrations {prompt_id, prompt, response}; prompts are drawn with replacement `among` those given."""
     rng = np.random.default_rng(derive(seed, "demos"))
     options = prompts() if among is None else list(among)
     asked = (_pick(rng, options) for _ in range(n))
@@ -131,15 +123,15 @@ def _count(rng: np.random.Generator, shares: Sequence[float]) -> int:
 def _noun(rng: np.random.Generator, about: tuple[str, str], shares: Shares) -> str:
     x = rng.random()
     if x < shares.vivid:
-        return _pick(rng, toy_words.VIVID_NOUNS)
+        return _pick(rng, lexicon.VIVID_NOUNS)
     if x < shares.vivid + shares.on_topic:
         subject, place = about
         return _pick(rng, BELONGINGS[subject] + BELONGINGS[place])
-    return _pick(rng, NOUNS)
+    return _pick(rng, lexicon.NOUNS)
 
 
 def _adjective(rng: np.random.Generator, shares: Shares) -> str:
-    return _pick(rng, toy_words.VIVID_ADJECTIVES if rng.random() < shares.vivid else toy_words.PLAIN_ADJECTIVES)
+    return _pick(rng, lexicon.VIVID_ADJECTIVES if rng.random() < shares.vivid else lexicon.PLAIN_ADJECTIVES)
 
 
 def _sentence(rng: np.random.Generator, about: tuple[str, str], shares: Shares) -> list[str]:
@@ -147,15 +139,15 @@ def _sentence(rng: np.random.Generator, about: tuple[str, str], shares: Shares) 
     slots = {
         "ADJ": lambda: _adjective(rng, shares),
         "NOUN": lambda: _noun(rng, about, shares),
-        "DOES": lambda: _pick(rng, toy_words.TRANSITIVE),
-        "ACTS": lambda: _pick(rng, toy_words.INTRANSITIVE),
-        "HOW": lambda: _pick(rng, toy_words.ADVERBS),
-        "THEN": lambda: _pick(rng, toy_words.CONNECTIVES),
+        "DOES": lambda: _pick(rng, lexicon.TRANSITIVE),
+        "ACTS": lambda: _pick(rng, lexicon.INTRANSITIVE),
+        "HOW": lambda: _pick(rng, lexicon.ADVERBS),
+        "THEN": lambda: _pick(rng, lexicon.CONNECTIVES),
         "SUBJECT": lambda: subject,
         "PLACE": lambda: place,
     }
-    words = [slots[word]() if word in slots else word for word in _pick(rng, SENTENCES).split()]
-    return [_pick(rng, toy_words.TECHNICAL), ",", *words] if rng.random() < shares.technical else words
+    words = [slots[word]() if word in slots else word for word in _pick(rng, lexicon.SENTENCES).split()]
+    return [_pick(rng, lexicon.TECHNICAL), ",", *words] if rng.random() < shares.technical else words
 
 
 def _leftover(rng: np.random.Generator, about: tuple[str, str], shares: Shares) -> list[str]:
@@ -167,12 +159,12 @@ def _leftover(rng: np.random.Generator, about: tuple[str, str], shares: Shares) 
     return words
 
 
-# Gold --------------------------------------------------------------------------------------------------------
+# Stories: the gold ---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Features:
-    """What can be counted in an answer; every gold of the toy world is a function of it."""
+    """What is counted in an answer; every gold of the story world is a function of it."""
 
     vivid: int  # distinct vivid words
     on_topic: int  # distinct things that belong to the prompt's subject or place
@@ -184,18 +176,18 @@ class Features:
 
 
 def features(prompt: str, response: str) -> Features:
-    """The exact counts of one answer. Raises ValueError where the prompt names no topic."""
+    """The exact counts of one answer. Raises ValueError if the prompt names no topic."""
     subject, place = topic(prompt)
     said = response.split()
     distinct = set(said)
     return Features(
-        vivid=len(distinct & VIVID),
+        vivid=len(distinct & lexicon.VIVID),
         on_topic=len(distinct.intersection(BELONGINGS[subject] + BELONGINGS[place])),
-        polite=len(distinct & toy_words.POLITE),
+        polite=len(distinct & lexicon.POLITE),
         repeats=sum(word in CONTENT for word in said) - len(distinct & CONTENT),
         words=len(said),
         odd=sum(word in ODD for word in said),
-        technical=len(distinct.intersection(toy_words.TECHNICAL)),
+        technical=len(distinct.intersection(lexicon.TECHNICAL)),
     )
 
 
@@ -208,7 +200,7 @@ def story_quality(
     long: float = 0.15,
     odd: float = 1.0,
 ) -> Scorer:
-    """Scorer: how good a story is, the gold of the toy world; exact, in points.
+    """Scorer: how good a story is, the exact gold of the story world, in points.
 
     vivid·min(v, 3) + on_topic·min(t, 4) + polite·[p > 0] − repeat·r − long·max(0, w − 24) − odd·min(o, 4)
     for v distinct vivid words, t distinct things of the topic, p polite words, r content words said again,
@@ -247,17 +239,20 @@ def register_of(response: str) -> str | None:
     return found.most_common(1)[0][0] if found else None
 
 
-# Tokenizer and models ----------------------------------------------------------------------------------------
+# Stories: tokenizer and models ---------------------------------------------------------------------------------
 
 
 def tokenizer(*, words: Sequence[str] = ()) -> PreTrainedTokenizerFast:
     """A word-level tokenizer of the language: words between spaces, decode(encode(text)) == text.
 
-    words: others that it knows too. Encoding adds no special token; the chat template writes <bos>, the roles and
+    words: more words that it knows. Encoding adds no special token; the chat template writes <bos>, the roles and
     <eos>. Padding is on the left. Raises ValueError for a word with a space in it.
     """
-    vocabulary = {word: index for index, word in enumerate(_vocabulary(words))}
-    inner = Tokenizer(WordLevel(vocabulary, unk_token=UNK))
+    for word in words:
+        if word.split() != [word]:
+            raise ValueError(f"toy word {word!r}: the tokenizer reads words between spaces; give them one by one")
+    vocabulary = dict.fromkeys([*SPECIALS, *lexicon.TAGS, *words])
+    inner = Tokenizer(WordLevel({word: index for index, word in enumerate(vocabulary)}, unk_token=UNK))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
         tokenizer_object=inner,
@@ -273,19 +268,26 @@ def tokenizer(*, words: Sequence[str] = ()) -> PreTrainedTokenizerFast:
     )
 
 
-def config(*, size: Size = "small", words: Sequence[str] = ()) -> LlamaConfig:
-    """Llama architecture for the language and `words`: "small" has about 0.5 M parameters, "base" about 2.4 M."""
+def model(seed: int, *, size: Size = "small", words: Sequence[str] = ()) -> LlamaForCausalLM:
+    """A random model of the language and `words`: "small" has about 0.5 M parameters, "base" about 2.4 M.
+
+    It depends on the seed alone, and the global random state stays as it was.
+    """
+    return _llama(seed, size, tokenizer(words=words))
+
+
+def _llama(seed: int, size: Size, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     if size not in SHAPES:
         raise ValueError(f"toy model size {size!r} is unknown; it must be one of {', '.join(SHAPES)}")
     hidden, layers, heads, inner = SHAPES[size]
-    return LlamaConfig(
-        vocab_size=len(_vocabulary(words)),
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
         hidden_size=hidden,
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=heads,
         intermediate_size=inner,
-        max_position_embeddings=128,
+        max_position_embeddings=tokenizer.model_max_length,
         pad_token_id=SPECIALS.index(PAD),
         bos_token_id=SPECIALS.index(BOS),
         eos_token_id=SPECIALS.index(EOS),
@@ -293,29 +295,17 @@ def config(*, size: Size = "small", words: Sequence[str] = ()) -> LlamaConfig:
         rms_norm_eps=1e-5,
         initializer_range=0.05,
     )
-
-
-def model(seed: int, *, size: Size = "small", words: Sequence[str] = ()) -> LlamaForCausalLM:
-    """A randomly initialized model, a function of the seed alone; the global random state stays as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(seed, "model"))
-        return LlamaForCausalLM(config(size=size, words=words))
+        return LlamaForCausalLM(config)
 
 
-def _vocabulary(words: Sequence[str]) -> list[str]:
-    """Every token: those of the language, then the other words in order."""
-    for word in words:
-        if word.split() != [word]:
-            raise ValueError(f"toy word {word!r}: the tokenizer reads words between spaces; give them one by one")
-    return list(dict.fromkeys([*SPECIALS, *TAGS, *words]))
-
-
-# Files -------------------------------------------------------------------------------------------------------
+# Files ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class World:
-    """Where `write` put things: what any other model folder and data set would be to a job."""
+    """The files of a world, as any other model folder and data set would be given to a job."""
 
     model: Path  # random weights and the tokenizer
     demos: Path
@@ -327,27 +317,25 @@ def write(
     folder: str | Path,
     *,
     seed: int,
-    size: Size = "small",
     n_demos: int = 24_000,
     n_pool: int = 32,
-    shares: Shares = Shares(),
     words: Sequence[str] = (),
 ) -> World:
-    """A whole world in a folder: a random model with its tokenizer, demonstrations, prompts for pairs and pool.
+    """Write the story world: a random small model with its tokenizer, demonstrations, prompts for pairs and pool.
 
-    The topics of the `n_pool` pool prompts (one template each, in turn) occur in no other file. words: others that
-    the model can read, those of preferences for one.
-    Raises ValueError where n_demos is below 1 or n_pool not within 1 … 239.
+    The topics of the `n_pool` pool prompts (one template each, in turn) occur in no other file. words: more words that
+    the model can read, such as those of preferences.
+    Raises ValueError if n_demos is below 1 or n_pool is not within 1 … 239.
     """
     pool, rest = _split_topics(seed, n_pool)
     if n_demos < 1:
         raise ValueError(f"n_demos is {n_demos}; a world needs at least 1 demonstration")
     root = Path(folder)
     world = World(root / "model", root / "demos.parquet", root / "pair_prompts.parquet", root / "pool_prompts.parquet")
-    data.write(demos(n_demos, seed=seed, among=rest, shares=shares), world.demos)
+    data.write(demos(n_demos, seed=seed, among=rest), world.demos)
     data.write([_prompt_row(prompt) for prompt in rest], world.pair_prompts)
     data.write([_prompt_row(prompt) for prompt in pool], world.pool_prompts)
-    model(seed, size=size, words=words).save_pretrained(world.model)
+    model(seed, words=words).save_pretrained(world.model)
     tokenizer(words=words).save_pretrained(world.model)
     return world
 
@@ -367,3 +355,99 @@ def _split_topics(seed: int, n_pool: int) -> tuple[list[str], list[str]]:
     pool = [every[k * topic + i % k] for i, topic in enumerate(order[:n_pool])]
     rest = [every[k * topic + i] for topic in order[n_pool:] for i in range(k)]
     return pool, [rest[i] for i in rng.permutation(len(rest))]
+
+
+# Sums ----------------------------------------------------------------------------------------------------------
+
+PIECES = (" + ", " - ", " * ", " = ", *"0123456789()+-*= ")
+OPERATORS = "+-*"
+LARGEST = 98  # of the values kept: |value| < 99
+
+
+def expression(
+    rng: np.random.Generator, *, depth: int, operators: str = OPERATORS, largest: int = 9, spine: bool = True
+) -> str:
+    """A random expression in parentheses: + − *, numbers 1 … `largest`, at most `depth` levels below the first.
+
+    The left side goes on to the full depth; any other side goes on with probability ½ a level, else it is a number.
+    """
+
+    def side(*, always: bool) -> str:
+        if depth and (always or rng.random() < 0.5):
+            return expression(rng, depth=depth - 1, operators=operators, largest=largest, spine=always)
+        return str(1 + int(rng.random() * largest))
+
+    return f"({side(always=spine)} {operators[int(rng.random() * len(operators))]} {side(always=False)})"
+
+
+def math_demos(
+    n: int, *, seed: int, depths: Sequence[int] = (1, 2), operators: str = OPERATORS, largest: int = 9
+) -> list[dict[str, str]]:
+    """n demonstrations {prompt_id, prompt, response} of distinct expressions whose values lie within ±98.
+
+    depths: of the expressions, equally often; operators and largest number in them. Raises ValueError if n is
+    below 1, there are not so many, or operators or numbers are others than + - * and 1 to 9.
+    """
+    if not operators or set(operators) - set(OPERATORS) or not 1 <= largest <= 9:
+        raise ValueError(f"the math task knows + - * and 1 to 9, not operators={operators!r}, largest={largest}")
+    if n < 1 or not depths or min(depths) < 0:
+        raise ValueError(f"the math task makes {n} rows of depths {list(depths)}; give 1 or more, of depths from 0 up")
+    rng = np.random.default_rng(derive(seed, "math"))
+    rows: dict[str, dict[str, str]] = {}
+    for _ in range(100 * n + 10_000):
+        depth = depths[int(rng.random() * len(depths))]
+        asked, *steps = chain(expression(rng, depth=depth, operators=operators, largest=largest))
+        if abs(int(steps[-1])) <= LARGEST:
+            rows[asked] = {**_prompt_row(f"{asked} = "), "response": " = ".join(steps)}
+        if len(rows) == n:
+            return list(rows.values())
+    raise ValueError(f"the math task finds only {len(rows)} distinct expressions of depths {list(depths)}, not {n}")
+
+
+def math_tokenizer() -> PreTrainedTokenizerFast:
+    """Digits, parentheses and spaced operators, a token each; decode(encode(text)) == text for what is made of them."""
+    vocabulary = [PAD, BOS, EOS, UNK, *PIECES]
+    inner = Tokenizer(WordLevel({piece: i for i, piece in enumerate(vocabulary)}, unk_token=UNK))
+    inner.pre_tokenizer = pre_tokenizers.Split(Regex(r" [-+*=] |."), "isolated")
+    inner.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        pad_token=PAD,
+        bos_token=BOS,
+        eos_token=EOS,
+        unk_token=UNK,
+        padding_side="left",
+        model_max_length=192,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def write_math(
+    folder: str | Path,
+    *,
+    seed: int,
+    n_demos: int = 12_000,
+    n_prompts: int = 4_000,
+    n_pool: int = 256,
+    depths: Sequence[int] = (1, 2),
+    operators: str = OPERATORS,
+    largest: int = 9,
+) -> World:
+    """Write the world of sums: a random small model with its tokenizer, demonstrations, prompts for pairs and pool.
+
+    No expression occurs in two files. Raises ValueError if a file would be empty or expressions run out.
+    """
+    counts = {"n_demos": n_demos, "n_prompts": n_prompts, "n_pool": n_pool}
+    for name, count in counts.items():
+        if count < 1:
+            raise ValueError(f"{name} is {count}; the math task needs at least 1")
+    rows = math_demos(sum(counts.values()), seed=seed, depths=depths, operators=operators, largest=largest)
+    asked = [{"prompt_id": row["prompt_id"], "prompt": row["prompt"]} for row in rows]
+    root = Path(folder)
+    world = World(root / "model", root / "demos.parquet", root / "prompts.parquet", root / "pool_prompts.parquet")
+    data.write(rows[:n_demos], world.demos)
+    data.write(asked[n_demos : n_demos + n_prompts], world.pair_prompts)
+    data.write(asked[n_demos + n_prompts :], world.pool_prompts)
+    _llama(seed, "small", math_tokenizer()).save_pretrained(world.model)
+    math_tokenizer().save_pretrained(world.model)
+    return world

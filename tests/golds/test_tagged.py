@@ -1,5 +1,6 @@
 import pytest
 
+from pyrite.data import toy_words
 from pyrite.feedback import scorers
 from pyrite.recipes import toy
 
@@ -10,7 +11,7 @@ DOGS = "The cat chased the cat and the Dog saw a dog."
 def test_toy_nouns_are_those_of_its_lexicon():
     rows = toy.demos(300, seed=3)
     prompts, responses = [row["prompt"] for row in rows], [row["response"] for row in rows]
-    found = [[word for word in text.split() if toy.TAGS[word] == "noun"] for text in responses]
+    found = [[word for word in text.split() if toy_words.TAGS[word] == "noun"] for text in responses]
     assert scorers.nouns(tagger="toy")(prompts, responses).tolist() == [len(words) for words in found]
     assert scorers.unique_nouns(tagger="toy")(prompts, responses).tolist() == [len(set(words)) for words in found]
 

@@ -2,7 +2,7 @@ import sys
 
 import pytest
 
-from pyrite.data.words import TAGS
+from pyrite.data.toy_words import TAGS
 from pyrite.feedback.scorers import words as taggers
 
 LEAKS = "ignore::pytest.PytestUnraisableExceptionWarning"  # TextBlob leaves the file of its lexicon open

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pyrite.core import specs
-from pyrite.data.words import TAGS, VIVID_ADJECTIVES, VIVID_NOUNS
+from pyrite.data.toy_words import TAGS, VIVID_ADJECTIVES, VIVID_NOUNS
 from pyrite.math.ranges import Natural, Real, require
 
 # scores: What a scorer is, how one is made of a function of one text, and the check on what it returns.

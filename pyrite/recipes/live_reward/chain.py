@@ -9,7 +9,7 @@ from pyrite.core.runs import Run
 from pyrite.data import rows
 from pyrite.jobs import dpo, generate, online, reward, sft
 from pyrite.math.seeds import derive
-from pyrite.recipes import toy, toy_math
+from pyrite.recipes import toy
 from pyrite.recipes.live_reward.offline import Offline, offline
 from pyrite.recipes.live_reward.settings import Method, Settings, Task, methods
 from pyrite.training.annotators import Paying
@@ -113,7 +113,7 @@ def _stories(folder: Path, settings: Settings, chain: Chain, *, seed: int) -> Wo
 
 def _arithmetic(folder: Path, settings: Settings, chain: Chain, *, seed: int) -> World:
     """Sums and differences of three or four numbers up to 5, step by step; about a third of the answers are right."""
-    world = toy_math.write(
+    world = toy.write_math(
         folder / "world",
         seed=derive(seed, "world"),
         n_demos=settings.math_demos,
@@ -127,7 +127,7 @@ def _arithmetic(folder: Path, settings: Settings, chain: Chain, *, seed: int) ->
         str(world.model), str(world.demos), folder / "sft", training=settings.math_sft, seed=derive(seed, "sft")
     )
     chain.runs["arithmetic: sft"] = sft.run(config)
-    return World(folder / "sft" / "model", world.prompts, world.pool_prompts)
+    return World(folder / "sft" / "model", world.pair_prompts, world.pool_prompts)
 
 
 WORLDS = {"stories": _stories, "arithmetic": _arithmetic}

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyrite.data import words
+from pyrite.data import toy_words as words
 from pyrite.math import statistics
 from pyrite.recipes import toy
 from pyrite.recipes.overoptimization import claims, ppo_claims, ppo_results
