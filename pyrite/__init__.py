@@ -1,5 +1,7 @@
 """Pyrite: preference optimization of language models against a reward you cannot fully trust."""
 
+import importlib
+
 __version__ = "0.1.0"
 
 
@@ -7,6 +9,4 @@ def __getattr__(name: str) -> object:
     """`pyrite.toy`, the toy worlds, loaded when first asked for."""
     if name != "toy":
         raise AttributeError(f"module 'pyrite' has no attribute {name!r}")
-    from pyrite.recipes import toy
-
-    return toy
+    return importlib.import_module("pyrite.recipes.toy")
