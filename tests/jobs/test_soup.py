@@ -1,20 +1,29 @@
-"""The job: soups of policies, of reward models, of whole models; grids; what is recorded; what is refused."""
+"""Soups of policies, of reward models, of whole models; peft as the independent reference; grids; what is refused."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import ingredients
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
 
 from pyrite import cli
 from pyrite.core.runs import Run, RunError, read_json
@@ -67,6 +76,20 @@ def logits(model: Any) -> Tensor:
     return model.eval()(IDS).logits
 
 
+def matrices(path: Path | str) -> dict[str, Tensor]:
+    """s B A of every module of an adapter folder, by the names of the base; read without Pyrite."""
+    config = json.loads((Path(path) / "adapter_config.json").read_text())
+    found = load_file(Path(path) / "adapter_model.safetensors")
+    scale = config["lora_alpha"] / (config["r"] ** 0.5 if config["use_rslora"] else config["r"])
+    names = [name for name in found if ".lora_A" in name]
+    return {
+        name.removeprefix("base_model.model.").partition(".lora_A")[0]: scale
+        * found[name.replace("lora_A", "lora_B")]
+        @ found[name]
+        for name in names
+    }
+
+
 def ordinary(path: Path, base: Path, kind: Any = AutoModelForCausalLM, **options: Any) -> Any:
     """By transformers and peft alone."""
     with warnings.catch_warnings():
@@ -81,10 +104,11 @@ def merged(out: Path, paths: list[str], *weights: float, **options: Any) -> Run:
 def test_a_soup_of_adapters(three: list[str], base: Path, tmp_path: Path) -> None:
     done = merged(tmp_path / "run", three, 0.5, 0.25, 0.25)
     folder = tmp_path / "run" / "model"
-    parts = [soup.read(path) for path in three]
-    for name, part in soup.read(folder).low.items():
-        mean = sum(w * p.low[name].matrix() for w, p in zip((0.5, 0.25, 0.25), parts, strict=True))
-        torch.testing.assert_close(part.matrix(), mean, atol=1e-6, rtol=0)
+    parts = [matrices(path) for path in three]
+    for name, matrix in matrices(folder).items():
+        assert matrix.abs().max() > 0.01
+        mean = sum(w * part[name] for w, part in zip((0.5, 0.25, 0.25), parts, strict=True))
+        torch.testing.assert_close(matrix, mean, atol=1e-6, rtol=0)
     assert read_json(folder / "adapter_config.json")["r"] == 12
     model = ordinary(folder, base)
     torch.testing.assert_close(logits(model), logits(Policy.load(folder).model))
@@ -113,11 +137,6 @@ def test_equal_weights_are_the_default(three: list[str], tmp_path: Path, mode, r
     assert done.results is not None
     assert done.results["weights"] == [1 / 3] * 3
     assert done.results["rank"] == rank
-    read = [soup.read(path) for path in three]
-    wanted = soup.tensors(soup.merged(read, [1 / 3] * 3, mode=mode))
-    found = soup.tensors(soup.read(tmp_path / "run" / "model"))
-    assert found.keys() == wanted.keys()
-    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
 def test_what_a_smaller_rank_costs_is_told(three: list[str], tmp_path: Path) -> None:
@@ -140,9 +159,9 @@ def test_averaged_factors_are_remarked_upon(three: list[str], tmp_path: Path, ca
 
 def test_weights_as_they_stand(three: list[str], base: Path, tmp_path: Path) -> None:
     merged(tmp_path / "run", three[:2], 0.5, 0.0, normalize=False)
-    half, whole = (soup.read(path) for path in (tmp_path / "run" / "model", three[0]))
-    for name, part in half.low.items():
-        torch.testing.assert_close(part.matrix(), whole.low[name].matrix() / 2)
+    half, whole = (matrices(path) for path in (tmp_path / "run" / "model", three[0]))
+    for name, matrix in half.items():
+        torch.testing.assert_close(matrix, whole[name] / 2)
 
 
 def test_a_grid_of_soups(three: list[str], base: Path, tmp_path: Path) -> None:
@@ -174,6 +193,229 @@ def test_a_cut_off_grid_goes_on(three: list[str], tmp_path: Path) -> None:
     assert (kept / "soup.json").stat().st_mtime_ns == stamp
     assert (lost / "soup.json").exists()
     assert not lost.with_name(".0,0,1").exists()
+
+
+# Against peft ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def uneven(base: Path) -> list[str]:
+    """Adapters of several ranks and scales."""
+    sizes = [(4, 8.0), (2, 3.0), (6, 6.0)]
+    return [
+        str(ingredients.trained(base, base.parent / f"uneven_{i}", i, rank=rank, alpha=alpha))
+        for i, (rank, alpha) in enumerate(sizes)
+    ]
+
+
+WEIGHTS = (0.5, 0.3, 0.2)
+
+
+def peft_of(paths: list[str], base: Path) -> Any:
+    """All adapters on one base, by peft."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), paths[0], adapter_name="0")
+        for index, path in enumerate(paths[1:], 1):
+            model.load_adapter(path, adapter_name=str(index))
+    return model
+
+
+def layers(model: Any) -> dict[str, Any]:
+    """Adapted layers by the names that the base gives them."""
+    return {name.removeprefix("base_model.model."): m for name, m in model.named_modules() if hasattr(m, "lora_A")}
+
+
+def close(a: Tensor, b: Tensor, *, within: float = 1e-6) -> None:
+    torch.testing.assert_close(a, b, atol=within * max(1.0, b.abs().max().item()), rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("mode", "kind", "weights", "times"),
+    [
+        ("delta", "cat", WEIGHTS, 1),
+        ("svd", "svd", WEIGHTS, 1),
+        ("factor", "linear", [weight**2 for weight in WEIGHTS], 1),
+        ("factor", "linear", [1 / 3] * 3, 3),  # peft weighs A and B by the root of a weight
+    ],
+)
+def test_modes_are_those_of_peft(
+    mode, kind: str, weights, times: int, three: list[str], uneven: list[str], base: Path, tmp_path: Path
+) -> None:
+    paths = three if mode == "factor" else uneven
+    model = peft_of(paths, base)
+    model.add_weighted_adapter(["0", "1", "2"], [*weights], "soup", combination_type=kind)
+    done = merged(tmp_path / "run", paths, *([1 / 3] * 3 if times == 3 else WEIGHTS), mode=mode)
+    found = matrices(tmp_path / "run" / "model")
+    assert found.keys() == layers(model).keys()
+    assert len(found) == 14
+    for name, matrix in found.items():
+        close(times * matrix, layers(model)[name].get_delta_weight("soup").detach(), within=1e-5)
+    assert done.results is not None
+    assert done.results["rank"] == {"delta": 12, "svd": 6, "factor": 4}[mode]
+
+
+@pytest.mark.parametrize("weights", [WEIGHTS, (0.9, -0.4, 0.2)])
+def test_logits_are_those_of_the_base_plus_the_deltas(uneven: list[str], base: Path, tmp_path: Path, weights) -> None:
+    merged(tmp_path / "run", uneven, *weights, normalize=False)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    before = logits(model)
+    for path, weight in zip(uneven, weights, strict=True):
+        for name, matrix in matrices(path).items():
+            model.get_submodule(name).weight.data += weight * matrix
+    wanted = logits(model)
+    assert (wanted - before).abs().max() > 0.5
+    close(logits(ordinary(tmp_path / "run" / "model", base)), wanted, within=1e-5)
+    close(logits(Policy.load(tmp_path / "run" / "model").model), wanted, within=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["delta", "factor"])
+def test_all_weight_on_one_is_that_one(three: list[str], base: Path, tmp_path: Path, mode) -> None:
+    merged(tmp_path / "run", three, 0.0, 1.0, 0.0, mode=mode)
+    one, wanted = (logits(ordinary(Path(path), base)) for path in (tmp_path / "run" / "model", three[1]))
+    assert torch.equal(one, wanted)
+
+
+def test_rank_stabilized_adapters_are_merged_by_their_own_scale(three: list[str], base: Path, tmp_path: Path) -> None:
+    stable = edited(three[1], tmp_path / "stable", use_rslora=True)
+    assert (logits(ordinary(Path(stable), base)) - logits(ordinary(Path(three[1]), base))).abs().max() > 0.1
+    merged(tmp_path / "run", [three[0], stable], 0.5, 0.5)
+    wanted = layers(peft_of([three[0], stable], base))
+    for name, matrix in matrices(tmp_path / "run" / "model").items():
+        close(matrix, 0.5 * wanted[name].get_delta_weight("0") + 0.5 * wanted[name].get_delta_weight("1"))
+
+
+def test_embeddings_and_transposed_layers_are_merged_too(tmp_path: Path) -> None:
+    tokenizer = toy.tokenizer()
+    shape = GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=len(tokenizer), n_positions=16)
+    GPT2LMHeadModel(shape).save_pretrained(tmp_path / "base")
+    for seed in range(2):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        config = LoraConfig(r=2 + seed, target_modules=["c_attn", "wpe"], fan_in_fan_out=True, task_type="CAUSAL_LM")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            adapted: Any = get_peft_model(model, config)
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.data.normal_(0, 0.3, generator=torch.Generator().manual_seed(seed))
+        adapted.save_pretrained(str(tmp_path / str(seed)))
+        tokenizer.save_pretrained(tmp_path / str(seed))
+    paths = [str(tmp_path / "0"), str(tmp_path / "1")]
+    merged(tmp_path / "run", paths)
+    both = layers(peft_of(paths, tmp_path / "base"))
+    one = layers(peft_of([str(tmp_path / "run" / "model")], tmp_path / "base"))
+    assert len(one) == 2
+    for name, layer in one.items():
+        parts = [both[name].get_delta_weight(str(index)) for index in range(2)]
+        close(layer.get_delta_weight("0"), (parts[0] + parts[1]) / 2)
+
+
+def test_ingredients_stay_as_they_were(three: list[str], tmp_path: Path) -> None:
+    def digest() -> list[str]:
+        return [
+            hashlib.sha256(file.read_bytes()).hexdigest() for path in three for file in sorted(Path(path).iterdir())
+        ]
+
+    before = digest()
+    merged(tmp_path / "run", three, mode="svd")
+    assert digest() == before
+
+
+def test_modules_are_compared(three: list[str], uneven: list[str], tmp_path: Path) -> None:
+    runs = {mode: merged(tmp_path / mode, three, *WEIGHTS, mode=mode).results for mode in ("factor", "delta")}
+    assert runs["factor"] is not None
+    factors, deltas = (matrices(tmp_path / mode / "model") for mode in runs)
+    for name, row in runs["factor"]["modules"].items():
+        factor, delta = factors[name], deltas[name]
+        assert row["error"] == pytest.approx(((factor - delta).norm() / delta.norm()).item(), rel=1e-4)
+        assert row["cosine"] == pytest.approx(
+            torch.cosine_similarity(factor.flatten(), delta.flatten(), 0).item(), abs=1e-5
+        )
+        assert row["norm_ratio"] == pytest.approx((factor.norm() / delta.norm()).item(), rel=1e-5)
+    told = merged(tmp_path / "svd", uneven, *WEIGHTS, mode="svd", rank=1).results
+    assert told is not None
+    assert told["lowest_cosine"] is None  # several ranks have no factor-wise average
+    assert told["largest_error"] > 0.05
+
+
+# Adapters that are refused -----------------------------------------------------------------------------------
+
+
+def edited(path: str, folder: Path, change: Callable[[dict], None] | None = None, **config: Any) -> str:
+    """A copy of an adapter folder with other tensors or another config."""
+    shutil.copytree(path, folder)
+    if change:
+        tensors = load_file(folder / "adapter_model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "adapter_model.safetensors")
+    before = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**before, **config}))
+    (folder / "base.json").unlink()
+    return str(folder)
+
+
+A_0 = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+
+
+def drop_layer(tensors: dict) -> None:
+    for name in [name for name in tensors if "q_proj" in name]:
+        del tensors[name]
+
+
+def widen(tensors: dict) -> None:
+    tensors[A_0] = torch.nn.functional.pad(tensors[A_0], (0, 1))
+
+
+@pytest.mark.parametrize(
+    ("change", "config", "message"),
+    [
+        (None, {"use_dora": True}, "use_dora=True"),
+        (None, {"bias": "lora_only"}, "bias='lora_only'"),
+        (None, {"lora_bias": True}, "lora_bias=True"),
+        (None, {"rank_pattern": {"q_proj": 8}}, "rank_pattern"),
+        (None, {"alpha_pattern": {"q_proj": 8}}, "alpha_pattern"),
+        (None, {"trainable_token_indices": [3]}, "trainable_token_indices"),
+        (None, {"layer_replication": [[0, 2], [1, 2]]}, "layer_replication"),
+        (None, {"an_option_of_next_year": 1}, "an_option_of_next_year"),
+        (None, {"init_lora_weights": "pissa"}, "changes the base"),
+        (None, {"peft_type": "IA3"}, "holds IA3 adapters"),
+        (None, {"r": 8}, "config says rank 8"),
+        (lambda t: t.clear(), {}, "would be the base"),
+        (lambda t: t[A_0].fill_(torch.nan), {}, "q_proj.lora_A.weight holds values that are not finite"),
+        (lambda t: t.pop(A_0), {}, "layers.0.self_attn.q_proj is no pair"),
+        (None, {"base_model_name_or_path": "another"}, "different bases, .*base and another"),
+        (None, {"revision": "v2"}, "different bases, .* at v2"),
+        (None, {"task_type": "SEQ_CLS"}, "differ in task_type: CAUSAL_LM and SEQ_CLS"),
+        (None, {"fan_in_fan_out": True}, "differ in fan_in_fan_out"),
+        (drop_layer, {}, "different modules: only one has model.layers.0.self_attn.q_proj"),
+        (lambda t: t.update({"base_model.model.head.weight": torch.ones(1)}), {}, "only one has head.weight"),
+        (widen, {}, r"differ in shapes, model.layers.0.self_attn.q_proj: \(128, 128\) and \(128, 129\)"),
+    ],
+)
+def test_adapters_that_are_refused(three: list[str], tmp_path: Path, change, config, message: str) -> None:
+    odd = edited(three[1], tmp_path / "odd", change, **config)
+    with pytest.raises(ValueError, match=message) as error:
+        merged(tmp_path / "run", [three[0], odd])
+    assert odd in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_factors_want_equal_ranks_and_scales(three: list[str], uneven: list[str], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="differ in rank: 4 and 2; mode factor"):
+        merged(tmp_path / "run", [three[0], uneven[1]], mode="factor")
+    with pytest.raises(ValueError, match=r"differ in scale: 2.0 and 2.25"):
+        merged(tmp_path / "run", [three[0], edited(three[1], tmp_path / "odd", lora_alpha=9)], mode="factor")
+
+
+def test_a_copy_of_the_base_is_the_same_base(three: list[str], base: Path, tmp_path: Path) -> None:
+    shutil.copytree(base, tmp_path / "copy")
+    moved = edited(three[1], tmp_path / "moved", base_model_name_or_path=str(tmp_path / "copy"))
+    merged(tmp_path / "run", [three[0], moved])
+    tensors = load_file(base / "model.safetensors")
+    tensors["lm_head.weight"][0, 0] += 1
+    save_file(tensors, tmp_path / "copy" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="different bases"):
+        merged(tmp_path / "again", [three[0], moved])
 
 
 # Reward models -----------------------------------------------------------------------------------------------
