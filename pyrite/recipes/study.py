@@ -1,20 +1,338 @@
-"""What every recipe does around chains of its own: one run for its settings, seed after seed, results, verdicts."""
+"""What recipes share: chains seed after seed, claims with their verdicts, intervals, results.json and the page."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+import torch
+from torch import Tensor
+
 from pyrite.core import runs
 from pyrite.core.processes import say
 from pyrite.core.runs import Run
+from pyrite.math import statistics
+from pyrite.math.ranges import Count, Natural
+from pyrite.report import charts
+from pyrite.report.page import Claims, Figure, Keys, Part, Text, number, page
 
-Chain = TypeVar("Chain")
+Row = dict[str, Any]
 
 
-class Config(Protocol):
+@dataclass(frozen=True)
+class Config:
+    """One or more whole chains, each with a seed of its own."""
+
+    scale: str = "toy"
+    """Which settings; toy runs in minutes on 2 cores."""
+    out: Path | None = None
+    """Folder of the run, new or empty; runs/RECIPE by default."""
+    seeds: Count = 1
+    """Independent whole chains."""
+    first_seed: Natural = 0
+    """Seed of the first chain; the next ones follow it."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What identifies a run of a recipe: other settings are another run."""
+
+    out: Path
+    scale: str
+    seeds: int
+    first_seed: int
+    settings: Any
+
+
+@dataclass(frozen=True)
+class Chain:
+    """One seed: its folder, and its runs by the name of their stage."""
+
+    seed: int
+    folder: Path
+    runs: dict[str, Run]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """An experiment: settings by scale, how one chain is run, what is measured of all chains, and how it is told."""
+
+    name: str
+    scales: dict[str, Any]
+    chain: Callable[[Path, Any, int], dict[str, Run]]
+    """Runs every stage of a chain that is not done yet: folder, settings, seed."""
+    collect: Callable[..., Row]
+    """All that the page shows, "curves" and "claims" at least, from the chains and the settings (and from `once`)."""
+    story: Callable[[Row], tuple[str, str, list[Part]]]
+    """Title, lead and sections of the page, from results.json; claims and timing are added to them."""
+    figures: Callable[[Row], Mapping[str, charts.Chart]]
+    """The charts worth a file of their own, by name, from results.json."""
+    once: Callable[[Path, Any, int], dict[str, Run]] | None = None
+    """Runs what all chains share: folder of the recipe, settings, first seed."""
+    note: str = ""
+    """What a reader should know about the claims."""
+
+    def folder(self, config: Config) -> Path:
+        """Where the run goes."""
+        return config.out or Path("runs") / self.name
+
+    def run(self, config: Config) -> Path:
+        """Run every chain and write results.json, figures and the page. What is done already is not done again.
+
+        Returns the page's path. Raises ValueError for a scale that the recipe does not have.
+        """
+        if config.scale not in self.scales:
+            raise ValueError(f"recipe {self.name}: no scale {config.scale!r}; there is {', '.join(self.scales)}")
+        out, settings = self.folder(config), self.scales[config.scale]
+        run = runs.start(self.name, Plan(out, config.scale, config.seeds, config.first_seed, settings), inputs={})
+        if run.done:
+            return out / "report.html"
+        run.open()
+        shared = [self.once(out, settings, config.first_seed)] if self.once else []
+        chains = []
+        for seed in range(config.first_seed, config.first_seed + config.seeds):
+            say(f"{self.name}: chain with seed {seed}")
+            folder = out / f"seed_{seed}"
+            chains.append(Chain(seed, folder, self.chain(folder, settings, seed)))
+        say(f"{self.name}: curves, claims and the page")
+        done = [one for stages in (*shared, *(chain.runs for chain in chains)) for one in stages.values()]
+        found = {
+            "recipe": self.name,
+            "scale": config.scale,
+            "seeds": [chain.seed for chain in chains],
+            "seconds": round(sum(one.results["seconds"] for one in done if one.results), 1),
+            "stages": [
+                {"stage": name, "seconds": one.results["seconds"]}
+                for stages in (*shared, chains[0].runs)
+                for name, one in stages.items()
+                if one.results
+            ],
+            **self.collect(chains, settings, *shared),
+            "config": asdict(settings),
+            "manifest": runs.read_json(out / "manifest.json"),
+        }
+        runs.write_json(out / "results.json", found)
+        for name, chart in self.figures(found).items():
+            charts.save(chart, out / "figures", name)
+        runs.write_text(out / "report.html", self.page(found))
+        tell(found["claims"])
+        run.finish(chains=len(chains))
+        return out / "report.html"
+
+    def page(self, results: Row) -> str:
+        """The whole page, from results.json."""
+        title, lead, parts = self.story(results)
+        seeds = results["seeds"]
+        told = f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {', '.join(map(str, seeds))}"
+        eyebrow = f"pyrite · recipe {self.name} · scale {results['scale']} · {told}"
+        if results.get("claims"):
+            parts = [*parts, Text(f"{CLAIMED} {self.note}", title="The published claims"), Claims(results["claims"])]
+        return page(title, [*parts, *_repeat(results)], lead=lead, eyebrow=eyebrow)
+
+
+CLAIMED = "A claim holds if its whole 95 % interval lies on the claimed side, and does not if it lies on the other."
+
+
+def _repeat(results: Row) -> list[Part]:
+    """How long the run took, how to repeat it, and on what it ran."""
+    again = f"$ pyrite recipe {results['recipe']} --scale {results['scale']} --seeds {len(results['seeds'])}"
+    took = f"The runs took {number(results.get('seconds'))} seconds."
+    parts: list[Part] = [Text(f"{took} To repeat them:\n\n{again}", title="The run")]
+    kinds: dict[str, float] = {}
+    for row in results.get("stages") or []:
+        kind = str(row["stage"]).split(",")[0].split(":")[0]
+        kinds[kind] = kinds.get(kind, 0.0) + row["seconds"]
+    if kinds:
+        rows = [{"stage": kind, "seconds": seconds} for kind, seconds in kinds.items()]
+        parts.append(Figure(charts.stages(rows), "Time by kind of stage."))
+    for key, label in (("config", "Full configuration"), ("manifest", "Versions, hardware and inputs")):
+        if results.get(key):
+            parts.append(Keys(results[key], label))
+    return parts
+
+
+# claims
+
+Rule = Callable[[float, float], bool | None]
+
+
+def within(low: float = 0.0, high: float = math.inf) -> Rule:
+    """Holds if the whole interval lies between `low` and `high`, does not if it lies outside; undecided otherwise."""
+    return lambda lo, hi: True if low < lo and hi < high else False if hi < low or lo > high else None
+
+
+def negligible(limit: float) -> Rule:
+    """Holds if the whole interval lies below `limit`, does not if it lies above 0."""
+    return lambda lo, hi: True if hi < limit else False if lo > 0 else None
+
+
+def contains(value: float) -> Rule:
+    """Holds if the interval contains `value`."""
+    return lambda lo, hi: lo <= value <= hi
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What was published, the number that a chain gives for it, and what its interval must do for it to hold.
+
+    value: a number, or a tensor whose mean it is, of what the recipe has measured of a chain. It raises KeyError if
+    something that it needs was not run.
+    """
+
+    id: str
+    source: str
+    statement: str
+    value: Callable[[Any], Tensor | float]
+    rule: Rule = within()
+
+
+def check(
+    claims: Sequence[Claim],
+    chains: Sequence[Any],
+    *,
+    alone: Callable[[Claim, Any], tuple[float, float] | None] | None = None,
+) -> list[Row]:
+    """A row for each claim that can be measured: {id, source, statement, by_seed, measured, interval, holds}.
+
+    The interval is Student's t over chains. One chain has the one that `alone` gives, and otherwise decides nothing.
+    """
+    rows = []
+    for claim in claims:
+        try:
+            points = [torch.as_tensor(claim.value(chain), dtype=torch.float64).mean().item() for chain in chains]
+        except KeyError:  # about something that was not run
+            continue
+        row = {"id": claim.id, "source": claim.source, "statement": claim.statement}
+        row["by_seed"] = [point if math.isfinite(point) else None for point in points]
+        if len(points) > 1:
+            mean, lo, hi = t_interval(points)
+        else:
+            mean, (lo, hi) = points[0], (alone and alone(claim, chains[0])) or (math.nan, math.nan)
+        known = math.isfinite(mean + lo + hi)
+        row |= {"measured": mean if math.isfinite(mean) else None, "interval": [lo, hi] if known else None}
+        rows.append({**row, "holds": claim.rule(lo, hi) if known else None})
+    return rows
+
+
+def tell(claims: Sequence[Mapping[str, Any]]) -> None:
+    """A line for each claim: verdict, what was measured, interval."""
+    for row in claims:
+        shown = {True: "holds", False: "does not hold", None: "undecided"}[row["holds"]]
+        interval = " [{:+.3f}, {:+.3f}]".format(*row["interval"]) if row["interval"] else ""
+        measured = "–" if row["measured"] is None else f"{row['measured']:+.3f}"
+        say(f"  {shown:14} {measured}{interval}  {row['statement']}")
+
+
+# means over chains
+
+
+def t_interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """Mean of chains and its 95 % interval, by Student's t."""
+    mean, lo, hi = (value.item() for value in statistics.t_interval(torch.tensor(values, dtype=torch.float64)))
+    return mean, lo, hi
+
+
+def spread(name: str, values: Sequence[float], *, half: float = math.nan) -> Row:
+    """{name, name_lo, name_hi}: the mean of chains and its interval; of one chain its value, `half` either side."""
+    mean, lo, hi = t_interval(values) if len(values) > 1 else (values[0], values[0] - half, values[0] + half)
+    return {name: mean} | ({f"{name}_lo": lo, f"{name}_hi": hi} if math.isfinite(lo + hi) else {})
+
+
+def over_chains(rows: Sequence[Row], by: Sequence[str], columns: Sequence[str], *, errors: float = 1.96) -> list[Row]:
+    """Rows of all chains as one for each value of `by`: how many chains, and the `spread` of each column they have.
+
+    The interval of one chain is `errors` standard errors either side, if the row has them (NAME_se).
+    """
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[name] for name in by), []).append(row)
+    found = []
+    for key, some in groups.items():
+        mean: Row = {**dict(zip(by, key, strict=True)), "chains": len(some)}
+        for name in columns:
+            values = [row[name] for row in some if row.get(name) is not None]
+            if values:
+                mean |= spread(name, values, half=errors * some[0].get(f"{name}_se", math.nan))
+        found.append(mean)
+    return found
+
+
+# curves and the bootstrap over prompts
+
+
+@dataclass(frozen=True)
+class Curves:
+    """Curves (B, F, M) by name: B resamples (1 if as measured), F folds of the data, M points.
+
+    The peak of a curve is found on `others`, what the other folds say: then looking for it does not create it.
+    """
+
+    own: Mapping[Any, Tensor]
+    others: Mapping[Any, Tensor]
+
+    def at_peak(self, name: Any, of: Any = None) -> Tensor:
+        """The curve, or the curve `of`, where the curve `name` has its peak on the other folds; (B, F)."""
+        peak = self.others[name].argmax(-1, keepdim=True)
+        return self.own[name if of is None else of].gather(-1, peak).squeeze(-1)
+
+    def fall(self, name: Any) -> Tensor:
+        """From the peak to the end, (B, F)."""
+        return self.at_peak(name) - self.own[name][..., -1]
+
+
+def halves(values: Mapping[Any, Tensor], *, resamples: int = 0) -> Curves:
+    """Means over the even and over the odd prompts, which are the folds. values: (M, Q), or (E, M, Q) of E members.
+
+    resamples: over so many draws of prompts within each half, and of members; with 0 over what was measured. An odd
+    prompt out is left out.
+    """
+    each = next(iter(values.values())).shape[-1] // 2
+    split = {name: _halved(curve if curve.dim() == 3 else curve[None], each) for name, curve in values.items()}
+    if resamples:
+        g = torch.Generator().manual_seed(0)
+        weights = [_draws(resamples, each, g) for _ in range(2)]
+        seats = _draws(resamples, max(len(curve) for curve in split.values()), g)
+        drawn = {name: _weighted(curve, weights) for name, curve in split.items()}  # (B, 2, E, M)
+        own = {
+            n: torch.einsum("bhem,be->bhm", v, seats) if values[n].dim() == 3 else v[:, :, 0] for n, v in drawn.items()
+        }
+    else:
+        own = {name: curve.mean((0, 3))[None] for name, curve in split.items()}
+    return Curves(own, {name: curve.flip(1) for name, curve in own.items()})
+
+
+def _halved(curve: Tensor, each: int) -> Tensor:
+    """(E, M, Q) to (E, 2, M, Q/2)."""
+    return torch.stack([curve[..., 0 : 2 * each : 2], curve[..., 1 : 2 * each : 2]], 1).double()
+
+
+def _weighted(curve: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    """Means (B, 2, E, M) over prompts of each half, weighted by (B, Q/2)."""
+    return torch.stack([torch.einsum("emq,bq->bem", curve[:, half], weights[half]) for half in range(2)], 1)
+
+
+def bootstrap(claim: Claim, curves: Curves) -> tuple[float, float]:
+    """The 95 % interval of a claim from resampled curves."""
+    lo, hi = torch.quantile(torch.as_tensor(claim.value(curves)), torch.tensor([0.025, 0.975], dtype=torch.float64))
+    return lo.item(), hi.item()
+
+
+def _draws(times: int, size: int, generator: torch.Generator) -> Tensor:
+    """How often each of `size` things is drawn, over size; (times, size)."""
+    drawn = torch.randint(0, size, (times, size), generator=generator)
+    ones = torch.ones(times, size, dtype=torch.float64)
+    return torch.zeros_like(ones).scatter_add_(1, drawn, ones) / size
+
+
+# what recipes that are not yet a `Recipe` still use
+
+T = TypeVar("T")
+
+
+class _Options(Protocol):
     """The options of every recipe."""
 
     @property
@@ -27,18 +345,7 @@ class Config(Protocol):
     def first_seed(self) -> int: ...
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What identifies a run of a recipe: a change of its settings is a change of the run."""
-
-    out: Path
-    scale: str
-    seeds: int
-    first_seed: int
-    settings: Any
-
-
-def start(recipe: str, config: Config, settings: Any) -> Run:
+def start(recipe: str, config: _Options, settings: Any) -> Run:
     """The run of a recipe, new or done."""
     plan = Plan(config.out, config.scale, config.seeds, config.first_seed, settings)
     return runs.start(recipe, plan, inputs={})
@@ -51,8 +358,8 @@ def conduct(
     first: int,
     count: int,
     *,
-    chain: Callable[[Path, int], Chain],
-    report: Callable[[Run, list[Chain]], object],
+    chain: Callable[[Path, int], T],
+    report: Callable[[Run, list[T]], object],
 ) -> Path:
     """Run whole chains and report on them; what is done already is not done again. Returns the page's path."""
     page = out / "report.html"
@@ -65,7 +372,7 @@ def conduct(
     return page
 
 
-def chains(recipe: str, out: Path, first: int, count: int, chain: Callable[[Path, int], Chain]) -> list[Chain]:
+def chains(recipe: str, out: Path, first: int, count: int, chain: Callable[[Path, int], T]) -> list[T]:
     """Whole chains, one after another: chain(folder, seed) for `count` seeds from the first on."""
     made = []
     for seed in range(first, first + count):
@@ -76,7 +383,7 @@ def chains(recipe: str, out: Path, first: int, count: int, chain: Callable[[Path
 
 
 def results(
-    recipe: str, run: Run, config: Config, settings: Any, *, seconds: float, found: Mapping[str, Any]
+    recipe: str, run: Run, config: _Options, settings: Any, *, seconds: float, found: Mapping[str, Any]
 ) -> dict[str, Any]:
     """What was found with all that tells where it comes from, written to results.json."""
     head = {
@@ -93,12 +400,3 @@ def results(
     }
     runs.write_json(run.folder / "results.json", whole)
     return whole
-
-
-def tell(claims: Sequence[Mapping[str, Any]]) -> None:
-    """A line for each claim: verdict, what was measured, interval."""
-    for row in claims:
-        shown = {True: "holds", False: "does not hold", None: "undecided"}[row["holds"]]
-        interval = " [{:+.3f}, {:+.3f}]".format(*row["interval"]) if row["interval"] else ""
-        measured = "–" if row["measured"] is None else f"{row['measured']:+.3f}"
-        say(f"  {shown:14} {measured}{interval}  {row['statement']}")
