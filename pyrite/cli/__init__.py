@@ -397,22 +397,26 @@ def _recipe(arguments: list[str]) -> None:
         asked = arguments[0] if arguments else ""
         raise ValueError(f"unknown recipe {asked!r}; there is {', '.join(_names(recipes))}")
     name, module = arguments[0], importlib.import_module(f"pyrite.recipes.{arguments[0]}")
+    recipe = getattr(module, "RECIPE", module)
+    schema = getattr(module, "Config", None) or importlib.import_module("pyrite.recipes.study").Config
     flags = {"--dry-run", "--json"} & set(arguments)
     given, prog = [argument for argument in arguments[1:] if argument not in flags], f"pyrite recipe {name}"
     if {"-h", "--help", "--help-all"} & set(given):
-        _print(usage.help_text(module.Config, prog, everything="--help-all" in given))
+        _print(usage.help_text(schema, prog, everything="--help-all" in given))
+        _print(f"\nscales: {', '.join(module.SETTINGS)}")
         return
-    config = parse(module.Config, with_yaml(module.Config, given, job=name), prog=prog)
+    config = parse(schema, with_yaml(schema, given, job=name), prog=prog)
+    out = config.out or recipe.folder(config)
     if "--dry-run" in flags:
         with apart(), runs.dry(), contextlib.suppress(runs.CheckedError):
-            module.run(config)
-        _print(json.dumps({"config": runs.plain_config(config), "out": str(config.out)}, indent=1, default=str))
+            recipe.run(config)
+        _print(json.dumps({"config": runs.plain_config(config), "out": str(out)}, indent=1, default=str))
         return
     with apart():
-        page = module.run(config)
+        page = recipe.run(config)
     if world().is_main_process:
         _results(
-            {"report": str(page), "results": str(config.out / "results.json")},
+            {"report": str(page), "results": str(out / "results.json")},
             f"report: {page}",
             None,
             as_json="--json" in flags,
@@ -474,12 +478,15 @@ def _page(folder: Path) -> Path:
 
 def _recipe_page(found: dict[str, Any]) -> str:
     name = found["recipe"]
+    recipe = getattr(importlib.import_module(f"pyrite.recipes.{name}"), "RECIPE", None)
+    if recipe:
+        return recipe.page(found)
     return getattr(importlib.import_module(f"pyrite.recipes.{name}.page"), f"{name}_page")(found)
 
 
 def _names(package: ModuleType) -> list[str]:
     """The jobs, or the recipes: packages of their own, beside what they share."""
-    return sorted(m.name for m in pkgutil.iter_modules(package.__path__) if package is jobs or m.ispkg)
+    return list(recipes.NAMES) if package is recipes else sorted(m.name for m in pkgutil.iter_modules(package.__path__))
 
 
 def _nearest(name: str, known: Any) -> str:

@@ -205,7 +205,7 @@ def check(
             points = [torch.as_tensor(claim.value(chain), dtype=torch.float64).mean().item() for chain in chains]
         except KeyError:  # about something that was not run
             continue
-        row = {"id": claim.id, "source": claim.source, "statement": claim.statement}
+        row: Row = {"id": claim.id, "source": claim.source, "statement": claim.statement}
         row["by_seed"] = [point if math.isfinite(point) else None for point in points]
         if len(points) > 1:
             mean, lo, hi = t_interval(points)
@@ -296,9 +296,8 @@ def halves(values: Mapping[Any, Tensor], *, resamples: int = 0) -> Curves:
         weights = [_draws(resamples, each, g) for _ in range(2)]
         seats = _draws(resamples, max(len(curve) for curve in split.values()), g)
         drawn = {name: _weighted(curve, weights) for name, curve in split.items()}  # (B, 2, E, M)
-        own = {
-            n: torch.einsum("bhem,be->bhm", v, seats) if values[n].dim() == 3 else v[:, :, 0] for n, v in drawn.items()
-        }
+        one = torch.ones(resamples, 1, dtype=torch.float64)
+        own = {n: torch.einsum("bhem,be->bhm", v, seats if v.shape[2] > 1 else one) for n, v in drawn.items()}
     else:
         own = {name: curve.mean((0, 3))[None] for name, curve in split.items()}
     return Curves(own, {name: curve.flip(1) for name, curve in own.items()})
