@@ -1,31 +1,31 @@
 """Charts, and pages that open offline.
 
->>> from pyrite.report import Text, page
->>> page("A title", [Text("One **bold** word.", title="Start")]).startswith("<!doctype html>")
+>>> from pyrite.report import page, text
+>>> page("A title", [text("One **bold** word.", title="Start")]).startswith("<!doctype html>")
 True
 """
 
 from pyrite.report.bandit import bandit_page, save_bandit
 from pyrite.report.charts import lines, mechanism, overoptimization, save, stages
-from pyrite.report.page import Claims, Figure, Keys, Numbers, Samples, Table, Text, Views, page
+from pyrite.report.page import answers, claims, details, figure, numbers, page, table, tabs, text
 from pyrite.report.run import run_page
 
 __all__ = [
-    "Claims",
-    "Figure",
-    "Keys",
-    "Numbers",
-    "Samples",
-    "Table",
-    "Text",
-    "Views",
+    "answers",
     "bandit_page",
+    "claims",
+    "details",
+    "figure",
     "lines",
     "mechanism",
+    "numbers",
     "overoptimization",
     "page",
     "run_page",
     "save",
     "save_bandit",
     "stages",
+    "table",
+    "tabs",
+    "text",
 ]

@@ -10,7 +10,7 @@ import vl_convert
 
 from pyrite.recipes.soups.duels import duel_sections, matrix_chart, pareto_chart
 from pyrite.report.charts import specification, vega_lite
-from pyrite.report.page import Figure, Table, Views, page
+from pyrite.report.page import page
 
 METHODS = ["vb", "pp", "pmorl", "psoups"]
 OPTIONS = {"technical+brief": ("technical", "brief"), "plain+brief": ("plain", "brief")}
@@ -104,17 +104,16 @@ def test_labels_of_neighbors_are_moved_apart() -> None:
 
 def test_sections() -> None:
     parts = duel_sections(results())
-    assert [type(part).__name__ for part in parts] == ["Text", "Figure", "Table", "Views", "Views", "Views", "Views"]
-    assert all(isinstance(part, Views) for part in parts[3:])
-    assert isinstance(parts[2], Table) and len(parts[2].rows) == 6  # every pair once
-    assert tuple(parts[2].rows[0])[:3] == ("vb", "pp", 30)
-    fronts = parts[5]
-    assert isinstance(fronts, Views) and set(fronts.views) == {("technical and brief",), ("plain and brief",)}
-    assert all(isinstance(view, Figure) for view in fronts.views.values())
+    assert [part.kind for part in parts] == ["text", "figure", "table", "tabs", "tabs", "tabs", "tabs"]
+    assert len(parts[2].content["rows"]) == 6  # every pair once
+    assert parts[2].content["rows"][0][:3] == ["vb", "pp", "30"]
+    fronts = parts[5].content
+    assert [options for _, options in fronts["choices"]] == [["technical and brief", "plain and brief"]]
+    assert all(view.kind == "figure" for _, view in fronts["panels"])
     assert "4,800 questions" in page("Duels", parts) and duel_sections({}) == []
 
 
 def test_sections_of_a_run_without_scores() -> None:
     bare = results() | {"scores": [], "pareto": [], "by_combination": duels(combination="technical+brief")}
-    names = [type(part).__name__ for part in duel_sections(bare)]
-    assert names == ["Text", "Figure", "Table", "Views"]  # one combination is the whole
+    kinds = [part.kind for part in duel_sections(bare)]
+    assert kinds == ["text", "figure", "table", "tabs"]  # one combination is the whole

@@ -7,7 +7,6 @@ import vl_convert
 
 from pyrite.recipes.overoptimization.policies import STEP, bars, policies, policy_sections
 from pyrite.report.charts import specification, vega_lite
-from pyrite.report.page import Table
 
 GOLD = {"single": [0.0, 1.0, 0.5, -1.0], "uwo": [0.0, 1.0, 1.2, 1.1]}
 KL = [-0.01, 2.0, 9.0, 4.0]  # an estimate below 0 at the start, and a path that turns back
@@ -66,9 +65,8 @@ def test_bars_are_drawn_with_the_intervals_there_are() -> None:
 
 def test_sections_are_there_where_policies_are() -> None:
     parts = policy_sections(results())
-    assert [type(part).__name__ for part in parts] == ["Text", "Views", "Views", "Table", "Table", "Figure"]
-    table = parts[3]
-    assert isinstance(table, Table)
-    assert len(table.rows) == 4 and tuple(table.rows[0])[3:5] == ("1.00", "2.00")
+    assert [part.kind for part in parts] == ["text", "tabs", "tabs", "table", "table", "figure"]
+    rows = parts[3].content["rows"]
+    assert len(rows) == 4 and rows[0][3:5] == ["1.00", "2.00"]
     assert policy_sections({}) == []
     assert policy_sections({"policies": [], "bars": results()["bars"][:1]}) == []  # one bar compares nothing
