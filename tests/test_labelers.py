@@ -11,8 +11,8 @@ from torch import Tensor
 
 from pyrite.feedback import schedules
 from pyrite.feedback.judges import bradley_terry
-from pyrite.feedback.ledger import Account
-from pyrite.training.annotators import Labeler, Live, Paying, Rules
+from pyrite.feedback.ledger import Account, GoldLimits
+from pyrite.training.annotators import Labeler, Live, Rules
 from pyrite.training.rounds import Answer
 
 JUDGE = "bradley_terry(gold='length()', hard=True)"
@@ -20,10 +20,10 @@ GOLD = bradley_terry(gold="length()", hard=True)
 
 
 def labeler(folder: Path, *, budget: int | None, live: bool = False, rounds: int = 2, name: str = "run") -> Labeler:
-    paying = Paying(budget=budget, ledger=folder / "ledger.db")
+    limits = GoldLimits(gold_budget=budget, gold_ledger=folder / "ledger.db")
     rules = Rules(judge=JUDGE)
     beside = Live(Liar(), schedules.even(), rules, rounds, budget) if live else None
-    return Labeler(GOLD, rules, folder / name, budget, paying.account(folder / name, JUDGE), beside)
+    return Labeler(GOLD, rules, folder / name, budget, limits.account(folder / name, JUDGE, "verdict"), beside)
 
 
 def test_the_judge_alone_until_its_labels_are_spent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -43,8 +43,8 @@ def test_the_judge_alone_until_its_labels_are_spent(tmp_path: Path, capsys: pyte
 
 
 def test_money_runs_out_too(tmp_path: Path) -> None:
-    paying = Paying(max_cost=0.05, label_cost=0.02)
-    made = Labeler(GOLD, Rules(judge=JUDGE), tmp_path, None, paying.account(tmp_path, JUDGE))
+    limits = GoldLimits(gold_max_cost=0.05, gold_cost=0.02)
+    made = Labeler(GOLD, Rules(judge=JUDGE), tmp_path, None, limits.account(tmp_path, JUDGE, "verdict"))
     labelled = made(answers((1, 2), (5, 3), (4, 8)), 0).labelled
     assert (labelled.labels, labelled.missing) == (2, 1)
     assert made.spent(0)
@@ -87,10 +87,18 @@ def test_a_judge_that_fails_is_retried_and_then_silver(tmp_path: Path) -> None:
 
 
 def test_what_is_not_paid_for_needs_no_ledger() -> None:
-    assert not Paying().counted
-    assert (
-        Paying(budget=0).counted and Paying(ledger=Path("x")).counted and Paying(max_cost=1.0, label_cost=0.1).counted
-    )
+    assert not GoldLimits().counted and not GoldLimits(gold_every=2).counted
+    assert GoldLimits(gold_budget=0).counted and GoldLimits(gold_ledger=Path("x")).counted
+    assert GoldLimits(gold_max_cost=1.0, gold_cost=0.1).counted
+
+
+def test_measuring_beside_labels_is_free_unless_it_has_a_price() -> None:
+    """The budget is for labels, the money for both."""
+    free = GoldLimits(gold_budget=9, gold_ledger=Path("x"), gold_batch=4, gold_every=2)
+    assert free.measuring("length()") == GoldLimits(gold_batch=4, gold_every=2)
+    paid = GoldLimits(gold_budget=9, gold_cost=1.0, gold_max_cost=5.0)
+    assert paid.measuring("length()") == GoldLimits(gold_cost=1.0, gold_max_cost=5.0)
+    assert paid.measuring(None) == GoldLimits()
 
 
 def test_state_lasts(tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyrite.training.evaluation import ALWAYS, Asking, Truth
+from pyrite.feedback.ledger import GoldLimits
+from pyrite.training.evaluation import ALWAYS, Truth
 
 PROMPTS = ["p", "p", "q", "q", "r", "r"]
 SAID = ["a b", "a", "c", "c d e", "", "e"]
@@ -30,8 +31,8 @@ class Words:
         return torch.tensor([math.nan if y in self.dumb else float(len(y.split())) for y in responses])
 
 
-def truth(folder: Path, scorer: Words, asking: Asking = ALWAYS) -> Truth:
-    account = asking.account(folder, "words()")
+def truth(folder: Path, scorer: Words, asking: GoldLimits = ALWAYS) -> Truth:
+    account = asking.account(folder, "words()", "score") if asking.counted else None
     return Truth(scorer, "words()", asking, account and replace(account, backoff=0.0))
 
 
@@ -40,8 +41,12 @@ def ask(made: Truth, step: int, said: list[str] = SAID) -> list[float] | None:
     return None if found is None else found.tolist()
 
 
-@pytest.mark.parametrize("asking", [ALWAYS, Asking(gold_budget=6), Asking(gold_batch=4, gold_ledger=Path("own.db"))])
-def test_paid_or_not_the_scores_are_the_same(tmp_path: Path, asking: Asking, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "asking", [ALWAYS, GoldLimits(gold_budget=6), GoldLimits(gold_batch=4, gold_ledger=Path("own.db"))]
+)
+def test_paid_or_not_the_scores_are_the_same(
+    tmp_path: Path, asking: GoldLimits, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     scorer = Words()
     made = truth(tmp_path, scorer, asking)
@@ -54,7 +59,7 @@ def test_paid_or_not_the_scores_are_the_same(tmp_path: Path, asking: Asking, mon
 
 def test_only_some_prompts_are_asked_about(tmp_path: Path) -> None:
     scorer = Words()
-    found = ask(truth(tmp_path, scorer, Asking(gold_prompts=2)), 0)
+    found = ask(truth(tmp_path, scorer, GoldLimits(gold_prompts=2)), 0)
     assert found is not None and found[:4] == WORDS[:4] and all(map(math.isnan, found[4:]))
     assert [prompt for prompt, _ in scorer.asked] == ["p", "p", "q", "q"]
 
@@ -65,7 +70,7 @@ def test_a_measurement_is_bought_whole_or_not_at_all(
 ) -> None:
     """6 answers, then 2 new ones beside 4 known; 2 are left, so 3 new ones are too many, and 2 are not."""
     scorer = Words()
-    made = truth(tmp_path, scorer, Asking(**limit))  # type: ignore[arg-type]
+    made = truth(tmp_path, scorer, GoldLimits(**limit))  # type: ignore[arg-type]
     new = [["x", "y", *SAID[2:]], ["u", "v", "w", *SAID[3:]], ["u w", *SAID[1:5], "w"]]
     assert ask(made, 0) == WORDS
     assert ask(made, 1, new[0]) == [1.0, 1.0, *WORDS[2:]]
@@ -85,24 +90,26 @@ def test_a_measurement_is_bought_whole_or_not_at_all(
 def test_a_run_that_went_back_decides_as_it_did(tmp_path: Path) -> None:
     """Step 1 was refused for 3 answers too many, step 2 bought the last 2; asked again, step 1 is refused again."""
     said = [SAID, ["x", "y", "z", *SAID[3:]], ["x", "y", *SAID[2:]]]
-    first = truth(tmp_path, Words(), Asking(gold_budget=8))
+    first = truth(tmp_path, Words(), GoldLimits(gold_budget=8))
     before = [ask(first, step, texts) for step, texts in enumerate(said)]
-    again = truth(tmp_path, scorer := Words(), Asking(gold_budget=8))
+    again = truth(tmp_path, scorer := Words(), GoldLimits(gold_budget=8))
     assert [ask(again, step, texts) for step, texts in enumerate(said)] == before
     assert before[1] is None and before[2] is not None and not scorer.asked
 
 
 def test_what_gold_does_not_answer_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    found = ask(truth(tmp_path, Words("c"), Asking(gold_budget=9)), 0)
+    found = ask(truth(tmp_path, Words("c"), GoldLimits(gold_budget=9)), 0)
     assert found is not None and [math.isnan(value) for value in found] == [False, False, True, False, False, False]
     assert "gave no score to 1 of 6 answers at step 0" in capsys.readouterr().err
-    assert ask(truth(tmp_path / "down", Words(*SAID[2:]), Asking(gold_budget=9)), 0) is None  # one prompt has no error
+    assert (
+        ask(truth(tmp_path / "down", Words(*SAID[2:]), GoldLimits(gold_budget=9)), 0) is None
+    )  # one prompt has no error
     with pytest.raises(ValueError, match="must be finite"):
         ask(truth(tmp_path, Words("c")), 0)  # nobody pays: an error of the scorer's own
 
 
 def test_when_it_is_due() -> None:
-    made = Truth(Words(), "words()", Asking(gold_every=3))
+    made = Truth(Words(), "words()", GoldLimits(gold_every=3))
     assert [made.due(number, over=number == 7) for number in range(8)] == [i in (0, 3, 6, 7) for i in range(8)]
 
 
@@ -118,10 +125,10 @@ def test_when_it_is_due() -> None:
 )
 def test_refusals(options: dict[str, float], words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        Asking(**options)  # type: ignore[arg-type]
+        GoldLimits(**options)  # type: ignore[arg-type]
 
 
 def test_what_counts_as_sparing() -> None:
     assert not ALWAYS.sparing and not ALWAYS.counted
-    assert Asking(gold_every=2).sparing and not Asking(gold_every=2).counted
-    assert Asking(gold_cost=1.0).counted and Asking(gold_budget=0).counted
+    assert GoldLimits(gold_every=2).sparing and not GoldLimits(gold_every=2).counted
+    assert GoldLimits(gold_cost=1.0).counted and GoldLimits(gold_budget=0).counted

@@ -57,8 +57,9 @@ COMMON = (
         "k",
         "n",
     ),
-    *("beta", "sampler", "silver", "budget", "max_length", "max_prompt", "on_long", "max_new_tokens", "temperature"),
-    *("eval_prompts", "lora_rank", "lr", "epochs", "batch_size", "precision", "weights", "mode", "dimensions", "kinds"),
+    *("beta", "sampler", "silver", "gold_budget", "max_length", "max_prompt", "on_long", "max_new_tokens"),
+    *("temperature", "eval_prompts", "lora_rank", "lr", "epochs", "batch_size", "precision", "weights", "mode"),
+    *("dimensions", "kinds"),
     *(
         "candidates",
         "ties",
@@ -140,7 +141,14 @@ ALIASES = {
 
 
 # Options of earlier versions: the name now ("--a or --b" if that depends on the job), or why it went and what to do.
-OLD_NAMES: dict[str, str] = {}
+OLD_NAMES: dict[str, str] = {
+    "--budget": "--gold-budget",
+    "--budget-scope": "each run has its own budget; give runs that share money a --gold-max-cost each",
+    "--label-batch": "--gold-batch",
+    "--label-cost": "--gold-cost",
+    "--ledger": "--gold-ledger",
+    "--max-cost": "--gold-max-cost",
+}
 
 
 class Option(NamedTuple):

@@ -21,7 +21,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -30,6 +30,8 @@ from torch import Tensor
 
 from pyrite.core import runs
 from pyrite.data import rows as data
+from pyrite.math import ranges
+from pyrite.math.ranges import Count, Natural, NonNegative, Several
 
 # ledger: The ledger: every question put to a gold, with its answer and price, in one SQLite file that runs can share.
 
@@ -467,6 +469,14 @@ class Account:
             found = [db.execute(FIND, (key,)).fetchone() for key in keys]
             return sum(self._wanted(Row(*row) if row else None, round) for row in found)
 
+    def broke(self, *, round: int) -> bool:
+        """Whether the run had no money for another call after a round."""
+        if self.budget.money is None:
+            return False
+        spent = "SELECT COALESCE(SUM(cost), 0.0) FROM labels WHERE run = ? AND round <= ?"
+        money = self.ledger.db.execute(spent, (self.run, round)).fetchone()[0]
+        return money + self.budget.cost > self.budget.money + 1e-9
+
     @property
     def left(self) -> float:
         """Labels that can still be bought; infinity without a budget."""
@@ -542,7 +552,8 @@ class Account:
         where = f"{spent} WHERE gold = ? AND kind = ? AND"
         labels = money = here = 0
         if budget.labels is not None or budget.money is not None:
-            labels, money = self.ledger.db.execute(f"{where} {whose}", [self.gold, self.kind, *values]).fetchone()
+            labels = self.ledger.db.execute(f"{where} {whose}", [self.gold, self.kind, *values]).fetchone()[0]
+            money = self.ledger.db.execute(f"{spent} WHERE {whose}", values).fetchone()[1]
         if limit is not None:
             mine = [self.gold, self.kind, self.run, round]
             here = self.ledger.db.execute(f"{where} run = ? AND round = ?", mine).fetchone()[0]
@@ -608,6 +619,54 @@ class Account:
 
     def _sound(self, value: float) -> bool:
         return math.isfinite(value) if self.kind == "score" else 0 <= value <= 1
+
+
+@dataclass(frozen=True)
+class GoldLimits:
+    """How often gold is asked, and what that may cost: the labels a run learns from, and the scores that measure it."""
+
+    gold_budget: Natural | None = None
+    """Answers of gold to buy at most: labels to learn from or, in ppo, scores of measured answers."""
+    gold_cost: NonNegative = 0.0
+    """Price of one answer."""
+    gold_max_cost: NonNegative | None = None
+    """Money to spend at most; needs --gold-cost."""
+    gold_ledger: Path | None = None
+    """SQLite file of paid answers, which runs may share; ledger.db in the run's folder by default."""
+    gold_batch: Count = 1
+    """Questions in one call; more is faster with a cheap gold, and puts more at risk if a run is killed."""
+    gold_every: Count = 1
+    """Measurements to one with gold; the first and the last have it too."""
+    gold_prompts: Several | None = None
+    """Held-out prompts whose answers gold scores, the first ones; all by default."""
+
+    def __post_init__(self) -> None:
+        ranges.check(self)
+        if self.gold_max_cost is not None and not self.gold_cost:
+            raise ValueError(f"--gold-max-cost {self.gold_max_cost}: give --gold-cost, the price of one answer, too")
+
+    @property
+    def counted(self) -> bool:
+        """Whether answers go through a ledger."""
+        return self.gold_budget is not None or self.gold_cost > 0 or self.gold_ledger is not None
+
+    @property
+    def sparing(self) -> bool:
+        """Whether measurements ask gold less than always; then nothing else asks it."""
+        return self.counted or self.gold_every > 1 or self.gold_prompts is not None
+
+    def measuring(self, gold: str | None) -> GoldLimits:
+        """The limits on measurements in a run that buys labels: the budget is for labels, the money for both. A gold
+        without a price measures for nothing."""
+        if gold and self.gold_cost:
+            return replace(self, gold_budget=None)
+        return GoldLimits(gold_batch=self.gold_batch, gold_every=self.gold_every, gold_prompts=self.gold_prompts)
+
+    def account(self, folder: Path, gold: str, kind: Literal["score", "verdict"]) -> Account:
+        """A run's account with the gold."""
+        ledger = Ledger(self.gold_ledger or folder / "ledger.db")
+        budget = Budget(self.gold_budget, self.gold_max_cost, self.gold_cost)
+        return Account(ledger, str(folder.resolve()), gold, kind, budget=budget, batch=self.gold_batch)
 
 
 def with_own_code(spec: str) -> str:

@@ -22,7 +22,7 @@ from pyrite.core.runs import Run
 from pyrite.data.rows import OnLong
 from pyrite.data.text import Template
 from pyrite.feedback import judges, schedules
-from pyrite.feedback.ledger import Ledger
+from pyrite.feedback.ledger import GoldLimits, Ledger
 from pyrite.feedback.pairing import Labels, Pairing
 from pyrite.feedback.schedules import Schedule
 from pyrite.math import losses, samplers, seeds
@@ -31,8 +31,8 @@ from pyrite.math.ranges import Amplitude, Count, Fraction, Natural, NonNegative,
 from pyrite.math.samplers import Sampler
 from pyrite.models.policy import Lora, Policy
 from pyrite.training import annotators, loop, prompts
-from pyrite.training.annotators import Discriminator, Labeler, Live, Maker, Paying, Rules
-from pyrite.training.evaluation import Asking, Evaluation, Evaluator
+from pyrite.training.annotators import Discriminator, Labeler, Live, Maker, Rules
+from pyrite.training.evaluation import Evaluation, Evaluator
 from pyrite.training.loop import Training
 from pyrite.training.metrics import Journal, Stopping
 from pyrite.training.prompts import Turns
@@ -103,14 +103,13 @@ class Config:
     "self_reward()"; without one every pair is the judge's."""
     label_schedule: str = "even()"
     """When labels are bought and learned by the discriminator: "even(selector='random()')", "original()", "never()"."""
-    paying: Paying = Paying()
     measure_every: Count = 1
     """Rounds between measurements and checkpoints."""
     keep_every: Natural = 0
     """Rounds between policies that are kept in policies/, to be evaluated side by side; 0 keeps none."""
     stopping: Stopping = Stopping()
     evaluation: Evaluation = Evaluation()
-    asking: Asking = Asking()
+    asking: GoldLimits = GoldLimits()
     train_top: Natural | None = None
     """Layers of the policy that are trained, the last ones, with final norm and head; the rest it shares with the
     reference. All by default."""
@@ -141,7 +140,13 @@ def run(config: Config) -> Run:
     start = policy if policy.reversible else policy.frozen_copy()
     limits: dict[str, Any] = {"max_prompt": config.max_prompt, "on_long": config.on_long}
     evaluator = Evaluator.load(
-        config.evaluation, policy, ref=start, seed=config.seed, prompts=test, asking=config.asking, **limits
+        config.evaluation,
+        policy,
+        ref=start,
+        seed=config.seed,
+        prompts=test,
+        asking=config.asking.measuring(config.evaluation.gold),
+        **limits,
     )
     ref = start if config.ref == "start" else policy.frozen_copy()
     players = Players(policy, ref, config.training.precision)
@@ -213,13 +218,12 @@ class Parts:
 
 def _parts(config: Config) -> Parts:
     """The named parts, and whatever the options alone show to be impossible."""
-    for path in (config.paying.ledger, config.asking.gold_ledger):
-        if path is not None and path.exists():
-            Ledger(path).close()  # refuses a file that is none
+    if config.asking.gold_ledger and config.asking.gold_ledger.exists():
+        Ledger(config.asking.gold_ledger).close()  # refuses a file that is none
     config.stopping.check(gold=config.evaluation.gold, proxy=config.evaluation.rewards)
     sampler: Any = specs.part(config.sampler, samplers).function
     judge = specs.part(config.judge, judges)
-    if judge.own and not config.paying.counted:  # one that cannot judge is refused now, unless a try has a price
+    if judge.own and not config.asking.counted:  # one that cannot judge is refused now, unless a try has a price
         judges.check_verdicts(judge(["Say hi."] * 2, ["hi", "hello"], ["hello", "hi"]), 2, name=config.judge)
     schedule: Any = specs.part(config.label_schedule, schedules).function
     silver: Any = specs.part(config.silver, annotators).function if config.silver else None
@@ -241,9 +245,10 @@ def _parts(config: Config) -> Parts:
 
 def _labeler(run: Run, config: Config, named: Parts, silver: Discriminator | None) -> Labeler:
     rules = Rules(config.pairing, config.labels, config.gap, config.seed, config.judge)
-    account = config.paying.account(run.folder, config.judge) if silver or config.paying.counted else None
-    live = Live(silver, named.schedule, rules, config.rounds, config.paying.budget) if silver else None
-    return Labeler(named.judge, rules, run.folder, config.paying.budget, account, live)
+    limits, counted = config.asking, silver or config.asking.counted
+    account = limits.account(run.folder, config.judge, "verdict") if counted else None
+    live = Live(silver, named.schedule, rules, config.rounds, limits.gold_budget) if silver else None
+    return Labeler(named.judge, rules, run.folder, limits.gold_budget, account, live)
 
 
 def _drawing(sampler: Sampler, config: Config) -> Drawing:

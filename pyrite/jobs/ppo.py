@@ -27,12 +27,13 @@ from pyrite.data.conditioning import Dimensions, Variants
 from pyrite.data.rows import OnLong
 from pyrite.data.text import Template
 from pyrite.feedback import scorers
+from pyrite.feedback.ledger import GoldLimits
 from pyrite.math import ensembles, statistics
 from pyrite.math.policy_gradient import Estimates, KLControl, explained_variance, normalized, token_rewards, whiten
 from pyrite.math.ranges import Count, Fraction, Natural, NonNegative, Positive, Share, Some
 from pyrite.models.policy import Lora, Policy, RewardEnsemble
 from pyrite.training import loop, prompts
-from pyrite.training.evaluation import Asking, Evaluation, Evaluator
+from pyrite.training.evaluation import Evaluation, Evaluator
 from pyrite.training.loop import Training, TrainingError
 from pyrite.training.metrics import Journal, Stopping
 from pyrite.training.ppo import HEADS, Combine, Learners, Method, Passes, Reward, Rollouts, State, collect, estimates
@@ -123,7 +124,7 @@ class Config:
     """Steps between measurements and checkpoints."""
     stopping: Stopping = Stopping()
     evaluation: Evaluation = Evaluation()
-    asking: Asking = Asking()
+    asking: GoldLimits = GoldLimits()
     variants: Variants = Variants()
     combine_rewards: Combine = "mean"
     """How the scores of a prompt's options become one: mean, weighted or min."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +18,12 @@ from pyrite.core.processes import on_main, say, world
 from pyrite.data import text
 from pyrite.data.text import Encoded
 from pyrite.feedback.judges import Judge, check_verdicts
-from pyrite.feedback.ledger import Account, Budget, Ledger
+from pyrite.feedback.ledger import Account
 from pyrite.feedback.pairing import Labelled, Labels, Pairing, Source, decided, label, paired
 from pyrite.feedback.schedules import Schedule
 from pyrite.feedback.selectors import pick
 from pyrite.math import losses, reward_losses, seeds, statistics
-from pyrite.math.ranges import Count, Natural, NonNegative, Positive
+from pyrite.math.ranges import Count, Natural, Positive
 from pyrite.models.loading import member_paths
 from pyrite.models.packing import Row
 from pyrite.models.policy import Lora, Policy, RewardEnsemble, RewardModel
@@ -400,39 +400,6 @@ def _margins(scores: Tensor, couples: Sequence[Couple]) -> Tensor:
 # ledger.
 
 
-@dataclass(frozen=True)
-class Paying:
-    """What the judge's labels may cost, and where they are kept."""
-
-    budget: Natural | None = None
-    """Labels to buy at most."""
-    max_cost: NonNegative | None = None
-    """Money to spend at most; needs --label-cost."""
-    label_cost: NonNegative = 0.0
-    """Price of one call of the judge."""
-    ledger: Path | None = None
-    """SQLite file of paid labels, which runs may share; ledger.db in the run's folder by default."""
-    budget_scope: Literal["run", "file"] = "run"
-    """Whose purchases count against the budget: this run's, or those of all runs that share the ledger."""
-    label_batch: Count = 1
-    """Pairs in one call of the judge; more is faster with a cheap one, and puts more at risk when a run is killed."""
-
-    def __post_init__(self) -> None:
-        if self.max_cost is not None and not self.label_cost:
-            raise ValueError(f"--max-cost {self.max_cost}: give --label-cost, the price of one call, too")
-
-    @property
-    def counted(self) -> bool:
-        """Whether labels are paid for at all."""
-        return self.budget is not None or self.max_cost is not None or self.ledger is not None
-
-    def account(self, folder: Path, judge: str) -> Account:
-        """This run's account with the judge."""
-        budget = Budget(labels=self.budget, money=self.max_cost, cost=self.label_cost, scope=self.budget_scope)
-        ledger = Ledger(self.ledger or folder / "ledger.db")
-        return Account(ledger, str(folder.resolve()), judge, "verdict", budget=budget, batch=self.label_batch)
-
-
 @dataclass
 class Labeler:
     """Verdicts of one round after another, and what must outlast a stop."""
@@ -461,10 +428,7 @@ class Labeler:
         """Whether this run has had all the labels it may have, after a round."""
         if self.budget is not None and self.used >= self.budget:
             return True
-        limit = self.account.budget if self.account else Budget()
-        if not self.account or limit.money is None:
-            return False
-        return self.account.books(round=number).money + limit.cost > limit.money + 1e-9
+        return self.account is not None and self.account.broke(round=number)
 
     def save(self, number: int) -> None:
         """What the next rounds need, beside the policy's checkpoint; the last two are kept."""

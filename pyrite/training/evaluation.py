@@ -24,65 +24,19 @@ from pyrite.data import text
 from pyrite.data.rows import OnLong
 from pyrite.feedback import scorers
 from pyrite.feedback import scorers as golds
-from pyrite.feedback.ledger import Account, Budget, Ledger
+from pyrite.feedback.ledger import Account, GoldLimits
 from pyrite.feedback.scorers import Scorer
 from pyrite.math import ensembles, seeds, statistics
 from pyrite.math.logps import Logps
-from pyrite.math.ranges import Count, Natural, NonNegative, Several, check
+from pyrite.math.ranges import Count
 from pyrite.models.generation import Samples, sample
 from pyrite.models.packing import Packed, Row, micro_batches
 from pyrite.models.policy import Policy, RewardEnsemble, backbone
 
-# truths: How often the gold that measures a run is asked, and what its answers may cost: the truth has a price too.
+# Gold in measurements ----------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Asking:
-    """When gold is asked in a run's measurements, and what that may cost; by default always, for nothing."""
-
-    gold_every: Count = 1
-    """Measurements to one with gold; the first and the last have it too."""
-    gold_prompts: Several | None = None
-    """Held-out prompts whose answers gold is asked about, the first ones; all by default."""
-    gold_budget: Natural | None = None
-    """Answers gold may score at most, in the measurements; none is scored twice."""
-    gold_max_cost: NonNegative | None = None
-    """Money to spend on that at most; needs --gold-cost."""
-    gold_cost: NonNegative = 0.0
-    """Price of scoring one answer."""
-    gold_ledger: Path | None = None
-    """SQLite file of paid scores, which runs may share; ledger.db in the run's folder by default."""
-    gold_batch: Count = 1
-    """Answers in one call of gold."""
-
-    def __post_init__(self) -> None:
-        check(self)
-        if self.gold_max_cost is not None and not self.gold_cost:
-            raise ValueError(f"--gold-max-cost {self.gold_max_cost}: give --gold-cost, the price of one answer, too")
-
-    @property
-    def sparing(self) -> bool:
-        """Whether gold is asked less than always: then nobody asks it anything but measurements."""
-        return self != ALWAYS
-
-    @property
-    def counted(self) -> bool:
-        """Whether its answers are paid for, through a ledger."""
-        limits = (self.gold_budget, self.gold_max_cost, self.gold_ledger)
-        return self.gold_cost > 0 or any(limit is not None for limit in limits)
-
-    def account(self, folder: Path, gold: str) -> Account | None:
-        """The run's account with the gold, where its answers are counted."""
-        if not self.counted:
-            return None
-        ledger = Ledger(self.gold_ledger or folder / "ledger.db")
-        return Account(ledger, str(folder.resolve()), gold, "score", budget=self._budget(), batch=self.gold_batch)
-
-    def _budget(self) -> Budget:
-        return Budget(self.gold_budget, self.gold_max_cost, self.gold_cost)
-
-
-ALWAYS = Asking()
+ALWAYS = GoldLimits()
 
 
 @dataclass
@@ -91,7 +45,7 @@ class Truth:
 
     scorer: Scorer
     name: str
-    asking: Asking = ALWAYS
+    asking: GoldLimits = ALWAYS
     account: Account | None = None
     told: bool = False
 
@@ -273,7 +227,7 @@ class Evaluator:
     ref: Policy | None
     options: Evaluation
     seed: int
-    asking: Asking = ALWAYS
+    asking: GoldLimits = ALWAYS
     long: Mapping[str, int] = field(default_factory=dict)
     """How many prompts were too long, by what was done with them."""
 
@@ -287,7 +241,7 @@ class Evaluator:
         seed: int,
         columns: str | None = None,
         prompts: list[dict[str, Any]] | None = None,
-        asking: Asking = ALWAYS,
+        asking: GoldLimits = ALWAYS,
         loaded: dict[Path, RewardEnsemble] | None = None,
         max_prompt: int | None = None,
         on_long: OnLong | None = None,

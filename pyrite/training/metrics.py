@@ -136,7 +136,8 @@ class Journal:
         asking, gold = self.evaluator.asking, self.evaluator.gold
         if gold:
             name = str(self.evaluator.options.gold)
-            self.truth = Truth(gold, name, asking, asking.account(self.run.folder, name))
+            account = asking.account(self.run.folder, name, "score") if asking.counted else None
+            self.truth = Truth(gold, name, asking, account)
 
     @property
     def start(self) -> dict[str, Any]:

@@ -18,9 +18,8 @@ from pyrite.data.files import DataError, read
 from pyrite.data.rows import load
 from pyrite.feedback.judges.llm import Asking
 from pyrite.feedback.judges.questions import WINS
-from pyrite.feedback.ledger import GoldStopped, Ledger
+from pyrite.feedback.ledger import GoldLimits, GoldStopped, Ledger
 from pyrite.jobs import judge, label, online
-from pyrite.training.annotators import Paying
 from pyrite.training.evaluation import Evaluation
 from pyrite.training.loop import Training
 
@@ -170,7 +169,7 @@ def test_as_the_judge_of_online(server: Server, tiny: Path, demos: Path, tmp_pat
         held_out=0.2,
         rounds=1,
         prompts_per_round=8,
-        paying=Paying(budget=6, ledger=tmp_path / "gold.db", label_batch=6),
+        asking=GoldLimits(gold_budget=6, gold_ledger=tmp_path / "gold.db", gold_batch=6),
         evaluation=Evaluation(gold="length()", max_new_tokens=8),
         training=Training(lr=1e-3, batch_size=8, warmup=0),
     )

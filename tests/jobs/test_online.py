@@ -21,11 +21,10 @@ import pytest
 import torch
 
 from pyrite.core.runs import read_json, read_metrics
-from pyrite.feedback.ledger import Ledger
+from pyrite.feedback.ledger import GoldLimits, Ledger
 from pyrite.jobs import online
 from pyrite.models.policy import Lora, Policy
-from pyrite.training.annotators import Paying
-from pyrite.training.evaluation import Asking, Evaluation
+from pyrite.training.evaluation import Evaluation
 from pyrite.training.loop import Training
 
 TRAINING = Training(lr=3e-3, epochs=1, batch_size=8, warmup=0)
@@ -196,7 +195,7 @@ def live(config: online.Config, tiny: Path) -> online.Config:
         config,
         judge="bradley_terry(gold='length()', hard=True)",
         silver=f"reward(path={str(tiny)!r}, cold=True, lr=0.003)",
-        paying=Paying(budget=12),
+        asking=GoldLimits(gold_budget=12),
     )
 
 
@@ -224,9 +223,9 @@ def test_every_discriminator_and_schedule(live: online.Config, silver: str, sche
 
 def test_a_budget_of_all_pairs_is_gold_alone(live: online.Config) -> None:
     """The same pairs in the same order, so the same policy; and without labels the reward model alone decides."""
-    alone = replace(live, silver=None, paying=Paying(), out=live.out.with_name("alone"))
-    whole = replace(live, paying=Paying(budget=10_000), out=live.out.with_name("whole"))
-    nothing = replace(live, paying=Paying(budget=0), out=live.out.with_name("nothing"))
+    alone = replace(live, silver=None, asking=GoldLimits(), out=live.out.with_name("alone"))
+    whole = replace(live, asking=GoldLimits(gold_budget=10_000), out=live.out.with_name("whole"))
+    nothing = replace(live, asking=GoldLimits(gold_budget=0), out=live.out.with_name("nothing"))
     models = {}
     for one in (alone, whole, nothing):
         results(one)
@@ -247,7 +246,7 @@ def test_the_seed_decides_everything(live: online.Config) -> None:
 
 
 def test_gold_alone_stops_when_its_labels_are_spent(live: online.Config, capsys: pytest.CaptureFixture[str]) -> None:
-    found = results(replace(live, silver=None, paying=Paying(budget=20), rounds=9))
+    found = results(replace(live, silver=None, asking=GoldLimits(gold_budget=20), rounds=9))
     assert found["labels"] == 20
     assert found["last"]["step"] == 2
     assert "gold" in found["last"]
@@ -322,7 +321,7 @@ def _killed(config: online.Config, folder: Path, *, kills: int, seed: int) -> tu
 def test_killed_at_random_and_never_paid_twice(live: online.Config, tmp_path: Path, kills: int) -> None:
     rounds = 3 * kills
     budget = 5 * rounds
-    live = replace(live, rounds=rounds, prompts_per_round=12, paying=Paying(budget=budget))
+    live = replace(live, rounds=rounds, prompts_per_round=12, asking=GoldLimits(gold_budget=budget))
     folders = [tmp_path / name for name in ("killed", "whole")]
     for folder in folders:
         folder.mkdir()
@@ -352,7 +351,7 @@ def test_two_processes_equal_one(live: online.Config, tmp_path: Path) -> None:
 
     def command(out: Path) -> list[str]:
         named = {"--model": live.model, "--prompts": live.prompts, "--judge": live.judge, "--silver": str(live.silver)}
-        options = {"--budget": "8", "--rounds": "2", "--prompts-per-round": "12", "--max-new-tokens": "8"}
+        options = {"--gold-budget": "8", "--rounds": "2", "--prompts-per-round": "12", "--max-new-tokens": "8"}
         last = {"--gold": "length()", "--lr": "3e-3", "--batch-size": "5", "--warmup": "0", "--out": str(out)}
         return ["online", *(part for option in (named | options | last).items() for part in option)]
 
@@ -365,13 +364,12 @@ def test_two_processes_equal_one(live: online.Config, tmp_path: Path) -> None:
         assert len(bought) == sum(row["attempts"] for row in bought) == 8
 
 
-def test_gold_that_measures_has_a_budget_of_its_own(config: online.Config, capsys: pytest.CaptureFixture[str]) -> None:
-    """Beside the judge's in one ledger; gold is asked at measurements alone, so no agreement by round."""
+def test_labels_and_measurements_share_the_money(config: online.Config, capsys: pytest.CaptureFixture[str]) -> None:
+    """In one ledger; the budget is for labels. Gold is asked at measurements alone, so no agreement by round."""
     paid = replace(
         config,
         evaluation=replace(config.evaluation, eval_exact=True),
-        paying=Paying(budget=12),
-        asking=Asking(gold_every=2, gold_prompts=3, gold_budget=7),
+        asking=GoldLimits(gold_every=2, gold_prompts=3, gold_budget=12, gold_cost=1.0, gold_max_cost=19.0),
         rounds=3,
         prompts_per_round=4,
     )
@@ -382,6 +380,7 @@ def test_gold_that_measures_has_a_budget_of_its_own(config: online.Config, capsy
     assert not any("agreement" in row for row in rows) and all("kl_exact" in row for row in rows)
     with Ledger(paid.out / "ledger.db") as ledger:
         kinds = {row["kind"]: row["labels"] for row in ledger.summary()}
+    assert sum(kinds.values()) <= 19 and kinds["verdict"] <= 12
     assert kinds == {"verdict": rows[-1]["labels"], "score": rows[-1]["gold_labels"]}
 
 

@@ -16,11 +16,12 @@ from transformers import AutoModelForCausalLM
 
 from pyrite.core.runs import read_json, read_metrics
 from pyrite.data.conditioning import Variants
+from pyrite.feedback.ledger import GoldLimits
 from pyrite.jobs import ppo
 from pyrite.models.packing import Row
 from pyrite.models.policy import Lora, Policy, RewardModel
 from pyrite.models.value import HEAD, ValueModel
-from pyrite.training.evaluation import Asking, Evaluation
+from pyrite.training.evaluation import Evaluation
 from pyrite.training.loop import Training, TrainingError
 from pyrite.training.metrics import Stopping
 from pyrite.training.ppo import Rollouts
@@ -140,7 +141,7 @@ def test_adapters_alone_are_trained(config: ppo.Config) -> None:
         {"value": "own", "normalize": True},
         {"method": "reinforce", "kl_control": "adaptive", "kl_target": 1.0},
         {"value": "own", "value_lora_rank": 2, "value_lr": 1e-3, "train_top": 1},
-        {"asking": Asking(gold_every=2, gold_prompts=3, gold_budget=8)},
+        {"asking": GoldLimits(gold_every=2, gold_prompts=3, gold_budget=8)},
     ],
 )
 def test_a_cut_run_goes_on_exactly(
@@ -254,7 +255,7 @@ def test_gold_is_asked_within_its_budget(
     """Every second measurement, 4 prompts, 9 answers in all; and never twice for one."""
     (tmp_path / "dear.py").write_text(SCORER.format(log=str(tmp_path / "asked.txt")))
     dear = replace(config.evaluation, gold=f"{tmp_path}/dear.py:score()", eval_exact=True)
-    asking = Asking(gold_every=2, gold_prompts=4, gold_budget=9)
+    asking = GoldLimits(gold_every=2, gold_prompts=4, gold_budget=9)
     ppo.run(replace(config, evaluation=dear, asking=asking, steps=8, measure_every=1))
     asked = (tmp_path / "asked.txt").read_text().splitlines()
     assert len(asked) == len(set(asked)) <= 9
@@ -271,7 +272,10 @@ def test_gold_is_asked_within_its_budget(
 def test_an_ample_budget_changes_nothing(config: ppo.Config) -> None:
     config = replace(config, steps=4, measure_every=1)
     free, paid = (replace(config, out=config.out.with_name(name)) for name in ("free", "paid"))
-    ends = results(free), results(replace(paid, asking=Asking(gold_budget=1000, gold_cost=0.5, gold_max_cost=500.0)))
+    ends = (
+        results(free),
+        results(replace(paid, asking=GoldLimits(gold_budget=1000, gold_cost=0.5, gold_max_cost=500.0))),
+    )
     rows = read_metrics(paid.out)
     books = [(row.pop("gold_labels"), row.pop("gold_money")) for row in rows]
     assert rows == [pytest.approx(row, abs=1e-6) if "kl_k1" in row else row for row in read_metrics(free.out)]
@@ -286,7 +290,9 @@ def test_a_stop_while_gold_is_paid_for_buys_nothing_twice(config: ppo.Config, tm
     files = {"log": str(tmp_path / "asked.txt"), "once": str(tmp_path / "once")}
     (tmp_path / "dear.py").write_text(SCORER.format(**files) + STOP.format(**files))
     dear = replace(config.evaluation, gold=f"{tmp_path}/dear.py:stops()")
-    config = replace(config, evaluation=dear, asking=Asking(gold_prompts=3, gold_budget=100), steps=5, measure_every=1)
+    config = replace(
+        config, evaluation=dear, asking=GoldLimits(gold_prompts=3, gold_budget=100), steps=5, measure_every=1
+    )
     with pytest.raises(KeyboardInterrupt):
         ppo.run(replace(config, out=tmp_path / "cut"))
     ppo.run(replace(config, out=tmp_path / "cut"))
@@ -329,7 +335,7 @@ def test_refusals_before_work(config: ppo.Config) -> None:
         ({"value": config.model, "value_top": 1, "value_lora_rank": 2}, "not both"),
         ({"train_top": 3}, "has 2 layers"),
         ({"train_top": 1, "lora": Lora(lora_rank=2)}, "not both"),
-        ({"evaluation": Evaluation(), "asking": Asking(gold_every=2)}, "give --gold too"),
+        ({"evaluation": Evaluation(), "asking": GoldLimits(gold_every=2)}, "give --gold too"),
         ({"steps": 0}, "at least 1"),
         ({"reward": ()}, "at least one"),
         ({"reward": ("lenght()",)}, "did you mean length"),

@@ -48,9 +48,9 @@ ONLINE = {
     "mixed": ("--sampler", "mixed()", "--eval-exact"),
     "lora": ("--sampler", "hybrid()", "--lora-rank", "4", "--recompute"),
     "top": ("--train-top", "1"),
-    "live": ("--silver", "reward(path='{reward}',precision='bfloat16')", "--budget", "8", "--rewards", "{reward}"),
-    "implicit": ("--silver", "implicit(precision='bfloat16')", "--budget", "8"),
-    "self_reward": ("--silver", "self_reward()", "--budget", "8"),
+    "live": ("--silver", "reward(path='{reward}',precision='bfloat16')", "--gold-budget", "8", "--rewards", "{reward}"),
+    "implicit": ("--silver", "implicit(precision='bfloat16')", "--gold-budget", "8"),
+    "self_reward": ("--silver", "self_reward()", "--gold-budget", "8"),
 }
 PPO = {
     "shared": (),

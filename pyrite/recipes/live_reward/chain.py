@@ -7,12 +7,12 @@ from pathlib import Path
 
 from pyrite.core.runs import Run
 from pyrite.data import rows
+from pyrite.feedback.ledger import GoldLimits
 from pyrite.jobs import dpo, generate, online, reward, sft
 from pyrite.math.seeds import derive
 from pyrite.recipes import toy
 from pyrite.recipes.live_reward.offline import Offline, offline
 from pyrite.recipes.live_reward.settings import Method, Settings, Task, methods
-from pyrite.training.annotators import Paying
 from pyrite.training.evaluation import Evaluation
 
 
@@ -211,7 +211,7 @@ def _online(place: Place, label: str, method: Method, rewards: dict[str, Run]) -
         place.folder / label,
         silver=method.silver and method.silver.format(**folders),
         label_schedule=method.schedule if method.silver else "even()",
-        paying=Paying(budget=method.online, label_batch=64),
+        asking=GoldLimits(gold_budget=method.online, gold_batch=64),
         rounds=settings.rounds,
         prompts_per_round=prompts,
         loss=settings.loss,
