@@ -2,7 +2,7 @@ PYTHON ?= python3.11
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: install demo test check bench clean
+.PHONY: install demo test check size bench clean
 
 install: $(VENV)/.installed
 
@@ -23,6 +23,9 @@ check: install ## lint, types, fast tests
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/python -m pytest -m "not slow"
+
+size: install ## measure the package: files, lines, chains, options
+	$(BIN)/python docs/house.py
 
 bench: install ## against the peers, interleaved; JSON on the last line of each (ppo: PPO_PEER=python of an old trl)
 	@for b in benchmarks/[a-z]*.py; do \

@@ -7,21 +7,24 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from pyrite.math.ranges import NonNegative
+from pyrite.math.ranges import NonNegative, part
 
 __all__ = ["mean", "uwo", "wco"]
 
 
+@part
 def mean(scores: Tensor) -> Tensor:
     """Average of the members. Scores (E, N) -> (N,)."""
     return scores.mean(0)
 
 
+@part
 def wco(scores: Tensor) -> Tensor:
     """Worst-case optimization: the lowest member. Scores (E, N) -> (N,)."""
     return scores.amin(0)
 
 
+@part
 def uwo(scores: Tensor, *, weight: NonNegative = 0.5) -> Tensor:
     """Uncertainty-weighted optimization: the average less the members' disagreement.
 

@@ -230,7 +230,7 @@ def running(pair: PairLogps) -> Running:
     if pair.running is None:
         raise ValueError(
             "this loss reads statistics over the batches, and these pairs carry none: "
-            "fill running of PairLogps (pyrite.math.losses.unpaired.update), or choose a loss without them"
+            "fill running of PairLogps (pyrite.math.logps.update_running), or choose a loss without them"
         )
     return pair.running
 
@@ -274,3 +274,24 @@ def _note(where: Tensor) -> None:
 def pairs(found: list[Tensor], count: int) -> Tensor:
     """How many of B pairs have a value beyond a bound, 0-dim float32."""
     return torch.stack([where.expand(count) for where in found]).any(0).sum().float()
+
+
+MOMENTUM = 0.9
+
+
+@torch.no_grad()
+def update_running(running: Running, pair: PairLogps) -> Running:
+    """The statistics with this batch included, in place, so that a checkpoint of the tensors is one of them.
+
+    ratio ← mean over the batches of ½ mean(u + v),   margin ← 0.9 margin + 0.1 mean(u − v),   count ← count + 1
+
+    u, v: log π/π_ref of the chosen and of the rejected responses, nats, without β. Returns the same object. Keep
+    it where the log-probabilities are: another device waits for them. Raises ValueError without a reference.
+
+    Jung et al. 2024, arXiv:2404.04656, section 4 (ratio); Wu et al. 2024, arXiv:2407.08639, M₀ (margin).
+    """
+    chosen, rejected = (ratio.double().mean().to(running.ratio.device) for ratio in log_ratios(pair))
+    running.count.add_(1)
+    running.ratio.add_(((chosen + rejected) / 2 - running.ratio) / running.count)
+    running.margin.mul_(MOMENTUM).add_(chosen - rejected, alpha=1 - MOMENTUM)
+    return running

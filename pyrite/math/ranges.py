@@ -7,6 +7,8 @@ and text is never empty, unless that is the default.
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -276,3 +278,25 @@ def _name(hint: Any) -> str:
     if get_origin(hint) is Literal:
         return " or ".join(map(repr, get_args(hint)))
     return _NAMES.get(hint, hint.__name__ if isinstance(hint, type) else str(hint))
+
+
+def part(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a part be called with options alone: that gives the part with these options.
+
+    A loss, an ensemble or another part is a function of data, with keyword-only options. Raises ValueError for an
+    option that is unknown or out of its range.
+
+    >>> from pyrite.math.losses import simpo
+    >>> simpo(beta=2.5).keywords
+    {'beta': 2.5}
+    """
+    data = {name for name, one in inspect.signature(function).parameters.items() if one.kind is not one.KEYWORD_ONLY}
+
+    @functools.wraps(function)
+    def called(*args: Any, **options: Any) -> Any:
+        if args or data & options.keys():
+            return function(*args, **options)
+        require(function, **options)
+        return functools.partial(called, **options)
+
+    return called

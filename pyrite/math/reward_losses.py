@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyrite.math.ranges import Half, NonNegative
+from pyrite.math.ranges import Half, NonNegative, part
 
 __all__ = ["bradley_terry"]
 
 
+@part
 def bradley_terry(
     chosen: Tensor,
     rejected: Tensor,

@@ -14,8 +14,7 @@ from pyrite.data import text
 from pyrite.data.text import Encoded
 from pyrite.math import logps as clamps
 from pyrite.math import statistics as estimators
-from pyrite.math.logps import Logps, PairLogps, Running
-from pyrite.math.losses import unpaired as statistics
+from pyrite.math.logps import Logps, PairLogps, Running, update_running
 from pyrite.math.losses.needs import needs
 from pyrite.models.forward import by_response
 from pyrite.models.packing import Packed, Row, micro_batches
@@ -142,7 +141,7 @@ def batch_loss(
         strength = None if prefs.strength is None else prefs.strength[indices].to(policy.device)
         pair = paired(ours, ref, strength)
         if running is not None:
-            pair = replace(pair, running=statistics.update(running, pair) if model.training else running)
+            pair = replace(pair, running=update_running(running, pair) if model.training else running)
         with clamps.counting() as beyond:
             values = loss(pair)
         held = {"clamped": clamps.pairs(beyond, len(pair))} if beyond else {}

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from pyrite.math.logps import Running
+from pyrite.math.logps import update_running as update
 from pyrite.math.losses import bco
-from pyrite.math.losses.unpaired import update
 
 from .fixtures import pair_of, pair_with, random_rows, slopes
 

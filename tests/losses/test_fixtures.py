@@ -13,7 +13,7 @@ from torch import Tensor
 from pyrite.core import specs
 from pyrite.math import losses
 from pyrite.math.logps import Logps, PairLogps, Running
-from pyrite.math.losses.unpaired import update
+from pyrite.math.logps import update_running as update
 
 from .fixtures import F64, POLICY_CHOSEN, POLICY_REJECTED, tokens, worked_pair
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pyrite.math.logps import Running
-from pyrite.math.losses.unpaired import update
+from pyrite.math.logps import update_running as update
 
 from .fixtures import F64, pair_of, random_rows
 

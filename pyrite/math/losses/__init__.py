@@ -1,16 +1,29 @@
 """Direct preference losses: loss(pair: PairLogps, *, options) -> (B,), one value a pair.
 
-One family a file. What a loss must be given, beyond the log-probabilities' sums, `pyrite.math.losses.needs` finds out.
+Called with options alone, a loss gives itself with these options: `simpo(beta=2.5)`. What a loss must be given beyond
+the sums of log-probabilities, `needs` finds out.
 """
 
 from pyrite.math.losses.divergences import exo, f_dpo, tdpo
-from pyrite.math.losses.dpo import aot, beta_dpo, discopop, dpo, odpo, posterior, robust, soft_dpo, wpo, xpo
-from pyrite.math.losses.hinge import hinge, slic
-from pyrite.math.losses.lengths import ld_dpo, ln_dpo, r_dpo
+from pyrite.math.losses.dpo import (
+    aot,
+    beta_dpo,
+    discopop,
+    dpo,
+    ld_dpo,
+    ln_dpo,
+    odpo,
+    posterior,
+    r_dpo,
+    robust,
+    soft_dpo,
+    wpo,
+    xpo,
+)
+from pyrite.math.losses.margins import hinge, ipo, rebel, slic
+from pyrite.math.losses.pointwise import apo_down, apo_zero, bco, kto_pair, nca, sppo
 from pyrite.math.losses.reference_free import alphapo, cpo, orpo, simper, simpo
 from pyrite.math.losses.regularized import cal_dpo, dpo_nll, dpop, mpo
-from pyrite.math.losses.squared import ipo, rebel, sppo
-from pyrite.math.losses.unpaired import apo_down, apo_zero, bco, kto_pair, nca
 
 __all__ = [
     "alphapo",

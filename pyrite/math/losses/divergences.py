@@ -1,4 +1,4 @@
-"""Efficient exact optimization."""
+"""Divergences other than the reverse KL."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyrite.math.logps import Logps, PairLogps, at_most, log_ratios, margin
-from pyrite.math.ranges import Inside, NonNegative, Positive, Share, require
-
-# f_dpo: DPO under other divergences than the reverse KL.
-
+from pyrite.math.ranges import Inside, NonNegative, Positive, Share, part, require
 
 Divergence = Literal["reverse_kl", "forward_kl", "js", "alpha"]
+
+
 LARGEST = 80.0  # e^80 is still a float32
 
 
+@part
 def f_dpo(
     pair: PairLogps, *, beta: Positive = 0.1, divergence: Divergence = "reverse_kl", alpha: Share = 0.5
 ) -> Tensor:
@@ -55,9 +55,7 @@ def _power(ratio: Tensor, exponent: float) -> Tensor:
     return at_most(exponent * ratio, LARGEST).expm1() / exponent if exponent else ratio
 
 
-# tdpo: Token-level DPO.
-
-
+@part
 def tdpo(pair: PairLogps, *, beta: Positive = 0.1, alpha: NonNegative = 0.5, version: Literal[1, 2] = 2) -> Tensor:
     """Token-level DPO: the forward KL at every position of the rejected response is held down as well.
 
@@ -83,9 +81,7 @@ def _kl(logps: Logps) -> Tensor:
     return logps.kl
 
 
-# exo: Efficient exact optimization.
-
-
+@part
 def exo(pair: PairLogps, *, beta: Positive = 0.1, label_smoothing: Inside = 1e-3) -> Tensor:
     """Efficient exact optimization on pairs: KL(preference of the policy ‖ label), where DPO has the two exchanged.
 

@@ -1,4 +1,4 @@
-"""The loss a language model found."""
+"""DPO and what changes its labels, its β, its margin or its batch: −log σ of a margin of log-ratios."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyrite.math.logps import Logps, PairLogps, at_least, log_ratios, margin, references, running, strength
-from pyrite.math.ranges import Fraction, Half, Inside, Minority, NonNegative, Positive, require
-
-# dpo: Direct preference optimization, with labels that may be wrong or soft, and without a reference.
+from pyrite.math.ranges import Fraction, Half, Inside, Minority, NonNegative, Positive, Share, part, require
 
 
+@part
 def dpo(pair: PairLogps, *, beta: Positive = 0.1, label_smoothing: Half = 0.0) -> Tensor:
     """Direct preference optimization; with label smoothing ε, conservative DPO.
 
@@ -28,6 +27,7 @@ def dpo(pair: PairLogps, *, beta: Positive = 0.1, label_smoothing: Half = 0.0) -
     return logistic(beta * margin(pair), label_smoothing)
 
 
+@part
 def soft_dpo(pair: PairLogps, *, beta: Positive = 0.1, scale: Positive = 1.0) -> Tensor:
     """DPO towards a probability instead of a label: the cross-entropy to p = σ(scale · strength).
 
@@ -41,6 +41,7 @@ def soft_dpo(pair: PairLogps, *, beta: Positive = 0.1, scale: Positive = 1.0) ->
     return logistic(beta * margin(pair), (-scale * strength(pair)).sigmoid())
 
 
+@part
 def robust(pair: PairLogps, *, beta: Positive = 0.1, label_smoothing: Minority = 0.1) -> Tensor:
     """DPO that is unbiased where a share ε of the labels is flipped at random.
 
@@ -57,6 +58,7 @@ def robust(pair: PairLogps, *, beta: Positive = 0.1, label_smoothing: Minority =
     return ((1 - label_smoothing) * kept - label_smoothing * flipped) / (1 - 2 * label_smoothing)
 
 
+@part
 def posterior(pair: PairLogps, *, beta: Positive = 0.1) -> Tensor:
     """DPO without a reference: entropy instead of a KL, the optimum ∝ exp(reward/β).
 
@@ -74,9 +76,7 @@ def logistic(logits: Tensor, flipped: float | Tensor) -> Tensor:
     return flipped * logits - F.logsigmoid(logits)  # as log σ(−z) = log σ(z) − z
 
 
-# odpo: DPO with an offset.
-
-
+@part
 def odpo(pair: PairLogps, *, beta: Positive = 0.1, alpha: NonNegative = 1.0) -> Tensor:
     """DPO with an offset: the stronger the preference, the larger the margin to reach.
 
@@ -90,9 +90,66 @@ def odpo(pair: PairLogps, *, beta: Positive = 0.1, alpha: NonNegative = 1.0) -> 
     return -F.logsigmoid(beta * margin(pair) - alpha * strength(pair).log())
 
 
-# wpo: Weighted preference optimization.
+@part
+def ln_dpo(pair: PairLogps, *, beta: Positive = 5.0) -> Tensor:
+    """Length-normalized DPO: each log-ratio an average over its response's tokens.
+
+    loss = −log σ(β(u/|y_w| − v/|y_l|)),   u, v = log π/π_ref of chosen, rejected
+
+    PairLogps of B pairs -> (B,); ln 2 at policy = reference. β is per token, so larger than dpo's by about a
+    response's length. Raises ValueError without a reference, or for one of another tokenizer.
+
+    Lambert et al. 2024, arXiv:2411.15124, eq. 6.
+    """
+    return -F.logsigmoid(beta * margin(pair, length_norm=True))
 
 
+@part
+def r_dpo(pair: PairLogps, *, beta: Positive = 0.1, alpha: NonNegative = 0.01) -> Tensor:
+    """Length-regularized DPO: chosen must win by less where it is longer, by more where it is shorter.
+
+    loss = −log σ(βΔ + α(|y_w| − |y_l|)),   Δ = log π(y_w)/π_ref(y_w) − log π(y_l)/π_ref(y_l)
+
+    PairLogps of B pairs -> (B,); −log σ(α(|y_w| − |y_l|)) at policy = reference. α in nats a token of the policy's
+    tokenizer. Raises ValueError without a reference.
+
+    Park et al. 2024, arXiv:2403.19159.
+    """
+    longer = (pair.chosen.length - pair.rejected.length).to(pair.chosen.sum.dtype)
+    return -F.logsigmoid(beta * margin(pair) + alpha * longer)
+
+
+@part
+def ld_dpo(pair: PairLogps, *, beta: Positive = 0.1, alpha: Share = 0.5) -> Tensor:
+    """Length-desensitized DPO: tokens beyond the shorter response's length count α.
+
+    loss = −log σ(β(Δ − (1−α)(tail(y_w) − tail(y_l)))),   tail(y) = Σ_{t > min(|y_w|, |y_l|)} log π(y_t)/π_ref(y_t)
+
+    PairLogps of B pairs -> (B,); ln 2 at policy = reference. α = 1 is dpo, α = 0 cuts both responses to the shorter
+    one's length. Policy and reference are discounted alike. Raises ValueError without a reference, without the
+    tokens' log-probabilities on all sides, or for a reference of another tokenizer.
+
+    Liu et al. 2024, arXiv:2409.06411.
+    """
+    ref_chosen, ref_rejected = references(pair, aligned=True)
+    common = pair.chosen.length.minimum(pair.rejected.length)
+    chosen = _tail(pair.chosen, common) - _tail(ref_chosen, common)
+    rejected = _tail(pair.rejected, common) - _tail(ref_rejected, common)
+    return -F.logsigmoid(beta * (margin(pair) - (1 - alpha) * (chosen - rejected)))
+
+
+def _tail(logps: Logps, common: Tensor) -> Tensor:
+    """Summed log-probability of the tokens after the first `common`, (B,)."""
+    if logps.tokens is None or logps.mask is None:
+        raise ValueError(
+            "ld_dpo reads log-probabilities token by token, and these pairs have sums only: "
+            "build them with Logps.from_tokens, from a reference stored with its tokens"
+        )
+    late = logps.mask.cumsum(1) > common[:, None]
+    return (logps.tokens * late).sum(1, dtype=logps.sum.dtype)
+
+
+@part
 def wpo(pair: PairLogps, *, beta: Positive = 0.1) -> Tensor:
     """Weighted preference optimization: pairs count as much as the policy would have written them itself.
 
@@ -117,12 +174,10 @@ def _weight(logps: Logps) -> Tensor:
     return ((logps.sum - logps.collision) / logps.length).exp()
 
 
-# beta_dpo: DPO with a β for every batch.
-
-
 SMALLEST = 1e-3
 
 
+@part
 def beta_dpo(pair: PairLogps, *, beta: Positive = 0.1, alpha: NonNegative = 0.6, rho: Fraction = 0.0) -> Tensor:
     """DPO whose β follows the batch: larger where margins are above their running mean, smaller where below.
 
@@ -143,9 +198,7 @@ def beta_dpo(pair: PairLogps, *, beta: Positive = 0.1, alpha: NonNegative = 0.6,
     return -weight * F.logsigmoid(dynamic * gap)
 
 
-# aot: Alignment via optimal transport.
-
-
+@part
 def aot(pair: PairLogps, *, beta: Positive = 0.1, label_smoothing: Half = 0.0, paired: bool = True) -> Tensor:
     """Alignment via optimal transport: the batch's distribution of margins, not each margin, must rise.
 
@@ -167,9 +220,7 @@ def aot(pair: PairLogps, *, beta: Positive = 0.1, label_smoothing: Half = 0.0, p
     return logistic(beta * (above - below.sort().values[rank]), label_smoothing)
 
 
-# xpo: Exploratory preference optimization.
-
-
+@part
 def xpo(
     pair: PairLogps,
     *,
@@ -191,9 +242,7 @@ def xpo(
     return dpo(pair, beta=beta) + alpha * drawn
 
 
-# discopop: The loss a language model found.
-
-
+@part
 def discopop(pair: PairLogps, *, beta: Positive = 0.1, tau: Inside = 0.05) -> Tensor:
     """DiscoPOP, the log-ratio modulated loss: logistic on the wrong side, exponential on the right one.
 

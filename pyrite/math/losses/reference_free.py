@@ -1,4 +1,4 @@
-"""Simple alignment with perplexity."""
+"""Without a reference."""
 
 from __future__ import annotations
 
@@ -8,14 +8,12 @@ from torch import Tensor
 
 from pyrite.math.logps import PairLogps, at_most
 from pyrite.math.losses.dpo import posterior
-from pyrite.math.ranges import NonNegative, Positive, Real
-
-# simpo: Simple preference optimization: average log-probabilities as rewards, and its reshaped relative.
-
+from pyrite.math.ranges import NonNegative, Positive, Real, part
 
 LARGEST = 80.0  # e^80 is still a float32
 
 
+@part
 def simpo(pair: PairLogps, *, beta: Positive = 2.0, gamma: NonNegative = 1.0) -> Tensor:
     """Simple preference optimization: no reference; average log-probabilities must differ by a margin γ.
 
@@ -28,6 +26,7 @@ def simpo(pair: PairLogps, *, beta: Positive = 2.0, gamma: NonNegative = 1.0) ->
     return -F.logsigmoid(beta * (pair.chosen.mean - pair.rejected.mean) - gamma)
 
 
+@part
 def alphapo(pair: PairLogps, *, beta: Positive = 2.0, gamma: NonNegative = 1.0, alpha: Real = 0.25) -> Tensor:
     """SimPO with a reshaped reward: α > 0 presses on unlikely responses, α < 0 on likely ones, α = 0 is simpo.
 
@@ -46,9 +45,7 @@ def _reward(mean: Tensor, alpha: float) -> Tensor:
     return -at_most(-alpha * mean, LARGEST).expm1() / alpha if alpha else mean
 
 
-# cpo: Contrastive preference optimization.
-
-
+@part
 def cpo(pair: PairLogps, *, beta: Positive = 0.1, alpha: NonNegative = 1.0) -> Tensor:
     """Contrastive preference optimization: no reference, but imitation of the chosen response.
 
@@ -61,9 +58,7 @@ def cpo(pair: PairLogps, *, beta: Positive = 0.1, alpha: NonNegative = 1.0) -> T
     return posterior(pair, beta=beta) - alpha * pair.chosen.mean
 
 
-# orpo: Odds ratio preference optimization.
-
-
+@part
 def orpo(pair: PairLogps, *, lam: NonNegative = 0.1) -> Tensor:
     """Odds ratio preference optimization: imitation of the chosen response, and better odds for it, in one stage.
 
@@ -83,9 +78,7 @@ def _log_odds(logp: Tensor) -> Tensor:
     return below - (-below.expm1()).log()
 
 
-# simper: Simple alignment with perplexity.
-
-
+@part
 def simper(pair: PairLogps) -> Tensor:
     """Simple alignment with perplexity: no reference and no hyperparameter.
 

@@ -1,4 +1,4 @@
-"""Calibrated DPO."""
+"""DPO with a term beside it: imitation of the chosen response, or a floor under it."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ from torch import Tensor
 
 from pyrite.math.logps import PairLogps, log_ratios
 from pyrite.math.losses.dpo import dpo
-from pyrite.math.losses.unpaired import bco
-from pyrite.math.ranges import NonNegative, Positive, Real
-
-# dpo_nll: DPO with imitation of the chosen response.
+from pyrite.math.losses.pointwise import bco
+from pyrite.math.ranges import NonNegative, Positive, Real, part
 
 
+@part
 def dpo_nll(pair: PairLogps, *, beta: Positive = 0.1, alpha: NonNegative = 1.0) -> Tensor:
     """DPO plus the chosen response's negative log-likelihood a token; elsewhere called RPO.
 
@@ -26,6 +25,7 @@ def dpo_nll(pair: PairLogps, *, beta: Positive = 0.1, alpha: NonNegative = 1.0) 
     return dpo(pair, beta=beta) - alpha * pair.chosen.mean
 
 
+@part
 def mpo(
     pair: PairLogps,
     *,
@@ -48,9 +48,7 @@ def mpo(
     return both - generation * pair.chosen.mean
 
 
-# dpop: DPO-positive.
-
-
+@part
 def dpop(pair: PairLogps, *, beta: Positive = 0.1, lam: NonNegative = 5.0) -> Tensor:
     """DPO-positive: the chosen response may not become less likely than under the reference.
 
@@ -64,9 +62,7 @@ def dpop(pair: PairLogps, *, beta: Positive = 0.1, lam: NonNegative = 5.0) -> Te
     return -F.logsigmoid(beta * (chosen - rejected - lam * (-chosen).relu()))
 
 
-# cal_dpo: Calibrated DPO.
-
-
+@part
 def cal_dpo(pair: PairLogps, *, beta: Positive = 0.1) -> Tensor:
     """Calibrated DPO: rewards must differ, and be +½ and −½.
 

@@ -1,17 +1,15 @@
-"""Anchored preference optimization."""
+"""Each response against a level of its own: nothing but log π/π_ref of the one response enters its term."""
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyrite.math.logps import PairLogps, Running, log_ratios, running
-from pyrite.math.ranges import NonNegative, Positive, Real
-
-# kto: Kahneman-Tversky optimization on pairs.
+from pyrite.math.logps import PairLogps, log_ratios, running, strength
+from pyrite.math.ranges import NonNegative, Positive, Real, part
 
 
+@part
 def kto_pair(
     pair: PairLogps,
     *,
@@ -35,9 +33,7 @@ def kto_pair(
     return desirable * (beta * (z0 - chosen)).sigmoid() + undesirable * (beta * (rejected - z0)).sigmoid()
 
 
-# bco: Binary classifier optimization.
-
-
+@part
 def bco(pair: PairLogps, *, beta: Positive = 0.1, delta: Real | None = 0.0) -> Tensor:
     """Binary classifier optimization: chosen above, rejected below a common reward δ.
 
@@ -54,33 +50,7 @@ def bco(pair: PairLogps, *, beta: Positive = 0.1, delta: Real | None = 0.0) -> T
     return -F.logsigmoid(chosen) - F.logsigmoid(-rejected)
 
 
-# running: Statistics that a few losses keep over the batches.
-
-
-MOMENTUM = 0.9
-
-
-@torch.no_grad()
-def update(running: Running, pair: PairLogps) -> Running:
-    """The statistics with this batch included, in place, so that a checkpoint of the tensors is one of them.
-
-    ratio ← mean over the batches of ½ mean(u + v),   margin ← 0.9 margin + 0.1 mean(u − v),   count ← count + 1
-
-    u, v: log π/π_ref of the chosen and of the rejected responses, nats, without β. Returns the same object. Keep
-    it where the log-probabilities are: another device waits for them. Raises ValueError without a reference.
-
-    Jung et al. 2024, arXiv:2404.04656, section 4 (ratio); Wu et al. 2024, arXiv:2407.08639, M₀ (margin).
-    """
-    chosen, rejected = (ratio.double().mean().to(running.ratio.device) for ratio in log_ratios(pair))
-    running.count.add_(1)
-    running.ratio.add_(((chosen + rejected) / 2 - running.ratio) / running.count)
-    running.margin.mul_(MOMENTUM).add_(chosen - rejected, alpha=1 - MOMENTUM)
-    return running
-
-
-# nca: Noise contrastive alignment.
-
-
+@part
 def nca(pair: PairLogps, *, beta: Positive = 0.1) -> Tensor:
     """Noise contrastive alignment on pairs: each response against the reference, so that the chosen one cannot sink.
 
@@ -95,9 +65,7 @@ def nca(pair: PairLogps, *, beta: Positive = 0.1) -> Tensor:
     return -F.logsigmoid(chosen) - 0.5 * (F.logsigmoid(-chosen) + F.logsigmoid(-rejected))
 
 
-# apo: Anchored preference optimization.
-
-
+@part
 def apo_zero(pair: PairLogps, *, beta: Positive = 0.1) -> Tensor:
     """Anchored preference optimization where chosen is better than the policy: chosen up, rejected down.
 
@@ -111,6 +79,7 @@ def apo_zero(pair: PairLogps, *, beta: Positive = 0.1) -> Tensor:
     return (-chosen).sigmoid() + rejected.sigmoid()
 
 
+@part
 def apo_down(pair: PairLogps, *, beta: Positive = 0.1) -> Tensor:
     """Anchored preference optimization where chosen is worse than the policy: chosen down, rejected further down.
 
@@ -123,3 +92,19 @@ def apo_down(pair: PairLogps, *, beta: Positive = 0.1) -> Tensor:
     """
     chosen, rejected = (beta * ratio for ratio in log_ratios(pair))
     return chosen.sigmoid() + (rejected - chosen).sigmoid()
+
+
+@part
+def sppo(pair: PairLogps, *, beta: Positive = 0.1, soft: bool = False) -> Tensor:
+    """Self-play preference optimization: each log-ratio towards its response's probability to win.
+
+    loss = (u − (P−½)/β)² + (v + (P−½)/β)²,   u, v = log π/π_ref of chosen, rejected
+
+    PairLogps of B pairs -> (B,), nats²; 1/(2β²) at policy = reference for P = 1. P is 1, or with `soft` the
+    probability σ(strength) that chosen wins. Raises ValueError without a reference, or with `soft` without strengths.
+
+    Wu et al. 2024, arXiv:2405.00675, eq. 4.7, with η = 1/β.
+    """
+    chosen, rejected = log_ratios(pair)
+    target = ((strength(pair).sigmoid() if soft else 1.0) - 0.5) / beta
+    return (chosen - target) ** 2 + (rejected + target) ** 2
