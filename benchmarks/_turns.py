@@ -105,7 +105,9 @@ def train(turn: Turn, case: Case, model: Any, rows: list, loss: Any) -> None:
             [rows[place] for place in ordered],
             of,
             weights=[1.0] * len(rows),
-            training=Training(lr=1e-6, batch_size=PAIRS, precision=case.precision, schedule="constant", warmup=0),
+            training=Training(
+                lr=1e-6, batch_size=PAIRS, precision=case.precision, lr_scheduler_type="constant(warmup_steps=0)"
+            ),
             seed=0,
             run=run,
             label="ours",

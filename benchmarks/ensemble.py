@@ -33,7 +33,7 @@ def write_members(folder: Path, case: Case) -> None:
     make_model(case, AutoModelForSequenceClassification, num_labels=1).save_pretrained(base)
     tokenizer(case).save_pretrained(base)
     for kind, one in KINDS.items():
-        members, lora = MEMBERS if kind != one else 1, Lora(lora_rank=8) if "lora" in kind else None
+        members, lora = MEMBERS if kind != one else 1, Lora(r=8) if "lora" in kind else None
         for member in range(members):
             model = RewardModel.load(base, head_seed=member, lora=lora)
             generator = torch.Generator().manual_seed(member)

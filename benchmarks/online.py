@@ -126,7 +126,9 @@ class Ours:
         policy.to("cuda" if torch.cuda.is_available() else "cpu")
         start = copy.deepcopy(policy) if ref is None else Policy(ref, policy.tokenizer).to(policy.device)
         precision: Any = case.precision
-        training = Training(lr=1e-6, batch_size=PAIRS, precision=precision, schedule="constant", warmup=0)
+        training = Training(
+            lr=1e-6, batch_size=PAIRS, precision=precision, lr_scheduler_type="constant(warmup_steps=0)"
+        )
         learner = RoundLearner(policy, dpo, training, rounds=case.steps + 1, restart=False)
         drawing = Drawing(on_policy(), max_new_tokens=NEW, temperature=TEMPERATURE)
         return cls(Players(policy, start.requires_grad_(False), precision), learner, drawing)

@@ -223,7 +223,12 @@ class Ours:
         from pyrite.training.rounds import Players
 
         reads = tokenizer(case)
-        same: dict[str, Any] = {"lr": by.lr, "betas": (0.9, 0.999), "schedule": "constant", "warmup": 0, "clip": 1e9}
+        same: dict[str, Any] = {
+            "lr": by.lr,
+            "optim": "adamw(betas=(0.9, 0.999))",
+            "lr_scheduler_type": "constant(warmup_steps=0)",
+            "max_grad_norm": 1e9,
+        }
         training = Training(batch_size=ANSWERS // by.minibatches, epochs=by.passes, **same)
         passes = Passes(steps=case.steps + 1)
         policy = Policy(talker(case), reads)

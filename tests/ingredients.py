@@ -26,7 +26,7 @@ def base(folder: Path) -> Path:
 
 def trained(base: Path, folder: Path, number: int, *, rank: int = 4, alpha: float = 8.0, steps: int = 4) -> Path:
     """A policy's adapters after a few steps toward one of the responses."""
-    policy = Policy.load(base, lora=Lora(lora_rank=rank, lora_alpha=alpha))
+    policy = Policy.load(base, lora=Lora(r=rank, alpha=alpha))
     read = policy.tokenizer(list(RESPONSES), add_special_tokens=False)["input_ids"]
     batch = policy.pack([Row(read[2], [read[number % 3]]), Row(read[1], [read[number % 3]])])
     optimizer = torch.optim.Adam([p for p in policy.parameters() if p.requires_grad], lr=2e-2)

@@ -19,7 +19,7 @@ from pyrite.training.loop import Training
 from pyrite.training.ppo import Learners, Passes, Reward, Rollouts, State, collect, estimates
 from pyrite.training.rounds import Players
 
-TRAINING = Training(lr=3e-3, epochs=2, batch_size=2, warmup=0)
+TRAINING = Training(lr=3e-3, epochs=2, batch_size=2, lr_scheduler_type="cosine(warmup_steps=0)")
 PROMPTS = [{"prompt_id": str(i), "prompt": words} for i, words in enumerate(["tell me", "please", "a cat"])]
 IDS = [[1, 20, 21], [1, 22], [1, 4, 6]]
 
@@ -59,7 +59,7 @@ def test_moments_and_beta_are_restored_in_place() -> None:
         ({"value": "detached"}, WithValue, False),
         ({"value": "own", "lr": 1e-2}, ValueModel, True),
         ({"value": "own", "top": 1}, ValueModel, True),
-        ({"value": "own", "lora": Lora(lora_rank=2)}, ValueModel, True),
+        ({"value": "own", "lora": Lora(r=2)}, ValueModel, True),
     ],
 )
 def test_the_critic_asked_for_learns_and_goes_on(

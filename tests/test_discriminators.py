@@ -127,7 +127,7 @@ def test_self_reward_follows_the_policy(players: Players) -> None:
 
 
 def test_an_adapted_policy_is_its_own_reference(tiny: Path) -> None:
-    policy = Policy.load(tiny, lora=Lora(lora_rank=4))
+    policy = Policy.load(tiny, lora=Lora(r=4))
     made = make("self_reward()", Players(policy, policy))
     some = [a for a, _ in labels(policy, 3)]
     assert made.scores(some).abs().max() < 1e-5

@@ -53,7 +53,7 @@ def test_of_itself_it_is_zero(tokenizer: PreTrainedTokenizerFast) -> None:
 
 
 def test_its_own_reference_is_the_policy_without_adapters(tiny: Path) -> None:
-    policy = Policy.load(tiny, lora=Lora(lora_rank=2))
+    policy = Policy.load(tiny, lora=Lora(r=2))
     for name, parameter in policy.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))

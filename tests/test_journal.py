@@ -48,7 +48,7 @@ def test_a_row_a_round_of_a_real_run(tiny: Path, demos: Path, tmp_path: Path) ->
         prompts_per_round=8,
         silver="implicit(lr=0.001)",
         evaluation=Evaluation(gold="length()", max_new_tokens=6, eval_k=2),
-        training=Training(lr=1e-3, warmup=0),
+        training=Training(lr=1e-3, lr_scheduler_type="cosine(warmup_steps=0)"),
     )
     online.run(config)
     start, first, last = read_metrics(config.out)

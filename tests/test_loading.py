@@ -55,11 +55,11 @@ def test_draw_head_has_its_own_stream() -> None:
 def test_adapters_are_optional_and_always_start_alike() -> None:
     model = build("llama")
     assert adapted(model, None, task="CAUSAL_LM") is model
-    assert adapted(model, Lora(), task="CAUSAL_LM") is model
+    assert adapted(model, None, task="CAUSAL_LM") is model
     torch.rand(4)
-    one = adapted(build("llama"), Lora(lora_rank=2, lora_targets="q_proj,v_proj"), task="CAUSAL_LM")
+    one = adapted(build("llama"), Lora(r=2, target_modules="q_proj,v_proj"), task="CAUSAL_LM")
     torch.rand(4)
-    two = adapted(build("llama"), Lora(lora_rank=2, lora_targets="q_proj,v_proj"), task="CAUSAL_LM")
+    two = adapted(build("llama"), Lora(r=2, target_modules="q_proj,v_proj"), task="CAUSAL_LM")
     names = [name for name, p in one.named_parameters() if p.requires_grad]
     assert len(names) == 2 * 2 * 2
     assert all("q_proj" in name or "v_proj" in name for name in names)

@@ -61,7 +61,7 @@ def test_members_that_differ_in_their_heads_run_their_trunk_once(tiny: Path, tmp
 
 def test_lora_members_share_their_base(tiny: Path, tmp_path: Path) -> None:
     for seed in range(3):
-        trained_member(tiny, tmp_path / f"member_{seed}", seed=seed, lora=Lora(lora_rank=2))
+        trained_member(tiny, tmp_path / f"member_{seed}", seed=seed, lora=Lora(r=2))
     ensemble = RewardEnsemble.load(finished_run(tmp_path))
     apart = [RewardModel.load(tmp_path / f"member_{seed}") for seed in range(3)]
     added = sum(p.numel() for p in apart[0].parameters() if p.requires_grad)
@@ -78,7 +78,7 @@ def test_lora_members_share_their_base(tiny: Path, tmp_path: Path) -> None:
 def test_members_of_other_trunks_stay_apart(tiny: Path, tmp_path: Path) -> None:
     trained_member(tiny, tmp_path / "member_0", seed=0)
     trained_member(tiny, tmp_path / "member_1", seed=1)
-    trained_member(tiny, tmp_path / "member_2", seed=2, lora=Lora(lora_rank=2))
+    trained_member(tiny, tmp_path / "member_2", seed=2, lora=Lora(r=2))
     ensemble = RewardEnsemble.load(finished_run(tmp_path))
     apart = [RewardModel.load(tmp_path / f"member_{seed}") for seed in range(3)]
     assert storages(ensemble.members) == storages(apart)
@@ -129,9 +129,9 @@ def test_only_what_is_equal_is_shared(tiny: Path, tmp_path: Path) -> None:
 
 
 def test_adapters_of_another_base_stay_apart(tiny: Path, tmp_path: Path) -> None:
-    model = RewardModel.load(tiny, head_seed=0, lora=Lora(lora_rank=2))
+    model = RewardModel.load(tiny, head_seed=0, lora=Lora(r=2))
     RewardModel.load(tiny, head_seed=0).save(tmp_path / "plain")
-    RewardModel.load(tmp_path / "plain", lora=Lora(lora_rank=2)).save(tmp_path / "other")
+    RewardModel.load(tmp_path / "plain", lora=Lora(r=2)).save(tmp_path / "other")
     assert beside(model.model, tmp_path / "other") is None
     assert beside(model.model, tmp_path / "plain") is None
     assert not one_trunk([model.model, model.model])

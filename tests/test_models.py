@@ -264,7 +264,7 @@ print(json.dumps([models.scores(*json.loads(sys.argv[2])).tolist() for _ in rang
 """
 
 
-@pytest.mark.parametrize("lora", [None, Lora(lora_rank=2, lora_dropout=0.5)], ids=["whole", "adapters"])
+@pytest.mark.parametrize("lora", [None, Lora(r=2, dropout=0.5)], ids=["whole", "adapters"])
 def test_a_fresh_process_scores_alike(tiny: Path, tmp_path: Path, lora: Lora | None) -> None:
     """The trained head is the one that is used, whatever the other process has drawn; dropout is off."""
     model = RewardModel.load(tiny, lora=lora, head_seed=5, head_std=0.5)
@@ -298,10 +298,10 @@ def trained_names(model: torch.nn.Module, before: dict[str, Tensor]) -> set[str]
 
 def test_lora_trains_only_adapters_and_a_policy_comes_back(tiny: Path, tmp_path: Path) -> None:
     torch.rand(7)
-    policy = Policy.load(tiny, lora=Lora(lora_rank=2))
+    policy = Policy.load(tiny, lora=Lora(r=2))
     assert policy.packed
     torch.rand(3)
-    again = Policy.load(tiny, lora=Lora(lora_rank=2))
+    again = Policy.load(tiny, lora=Lora(r=2))
     assert all(torch.equal(a, b) for a, b in zip(policy.parameters(), again.parameters(), strict=True))
     rows = random_rows([(4, [5]), (2, [3])])
     rows = [Row([t % 24 for t in row.prompt], [[t % 24 for t in r] for r in row.responses]) for row in rows]
@@ -323,7 +323,7 @@ def test_lora_trains_only_adapters_and_a_policy_comes_back(tiny: Path, tmp_path:
 
 
 def test_lora_on_the_head_is_not_skipped(tiny: Path) -> None:
-    policy = Policy.load(tiny, lora=Lora(lora_rank=2, lora_targets="q_proj,lm_head"))
+    policy = Policy.load(tiny, lora=Lora(r=2, target_modules="q_proj,lm_head"))
     assert not policy.packed
     rows = [Row([4, 5], [[6, 7, 2]])]
     (-policy(policy.pack(rows)).sum()).backward()
@@ -332,13 +332,13 @@ def test_lora_on_the_head_is_not_skipped(tiny: Path) -> None:
 
 
 def test_unknown_lora_targets_are_one_line(tiny: Path) -> None:
-    with pytest.raises(ValueError, match="--lora-targets nothing: no layer is called 'nothing'") as error:
-        Policy.load(tiny, lora=Lora(lora_rank=2, lora_targets="nothing"))
+    with pytest.raises(ValueError, match="--lora: target_modules nothing: no layer is called 'nothing'") as error:
+        Policy.load(tiny, lora=Lora(r=2, target_modules="nothing"))
     assert "\n" not in str(error.value)
 
 
 def test_lora_reward_model_comes_back_with_its_head_and_constants(tiny: Path, tmp_path: Path) -> None:
-    model = RewardModel.load(tiny, lora=Lora(lora_rank=2), head_seed=5)
+    model = RewardModel.load(tiny, lora=Lora(r=2), head_seed=5)
     assert model.packed
     before = {name: value.clone() for name, value in model.model.state_dict().items()}
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
@@ -478,11 +478,11 @@ def test_what_top_trains(tiny: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="the model has 2 layers"):
         Policy.load(tiny, top=3)
     with pytest.raises(ValueError, match="not both"):
-        Policy.load(tiny, top=1, lora=Lora(lora_rank=2))
+        Policy.load(tiny, top=1, lora=Lora(r=2))
 
 
 def test_adapters_that_are_trained_on_share_their_base_with_the_reference(tiny: Path, tmp_path: Path) -> None:
-    Policy.load(tiny, lora=Lora(lora_rank=2)).save(tmp_path / "adapters")
+    Policy.load(tiny, lora=Lora(r=2)).save(tmp_path / "adapters")
     policy = Policy.load(tmp_path / "adapters")
     assert not policy.reversible
     ref = policy.frozen_copy()

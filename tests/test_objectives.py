@@ -142,7 +142,7 @@ def test_a_row_of_one_option_is_scored_as_by_the_reward_run(tiny: Path, tmp_path
     torch.testing.assert_close(both[0], both[1])
 
 
-@pytest.mark.parametrize("lora", [None, Lora(lora_rank=2)], ids=["whole", "adapters"])
+@pytest.mark.parametrize("lora", [None, Lora(r=2)], ids=["whole", "adapters"])
 def test_a_model_for_each_preference(tiny: Path, tmp_path: Path, lora: Lora | None) -> None:
     folders = {
         id: saved(tiny, tmp_path / id, seed=i, mean=float(i), std=1.0 + i, lora=lora) for i, id in enumerate(ALONG.ids)

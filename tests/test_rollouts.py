@@ -194,7 +194,7 @@ def test_a_step_is_that_of_the_whole_padded_batch(policy: Policy, tiny: Path, ki
         error = value_loss(table(values), found.values, made.returns, found.mask).loss
         loss = loss + (0.1 if kind == "both" else 1.0) * error
     loss.backward()
-    learner = Learner(step, Training(batch_size=3, micro_tokens=micro, clip=1e9))
+    learner = Learner(step, Training(batch_size=3, micro_batch_tokens=micro, max_grad_norm=1e9))
     metrics = learner.update([2, 0, 1], found.rows, batch_loss(step, found, made), weights=found.weights, lr=0.0)
     torch.testing.assert_close(metrics["loss"], loss.detach(), atol=1e-5, rtol=1e-5)
     norm = torch.stack([p.grad.norm() for p in expected.parameters() if p.grad is not None]).norm()

@@ -58,7 +58,7 @@ def test_rows_are_the_drawn_tokens_and_the_reference_s_view_of_them(policy: Poli
 
 
 def test_without_its_adapters_the_policy_is_its_reference(tiny: Path) -> None:
-    policy = Policy.load(tiny, lora=Lora(lora_rank=4))
+    policy = Policy.load(tiny, lora=Lora(r=4))
     assert policy.reversible
     with torch.no_grad():
         for name, parameter in policy.named_parameters():
@@ -82,7 +82,7 @@ def read_logps(read: Logps) -> torch.Tensor:
     return read.tokens[read.mask]
 
 
-@pytest.mark.parametrize("lora", [None, Lora(lora_rank=4)])
+@pytest.mark.parametrize("lora", [None, Lora(r=4)])
 @pytest.mark.parametrize("sampler", [samplers.on_policy(), samplers.mixed(on_policy=0.5), samplers.reference()])
 def test_bfloat16_draws_and_scores_are_a_forward_s_under_autocast(
     tiny: Path, sampler: Sampler, lora: Lora | None
@@ -120,7 +120,12 @@ def test_the_first_margin_is_zero_where_learning_and_reference_are_rounded_alike
         drawn = players.draw(ROWS, IDS, Drawing(samplers.on_policy(), k=2, max_new_tokens=12), number=0)
         answers = players.answers(ROWS, IDS, drawn)
         prefs = players.preferences(answers, [Pair(0, 1, 1.0), Pair(3, 2, 1.0)], frozenset({"ref"}))
-        learner = RoundLearner(players.policy, losses.dpo, Training(warmup=0, precision=precision), rounds=1)
+        learner = RoundLearner(
+            players.policy,
+            losses.dpo,
+            Training(lr_scheduler_type="cosine(warmup_steps=0)", precision=precision),
+            rounds=1,
+        )
         found = learner.learn(prefs, 0)
         margins[ref], first[ref] = abs(found["margin"]), abs(found["loss"] - math.log(2))
     assert margins.pop(precision) < 1e-4 < min(margins.values())
@@ -134,7 +139,7 @@ def test_moments_and_schedule_restart_or_last(policy: Policy, restart: bool) -> 
     prefs = players.preferences(
         players.answers(ROWS, IDS, drawn), [Pair(0, 1, 1.0), Pair(2, 3, 1.0)], frozenset({"ref"})
     )
-    training = Training(lr=1e-3, batch_size=1, warmup=0)
+    training = Training(lr=1e-3, batch_size=1, lr_scheduler_type="cosine(warmup_steps=0)")
     learner = RoundLearner(policy, losses.dpo, training, rounds=2, restart=restart)
     before = {name: value.clone() for name, value in players.ref.state_dict().items()}
     for number in range(2):

@@ -17,11 +17,11 @@ from pyrite.core.runs import Run
 from pyrite.models.packing import Row
 from pyrite.models.policy import Policy
 from pyrite.training import loop
-from pyrite.training.loop import Training, TrainingError, learning_rate, order
+from pyrite.training.loop import Logging, Training, TrainingError, learning_rate, order
 
 SHAPES = [(2 + i % 5, [1 + (3 * i) % 7]) for i in range(22)]
 ROWS = [Row([t % 24 for t in r.prompt], [[t % 24 for t in r.responses[0]]]) for r in random_rows(SHAPES)]
-SMALL = Training(lr=1e-2, epochs=2, batch_size=6, warmup=2, log_every=1, save_every=3)
+SMALL = Training(lr=1e-2, epochs=2, batch_size=6, lr_scheduler_type="cosine(warmup_steps=2)")
 
 
 class KilledError(Exception):
@@ -46,6 +46,8 @@ def fit(
     folder: Path,
     training: Training = SMALL,
     *,
+    logging_steps: int = 1,
+    save_steps: int = 3,
     stop_at: int = -1,
     nan_at: int = -1,
     dropout: float = 0.0,
@@ -65,8 +67,8 @@ def fit(
         return total * float("nan") if at(nan_at, indices) else total, {"rows": torch.tensor(float(len(rows)))}
 
     weights = [float(len(row.responses[0])) for row in ROWS]
-    run = new_run(folder)
-    loop.fit(policy, ROWS, loss, weights=weights, training=training, seed=0, run=run, label="test")
+    run, logging = new_run(folder), Logging(logging_steps, save_steps)
+    loop.fit(policy, ROWS, loss, weights=weights, training=training, logging=logging, seed=0, run=run, label="test")
     return {name: p.detach().clone() for name, p in policy.named_parameters()}
 
 
@@ -78,7 +80,7 @@ def assert_equal(got: dict[str, Tensor], want: dict[str, Tensor], tol: float = 0
 
 def test_the_token_budget_changes_nothing(tiny: Path, tmp_path: Path) -> None:
     whole = fit(tiny, tmp_path / "whole")
-    pieces = fit(tiny, tmp_path / "pieces", replace(SMALL, micro_tokens=1))
+    pieces = fit(tiny, tmp_path / "pieces", replace(SMALL, micro_batch_tokens=1))
     assert_equal(pieces, whole, 1e-5)  # a thousandth of a step: Adam divides rounding by itself where g is near 0
     rows = [[r["loss"] for r in runs.read_metrics(tmp_path / name)] for name in ("whole", "pieces")]
     assert rows[0] == pytest.approx(rows[1], abs=1e-5)
@@ -86,7 +88,7 @@ def test_the_token_budget_changes_nothing(tiny: Path, tmp_path: Path) -> None:
 
 def test_a_step_is_adamw_on_the_mean_over_tokens(tiny: Path, tmp_path: Path) -> None:
     """One step against torch's own optimizer on the plain formula."""
-    training = replace(SMALL, epochs=1, batch_size=len(ROWS), clip=0.05, weight_decay=0.3)
+    training = replace(SMALL, epochs=1, batch_size=len(ROWS), max_grad_norm=0.05, optim="adamw(weight_decay=0.3)")
     got = fit(tiny, tmp_path, training)
     policy = Policy.load(tiny)
     total = sum(-policy(policy.pack([row])).sum() for row in ROWS)
@@ -95,7 +97,7 @@ def test_a_step_is_adamw_on_the_mean_over_tokens(tiny: Path, tmp_path: Path) -> 
     decayed = [p for p in policy.parameters() if p.dim() >= 2]
     rest = [p for p in policy.parameters() if p.dim() < 2]
     groups = [{"params": decayed, "weight_decay": 0.3}, {"params": rest, "weight_decay": 0.0}]
-    torch.optim.AdamW(groups, lr=learning_rate(0, 1, training), betas=training.betas).step()
+    torch.optim.AdamW(groups, lr=learning_rate(0, 1, training), betas=(0.9, 0.98)).step()
     assert_equal(got, dict(policy.named_parameters()), 1e-4)  # Adam divides rounding by itself where g is near 0
     (row,) = runs.read_metrics(tmp_path)
     assert row["step"] == 1
@@ -106,16 +108,16 @@ def test_a_step_is_adamw_on_the_mean_over_tokens(tiny: Path, tmp_path: Path) -> 
 
 
 def test_learning_rate() -> None:
-    plain = Training(lr=2.0, warmup=4, floor=0.1)
+    plain = Training(lr=2.0, lr_scheduler_type="cosine(warmup_steps=4, min_lr_ratio=0.1)")
     assert learning_rate(0, 100, plain) == pytest.approx(2 * 1 / 4)
     assert learning_rate(3, 10**9, plain) == pytest.approx(2.0)
     assert learning_rate(50, 100, plain) == pytest.approx(2 * (0.1 + 0.9 * 0.5))
     assert learning_rate(25, 100, plain) == pytest.approx(2 * (0.1 + 0.9 * 0.5 * (1 + math.sqrt(0.5))))
     assert learning_rate(100, 100, plain) == pytest.approx(0.2)
-    linear = replace(plain, schedule="linear", floor=0.0)
+    linear = replace(plain, lr_scheduler_type="linear(min_lr_ratio=0.0)")
     assert learning_rate(25, 100, linear) == pytest.approx(1.5)
     assert learning_rate(100, 100, linear) == 0
-    constant = replace(plain, schedule="constant", warmup=0)
+    constant = replace(plain, lr_scheduler_type="constant(warmup_steps=0)")
     assert [learning_rate(step, 100, constant) for step in (0, 99)] == [2.0, 2.0]
 
 
@@ -146,15 +148,15 @@ def test_dropout_matters_in_that_test(tiny: Path, tmp_path: Path) -> None:
 
 
 def test_nan_stops_with_the_step_and_the_checkpoint(tiny: Path, tmp_path: Path) -> None:
-    training = replace(SMALL, log_every=100)
     with pytest.raises(TrainingError, match=r"not finite at step 5 .* last good checkpoint is step 3") as error:
-        fit(tiny, tmp_path, training, nan_at=4)
+        fit(tiny, tmp_path, logging_steps=100, nan_at=4)
     assert "\n" not in str(error.value)
     saved = list((tmp_path / "checkpoints").iterdir())
     assert [path.name for path in saved] == ["step-3.safetensors"]
     state = load_file(saved[0])
     assert all(value.isfinite().all() for value in state.values() if value.is_floating_point())
-    assert_equal(fit(tiny, tmp_path, training), fit(tiny, tmp_path / "whole", training))
+    again, whole = (fit(tiny, folder, logging_steps=100) for folder in (tmp_path, tmp_path / "whole"))
+    assert_equal(again, whole)
 
 
 def test_nan_before_any_checkpoint_says_so(tiny: Path, tmp_path: Path) -> None:
@@ -163,7 +165,7 @@ def test_nan_before_any_checkpoint_says_so(tiny: Path, tmp_path: Path) -> None:
 
 
 def test_the_last_two_checkpoints_stay_until_discarded(tiny: Path, tmp_path: Path) -> None:
-    fit(tiny, tmp_path, replace(SMALL, save_every=2))
+    fit(tiny, tmp_path, save_steps=2)
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-4.safetensors", "step-6.safetensors"]
     loop.discard_checkpoints(new_run(tmp_path))
     assert not (tmp_path / "checkpoints").exists()
@@ -189,7 +191,7 @@ def test_frozen_parameters_are_neither_trained_nor_stored(tiny: Path, tmp_path: 
         return -model(policy.pack(rows)).sum(), {}
 
     run, weights = new_run(tmp_path), [1.0] * len(ROWS)
-    loop.fit(policy, ROWS, loss, weights=weights, training=SMALL, seed=0, run=run, label="x")
+    loop.fit(policy, ROWS, loss, weights=weights, training=SMALL, logging=Logging(1, 3), seed=0, run=run, label="x")
     changed = {name for name, p in policy.named_parameters() if not torch.equal(p, before[name])}
     assert changed
     assert all("norm" in name for name in changed)
@@ -197,8 +199,9 @@ def test_frozen_parameters_are_neither_trained_nor_stored(tiny: Path, tmp_path: 
     assert {name.removeprefix("model.") for name in state if name.startswith("model.")} == changed
 
 
-BAD = [(name, 0) for name in ("epochs", "batch_size", "micro_tokens", "log_every", "save_every", "lr")]
-BAD += [("lr", math.nan), ("clip", -1.0), ("floor", 2.0), ("warmup", -1)]
+BAD = [(name, 0) for name in ("epochs", "batch_size", "micro_batch_tokens", "lr")]
+BAD += [("lr", math.nan), ("max_grad_norm", -1.0), ("optim", "adamw(weight_decay=-1)")]
+BAD += [("lr_scheduler_type", f"cosine({option})") for option in ("min_lr_ratio=2.0", "warmup_steps=-1")]
 
 
 @pytest.mark.parametrize(("name", "value"), BAD)
@@ -209,7 +212,7 @@ def test_options_out_of_range_are_refused(name: str, value: float) -> None:
 
 def test_recomputed_layers_change_nothing(tiny: Path, tmp_path: Path) -> None:
     plain = fit(tiny, tmp_path / "plain")
-    again = fit(tiny, tmp_path / "again", replace(SMALL, recompute=True))
+    again = fit(tiny, tmp_path / "again", replace(SMALL, gradient_checkpointing=True))
     assert_equal(again, plain)
 
 
@@ -230,7 +233,14 @@ def test_the_state_of_a_loss_resumes_with_the_model(tiny: Path, tmp_path: Path) 
             if step == stop_at:
                 raise KilledError
 
-        kind = {"weights": [1.0] * len(ROWS), "training": SMALL, "seed": 0, "run": run, "label": "test"}
+        kind = {
+            "weights": [1.0] * len(ROWS),
+            "training": SMALL,
+            "logging": Logging(1, 3),
+            "seed": 0,
+            "run": run,
+            "label": "test",
+        }
         loop.fit(policy, ROWS, loss, state=state, watch=watch, **kind)
         return state["count"].item(), seen
 

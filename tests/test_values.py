@@ -92,7 +92,7 @@ def test_a_detached_head_leaves_the_trunk_to_the_policy(detach: bool, tokenizer:
     )
 
 
-@pytest.mark.parametrize("lora", [None, Lora(lora_rank=2)])
+@pytest.mark.parametrize("lora", [None, Lora(r=2)])
 def test_it_begins_at_0_from_a_policy_and_at_the_score_from_a_reward_model(
     tiny: Path, tmp_path: Path, lora: Lora | None
 ) -> None:
@@ -119,13 +119,13 @@ def test_what_is_trained(tiny: Path) -> None:
     assert head == {"model.score.weight"} and head < last < whole
     assert {name.split(".layers.")[1][0] for name in last if ".layers." in name} == {"1"}
     assert "model.model.norm.weight" in last and not any("embed" in name for name in last)
-    adapters = trained(lora=Lora(lora_rank=2))
+    adapters = trained(lora=Lora(r=2))
     assert adapters and all("lora_" in name or "score" in name for name in adapters)
 
 
 def test_adapters_are_saved_and_trained_on(tiny: Path, tmp_path: Path) -> None:
     rows = [Row([1, 5], [[6, 7], [8, 2]])]
-    model = ValueModel.load(tiny, lora=Lora(lora_rank=2))
+    model = ValueModel.load(tiny, lora=Lora(r=2))
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(len(name)))
@@ -137,7 +137,7 @@ def test_adapters_are_saved_and_trained_on(tiny: Path, tmp_path: Path) -> None:
     names = [{name for name, p in one.named_parameters() if p.requires_grad} for one in (model, again)]
     assert names[0] == names[1]
     with pytest.raises(ValueError, match="has adapters, which are trained on"):
-        ValueModel.load(tmp_path / "value", lora=Lora(lora_rank=2))
+        ValueModel.load(tmp_path / "value", lora=Lora(r=2))
 
 
 def test_saved_and_loaded_it_is_the_same(tiny: Path, tmp_path: Path) -> None:
@@ -173,4 +173,4 @@ def test_refusals(tiny: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(ValueError, match="has 2 layers"):
         ValueModel.load(tiny, top=3)
     with pytest.raises(ValueError, match="not both"):
-        ValueModel.load(tiny, top=1, lora=Lora(lora_rank=2))
+        ValueModel.load(tiny, top=1, lora=Lora(r=2))

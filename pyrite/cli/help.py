@@ -58,7 +58,7 @@ COMMON = (
         "n",
     ),
     *("beta", "sampler", "silver", "gold_budget", "max_length", "max_prompt", "on_long", "max_new_tokens"),
-    *("temperature", "eval_prompts", "lora_rank", "lr", "epochs", "batch_size", "precision", "weights", "mode"),
+    *("temperature", "eval_prompts", "lora", "lr", "epochs", "batch_size", "precision", "weights", "mode"),
     *("dimensions", "kinds"),
     *(
         "candidates",
@@ -88,8 +88,8 @@ EVERYWHERE = (
 )
 # options as transformers and TRL call them
 ALIASES = {
-    "adam-beta1": "betas",
-    "adam-beta2": "betas",
+    "adam-beta1": "optim 'adamw(betas=(0.9, 0.98))'",
+    "adam-beta2": "optim 'adamw(betas=(0.9, 0.98))'",
     "adapter": "model",
     "base-model": "model",
     "bf16": "precision bfloat16",
@@ -100,19 +100,15 @@ ALIASES = {
     "eval-dataset": "held-out",
     "eval-steps": "measure-every",
     "generation-kwargs": "temperature",
-    "gradient-checkpointing": "recompute",
     "kl-coef": "beta",
     "learning-rate": "lr",
-    "logging-steps": "log-every",
-    "lora-r": "lora-rank",
+    "lora-r": "lora 'lora(r=16)'",
     "loss-type": "loss",
-    "lr-scheduler-type": "schedule",
     "max-completion-length": "max-new-tokens",
-    "max-grad-norm": "clip",
     "max-prompt-length": "max-prompt",
     "max-seq-length": "max-length",
     "max-steps": "epochs",
-    "min-lr-ratio": "floor",
+    "min-lr-ratio": "lr-scheduler-type 'cosine(min_lr_ratio=0.1)'",
     "model-name": "model",
     "model-name-or-path": "model",
     "num-epochs": "epochs",
@@ -130,13 +126,12 @@ ALIASES = {
     "response-length": "max-new-tokens",
     "reward-model": "reward",
     "reward-model-path": "reward",
-    "save-steps": "save-every",
     "sft-model-path": "model",
     "total-episodes": "steps",
     "train-batch-size": "batch-size",
     "train-file": "data",
-    "use-peft": "lora-rank",
-    "warmup-steps": "warmup",
+    "use-peft": "lora 'lora(r=16)'",
+    "warmup-steps": "lr-scheduler-type 'cosine(warmup_steps=10)'",
 }
 
 
@@ -148,6 +143,20 @@ OLD_NAMES: dict[str, str] = {
     "--label-cost": "--gold-cost",
     "--ledger": "--gold-ledger",
     "--max-cost": "--gold-max-cost",
+    "--betas": "--optim, as in --optim 'adamw(betas=(0.9, 0.98))'",
+    "--clip": "--max-grad-norm",
+    "--floor": "--lr-scheduler-type, as in --lr-scheduler-type 'cosine(min_lr_ratio=0.1)'",
+    "--log-every": "--logging-steps",
+    "--lora-alpha": "--lora, as in --lora 'lora(r=16, alpha=32)'",
+    "--lora-dropout": "--lora, as in --lora 'lora(r=16, dropout=0.1)'",
+    "--lora-rank": "--lora, as in --lora 'lora(r=16)'",
+    "--lora-targets": "--lora, as in --lora 'lora(r=16, target_modules=\"q_proj,v_proj\")'",
+    "--micro-tokens": "--micro-batch-tokens",
+    "--recompute": "--gradient-checkpointing",
+    "--save-every": "--save-steps",
+    "--schedule": "--lr-scheduler-type, as in --lr-scheduler-type 'linear(warmup_steps=10)'",
+    "--warmup": "--lr-scheduler-type, as in --lr-scheduler-type 'cosine(warmup_steps=10)'",
+    "--weight-decay": "--optim, as in --optim 'adamw(weight_decay=0.01)'",
 }
 
 
@@ -221,7 +230,7 @@ def renamed(name: str, known: Iterable[str]) -> str:
         return ""
     if not now.startswith("--"):
         return f"{old.replace('--no-', '--', 1)} is gone: {now}"
-    here = [new for new in now.split(" or ") if new.removeprefix("--").split()[0] in names]
+    here = [new for new in now.split(" or ") if new.removeprefix("--").split()[0].strip(",") in names]
     return f"{old} is now {' or '.join(here)}" if here else ""
 
 

@@ -285,6 +285,19 @@ def _width(values: Sequence[Any]) -> torch.dtype:
     return torch.float64 if large else torch.float32
 
 
+def _rate(own: Own, answer: Any, data: tuple[Any, ...]) -> float:
+    value = answer.item() if _single(answer) else answer
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+        raise own.fault(f"returns {_called(value)}; return the learning rate of a step, a number of 0 or more")
+    return float(value)
+
+
+def _optimizer(own: Own, answer: Any, data: tuple[Any, ...]) -> torch.optim.Optimizer:
+    if not isinstance(answer, torch.optim.Optimizer):
+        raise own.fault(f"returns {_called(answer)}; return a torch.optim.Optimizer of the parameters")
+    return answer
+
+
 def _maker(own: Own, answer: Any, data: tuple[Any, ...]) -> Any:
     missing = [name for name in ("scores", "learn", "learners") if not hasattr(answer, name)]
     if missing:
@@ -364,6 +377,8 @@ REGISTRIES = {  # what `pyrite list KIND` lists, and the module that holds it
     "golds": "pyrite.feedback.scorers",
     "judges": "pyrite.feedback.judges",
     "losses": "pyrite.math.losses",
+    "lr_schedulers": "pyrite.math.lr_schedulers",
+    "optimizers": "pyrite.training.optimizers",
     "reward_losses": "pyrite.math.reward_losses",
     "samplers": "pyrite.math.samplers",
     "schedules": "pyrite.feedback.schedules",
@@ -374,6 +389,10 @@ CONTRACTS = {
     "losses": Contract(("pair",), PAIR, _loss, _pairs),
     "reward_losses": Contract(("chosen", "rejected"), PAIR, _loss, _scored),
     "ensembles": Contract(("scores",), "one score an answer, shape (N,)", _score_a_column, _members),
+    "lr_schedulers": Contract(
+        ("lr", "step", "total"), "the learning rate of a step", _rate, lambda: ((1e-3, 0, 10), {})
+    ),
+    "optimizers": Contract(("parameters",), "a torch.optim.Optimizer", _optimizer),
     "selectors": Contract(
         ("margins",), "one priority a pair, shape (B,)", _score_a_column, _margins, late=("generator",)
     ),

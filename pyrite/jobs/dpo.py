@@ -33,7 +33,7 @@ from pyrite.models import references
 from pyrite.models.policy import Lora, Policy
 from pyrite.training import loop
 from pyrite.training.evaluation import Evaluation, Evaluator
-from pyrite.training.loop import BatchLoss, Training
+from pyrite.training.loop import BatchLoss, Logging, Training
 from pyrite.training.pairs import Loss, OnCut, Preferences, batch_loss, encode_pairs, gaps, measure, value_at_ref
 
 OUTPUTS = {
@@ -85,8 +85,10 @@ class Config:
     """Steps between measurements on held-out pairs; a tenth of the run by default."""
     evaluation: Evaluation = Evaluation()
     template: Template = Template()
-    lora: Lora = Lora()
+    lora: str | None = None
+    """Low-rank adapters in place of the weights: "lora(r=16, alpha=32)"; see `pyrite.models.loading.Lora`."""
     training: Training = Training(lr=1e-6)
+    logging: Logging = Logging()
     seed: Natural = 0
     """Of everything that is drawn at random."""
 
@@ -107,8 +109,8 @@ def run(config: Config) -> Run:
     wanted = needs(loss)
     _refuse(config, wanted)
     pairs, held = _read(config, loss)
-    policy = Policy.load(config.model, lora=config.lora, template=config.template)
-    loop.ready(policy, config.training, name=config.model)
+    policy = Policy.load(config.model, lora=Lora.parse(config.lora), template=config.template)
+    loop.set_dropout(policy, name=config.model)
     evaluator = _evaluator(config, policy)
     if evaluator:
         _tell_overlap(pairs, evaluator)
@@ -116,7 +118,7 @@ def run(config: Config) -> Run:
     live = Live.of(policy, config, wanted)
     running = Running.zero(device=policy.device) if "running" in wanted else None
     whole = bool(wanted & {"batch", "running"})
-    training = replace(config.training, micro_tokens=WHOLE) if whole else config.training
+    training = replace(config.training, micro_batch_tokens=WHOLE) if whole else config.training
     of = partial(
         batch_loss,
         policy,
@@ -148,6 +150,7 @@ def run(config: Config) -> Run:
         of(learn),
         weights=[1.0] * len(learn),
         training=training,
+        logging=config.logging,
         seed=config.seed,
         run=run,
         label="dpo",

@@ -114,7 +114,8 @@ class Config:
     """Layers of the policy that are trained, the last ones, with final norm and head; the rest it shares with the
     reference. All by default."""
     template: Template = Template()
-    lora: Lora = Lora()
+    lora: str | None = None
+    """Low-rank adapters in place of the weights: "lora(r=16, alpha=32)"; see `pyrite.models.loading.Lora`."""
     training: Training = Training(lr=5e-7)
     seed: Natural = 0
     """Of everything that is drawn at random."""
@@ -134,8 +135,8 @@ def run(config: Config) -> Run:
     asked, test = prompts.split(
         config.prompts, config.evaluation, columns=config.columns, held_out=config.held_out, seed=config.seed
     )
-    policy = Policy.load(config.model, lora=config.lora, top=config.train_top, template=config.template)
-    loop.ready(policy, config.training, name=config.model)
+    policy = Policy.load(config.model, lora=Lora.parse(config.lora), top=config.train_top, template=config.template)
+    loop.set_dropout(policy, name=config.model)
     weights = loop.Weights.of(policy)
     start = policy if policy.reversible else policy.frozen_copy()
     limits: dict[str, Any] = {"max_prompt": config.max_prompt, "on_long": config.on_long}

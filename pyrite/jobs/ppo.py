@@ -134,7 +134,8 @@ class Config:
     """Layers of the policy that are trained, the last ones, with final norm and head; the rest it shares with the
     reference. All by default."""
     template: Template = Template()
-    lora: Lora = Lora()
+    lora: str | None = None
+    """Low-rank adapters in place of the weights: "lora(r=16, alpha=32)"; see `pyrite.models.loading.Lora`."""
     training: Training = Training(lr=1e-6, epochs=4)
     """epochs: passes over a batch of answers; batch_size: prompts in an update."""
     seed: Natural = 0
@@ -159,8 +160,8 @@ def run(config: Config) -> Run:
     loaded: dict[Path, RewardEnsemble] = {}  # a reward run that is the proxy too is loaded once
     control, rewards = _checked(config), _rewards(config, loaded)
     asked, test = _prompts(config, rewards)
-    policy = Policy.load(config.model, lora=config.lora, top=config.train_top, template=config.template)
-    loop.ready(policy, config.training, name=config.model)
+    policy = Policy.load(config.model, lora=Lora.parse(config.lora), top=config.train_top, template=config.template)
+    loop.set_dropout(policy, name=config.model)
     weights = loop.Weights.of(policy)
     start = policy if policy.reversible else policy.frozen_copy()
     limits: dict[str, Any] = {"max_prompt": config.max_prompt, "on_long": config.on_long}
@@ -351,7 +352,7 @@ def _learners(policy: Policy, config: Config) -> Learners:
         passes,
         value=config.value if config.method == "gae" else None,
         top=config.value_top,
-        lora=replace(config.lora, lora_rank=config.value_lora_rank),
+        lora=replace(Lora.parse(config.lora) or Lora(), r=config.value_lora_rank) if config.value_lora_rank else None,
         lr=config.value_lr,
     )
 

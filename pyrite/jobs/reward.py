@@ -29,7 +29,7 @@ from pyrite.models.packing import Row
 from pyrite.models.policy import Lora, Pooling, RewardModel
 from pyrite.training import loop
 from pyrite.training.annotators import pair_loss
-from pyrite.training.loop import Training
+from pyrite.training.loop import Logging, Training
 
 OUTPUTS = {"member_*/": "reward models, Hugging Face layout", "metrics.jsonl": "loss and accuracy by step"}
 
@@ -69,8 +69,10 @@ class Config:
     """What to do with a pair whose strength is below 0, or probability below one half, so that its rejected answer is
     the better one: stop, exchange the answers, leave it out, or take it as it stands, as a label that was drawn."""
     template: Template = Template()
-    lora: Lora = Lora()
+    lora: str | None = None
+    """Low-rank adapters in place of the weights: "lora(r=16, alpha=32)"; see `pyrite.models.loading.Lora`."""
     training: Training = Training(epochs=2)
+    logging: Logging = Logging()
     seed: Natural = 0
     """Of everything that is drawn at random."""
 
@@ -110,6 +112,7 @@ def run(config: Config) -> Run:
             partial(pair_loss, model.pack, loss),
             weights=[1.0] * len(batches),
             training=config.training,
+            logging=config.logging,
             seed=seeds.derive(config.seed, "member", member),
             run=run,
             label=f"member {member}",
@@ -154,7 +157,7 @@ def _read(config: Config) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
 def _member(config: Config, member: int) -> RewardModel:
     model = RewardModel.load(
         config.model,
-        lora=config.lora,
+        lora=Lora.parse(config.lora),
         pooling=config.pooling,
         max_length=config.max_length,
         max_prompt=config.max_prompt,
@@ -162,7 +165,7 @@ def _member(config: Config, member: int) -> RewardModel:
         head_std=config.head_std,
         template=config.template,
     )
-    loop.ready(model, config.training, name=None if member else config.model)
+    loop.set_dropout(model, name=None if member else config.model)
     return model
 
 

@@ -21,12 +21,12 @@ from pyrite.data import rows as long_prompts
 from pyrite.data import text
 from pyrite.data.rows import Fitted, OnLong
 from pyrite.data.text import Template
-from pyrite.math.ranges import Count, Fraction, Natural, Several
+from pyrite.math.ranges import Count, Fraction, Natural, Several, Share
 from pyrite.models.packing import Row, micro_batches
 from pyrite.models.policy import Lora, Policy
 from pyrite.training import loop
 from pyrite.training.evaluation import response_logps
-from pyrite.training.loop import Training
+from pyrite.training.loop import Logging, Training
 
 OUTPUTS = {"model/": "the fine-tuned model, Hugging Face layout", "metrics.jsonl": "loss by step"}
 
@@ -54,8 +54,12 @@ class Config:
     """What to do with a longer prompt: cut it to its end, leave its row out, or stop. By default it is cut, unless all
     prompts are too long."""
     template: Template = Template()
-    lora: Lora = Lora()
+    lora: str | None = None
+    """Low-rank adapters in place of the weights: "lora(r=16, alpha=32)"; see `pyrite.models.loading.Lora`."""
     training: Training = Training()
+    dropout: Share | None = None
+    """Of the model as it learns; the model's own by default."""
+    logging: Logging = Logging()
     seed: Natural = 0
     """Of everything that is drawn at random."""
 
@@ -72,8 +76,8 @@ def run(config: Config) -> Run:
     if run.done:
         return run
     training, held = _read(config)
-    policy = Policy.load(config.model, lora=config.lora, template=config.template)
-    loop.ready(policy, config.training, name=config.model, own=True)
+    policy = Policy.load(config.model, lora=Lora.parse(config.lora), template=config.template)
+    loop.set_dropout(policy, config.dropout, name=config.model)
     first = loop.Weights.of(policy)
     fitted = _fitting(policy, training + held, config)
     kept = {id(row) for row in held}
@@ -95,6 +99,7 @@ def run(config: Config) -> Run:
         loss,
         weights=weights,
         training=config.training,
+        logging=config.logging,
         seed=config.seed,
         run=run,
         label="sft",

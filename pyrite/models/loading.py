@@ -23,10 +23,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from pyrite.core import checkpoints
+from pyrite.core import checkpoints, specs
 from pyrite.core.processes import say, world
 from pyrite.data.text import PLAIN, Template, end_id, load_tokenizer, stop_ids
-from pyrite.math.ranges import Fraction, Natural, Positive
+from pyrite.math.ranges import Count, Fraction, Positive
 
 # loading: Models from disk: transformers' Auto classes, adapters, tokenizers, and how a new head begins.
 
@@ -38,16 +38,30 @@ MASK = re.compile(r"(^|\.)(attn|attention)\.bias$")  # transformers saved them t
 
 @dataclass(frozen=True)
 class Lora:
-    """Low-rank adapters on linear layers; rank 0 trains the whole model."""
+    """Low-rank adapters on linear layers, trained in place of the weights.
 
-    lora_rank: Natural = 0
-    """Rank of low-rank adapters, trained in place of the weights; 0 trains the weights."""
-    lora_alpha: Positive = 16.0
-    """Adapters are scaled by alpha / rank."""
-    lora_dropout: Fraction = 0.0
-    """Dropout of what adapters read."""
-    lora_targets: str = "all-linear"
-    """Names of linear layers, comma separated, or all of them."""
+    r: their rank. alpha: they are scaled by alpha / r. dropout: of what they read. target_modules: names of linear
+    layers, comma separated, or all of them.
+    """
+
+    r: Count = 16
+    alpha: Positive = 16.0
+    dropout: Fraction = 0.0
+    target_modules: str = "all-linear"
+
+    @classmethod
+    def parse(cls, spec: str | None) -> Lora | None:
+        """Adapters from a spec string, such as "lora(r=8, alpha=32)"; None for None."""
+        try:
+            made: Any = specs.part(spec, {"lora": lora}).function if spec else None
+        except ValueError as error:
+            raise ValueError(f"--lora {spec}: {error}") from None
+        return made
+
+
+def lora(*, r: Count = 16, alpha: Positive = 16.0, dropout: Fraction = 0.0, target_modules: str = "all-linear") -> Lora:
+    """Low-rank adapters; see `Lora`."""
+    return Lora(r, alpha, dropout, target_modules)
 
 
 def backbone(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
@@ -334,24 +348,24 @@ def has_bare_head(model: Any) -> bool:
 
 def adapted(model: Any, lora: Lora | None, *, task: str) -> Any:
     """The model with new adapters, which always start from the same draw."""
-    if lora is None or lora.lora_rank == 0:
+    if lora is None:
         return model
     if isinstance(model, PeftModel):
         raise ValueError(
-            f"--lora-rank {lora.lora_rank}: the model has adapters already, and training goes on with them: leave "
-            "--lora-rank out, or merge them into their base by `pyrite merge` first"
+            "--lora: the model has adapters already, and training goes on with them: leave "
+            "--lora out, or merge them into their base by `pyrite merge` first"
         )
-    _check_targets(model, lora.lora_targets)
+    _check_targets(model, lora.target_modules)
     whole = [name for name in getattr(model, "new_modules", ()) if task == "SEQ_CLS" and name != "score"]
-    left_out = _not_adaptable(model) if lora.lora_targets == "all-linear" else []
+    left_out = _not_adaptable(model) if lora.target_modules == "all-linear" else []
     if left_out:
         names = checkpoints.listed({name.rpartition(".")[2] for name in left_out})
         say(f"  note: no adapters on {names}: this family's kernels read their weights past any adapter")
     config = LoraConfig(
-        r=lora.lora_rank,
-        lora_alpha=lora.lora_alpha,  # type: ignore[arg-type]  # peft takes floats, its annotation says int
-        lora_dropout=lora.lora_dropout,
-        target_modules=lora.lora_targets if lora.lora_targets == "all-linear" else lora.lora_targets.split(","),
+        r=lora.r,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # peft takes floats, its annotation says int
+        lora_dropout=lora.dropout,
+        target_modules=lora.target_modules if lora.target_modules == "all-linear" else lora.target_modules.split(","),
         exclude_modules=[*left_out, *_below(model, whole)] or None,
         modules_to_save=whole or None,
         task_type=task,
@@ -361,7 +375,9 @@ def adapted(model: Any, lora: Lora | None, *, task: str) -> Any:
         try:
             made: Any = peft.get_peft_model(model, config)
         except ValueError as error:
-            raise ValueError(f"lora_targets {lora.lora_targets!r}: {' '.join(str(error).split())}") from error
+            raise ValueError(
+                f"--lora: target_modules {lora.target_modules!r}: {' '.join(str(error).split())}"
+            ) from error
     base = model.name_or_path
     made.base_identity = checkpoints.identity(checkpoints.place(base)) if base else None
     return made
@@ -374,7 +390,9 @@ def _check_targets(model: Any, targets: str) -> None:
         if not any(name == target or name.endswith(f".{target}") for name in layers):
             linear = {name.rpartition(".")[2] for name, one in model.named_modules() if isinstance(one, nn.Linear)}
             known = checkpoints.listed(linear, most=12)
-            raise ValueError(f"--lora-targets {targets}: no layer is called {target!r}; linear layers are {known}")
+            raise ValueError(
+                f"--lora: target_modules {targets}: no layer is called {target!r}; linear layers are {known}"
+            )
 
 
 def _not_adaptable(model: Any) -> list[str]:

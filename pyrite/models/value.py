@@ -86,7 +86,7 @@ class ValueModel(nn.Module):
         backbone(model).config.pad_token_id = pad_id(tokenizer)
         if starts:
             draw_head(model, seed=0, std=0.0)
-        old, new = isinstance(model, PeftModel), lora is not None and lora.lora_rank > 0
+        old, new = isinstance(model, PeftModel), lora is not None
         if old and new:
             raise ValueError(
                 f"{path} has adapters, which are trained on: no rank for new ones beside them, or merge them"

@@ -84,12 +84,12 @@ def reward(
     teach(torch.zeros(1), torch.zeros(1))  # an option out of range is refused now
 
     def make(players: Players, seed: int) -> Discriminator:
-        lora = Lora(lora_rank=rank) if rank else None
+        lora = Lora(r=rank) if rank else None
         paths = [path] * members if cold else member_paths(path)
         heads = [seeds.derive(seed, "head", i) if cold else None for i in range(len(paths))]
         models = [RewardModel.load(p, lora=lora, head_seed=h) for p, h in zip(paths, heads, strict=True)]
         for i, model in enumerate(models):
-            loop.ready(model, training, name=None if i else path)
+            loop.set_dropout(model, name=None if i else path)
         return Rewards(models, [Learner(model, training) for model in models], teach)
 
     return make
@@ -113,9 +113,9 @@ def implicit(
     training = _training(lr, epochs, batch_size, precision)
 
     def make(players: Players, seed: int) -> Discriminator:
-        lora = Lora(lora_rank=rank) if rank else None
+        lora = Lora(r=rank) if rank else None
         own = Policy.load(path, lora=lora) if path else copy.deepcopy(players.policy)
-        loop.ready(own, training, name=path)
+        loop.set_dropout(own, name=path)
         return Implicit(own, replace(players, precision=precision), beta, [Learner(own, training)])
 
     return make
@@ -207,7 +207,7 @@ def pair_loss(
 
 def _training(lr: float, epochs: int, batch_size: int, precision: loop.Precision) -> Training:
     return Training(
-        lr=lr, epochs=epochs, batch_size=batch_size, schedule="constant", warmup=0, floor=1.0, precision=precision
+        lr=lr, epochs=epochs, batch_size=batch_size, lr_scheduler_type="constant(warmup_steps=0)", precision=precision
     )
 
 

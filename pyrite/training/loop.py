@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,40 +21,38 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from pyrite.core import processes
+from pyrite.core import processes, specs
 from pyrite.core.processes import progress, say, world
 from pyrite.core.runs import Run
-from pyrite.math import seeds
-from pyrite.math.ranges import Count, Fraction, Natural, NonNegative, Positive, Share, check
+from pyrite.math import lr_schedulers, seeds
+from pyrite.math.ranges import Count, Positive, check
 from pyrite.models.packing import Row, micro_batches
 from pyrite.models.policy import recompute
+from pyrite.training import optimizers
 
-# dropout: The dropout a model learns with.
+# Dropout --------------------------------------------------------------------------------------------------------------
 
 
-def learn_with(model: nn.Module, dropout: float | None, *, name: str | None) -> None:
+def set_dropout(model: nn.Module, dropout: float | None = 0.0, *, name: str | None = None) -> None:
     """Give every dropout of a model this probability; None leaves the model's own. A note says what that changes.
 
-    Adapters have a dropout of their own (--lora-dropout), which stays. name: of the model, for the note; None for none.
+    Preferences are learned without dropout, as references are read without. name: of the model, for the note; None for
+    no note.
     """
-    own = largest(model)
+    places = list(_dropouts(model))
+    own = max((getattr(module, attribute) for module, attribute in places), default=0.0)
     if dropout is None:
         if own and name:
             say(f"  note: {name} learns with its own dropout, {own:g}; --dropout 0 turns it off")
         return
-    for module, attribute in _places(model):
+    for module, attribute in places:
         setattr(module, attribute, dropout)
     if name and own not in (0, dropout):
-        say(f"  note: {name} has a dropout of {own:g}; here it learns with {dropout:g} (--dropout {own:g} keeps it)")
+        say(f"  note: {name} has a dropout of {own:g}; here it learns with {dropout:g}")
 
 
-def largest(model: nn.Module) -> float:
-    """The largest probability of dropout in a model, 0 if it has none."""
-    return max((getattr(module, attribute) for module, attribute in _places(model)), default=0.0)
-
-
-def _places(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
-    """Modules and the names of their attributes that hold a probability of dropout."""
+def _dropouts(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    """Modules and the names of their attributes that hold a probability of dropout; adapters have their own."""
     for path, module in model.named_modules():
         if "lora_" in path:
             continue
@@ -64,7 +63,7 @@ def _places(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
             yield from ((module, name) for name in held)
 
 
-# moved: Did training move the model? A run says so when neither its weights nor what it measures have.
+# Did training move the model? ----------------------------------------------------------------------------------------
 
 
 SAMPLE = 4096  # entries of each weight that are remembered
@@ -159,7 +158,7 @@ def _factors(model: nn.Module) -> Iterator[tuple[str, Tensor, Tensor, LoraLayer]
                 yield f"{path} {adapter}", a.detach(), b.detach(), layer  # type: ignore[operator,misc]
 
 
-# train: The inner loop every training job shares: batches, micro-batches, optimizer, clipping, checkpoints.
+# The loop ------------------------------------------------------------------------------------------------------------
 
 
 Precision = Literal["float32", "bfloat16"]
@@ -176,55 +175,57 @@ class Training:
     """How a model is trained."""
 
     lr: Positive = 1e-5
-    """Peak learning rate of AdamW."""
+    """Peak learning rate."""
     epochs: Count = 1
     """Passes over the data."""
     batch_size: Count = 32
     """Rows in one optimizer step, over all processes."""
-    micro_tokens: Count = 8192
+    micro_batch_tokens: Count = 8192
     """Packed tokens in one forward pass; changes memory and speed, not the result."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """How the learning rate falls after its warm-up."""
-    warmup: Natural = 10
-    """Steps over which the learning rate rises from 0."""
-    floor: Share = 0.1
-    """Last learning rate as a share of the peak."""
-    weight_decay: NonNegative = 0.0
-    """Of AdamW, on matrices alone."""
-    betas: tuple[Fraction, Fraction] = (0.9, 0.98)
-    """Of AdamW's running means of gradients and of their squares."""
-    clip: Positive = 1.0
-    """Largest gradient norm."""
-    dropout: Share | None = None
-    """Of the model as it learns. By default the model's own in sft and 0 elsewhere, as references are read without."""
+    lr_scheduler_type: str = "cosine()"
+    """How the learning rate rises and falls: "cosine(warmup_steps=10, min_lr_ratio=0.1)", or linear or constant."""
+    optim: str = "adamw()"
+    """The optimizer with its options: "adamw(weight_decay=0.01, betas=(0.9, 0.98))"."""
+    max_grad_norm: Positive = 1.0
+    """Largest gradient norm; larger gradients are scaled down to it."""
     precision: Precision = "float32"
     """Of the products, in training and in all that a step learns from; weights are float32."""
-    recompute: bool = False
-    """Gradient checkpointing: layers are computed again for their gradients, which saves memory and costs time."""
-    log_every: Count = 10
+    gradient_checkpointing: bool = False
+    """Compute layers again for their gradients, which saves memory and costs time."""
+
+    def __post_init__(self) -> None:
+        check(self)
+        for name, spec, known in (
+            ("lr-scheduler-type", self.lr_scheduler_type, lr_schedulers),
+            ("optim", self.optim, optimizers),
+        ):
+            try:
+                specs.part(spec, known)
+            except ValueError as error:
+                raise ValueError(f"--{name} {spec}: {error}") from None
+
+
+@dataclass(frozen=True)
+class Logging:
+    """How often a run writes."""
+
+    logging_steps: Count = 10
     """Steps between rows of metrics."""
-    save_every: Count = 200
+    save_steps: Count = 200
     """Steps between checkpoints."""
 
     def __post_init__(self) -> None:
         check(self)
 
 
-def ready(model: nn.Module, training: Training, *, name: str | None, own: bool = False) -> None:
-    """Give a model just loaded the dropout it learns with; a note, with its name, says what that changes.
-
-    own: without --dropout it is the model's own, not 0.
-    """
-    asked = training.dropout
-    learn_with(model, 0.0 if asked is None and not own else asked, name=name)
+@cache
+def _scheduler(spec: str) -> Callable[[float, int, int], float]:
+    return specs.part(spec, lr_schedulers)
 
 
 def learning_rate(step: int, total: int, training: Training) -> float:
-    """Warm-up from 0, then the schedule down to `floor` of the peak at step `total`."""
-    warm = min(1.0, (step + 1) / max(training.warmup, 1))
-    share = min(step / max(total, 1), 1.0)
-    shape = {"cosine": 0.5 * (1 + math.cos(math.pi * share)), "linear": 1 - share, "constant": 1.0}
-    return training.lr * warm * (training.floor + (1 - training.floor) * shape[training.schedule])
+    """The learning rate of step `step` (from 0) of `total`."""
+    return _scheduler(training.lr_scheduler_type)(training.lr, step, total)
 
 
 def order(n: int, epoch: int, *, seed: int) -> list[int]:
@@ -244,6 +245,7 @@ def fit(
     *,
     weights: Sequence[float],
     training: Training,
+    logging: Logging,
     seed: int,
     run: Run,
     label: str,
@@ -267,13 +269,13 @@ def fit(
     if begin:
         say(f"  {label}: going on from step {begin} of {total}")
     model.train()
-    log = _Log(run, label, training, checkpoints)
+    log = _Log(run, label, logging, checkpoints)
     order_of = batches(len(rows), training, seed=seed, begin=begin)
     with progress(label, total, unit="steps", done=begin) as advance, processes.after_steps("step") as asked:
         for step, batch in zip(range(begin, total), order_of, strict=True):
             lr = learning_rate(step, total, training)
             metrics = learner.update(batch, rows, loss, weights=weights, lr=lr)
-            saves = (step + 1) % training.save_every == 0 and step + 1 < total
+            saves = (step + 1) % logging.save_steps == 0 and step + 1 < total
             log.add(step + 1, metrics, lr=lr, line=saves or step + 1 == total)
             if watch:
                 model.eval()
@@ -297,14 +299,15 @@ class Learner:
         world()  # before the accelerator, which would not find siblings without a GPU
         self.accelerator = Accelerator(mixed_precision="no")  # one process may train in both precisions; we cast
         self.model, self.training = model.to(self.accelerator.device), training
-        if training.recompute:
+        if training.gradient_checkpointing:
             recompute(model)  # type: ignore[arg-type]  # policies and reward models are all that is trained
         self.wrapped = self.accelerator.prepare(model) if self.accelerator.num_processes > 1 else model
         self.restart()
 
     def restart(self) -> None:
         """Forget the optimizer's moments."""
-        self.optimizer = _optimizer(self.model, self.training)
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = specs.part(self.training.optim, optimizers)(trained)
 
     def update(
         self, batch: list[int], rows: Sequence[Row], loss: BatchLoss, *, weights: Sequence[float], lr: float
@@ -313,7 +316,7 @@ class Learner:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         metrics = _backward(self.wrapped, batch, rows, loss, weights, self.accelerator, self.training)
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.training.clip)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.training.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return {**metrics, "grad_norm": norm}
@@ -350,7 +353,7 @@ def _backward(
     mine = by_length[accelerator.process_index :: accelerator.num_processes]
     idle = not mine  # fewer rows than processes: take part in the gradient sum with weight 0
     mine = mine or by_length[:1]
-    groups = list(micro_batches([rows[i] for i in mine], budget=training.micro_tokens))
+    groups = list(micro_batches([rows[i] for i in mine], budget=training.micro_batch_tokens))
     share = 0.0 if idle else accelerator.num_processes / norm  # DDP averages over processes
     sums: dict[str, Tensor] = {}
     # one cast of the weights serves all micro-batches: autocast keeps it until the outermost block ends
@@ -366,24 +369,14 @@ def _backward(
     return {name: accelerator.reduce(amount) / norm for name, amount in sums.items()}  # type: ignore[operator]
 
 
-def _optimizer(model: nn.Module, training: Training) -> torch.optim.AdamW:
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": training.weight_decay},
-        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, lr=training.lr, betas=training.betas, fused=True)
-
-
 class _Log:
     """Means over the steps since the last line; remembers the first step that was not finite.
 
     A checkpoint is a line too: what follows it is then the same in a resumed run.
     """
 
-    def __init__(self, run: Run, label: str, training: Training, checkpoints: Path) -> None:
-        self.run, self.label, self.training, self.checkpoints = run, label, training, checkpoints
+    def __init__(self, run: Run, label: str, logging: Logging, checkpoints: Path) -> None:
+        self.run, self.label, self.logging, self.checkpoints = run, label, logging, checkpoints
         self.sums: dict[str, Tensor] = {}
         self.count = 0
         self.bad = torch.zeros(())
@@ -395,7 +388,7 @@ class _Log:
             self.bad = self.bad.to(wrong.device)
             self.bad = torch.where(wrong & (self.bad == 0), float(step), self.bad)
         self.count += 1
-        if line or step % self.training.log_every == 0:
+        if line or step % self.logging.logging_steps == 0:
             self.line(step, lr=lr)
 
     def line(self, step: int, *, lr: float) -> None:

@@ -574,7 +574,7 @@ class Learners:
         critic = ValueModel.load(value, top=top, lora=lora)
         if critic.tokenizer.get_vocab() != policy.tokenizer.get_vocab():
             raise ValueError(f"--value {value}: its vocabulary is not the policy's, whose tokens it reads")
-        loop.ready(critic, training, name=value)
+        loop.set_dropout(critic, name=value)
         return cls(passes, Learner(policy, training), critic, Learner(critic, replace(training, lr=lr or training.lr)))
 
     def learn(self, drawn: Rollouts, made: Estimates, number: int) -> dict[str, float]:

@@ -154,7 +154,7 @@ class RoundLearner:
         self.rounds, self.restart, self.seed = rounds, restart, seed
         self.running = Running.zero(device=policy.device) if "running" in self.wanted else None
         whole = self.wanted & {"batch", "running"}
-        self.learner = Learner(policy, replace(training, micro_tokens=WHOLE) if whole else training)
+        self.learner = Learner(policy, replace(training, micro_batch_tokens=WHOLE) if whole else training)
         self.step = torch.zeros((), dtype=torch.int64)
         torch.manual_seed(seeds.derive(seed, "dropout"))
 

@@ -8,15 +8,17 @@ import pytest
 
 from pyrite.data import rows
 from pyrite.jobs import generate, label, reward, sft
-from pyrite.training.loop import Training
+from pyrite.training.loop import Logging, Training
 
 
 @pytest.fixture(scope="session")
 def tuned(tiny: Path, demos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of sft."""
     out = tmp_path_factory.mktemp("chain") / "sft"
-    training = Training(lr=1e-2, epochs=3, batch_size=8, log_every=1)
-    return sft.run(sft.Config(model=str(tiny), data=str(demos), out=out, training=training)).folder
+    training = Training(lr=1e-2, epochs=3, batch_size=8)
+    return sft.run(
+        sft.Config(model=str(tiny), data=str(demos), out=out, training=training, logging=Logging(logging_steps=1))
+    ).folder
 
 
 @pytest.fixture(scope="session")
@@ -47,7 +49,8 @@ def rewards(tuned: Path, labels: Path) -> Path:
         held_out=str(labels / "held_out.parquet"),
         out=out,
         members=2,
-        training=Training(lr=3e-3, epochs=2, batch_size=16, log_every=1),
+        training=Training(lr=3e-3, epochs=2, batch_size=16),
+        logging=Logging(logging_steps=1),
     )
     return reward.run(config).folder
 

@@ -18,16 +18,23 @@ from pyrite.data import rows as data
 from pyrite.data import text
 from pyrite.jobs import dpo
 from pyrite.math import losses, seeds
-from pyrite.models.policy import Lora, Policy
+from pyrite.models.policy import Policy
 from pyrite.training.evaluation import Evaluation
-from pyrite.training.loop import Training, order
+from pyrite.training.loop import Logging, Training, order
 
-TRAINING = Training(lr=3e-3, epochs=2, batch_size=8, log_every=1, save_every=5, warmup=0)
+TRAINING = Training(lr=3e-3, epochs=2, batch_size=8, lr_scheduler_type="cosine(warmup_steps=0)")
 
 
 @pytest.fixture
 def config(tiny: Path, pairs: Path, tmp_path: Path) -> dpo.Config:
-    return dpo.Config(str(tiny), str(pairs), tmp_path / "run", held_out=0.25, training=TRAINING)
+    return dpo.Config(
+        str(tiny),
+        str(pairs),
+        tmp_path / "run",
+        held_out=0.25,
+        training=TRAINING,
+        logging=Logging(logging_steps=1, save_steps=5),
+    )
 
 
 def results(config: dpo.Config) -> dict:
@@ -64,7 +71,9 @@ def test_the_first_loss_and_step_are_the_formula(config: dpo.Config, pairs: Path
     """Against the stock model's log-probabilities: loss, margin and the parameters after one AdamW step."""
     ref = Policy.load(config.model)
     spec = "dpo(beta=0.3)"
-    one = replace(config, loss=spec, training=replace(TRAINING, epochs=1, batch_size=60, betas=(0.0, 0.0)))
+    one = replace(
+        config, loss=spec, training=replace(TRAINING, epochs=1, batch_size=60, optim="adamw(betas=(0.0, 0.0))")
+    )
     results(one)
     train, _ = data.split(data.load(pairs, "pairs"), fraction=0.25, seed=seeds.derive(0, "held out"))
     prompts = [pair["prompt"] for pair in train]
@@ -114,7 +123,7 @@ def test_a_second_beta_reads_the_reference_file(
 
 
 def test_lora_starts_at_its_reference_and_saves_adapters(config: dpo.Config) -> None:
-    found = results(replace(config, lora=Lora(lora_rank=4)))
+    found = results(replace(config, lora="lora(r=4)"))
     assert found["start"]["loss"] == pytest.approx(math.log(2), abs=1e-5)
     assert (config.out / "model" / "adapter_model.safetensors").exists()
     assert found["last"]["loss"] < found["start"]["loss"]

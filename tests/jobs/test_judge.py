@@ -171,7 +171,7 @@ def test_as_the_judge_of_online(server: Server, tiny: Path, demos: Path, tmp_pat
         prompts_per_round=8,
         asking=GoldLimits(gold_budget=6, gold_ledger=tmp_path / "gold.db", gold_batch=6),
         evaluation=Evaluation(gold="length()", max_new_tokens=8),
-        training=Training(lr=1e-3, batch_size=8, warmup=0),
+        training=Training(lr=1e-3, batch_size=8, lr_scheduler_type="cosine(warmup_steps=0)"),
     )
     online.run(config)
     with Ledger(tmp_path / "gold.db") as ledger:  # labels and the model's answers in one file

@@ -21,7 +21,7 @@ def nudge(model: torch.nn.Module) -> None:
 
 
 def test_a_policy(tiny: Path, tmp_path: Path) -> None:
-    policy = Policy.load(tiny, lora=Lora(lora_rank=4))
+    policy = Policy.load(tiny, lora=Lora(r=4))
     nudge(policy)
     policy.save(tmp_path / "adapted")
     ids = torch.arange(4, 20)[None]
@@ -41,7 +41,7 @@ def test_a_policy(tiny: Path, tmp_path: Path) -> None:
 
 
 def test_a_reward_model_keeps_its_constants(tiny: Path, tmp_path: Path) -> None:
-    model = RewardModel.load(tiny, lora=Lora(lora_rank=4), head_seed=1)
+    model = RewardModel.load(tiny, lora=Lora(r=4), head_seed=1)
     nudge(model)
     model.mean, model.std = 0.5, 2.0
     model.save(tmp_path / "adapted")

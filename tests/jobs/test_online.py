@@ -23,11 +23,11 @@ import torch
 from pyrite.core.runs import read_json, read_metrics
 from pyrite.feedback.ledger import GoldLimits, Ledger
 from pyrite.jobs import online
-from pyrite.models.policy import Lora, Policy
+from pyrite.models.policy import Policy
 from pyrite.training.evaluation import Evaluation
 from pyrite.training.loop import Training
 
-TRAINING = Training(lr=3e-3, epochs=1, batch_size=8, warmup=0)
+TRAINING = Training(lr=3e-3, epochs=1, batch_size=8, lr_scheduler_type="cosine(warmup_steps=0)")
 SAMPLERS = ["reference()", "on_policy()", "hybrid()", "mixed(kappa=0.5)", "mixed(on_policy=0.3)"]
 
 
@@ -111,7 +111,7 @@ def test_bfloat16_rounds_begin_at_ln_2_and_are_measured_in_float32(
 
 
 def test_adapters_alone_are_trained_and_switched_off_for_the_reference(config: online.Config) -> None:
-    found = results(replace(config, lora=Lora(lora_rank=4), sampler="mixed()", rounds=2))
+    found = results(replace(config, lora="lora(r=4)", sampler="mixed()", rounds=2))
     assert found["start"]["kl_k1"] == pytest.approx(0, abs=1e-4)
     assert (config.out / "model" / "adapter_model.safetensors").exists()
     assert math.isfinite(found["last"]["kl_k1"])
@@ -352,7 +352,13 @@ def test_two_processes_equal_one(live: online.Config, tmp_path: Path) -> None:
     def command(out: Path) -> list[str]:
         named = {"--model": live.model, "--prompts": live.prompts, "--judge": live.judge, "--silver": str(live.silver)}
         options = {"--gold-budget": "8", "--rounds": "2", "--prompts-per-round": "12", "--max-new-tokens": "8"}
-        last = {"--gold": "length()", "--lr": "3e-3", "--batch-size": "5", "--warmup": "0", "--out": str(out)}
+        last = {
+            "--gold": "length()",
+            "--lr": "3e-3",
+            "--batch-size": "5",
+            "--lr-scheduler-type": "cosine(warmup_steps=0)",
+            "--out": str(out),
+        }
         return ["online", *(part for option in (named | options | last).items() for part in option)]
 
     launch.launch([command(tmp_path / "one")], processes=1)

@@ -19,14 +19,14 @@ from pyrite.data.conditioning import Variants
 from pyrite.feedback.ledger import GoldLimits
 from pyrite.jobs import ppo
 from pyrite.models.packing import Row
-from pyrite.models.policy import Lora, Policy, RewardModel
+from pyrite.models.policy import Policy, RewardModel
 from pyrite.models.value import HEAD, ValueModel
 from pyrite.training.evaluation import Evaluation
 from pyrite.training.loop import Training, TrainingError
 from pyrite.training.metrics import Stopping
 from pyrite.training.ppo import Rollouts
 
-TRAINING = Training(lr=3e-3, epochs=2, batch_size=8, warmup=0)
+TRAINING = Training(lr=3e-3, epochs=2, batch_size=8, lr_scheduler_type="cosine(warmup_steps=0)")
 
 
 @pytest.fixture
@@ -129,7 +129,7 @@ def test_an_ensemble_and_a_scorer_together(config: ppo.Config, tiny: Path, tmp_p
 
 
 def test_adapters_alone_are_trained(config: ppo.Config) -> None:
-    found = results(replace(config, lora=Lora(lora_rank=4)))
+    found = results(replace(config, lora="lora(r=4)"))
     assert found["start"]["kl_k1"] == pytest.approx(0, abs=1e-4)
     assert (config.out / "model" / "adapter_model.safetensors").exists()
 
@@ -334,7 +334,7 @@ def test_refusals_before_work(config: ppo.Config) -> None:
         ({"method": "reinforce", "value_lora_rank": 2}, "has no critic"),
         ({"value": config.model, "value_top": 1, "value_lora_rank": 2}, "not both"),
         ({"train_top": 3}, "has 2 layers"),
-        ({"train_top": 1, "lora": Lora(lora_rank=2)}, "not both"),
+        ({"train_top": 1, "lora": "lora(r=2)"}, "not both"),
         ({"evaluation": Evaluation(), "asking": GoldLimits(gold_every=2)}, "give --gold too"),
         ({"steps": 0}, "at least 1"),
         ({"reward": ()}, "at least one"),
@@ -358,7 +358,14 @@ def test_weights_of_rewards() -> None:
 def _command(config: ppo.Config, out: Path, **more: str) -> list[str]:
     named = {"--model": config.model, "--prompts": config.prompts, "--reward": "length()", "--out": str(out)}
     options = {"--steps": "4", "--prompts-per-step": "6", "--k": "2", "--max-new-tokens": "8", "--gold": "length()"}
-    last = {"--lr": "3e-3", "--batch-size": "5", "--epochs": "2", "--warmup": "0", "--measure-every": "1", **more}
+    last = {
+        "--lr": "3e-3",
+        "--batch-size": "5",
+        "--epochs": "2",
+        "--lr-scheduler-type": "cosine(warmup_steps=0)",
+        "--measure-every": "1",
+        **more,
+    }
     return ["ppo", *(part for option in (named | options | last).items() for part in option)]
 
 

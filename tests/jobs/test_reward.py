@@ -12,14 +12,22 @@ from pyrite.core.runs import read_json, read_metrics
 from pyrite.data import rows as data
 from pyrite.jobs import reward
 from pyrite.math import seeds, statistics
-from pyrite.models.policy import Lora, RewardModel, member_paths
-from pyrite.training.loop import Training, order
+from pyrite.models.policy import RewardModel, member_paths
+from pyrite.training.loop import Logging, Training, order
 
 
 @pytest.fixture
 def config(tiny: Path, pairs: Path, tmp_path: Path) -> reward.Config:
-    training = Training(lr=1e-2, epochs=4, batch_size=8, log_every=1, save_every=5, warmup=0)
-    return reward.Config(str(tiny), str(pairs), tmp_path / "run", held_out=0.25, members=2, training=training)
+    training = Training(lr=1e-2, epochs=4, batch_size=8, lr_scheduler_type="cosine(warmup_steps=0)")
+    return reward.Config(
+        str(tiny),
+        str(pairs),
+        tmp_path / "run",
+        held_out=0.25,
+        members=2,
+        training=training,
+        logging=Logging(logging_steps=1, save_steps=5),
+    )
 
 
 def test_it_learns_what_is_easy(config: reward.Config, pairs: Path) -> None:
@@ -108,7 +116,7 @@ def test_long_texts_are_cut_alike_in_training_and_scoring(config: reward.Config)
 
 
 def test_adapters(config: reward.Config) -> None:
-    run = reward.run(replace(config, members=1, lora=Lora(lora_rank=4)))
+    run = reward.run(replace(config, members=1, lora="lora(r=4)"))
     member = run.folder / "member_0"
     assert (member / "adapter_model.safetensors").exists()
     assert not (member / "model.safetensors").exists()

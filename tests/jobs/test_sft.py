@@ -21,8 +21,8 @@ from pyrite.core.runs import RunError, read_json, read_metrics
 from pyrite.data import rows, text
 from pyrite.jobs import sft
 from pyrite.models.packing import Row
-from pyrite.models.policy import Lora, Policy
-from pyrite.training.loop import Training
+from pyrite.models.policy import Policy
+from pyrite.training.loop import Logging, Training
 
 
 def weights(folder: Path, name: str = "model.safetensors") -> dict[str, Tensor]:
@@ -68,17 +68,17 @@ def test_the_first_loss_is_the_mean_over_response_tokens(tuned: Path, tiny: Path
 
 def test_a_done_run_loads_no_model(tuned: Path, tiny: Path, demos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Policy, "load", lambda *_, **__: pytest.fail("the model was loaded"))
-    training = Training(lr=1e-2, epochs=3, batch_size=8, log_every=1)
-    config = sft.Config(model=str(tiny), data=str(demos), out=tuned, training=training)
+    training = Training(lr=1e-2, epochs=3, batch_size=8)
+    config = sft.Config(
+        model=str(tiny), data=str(demos), out=tuned, training=training, logging=Logging(logging_steps=1)
+    )
     assert sft.run(config).results == read_json(tuned / "done.json")
     with pytest.raises(RunError, match=r"training.lr: 0.01 there, 0.5 now"):
         sft.run(replace(config, training=replace(training, lr=0.5)))
 
 
 def test_adapters_only(tiny: Path, demos: Path, tmp_path: Path) -> None:
-    config = sft.Config(
-        model=str(tiny), data=str(demos), out=tmp_path, lora=Lora(lora_rank=2), training=Training(lr=1e-2)
-    )
+    config = sft.Config(model=str(tiny), data=str(demos), out=tmp_path, lora="lora(r=2)", training=Training(lr=1e-2))
     run = sft.run(config)
     assert not (run.folder / "model" / "model.safetensors").exists()
     assert all("lora_" in name for name in weights(run.folder / "model", "adapter_model.safetensors"))
@@ -102,7 +102,7 @@ def command(tiny: Path, demos: Path, out: Path, *more: str) -> list[str]:
 
 
 def test_kill_9_and_the_same_command_again(tiny: Path, demos: Path, tmp_path: Path) -> None:
-    options = ["--epochs", "15", "--batch-size", "8", "--save-every", "10", "--log-every", "7"]
+    options = ["--epochs", "15", "--batch-size", "8", "--save-steps", "10", "--logging-steps", "7"]
     process = launch.start(command(tiny, demos, tmp_path / "killed", *options))
     checkpoints = tmp_path / "killed" / "checkpoints"
     for _ in range(20000):
@@ -114,11 +114,9 @@ def test_kill_9_and_the_same_command_again(tiny: Path, demos: Path, tmp_path: Pa
     process.communicate()
     assert list(checkpoints.glob("step-*"))
     assert not (tmp_path / "killed" / "done.json").exists()
-    training = Training(lr=1e-2, epochs=15, batch_size=8, save_every=10, log_every=7)
-    runs = [
-        sft.run(sft.Config(model=str(tiny), data=str(demos), out=tmp_path / name, training=training))
-        for name in ("killed", "whole")
-    ]
+    training, logging = Training(lr=1e-2, epochs=15, batch_size=8), Logging(save_steps=10, logging_steps=7)
+    given = {"model": str(tiny), "data": str(demos), "training": training, "logging": logging}
+    runs = [sft.run(sft.Config(out=tmp_path / name, **given)) for name in ("killed", "whole")]
     assert largest_difference(*(run.folder / "model" for run in runs)) == 0
     assert read_metrics(runs[0].folder) == read_metrics(runs[1].folder)
 
@@ -126,7 +124,7 @@ def test_kill_9_and_the_same_command_again(tiny: Path, demos: Path, tmp_path: Pa
 def test_two_processes_equal_one(tiny: Path, demos: Path, pairs: Path, few: Path, tmp_path: Path, monkeypatch) -> None:
     """sft (batches of 7: never divisible by 2), reward and generate in one launch."""
     short = ["--max-new-tokens", "10"]
-    options = ["--batch-size", "7", "--micro-tokens", "60", "--epochs", "2", "--log-every", "1"]
+    options = ["--batch-size", "7", "--micro-batch-tokens", "60", "--epochs", "2", "--logging-steps", "1"]
 
     def commands(out: Path) -> list[list[str]]:
         made = ["--model", str(out / "sft" / "model"), "--out"]

@@ -62,7 +62,7 @@ def rewards(base: Path) -> list[str]:
     """Adapters of reward models, heads drawn apart."""
     paths = [str(base.parent / f"reward_{seed}") for seed in range(2)]
     for seed, path in enumerate(paths):
-        model = RewardModel.load(base, lora=Lora(lora_rank=2), head_seed=seed, head_std=1.0)
+        model = RewardModel.load(base, lora=Lora(r=2), head_seed=seed, head_std=1.0)
         for index, (name, parameter) in enumerate(model.named_parameters()):
             if "lora_B" in name:
                 parameter.data.normal_(0, 0.1, generator=torch.Generator().manual_seed(100 * seed + index))

@@ -24,7 +24,7 @@ SMALL = replace(
     pair_prompts=20,
     pair_answers=4,
     dpo=Training(lr=5e-4, epochs=1, batch_size=16),
-    betas=(0.1, 0.01),
+    optim="adamw(betas=(0.1, 0.01))",
     other_betas=(0.1,),
     answer_prompts=6,
     max_new_tokens=24,

@@ -72,7 +72,7 @@ def test_every_change_that_can_move_a_number_changes_the_fingerprint(policy: Pol
 
 def test_adapters_count_once_they_do_something(tiny: Path) -> None:
     base = identity.weights_hash(Policy.load(tiny).model)
-    policy = Policy.load(tiny, lora=Lora(lora_rank=2))
+    policy = Policy.load(tiny, lora=Lora(r=2))
     assert identity.weights_hash(policy.model) == base
     trained = {name: p for name, p in policy.model.named_parameters() if "lora_B" in name}
     with torch.no_grad():
@@ -116,7 +116,7 @@ def test_the_files_of_a_model(tiny: Path, tmp_path: Path) -> None:
     Policy.load(tiny).save(tmp_path / "copy")
     first = identity.files_hash(tmp_path / "copy")
     assert identity.files_hash(tmp_path / "copy") == first
-    adapters = Policy.load(str(tmp_path / "copy"), lora=Lora(lora_rank=2))
+    adapters = Policy.load(str(tmp_path / "copy"), lora=Lora(r=2))
     adapters.save(tmp_path / "adapters")
     above = identity.files_hash(tmp_path / "adapters")
     assert above not in (None, first)

@@ -70,7 +70,7 @@ def test_self_is_the_policy_at_step_0(supply, policy: Policy, texts: list[Text])
 def test_self_with_fresh_adapters_is_the_base_model(supply, tiny: Path, forwards: Forwards) -> None:
     plain, *_ = supply("self")
     passes = forwards.passes
-    adapted, *_ = supply("self", by=Policy.load(tiny, lora=Lora(lora_rank=2, lora_dropout=0.5)))
+    adapted, *_ = supply("self", by=Policy.load(tiny, lora=Lora(r=2, dropout=0.5)))
     assert forwards.passes == passes
     assert (plain.sum == adapted.sum).all()
 

@@ -69,7 +69,7 @@ def _good(folder: Path, model: Path, pairs: Path, demos: Path) -> dict[str, Path
     """What sound commands read."""
     reward, adapters, other = folder / "reward", folder / "adapters", folder / "other"
     RewardModel.load(model, head_seed=0).save(reward)
-    Policy.load(model, lora=Lora(lora_rank=2)).save(adapters)
+    Policy.load(model, lora=Lora(r=2)).save(adapters)
     moved = Policy.load(model)
     for parameter in moved.parameters():
         parameter.data *= 1.01
@@ -215,10 +215,10 @@ def _models(folder: Path, model: Path) -> dict[str, Path]:
     for file in copy("no_tokenizer").glob("token*"):
         file.unlink()
     (copy("bad_tokenizer") / "tokenizer.json").write_bytes(b"\xff\xfe{]")
-    Policy.load(model, lora=Lora(lora_rank=2)).save(folder / "orphan")
+    Policy.load(model, lora=Lora(r=2)).save(folder / "orphan")
     about = folder / "orphan" / "adapter_config.json"
     about.write_text(json.dumps(json.loads(about.read_text()) | {"base_model_name_or_path": str(folder / "gone")}))
-    Policy.load(model, lora=Lora(lora_rank=2)).save(folder / "bad_adapters")
+    Policy.load(model, lora=Lora(r=2)).save(folder / "bad_adapters")
     (folder / "bad_adapters" / "adapter_model.safetensors").write_bytes(b"no adapters")
     return {path.name: path for path in folder.iterdir()}
 

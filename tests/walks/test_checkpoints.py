@@ -87,8 +87,8 @@ def world(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> dict[str, Pat
     top = tmp_path_factory.mktemp("world")
     made = {"policy": tiny, "reward": top / "reward", "adapters": top / "adapters", "judge": top / "judge"}
     RewardModel.load(tiny, head_seed=0).save(made["reward"])
-    RewardModel.load(tiny, head_seed=0, lora=Lora(lora_rank=2)).save(made["judge"])
-    Policy.load(tiny, lora=Lora(lora_rank=2)).save(made["adapters"])
+    RewardModel.load(tiny, head_seed=0, lora=Lora(r=2)).save(made["judge"])
+    Policy.load(tiny, lora=Lora(r=2)).save(made["adapters"])
     words = "the cat sat on a red mat then ran".split()
     asked = [{"prompt_id": str(i), "prompt": f"tell me {words[i]}"} for i in range(8)]
     rows: dict[str, list[dict[str, Any]]] = {
@@ -545,7 +545,7 @@ def test_an_encoder_keeps_the_pooler_that_was_drawn_for_it(world: dict[str, Path
     BertForMaskedLM(BertConfig(vocab_size=27, **sizes)).save_pretrained(tmp_path / "bert")
     tiny_tokenizer().save_pretrained(tmp_path / "bert")
     texts = ["tell me", "about"], ["the cat", "a dog"]
-    for name, lora in (("whole", None), ("adapters", Lora(lora_rank=2))):
+    for name, lora in (("whole", None), ("adapters", Lora(r=2))):
         model = RewardModel.load(tmp_path / "bert", head_seed=7, head_std=1.0, lora=lora)
         model.save(tmp_path / name)
         again = RewardModel.load(tmp_path / name)
@@ -565,7 +565,7 @@ def test_adapters_open_from_elsewhere(
     shutil.copytree(world["policy"], tmp_path / "here" / "base")
     (tmp_path / "there").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    train = ["--model", "base", "--lora-rank", 2]
+    train = ["--model", "base", "--lora", "lora(r=2)"]
     assert pyrite("sft", "--data", world["demos"], *train, "--out", "tuned")[0] == 0
     assert (
         pyrite("reward", "--data", world["pairs"], "--held-out", 0.4, *train, "--members", 2, "--out", "rewards")[0]
@@ -592,7 +592,7 @@ def test_adapters_open_from_elsewhere(
 
 def test_adapters_on_other_weights(world: dict[str, Path], tmp_path: Path, pyrite: Command) -> None:
     base = Path(shutil.copytree(world["policy"], tmp_path / "base"))
-    lora = Lora(lora_rank=2)
+    lora = Lora(r=2)
     made = {"adapters": Policy.load(base, lora=lora), "judge": RewardModel.load(base, head_seed=0, lora=lora)}
     for name, model in made.items():
         model.save(tmp_path / name)
@@ -661,12 +661,12 @@ def test_default_adapters_leave_out_what_they_cannot_reach(
     model = tmp_path / family
     FAMILIES[family]().save_pretrained(model)
     tiny_tokenizer().save_pretrained(model)
-    run = ["sft", "--model", model, "--data", world["demos"], "--lora-rank", 2, "--epochs", 1]
+    run = ["sft", "--model", model, "--data", world["demos"], "--lora", "lora(r=2)", "--epochs", 1]
     status, said = pyrite(*run, "--out", tmp_path / "run")
     assert (status, said) == (0, said)
     saved = load_file(tmp_path / "run" / "model" / "adapter_model.safetensors")
     assert any("in_proj" in name for name in saved)
     assert not any("out_proj" in name or "dt_proj" in name for name in saved)
     assert Policy.load(tmp_path / "run" / "model")
-    said = refused(pyrite, tmp_path / "out", *run, "--lora-targets", "out_proj")
+    said = refused(pyrite, tmp_path / "out", *run, "--lora", "lora(target_modules='out_proj')")
     assert "incompatible" in said

@@ -11,7 +11,8 @@ from pyrite.core.runs import read_json, read_metrics
 from pyrite.data import rows as data
 from walks.command import pyrite
 
-FAST = "--batch-size 8 --warmup 0 --log-every 1".split()
+FAST = "--batch-size 8 --lr-scheduler-type cosine(warmup_steps=0)".split()
+LOG = ("--logging-steps", 1)
 
 
 def rows(begin: int, end: int) -> list[dict[str, str]]:
@@ -37,7 +38,7 @@ def test_rows_of_held_out_prompts_are_not_learned_from(tiny: Path, tmp_path: Pat
     train = written(tmp_path / "train.jsonl", rows(0, 12))
     other = [{**row, "prompt": [{"role": "user", "content": row["prompt"] + "\n"}]} for row in rows(8, 16)]
     held = written(tmp_path / "held.jsonl", [{**row, "prompt_id": f"h{i}"} for i, row in enumerate(other)])
-    command = (job, "--model", tiny, "--data", train, *FAST)
+    command = (job, "--model", tiny, "--data", train, *FAST, *LOG)
     status, words = said(*command, "--held-out", held, "--out", tmp_path / "out")
     assert status == 0, words
     assert f"4 of 12 rows left out: their prompt is held out ({train}, line 9" in words
@@ -50,7 +51,7 @@ def test_rows_of_held_out_prompts_are_not_learned_from(tiny: Path, tmp_path: Pat
     apart = written(tmp_path / "apart.jsonl", ids)
     numbered = written(tmp_path / "numbered.jsonl", [{**row, "prompt_id": str(i)} for i, row in enumerate(rows(0, 12))])
     status, words = said(
-        job, "--model", tiny, "--data", numbered, *FAST, "--held-out", apart, "--out", tmp_path / "ids"
+        job, "--model", tiny, "--data", numbered, *FAST, *LOG, "--held-out", apart, "--out", tmp_path / "ids"
     )
     assert status == 0 and "left out" not in words, words
 
@@ -85,7 +86,9 @@ def test_a_reward_model_without_held_out_pairs_has_no_accuracy_but_a_training_ac
     tiny: Path, tmp_path: Path
 ) -> None:
     train = written(tmp_path / "train.jsonl", rows(0, 16))
-    status, words = said("reward", "--model", tiny, "--data", train, *FAST, "--held-out", 0, "--out", tmp_path / "out")
+    status, words = said(
+        "reward", "--model", tiny, "--data", train, *FAST, *LOG, "--held-out", 0, "--out", tmp_path / "out"
+    )
     assert status == 0 and "called train_accuracy" in words, words
     done = read_json(tmp_path / "out" / "done.json")
     assert done["held_out_pairs"] == 0 and done["pairs"] == 16
@@ -97,12 +100,14 @@ def test_held_out_pairs_that_are_all_dropped_are_not_replaced_by_training_pairs(
     train = written(tmp_path / "train.jsonl", rows(0, 12))
     same = [{**row, "chosen": "the cat " * 60, "rejected": "the cat " * 70} for row in rows(20, 24)]
     held = written(tmp_path / "held.jsonl", same)  # equal once they are cut to the model's context
-    status, words = said("dpo", "--model", tiny, "--data", train, *FAST, "--held-out", held, "--out", tmp_path / "out")
+    status, words = said(
+        "dpo", "--model", tiny, "--data", train, *FAST, *LOG, "--held-out", held, "--out", tmp_path / "out"
+    )
     assert status == 2 and "no held-out pair is left of 4" in words
 
 
 def test_prompts_of_answers_that_are_learned_from_are_told(tiny: Path, tmp_path: Path) -> None:
     train, prompts = written(tmp_path / "train.jsonl", rows(0, 12)), written(tmp_path / "p.jsonl", rows(10, 16))
     measured = ("--eval-prompts", prompts, "--gold", "length()", "--max-new-tokens", 4)
-    status, words = said("dpo", "--model", tiny, "--data", train, *FAST, *measured, "--out", tmp_path / "out")
+    status, words = said("dpo", "--model", tiny, "--data", train, *FAST, *LOG, *measured, "--out", tmp_path / "out")
     assert status == 0 and "2 of the 6 prompts in --eval-prompts are prompts of the training pairs" in words, words

@@ -20,7 +20,8 @@ from pyrite.jobs.best_of_n import answer_grid
 from pyrite.math.statistics import bootstrap
 from walks.command import pyrite as command_line
 
-FAST = "--batch-size 8 --warmup 0 --log-every 1".split()
+FAST = "--batch-size 8 --lr-scheduler-type cosine(warmup_steps=0)".split()
+LOG = ("--logging-steps", 1)
 
 
 def pyrite(*arguments: object) -> tuple[int, str]:
@@ -92,7 +93,9 @@ def test_kept_ties_are_one_half_to_a_soft_loss_and_left_out_by_others(tiny: Path
     for loss in ("soft_dpo()", "sppo(soft=True)", "dpo()", "odpo()"):
         for i, one in enumerate(files):
             out = tmp_path / f"{loss} {i}"
-            status, said = pyrite("dpo", "--data", one, *common, "--loss", loss, *FAST, "--lr", 1e-2, "--out", out)
+            status, said = pyrite(
+                "dpo", "--data", one, *common, "--loss", loss, *FAST, *LOG, "--lr", 1e-2, "--out", out
+            )
             assert status == 0, said
             losses = [row["loss"] for row in read_metrics(out) if "part" not in row]
             found[loss, i] = (read_json(out / "done.json")["pairs"], losses)
@@ -101,7 +104,7 @@ def test_kept_ties_are_one_half_to_a_soft_loss_and_left_out_by_others(tiny: Path
         assert found[loss, 0][1] == pytest.approx(found[loss, 1][1], abs=1e-6), loss
     assert "12 of 20 rows left out: neither answer is better" in said
     out = tmp_path / "reward"
-    status, said = pyrite("reward", "--model", tiny, "--data", files[0], *common[2:], *FAST, "--out", out)
+    status, said = pyrite("reward", "--model", tiny, "--data", files[0], *common[2:], *FAST, *LOG, "--out", out)
     assert status == 0 and read_json(out / "done.json")["pairs"] == 8 and "neither answer is better" in said
 
 
@@ -168,7 +171,7 @@ def test_sampled_labels_of_an_online_run(tiny: Path, demos: Path, tmp_path: Path
     against = sum(row["strength"] < 0 for row in rows)
     assert len(rows) > 150 and abs(against / len(rows) - 0.25) < 4 * math.sqrt(0.1875 / len(rows))
     file = written(tmp_path / "drawn.jsonl", rows)
-    dpo = ("dpo", "--model", tiny, "--data", file, "--held-out", 0.1, *FAST)
+    dpo = ("dpo", "--model", tiny, "--data", file, "--held-out", 0.1, *FAST, *LOG)
     status, said = pyrite(*dpo, "--out", tmp_path / "dpo")
     assert status == 2 and "--on-contradiction" in said and f"{against} of {len(rows)} rows" in said
     status, said = pyrite(*dpo, "--on-contradiction", "keep", "--out", tmp_path / "dpo")
@@ -188,7 +191,7 @@ WRONG = {
 def test_a_pair_that_contradicts_its_numbers_is_refused(tiny: Path, tmp_path: Path, name: str, job: str) -> None:
     rows, words = WRONG[name]
     file, out = written(tmp_path / "p.jsonl", [*rows[1:5], rows[0], *rows[5:]]), tmp_path / "out"
-    command: tuple[object, ...] = (job, "--model", tiny, "--data", file, "--held-out", 0.25, *FAST)
+    command: tuple[object, ...] = (job, "--model", tiny, "--data", file, "--held-out", 0.25, *FAST, *LOG)
     if job == "evaluate":
         prompts = written(tmp_path / "prompts.jsonl", [{"prompt": "tell me"}])
         command = (job, "--model", tiny, "--prompts", prompts, "--ref", tiny, "--pairs", file, "--max-new-tokens", 4)
@@ -209,7 +212,22 @@ def test_an_exchanged_pair_is_learned_as_its_numbers_say(tiny: Path, tmp_path: P
     for name, rows in (("right", right), ("turned", turned)):
         file = written(tmp_path / f"{name}.jsonl", rows)
         how = ("--ref", "column(chosen=chosen_logp, rejected=rejected_logp)", "--on-contradiction", "swap")
-        command = ("dpo", "--model", tiny, "--data", file, "--loss", loss, *how, *FAST, "--lr", 1e-2, "--epochs", 2)
+        command = (
+            "dpo",
+            "--model",
+            tiny,
+            "--data",
+            file,
+            "--loss",
+            loss,
+            *how,
+            *FAST,
+            *LOG,
+            "--lr",
+            1e-2,
+            "--epochs",
+            2,
+        )
         status, said = pyrite(*command, "--out", tmp_path / name)
         assert status == 0, said
         losses.append([row["loss"] for row in read_metrics(tmp_path / name) if "loss" in row])
@@ -221,7 +239,7 @@ def test_an_exchanged_pair_is_learned_as_its_numbers_say(tiny: Path, tmp_path: P
 
 def test_left_out_pairs_are_counted_and_numbers_that_disagree_refused(tiny: Path, tmp_path: Path) -> None:
     rows = [pair(i, probability=(0.1, 0.5, 0.9)[i % 3]) for i in range(24)]
-    command = ("dpo", "--model", tiny, "--data", written(tmp_path / "p.jsonl", rows), "--held-out", 0.25, *FAST)
+    command = ("dpo", "--model", tiny, "--data", written(tmp_path / "p.jsonl", rows), "--held-out", 0.25, *FAST, *LOG)
     status, said = pyrite(*command, "--on-contradiction", "drop", "--out", tmp_path / "out")
     assert status == 0 and "8 of 24 rows left out: their strength or probability says" in said
     assert "8 of 24 rows left out: neither answer is better" in said
@@ -275,14 +293,14 @@ def test_reward_accuracy_and_analyses_know_the_prompts(tiny: Path, tmp_path: Pat
         file = written(tmp_path / f"{name}.jsonl", held)
         train = written(tmp_path / "train.jsonl", [pair(100 + i) for i in range(8)])
         out = tmp_path / name
-        command = ("reward", "--model", tiny, "--data", train, "--held-out", file, *FAST)
+        command = ("reward", "--model", tiny, "--data", train, "--held-out", file, *FAST, *LOG)
         status, said = pyrite(*command, "--out", out)
         assert status == 0, said
         found[name] = read_json(out / "done.json")
     width = {name: done["length_hi"] - done["length_lo"] for name, done in found.items()}
     assert width["four"] == pytest.approx(width["one"], rel=0.25)  # and not half as wide
     one = written(tmp_path / "same.jsonl", [row | {"prompt": "tell me"} for row in rows[:4]])
-    command = ("reward", "--model", tiny, "--data", train, "--held-out", one, *FAST)
+    command = ("reward", "--model", tiny, "--data", train, "--held-out", one, *FAST, *LOG)
     assert pyrite(*command, "--out", tmp_path / "same")[0] == 0
     assert read_json(tmp_path / "same" / "done.json")["length_lo"] is None  # one prompt has no interval
 
@@ -321,7 +339,7 @@ def pool(finished: list[int], answers: int = 8) -> list[dict[str, Any]]:
 def test_one_prompt_with_one_finished_answer_does_not_limit_n_for_all(tiny: Path, tmp_path: Path) -> None:
     """Seven prompts with eight finished answers, one with one, one with none: the curve is that of the seven."""
     reward = ("reward", "--model", tiny, "--data", written(tmp_path / "p.jsonl", [pair(i) for i in range(12)]))
-    assert pyrite(*reward, "--held-out", 0.25, *FAST, "--out", tmp_path / "reward")[0] == 0
+    assert pyrite(*reward, "--held-out", 0.25, *FAST, *LOG, "--out", tmp_path / "reward")[0] == 0
     best = ("best_of_n", "--rewards", tmp_path / "reward", "--candidates")
     rows = pool([8] * 7 + [1, 0])
     file, only = written(tmp_path / "c.jsonl", rows), written(tmp_path / "only.jsonl", rows[: 7 * 8])

@@ -16,7 +16,7 @@ from pyrite.data.files import read
 from pyrite.models.policy import RewardModel
 from walks.command import pyrite
 
-FAST = "--batch-size 8 --warmup 0 --log-every 1".split()
+FAST = "--batch-size 8 --lr-scheduler-type cosine(warmup_steps=0)".split()
 NEW = ("--max-new-tokens", 6)
 LONG = "tell me " + "about the cat " * 40  # 122 words, for a model that reads 64 tokens
 PLACE = "rows.jsonl, line 4"
@@ -43,7 +43,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def jobs(tiny: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, ...]]:
     """The command of every job that reads prompts."""
     asked, judge = ("--model", tiny, "--prompts", rows), ("--judge", "bradley_terry(gold='length()')")
-    learned = ("--model", tiny, "--data", rows, *FAST)
+    learned = ("--model", tiny, "--data", rows, *FAST, "--logging-steps", 1)
     return {
         "sft": ("sft", *learned),
         "dpo": ("dpo", *learned),

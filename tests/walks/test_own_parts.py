@@ -60,7 +60,7 @@ def test_three_lines_of_dpo_train_as_dpo_does(
     pyrite: Command, mine: Callable, tiny: Path, pairs: Path, tmp_path: Path
 ) -> None:
     mine(MY_DPO)
-    common = ("dpo", "--model", tiny, "--data", pairs, "--batch-size", 10, "--lr", 1e-3, "--log-every", 1)
+    common = ("dpo", "--model", tiny, "--data", pairs, "--batch-size", 10, "--lr", 1e-3, "--logging-steps", 1)
     for out, loss in (("own", "mine.py:my_dpo(beta=0.1)"), ("shipped", "dpo(beta=0.1)")):
         status, _, err = pyrite(*common, "--out", out, "--loss", loss)
         assert status == 0, err

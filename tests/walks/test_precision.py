@@ -25,7 +25,8 @@ from walks.command import pyrite
 
 EXACT = 1e-6
 MEASURED = 1e-5
-HALF = "--precision bfloat16 --warmup 0 --log-every 1 --batch-size 40 --lr 1e-3".split()
+HALF = "--precision bfloat16 --lr-scheduler-type cosine(warmup_steps=0) --batch-size 40 --lr 1e-3".split()
+LOG = {job: ("--logging-steps", "1") for job in ("sft", "reward", "dpo")}
 MEASURE = "--gold length() --max-new-tokens 8 --held-out .2 --measure-every 1".split()
 JUDGE = ("--judge", "bradley_terry(gold='length()')", "--loss", "dpo()")
 
@@ -36,7 +37,7 @@ DPO |= {
     "ref none": ("--ref", "none"),
     "ref model": ("--ref", "{tiny}"),
     "sum": ("--ref", "0.5*self + 0.5*{tiny}"),
-    "lora recomputed": ("--lora-rank", "4", "--recompute"),
+    "lora recomputed": ("--lora", "lora(r=4)", "--gradient-checkpointing"),
     "measured": (
         *("--eval-prompts", "{demos}", "--gold", "length()", "--max-new-tokens", "8"),
         *("--rewards", "{reward}", "--eval-exact"),
@@ -46,7 +47,7 @@ ONLINE = {
     "plain": (),
     "previous": ("--ref", "previous"),
     "mixed": ("--sampler", "mixed()", "--eval-exact"),
-    "lora": ("--sampler", "hybrid()", "--lora-rank", "4", "--recompute"),
+    "lora": ("--sampler", "hybrid()", "--lora", "lora(r=4)", "--gradient-checkpointing"),
     "top": ("--train-top", "1"),
     "live": ("--silver", "reward(path='{reward}',precision='bfloat16')", "--gold-budget", "8", "--rewards", "{reward}"),
     "implicit": ("--silver", "implicit(precision='bfloat16')", "--gold-budget", "8"),
@@ -59,9 +60,9 @@ PPO = {
     "reward critic": ("--value", "{reward}", "--value-top", "1"),
     "lora critic": ("--value", "{tiny}", "--value-lora-rank", "4"),
     "top": ("--train-top", "1"),
-    "lora": ("--lora-rank", "4", "--recompute"),
+    "lora": ("--lora", "lora(r=4)", "--gradient-checkpointing"),
     "rloo": ("--method", "rloo"),
-    "group": ("--method", "group", "--recompute"),
+    "group": ("--method", "group", "--gradient-checkpointing"),
     "reinforce": ("--method", "reinforce", "--eval-exact"),
     "reward": ("--reward", "{reward}", "--rewards", "{reward}"),
 }
@@ -90,7 +91,7 @@ def command(job: str, places: dict[str, Path], *options: str) -> list[str]:
             *("--epochs", "1", *MEASURE, *(() if "--reward" in options else ("--reward", "length()"))),
         ),
     }[job]
-    return [job, *(part.format(**places) for part in (*HALF, *common, *options))]
+    return [job, *(part.format(**places) for part in (*HALF, *LOG.get(job, ()), *common, *options))]
 
 
 def run(job: str, places: dict[str, Path], out: Path, *options: str) -> list[dict[str, Any]]:
@@ -110,7 +111,7 @@ def changed(before: Path, after: Path) -> bool:
     return any(not torch.equal(old[name], new[name]) for name in old)
 
 
-@pytest.mark.parametrize("options", [(), ("--lora-rank", "4", "--recompute")], ids=["whole", "lora"])
+@pytest.mark.parametrize("options", [(), ("--lora", "lora(r=4)", "--gradient-checkpointing")], ids=["whole", "lora"])
 def test_sft(places: dict[str, Path], tmp_path: Path, options: tuple[str, ...]) -> None:
     rows = run("sft", places, tmp_path / "run", *options)
     exact = run("sft", places, tmp_path / "exact", *options, "--precision", "float32")
@@ -120,7 +121,9 @@ def test_sft(places: dict[str, Path], tmp_path: Path, options: tuple[str, ...]) 
         assert half["loss"] == pytest.approx(single["loss"], abs=0.02)  # nats a token
 
 
-@pytest.mark.parametrize("options", [(), ("--pooling", "mean", "--recompute"), ("--lora-rank", "4")], ids=str)
+@pytest.mark.parametrize(
+    "options", [(), ("--pooling", "mean", "--gradient-checkpointing"), ("--lora", "lora(r=4)")], ids=str
+)
 def test_reward(places: dict[str, Path], tmp_path: Path, options: tuple[str, ...]) -> None:
     rows = run("reward", places, tmp_path / "run", *options)
     assert len(rows) == 2
@@ -175,9 +178,9 @@ def test_ppo(places: dict[str, Path], tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("job", "options"),
     [
-        ("sft", ("--save-every", "1")),
-        ("reward", ("--save-every", "1")),
-        ("dpo", ("--save-every", "1", "--lora-rank", "4", "--recompute")),
+        ("sft", ("--save-steps", "1")),
+        ("reward", ("--save-steps", "1")),
+        ("dpo", ("--save-steps", "1", "--lora", "lora(r=4)", "--gradient-checkpointing")),
         ("online", ()),
         ("ppo", ("--value", "{tiny}", "--value-lora-rank", "4")),
     ],

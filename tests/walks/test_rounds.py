@@ -10,7 +10,7 @@ from pyrite.data.files import read
 from walks.command import pyrite
 
 ROUNDS = "--rounds 4 --prompts-per-round 16 --held-out .2 --k 2 --max-new-tokens 6 --pairing all".split()
-FAST = "--batch-size 16 --warmup 0 --log-every 1 --eval-limit 4 --gold length() --lr 1e-3".split()
+FAST = "--batch-size 16 --lr-scheduler-type cosine(warmup_steps=0) --eval-limit 4 --gold length() --lr 1e-3".split()
 
 
 def asked(out: Path, number: int) -> set[str]:

@@ -242,7 +242,18 @@ def test_a_template_that_leaves_a_turn_of_the_prompt_out_is_refused(tmp_path, ca
     assert f"{prompts}, line 1" in said and f"leaves out what the {role} says" in said
 
 
-LEARN = ("--epochs", 80, "--batch-size", 4, "--lr", 2e-2, "--warmup", 0, "--held-out", 0)
+LEARN = (
+    "--epochs",
+    80,
+    "--batch-size",
+    4,
+    "--lr",
+    2e-2,
+    "--lr-scheduler-type",
+    "cosine(warmup_steps=0)",
+    "--held-out",
+    0,
+)
 ASK = [{"role": "user", "content": "hi"}]
 
 
@@ -324,8 +335,8 @@ def test_every_job_ends_an_answer_where_the_template_ends_a_turn(tmp_path, name)
         pairs,
         "--held-out",
         0.4,
-        "--lora-rank",
-        2,
+        "--lora",
+        "lora(r=2)",
         "--out",
         tmp_path / "dpo",
         *ONE_STEP,

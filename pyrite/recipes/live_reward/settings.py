@@ -99,8 +99,22 @@ class Settings:
 
 
 TOY = Settings(
-    sft=Training(lr=4e-3, epochs=1, batch_size=48, warmup=30, floor=0.05, weight_decay=0.01, micro_tokens=1 << 16),
-    math_sft=Training(lr=4e-3, epochs=4, batch_size=32, warmup=30, floor=0.05, weight_decay=0.01, micro_tokens=1 << 16),
-    reward=Training(lr=1e-3, epochs=6, batch_size=32, weight_decay=0.01, micro_tokens=1 << 16),
-    online=Training(lr=3e-4, batch_size=32, warmup=5, schedule="constant", micro_tokens=1 << 16),
+    sft=Training(
+        lr=4e-3,
+        epochs=1,
+        batch_size=48,
+        lr_scheduler_type="cosine(warmup_steps=30, min_lr_ratio=0.05)",
+        optim="adamw(weight_decay=0.01)",
+        micro_batch_tokens=1 << 16,
+    ),
+    math_sft=Training(
+        lr=4e-3,
+        epochs=4,
+        batch_size=32,
+        lr_scheduler_type="cosine(warmup_steps=30, min_lr_ratio=0.05)",
+        optim="adamw(weight_decay=0.01)",
+        micro_batch_tokens=1 << 16,
+    ),
+    reward=Training(lr=1e-3, epochs=6, batch_size=32, optim="adamw(weight_decay=0.01)", micro_batch_tokens=1 << 16),
+    online=Training(lr=3e-4, batch_size=32, lr_scheduler_type="constant(warmup_steps=5)", micro_batch_tokens=1 << 16),
 )

@@ -26,7 +26,7 @@ class Optimizing:
     """Answers to each pool prompt at a measurement."""
     missing_eos: float = 3.0
     """Taken off the score of an answer that was cut, standard deviations of the reward model."""
-    training: Training = field(default_factory=lambda: Training(lr=1e-6, epochs=4, batch_size=32, clip=1.0))
+    training: Training = field(default_factory=lambda: Training(lr=1e-6, epochs=4, batch_size=32, max_grad_norm=1.0))
 
 
 @dataclass(frozen=True)
@@ -73,14 +73,23 @@ class Settings:
 
 TOY = Settings(
     gold="pyrite.toy:story_quality()",
-    sft=Training(lr=4e-3, epochs=1, batch_size=48, warmup=30, floor=0.05, weight_decay=0.01, micro_tokens=1 << 16),
+    sft=Training(
+        lr=4e-3,
+        epochs=1,
+        batch_size=48,
+        lr_scheduler_type="cosine(warmup_steps=30, min_lr_ratio=0.05)",
+        optim="adamw(weight_decay=0.01)",
+        micro_batch_tokens=1 << 16,
+    ),
     pair_limit=760,  # about 2,000 training pairs once ties and held-out prompts are gone
     pair_answers=6,
     pair_top_p=0.9,
-    reward=Training(lr=5e-4, epochs=2, batch_size=32, weight_decay=0.01, micro_tokens=1 << 16),
+    reward=Training(lr=5e-4, epochs=2, batch_size=32, optim="adamw(weight_decay=0.01)", micro_batch_tokens=1 << 16),
     head_std=0.1,
     objectives=("mean()", "wco()", "uwo(weight=1.0)"),
-    ppo=Optimizing(training=Training(lr=3e-4, epochs=2, batch_size=32, schedule="constant", micro_tokens=1 << 16)),
+    ppo=Optimizing(
+        training=Training(lr=3e-4, epochs=2, batch_size=32, lr_scheduler_type="constant()", micro_batch_tokens=1 << 16)
+    ),
 )
 
 # What a whole study adds: more KL strengths, fewer pairs, larger reward models.
@@ -99,12 +108,14 @@ SMALL = Settings(
     pair_prompts="tatsu-lab/alpaca",
     pool_prompts="tatsu-lab/alpaca_eval",
     prompt_columns="prompt=instruction",
-    sft=Training(lr=2e-5, epochs=1, batch_size=64, warmup=50, precision="bfloat16"),
+    sft=Training(lr=2e-5, epochs=1, batch_size=64, lr_scheduler_type="cosine(warmup_steps=50)", precision="bfloat16"),
     pair_limit=10_000,
     pool=200,
     answers=1100,
     max_new_tokens=256,
-    reward=Training(lr=2e-5, epochs=2, batch_size=64, warmup=50, precision="bfloat16"),
+    reward=Training(
+        lr=2e-5, epochs=2, batch_size=64, lr_scheduler_type="cosine(warmup_steps=50)", precision="bfloat16"
+    ),
     ppo=Optimizing(
         prompts_per_step=256, steps=100, training=Training(lr=1e-6, epochs=4, batch_size=64, precision="bfloat16")
     ),
@@ -118,14 +129,28 @@ PAPER = Settings(
     demos="tatsu-lab/alpaca_farm:sft",
     pair_prompts="tatsu-lab/alpaca_farm:preference",
     pool_prompts="tatsu-lab/alpaca_farm:val",
-    sft=Training(lr=8e-6, epochs=3, batch_size=32, schedule="linear", warmup=10, clip=2.0, betas=(0.9, 0.95)),
+    sft=Training(
+        lr=8e-6,
+        epochs=3,
+        batch_size=32,
+        lr_scheduler_type="linear(warmup_steps=10)",
+        max_grad_norm=2.0,
+        optim="adamw(betas=(0.9, 0.95))",
+    ),
     pair_limit=46_000,
     pair_top_p=0.9,
     pool=1000,
     answers=12_600,
     pool_top_p=0.9,
     max_new_tokens=256,
-    reward=Training(lr=1e-5, epochs=5, batch_size=32, schedule="linear", warmup=50, clip=2.0, precision="bfloat16"),
+    reward=Training(
+        lr=1e-5,
+        epochs=5,
+        batch_size=32,
+        lr_scheduler_type="linear(warmup_steps=50)",
+        max_grad_norm=2.0,
+        precision="bfloat16",
+    ),
     n=(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 6144, 8192, 12_500),
     ppo=Optimizing(  # table 3 and section 4: 3,000 optimizer steps on 256 answers at a time
         betas=((0.25, (0.0, 0.01, 0.1, 0.2)), (0.0, (0.0, 0.01, 0.1, 0.2))),
@@ -135,6 +160,8 @@ PAPER = Settings(
         measure_every=3,
         eval_k=1,
         missing_eos=0.0,
-        training=Training(lr=1e-6, epochs=4, batch_size=32, betas=(0.9, 0.95), weight_decay=1e-6, precision="bfloat16"),
+        training=Training(
+            lr=1e-6, epochs=4, batch_size=32, optim="adamw(betas=(0.9, 0.95), weight_decay=1e-6)", precision="bfloat16"
+        ),
     ),
 )

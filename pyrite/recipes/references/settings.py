@@ -45,7 +45,23 @@ class Settings:
 
 TOY = Settings(
     gold="pyrite.toy:story_quality()",
-    sft=Training(lr=4e-3, epochs=1, batch_size=48, warmup=30, floor=0.05, weight_decay=0.01, micro_tokens=1 << 16),
-    stronger=Training(lr=2e-3, epochs=1, batch_size=48, warmup=30, floor=0.05, weight_decay=0.01, micro_tokens=1 << 16),
-    dpo=Training(lr=1e-3, epochs=4, batch_size=32, micro_tokens=1 << 16, schedule="linear", floor=0.0),
+    sft=Training(
+        lr=4e-3,
+        epochs=1,
+        batch_size=48,
+        lr_scheduler_type="cosine(warmup_steps=30, min_lr_ratio=0.05)",
+        optim="adamw(weight_decay=0.01)",
+        micro_batch_tokens=1 << 16,
+    ),
+    stronger=Training(
+        lr=2e-3,
+        epochs=1,
+        batch_size=48,
+        lr_scheduler_type="cosine(warmup_steps=30, min_lr_ratio=0.05)",
+        optim="adamw(weight_decay=0.01)",
+        micro_batch_tokens=1 << 16,
+    ),
+    dpo=Training(
+        lr=1e-3, epochs=4, batch_size=32, micro_batch_tokens=1 << 16, lr_scheduler_type="linear(min_lr_ratio=0.0)"
+    ),
 )

@@ -78,8 +78,17 @@ class Settings:
 
 TOY = Settings(
     gold="pyrite.toy:story_quality()",
-    sft=Training(lr=4e-3, epochs=1, batch_size=48, warmup=30, floor=0.05, weight_decay=0.01, micro_tokens=1 << 16),
-    scorer=Training(lr=5e-4, epochs=2, batch_size=32, weight_decay=0.01, micro_tokens=1 << 16),
+    sft=Training(
+        lr=4e-3,
+        epochs=1,
+        batch_size=48,
+        lr_scheduler_type="cosine(warmup_steps=30, min_lr_ratio=0.05)",
+        optim="adamw(weight_decay=0.01)",
+        micro_batch_tokens=1 << 16,
+    ),
+    scorer=Training(lr=5e-4, epochs=2, batch_size=32, optim="adamw(weight_decay=0.01)", micro_batch_tokens=1 << 16),
     margin=4.0,  # as published for Safe-RLHF
-    online=Training(lr=3e-4, epochs=2, batch_size=32, warmup=5, micro_tokens=1 << 16),
+    online=Training(
+        lr=3e-4, epochs=2, batch_size=32, lr_scheduler_type="cosine(warmup_steps=5)", micro_batch_tokens=1 << 16
+    ),
 )

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from pyrite.jobs.pairs import Kind
-from pyrite.models.policy import Lora
 from pyrite.recipes.toy import Shares
 from pyrite.training.loop import Training
 
@@ -43,7 +42,7 @@ class Settings:
     reward: Training = field(default_factory=Training)
     dpo: Training = field(default_factory=Training)
     ppo: Training = field(default_factory=Training)
-    lora: Lora = field(default_factory=lambda: Lora(lora_rank=8, lora_alpha=16.0))
+    lora: str = "lora(r=8, alpha=16.0)"
     beta: float = 0.1
     steps: int = 24
     """PPO steps of the policy of one option; the policy of all combinations gets as many for each of its options."""
@@ -65,13 +64,20 @@ NEUTRAL = Shares(drift=0.0, technical=0.1)
 
 
 def _fast(lr: float, epochs: int = 1) -> Training:
-    return Training(lr=lr, epochs=epochs, batch_size=32, weight_decay=0.01, micro_tokens=1 << 16)
+    return Training(lr=lr, epochs=epochs, batch_size=32, optim="adamw(weight_decay=0.01)", micro_batch_tokens=1 << 16)
 
 
 TOY = Settings(
-    sft=Training(lr=4e-3, epochs=1, batch_size=48, warmup=30, floor=0.05, weight_decay=0.01, micro_tokens=1 << 16),
+    sft=Training(
+        lr=4e-3,
+        epochs=1,
+        batch_size=48,
+        lr_scheduler_type="cosine(warmup_steps=30, min_lr_ratio=0.05)",
+        optim="adamw(weight_decay=0.01)",
+        micro_batch_tokens=1 << 16,
+    ),
     multitask=_fast(1e-3, 2),
     reward=_fast(5e-4, 2),
     dpo=_fast(2e-3, 2),
-    ppo=Training(lr=3e-3, epochs=2, batch_size=32, schedule="constant", micro_tokens=1 << 16),
+    ppo=Training(lr=3e-3, epochs=2, batch_size=32, lr_scheduler_type="constant()", micro_batch_tokens=1 << 16),
 )
