@@ -145,8 +145,7 @@ def test_every_job_says_so(tiny: Path, pairs: Path, demos: Path, tmp_path: Path,
         "cosine(warmup_steps=0)",
         "--batch-size",
         8,
-        "--lora",
-        "lora(r=4)" if adapters else 0,
+        *(("--lora", "lora(r=4)") if adapters else ()),
     )
     still = done(*common, "--out", tmp_path / "still", "--lr", "1e-7")
     assert still.count("hardly moved") == 1
