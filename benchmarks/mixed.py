@@ -8,10 +8,7 @@ time over that of `sample` from the policy (on_policy), `times_base` over that f
 is 1 / times. Float32, end tokens ignored, runs in turns after one unmeasured turn; wall time, with --threads 1
 processor time, which a busy neighbor disturbs less.
 `equal`: the largest difference in log-probability between adapters on and off and two separate models, tokens being
-the same. `second_copy_mib`: weights that the reference of `lora` does not share with the policy. `read_afterwards`: for
-rows of the reference alone, how many times faster one forward over the whole text gives the policy's
-log-probabilities than decoding the policy along; below 1 where both rows of a prompt are the reference's and the prompt
-is longer than they are, since decoding reads a prompt once for all of its rows.
+the same.
 """
 
 from __future__ import annotations
@@ -27,11 +24,10 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
-from pyrite.models.generation import Samples, open_reference, open_voice, sample, sample_mixed
+from pyrite.models.generation import Samples, sample, sample_mixed
 
 MODELS = {
     "toy": {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 384},
@@ -73,26 +69,6 @@ def seconds(call: Callable[[], Samples]) -> float:
     return clock() - start
 
 
-def tensors(voice: Any) -> dict[int, int]:
-    """Bytes of every tensor that a lean engine holds, by its place in memory."""
-
-    def inside(item: object) -> list[Tensor]:
-        if isinstance(item, Tensor):
-            return [item]
-        parts = item if isinstance(item, (list, tuple)) else getattr(item, "__dict__", {}).values()
-        return [tensor for part in parts for tensor in inside(part)]
-
-    return {tensor.untyped_storage().data_ptr(): tensor.nbytes for tensor in inside(voice.engine.forward)}
-
-
-def second_copy(policy: Any) -> float:
-    """MiB of weights that the reference holds apart from the policy."""
-    with torch.inference_mode():
-        voice = open_voice(policy, 64)
-        ours, theirs = tensors(voice), tensors(open_reference(None, voice, 64))
-    return sum(size for place, size in theirs.items() if place not in ours) / 2**20
-
-
 def compare(name: str, vocabulary: int, rows: int, steps: int, rounds: int) -> dict[str, Any]:
     base = make(name, vocabulary)
     plain, prompts = copy.deepcopy(base), make_prompts(vocabulary, rows)
@@ -100,16 +76,12 @@ def compare(name: str, vocabulary: int, rows: int, steps: int, rounds: int) -> d
     merged = copy.deepcopy(policy).merge_and_unload()
     options: dict[str, Any] = {"eos": [], "max_new_tokens": steps}
     arms = APART.expand(len(prompts), -1, -1)
-    ref_only = torch.tensor([[0.0, 1.0]]).expand(len(prompts), 2, 2)
-    nearly = torch.tensor([[1e-30, 1.0]]).expand(len(prompts), 2, 2)  # the same draws, the policy decoding along
     calls: dict[str, Callable[[], Samples]] = {
         "policy": lambda: sample(policy, prompts, k=2, **options),
         "lora": lambda: sample_mixed(policy, None, prompts, exponents=arms, **options),
         "base": lambda: sample(plain, prompts, k=2, **options),
         "two": lambda: sample_mixed(merged, plain, prompts, exponents=arms, **options),
         "merged": lambda: sample(merged, prompts, k=2, **options),
-        "afterwards": lambda: sample_mixed(policy, None, prompts, exponents=ref_only, **options),
-        "along": lambda: sample_mixed(policy, None, prompts, exponents=nearly, **options),
     }
     times = [{label: seconds(call) for label, call in calls.items()} for _ in range(rounds + 1)][1:]
     lora, two = calls["lora"](), calls["two"]()
@@ -119,9 +91,6 @@ def compare(name: str, vocabulary: int, rows: int, steps: int, rounds: int) -> d
     def over(one: str, other: str) -> list[float]:
         return [turn[one] / turn[other] for turn in times]
 
-    def extra(one: str) -> float:
-        return statistics.median(turn[one] - turn["base"] for turn in times)
-
     case = {
         "model": name,
         "vocabulary": vocabulary,
@@ -130,12 +99,10 @@ def compare(name: str, vocabulary: int, rows: int, steps: int, rounds: int) -> d
         "spread_times": [round(min(over("lora", "policy")), 2), round(max(over("lora", "policy")), 2)],
         "times_base": round(statistics.median(over("lora", "base")), 2),
         "times_two": round(statistics.median(over("two", "merged")), 2),
-        "read_afterwards": round(extra("along") / max(extra("afterwards"), 1e-9), 2),
         "tokens_per_second": round(rows * steps / statistics.median(turn["lora"] for turn in times)),
         "path": [lora.path, two.path],
         "same_rows": int(same.sum()),
         "equal": (ours - theirs).abs().max().item(),
-        "second_copy_mib": second_copy(policy),
     }
     print(json.dumps(case), flush=True)
     return case
@@ -161,7 +128,6 @@ def main() -> None:
         ],
         "times": max(times),
         "equal": max(case["equal"] for case in cases),
-        "second_copy_mib": max(case["second_copy_mib"] for case in cases),
         "threads": torch.get_num_threads(),
         "cases": cases,
     }

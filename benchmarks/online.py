@@ -204,7 +204,7 @@ def equality(case: Case) -> dict[str, float]:
     tokens = tokens.cpu().unflatten(0, (2, PAIRS)).transpose(0, 1).flatten(0, 1)
     index, length = torch.arange(2 * PAIRS), torch.full((2 * PAIRS,), NEW)
     unknown = torch.zeros(tokens.shape)
-    seen = Samples(index // 2, index % 2, tokens, length, length < 0, unknown, unknown, "lean")
+    seen = Samples(index // 2, index % 2, tokens, length, length < 0, unknown, unknown, "fused")
     side, ids = Ours.make(case, ref=talker(case, seed=1)[0]), [pair.prompt for pair in pairs]
     prefs = side.preferences(ids, seen, side.label(ids, seen))
     policy = side.players.policy

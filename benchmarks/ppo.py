@@ -308,7 +308,9 @@ def equality(case: Case, python: str) -> dict[str, Any]:
     with other(python, "recorded", case, FULL) as line:
         theirs = torch.load(io.BytesIO(line.recv()))
     index, length, unknown = torch.arange(ANSWERS), torch.full((ANSWERS,), NEW), torch.zeros(ANSWERS, NEW)
-    told = Samples(index, torch.zeros_like(index), theirs["tokens"].cpu(), length, length < 0, unknown, unknown, "lean")
+    told = Samples(
+        index, torch.zeros_like(index), theirs["tokens"].cpu(), length, length < 0, unknown, unknown, "fused"
+    )
     side = Ours.make(case, "own", FULL, ref=talker(case, seed=1))
     with patch.object(Players, "draw", lambda *_, **__: told):
         drawn = side.collect(0, batches(case)[0], reread=True)

@@ -11,6 +11,7 @@ import torch
 from scipy import stats
 from transformers import BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from pyrite.models import generation
 from pyrite.models.generation import Samples, sample
 
 EOS = 2
@@ -77,6 +78,24 @@ def test_a_batch_of_one_equals_a_batch_of_many() -> None:
     more = sample(MODEL, PROMPTS[:3], **{**options, "k": 5})
     assert [more.responses()[i] for i in (0, 1, 5, 6)] == whole.responses()[:4]
     assert sample(MODEL, PROMPTS, **{**options, "seed": 4}).responses() != whole.responses()
+
+
+DOUBLED = [[3], [4, 5, 6], [3], [7, 8], [4, 5, 6]]
+
+
+@pytest.mark.parametrize(("check", "compact"), [(1, 1.0), (1, 0.0), (7, 0.8)])
+def test_dropping_rows_changes_nothing(monkeypatch: pytest.MonkeyPatch, check: int, compact: float) -> None:
+    kept: list[int] = []
+    model = make(vocabulary=11)
+    keep = generation.Decoder.keep
+    monkeypatch.setattr(generation.Decoder, "keep", lambda self, rows: (kept.append(len(rows)), keep(self, rows))[1])
+    usual = sample(model, DOUBLED, eos=2, k=20, max_new_tokens=32)
+    assert kept == sorted(kept, reverse=True) and kept[0] < 80 and kept[-1] < 10
+    monkeypatch.setattr(generation, "CHECK", check)
+    monkeypatch.setattr(generation, "COMPACT", compact)
+    other = sample(model, DOUBLED, eos=2, k=20, max_new_tokens=32)
+    assert other.responses() == usual.responses()
+    torch.testing.assert_close(other.logps, usual.logps, atol=1e-5, rtol=0)
 
 
 def test_the_global_generator_is_not_touched() -> None:

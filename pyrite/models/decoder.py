@@ -1,17 +1,18 @@
-"""Rows that decode together: prompts prefilled once, then one token a step from a preallocated cache.
+"""How a causal language model is run to decode rows together: each prompt once, then one token a step.
 
-`Decoder.step` maps the last token of every row to the logits of the next, `Decoder.keep` drops rows: all that a
-sampling loop needs, of one model or of two that it mixes.
+`Decoder.step` maps the last token of every row to the logits of the next and `Decoder.keep` drops rows. That is all
+that a sampling loop needs, of one model or of two that it mixes.
 """
 
 from __future__ import annotations
 
-import copy
 import inspect
+import itertools
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, NamedTuple, cast
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -20,13 +21,15 @@ from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, GenerationConfig, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from pyrite.models.forward import told
-from pyrite.models.packing import product
+from pyrite.models.forward import CLOSE, Ways, forget, told, ways
+from pyrite.models.packing import FastLinears, product
 
-# adapters: Adapters switched off for a moment, so that one base in memory is two models.
+log = logging.getLogger(__name__)
+
+# Adapters switched off for a moment, so that one base in memory is two models.
 
 
 def adapter_layers(model: nn.Module) -> tuple[Any, ...]:
@@ -71,13 +74,13 @@ def silent(layers: Sequence[Any]) -> Iterator[None]:
             layer._disable_adapters = off
 
 
-# caches: Keys and values of the rows that decode together, in one block of memory a layer.
+# Keys and values of the rows that decode together, in one block of memory a layer.
 
 
 BLOCK = 64  # columns added at a time
 
 
-class Layer(CacheLayerMixin):
+class LayerCache(CacheLayerMixin):
     """One layer's keys and values (N, G, columns, D), of which `used` columns are written."""
 
     is_sliding = False
@@ -127,18 +130,20 @@ class Layer(CacheLayerMixin):
         return -1
 
 
-class Columns(Cache):
+class DecodingCache(Cache):
     """The layers of one model for N rows: a transformers cache that can be filled from prompts and compacted."""
 
     def __init__(self) -> None:
-        super().__init__(layer_class_to_replicate=Layer)
+        super().__init__(layer_class_to_replicate=LayerCache)
 
     @property
-    def parts(self) -> list[Layer]:
+    def parts(self) -> list[LayerCache]:
         """The layers met so far."""
-        return cast(list[Layer], self.layers)
+        return cast(list[LayerCache], self.layers)
 
-    def fill(self, prompts: Columns, source: Tensor, lengths: Tensor, *, start: int, rows: int, used: int) -> None:
+    def fill(
+        self, prompts: DecodingCache, source: Tensor, lengths: Tensor, *, start: int, rows: int, used: int
+    ) -> None:
         """Copy prefilled prompts into rows start, start + 1, ... of `rows`, so that they end at column `used`.
 
         prompts: P prompts written from column 0 on; lengths (P,) their tokens; source (n,) the prompt of each row.
@@ -146,7 +151,7 @@ class Columns(Cache):
         width = prompts.parts[0].used
         columns = torch.arange(width, device=lengths.device) - (width - lengths)[:, None]
         while len(self.layers) < len(prompts.layers):
-            self.layers.append(Layer())
+            self.layers.append(LayerCache())
         for ours, theirs in zip(self.parts, prompts.parts, strict=True):
             if not ours.is_initialized:
                 ours.allocate(theirs.blocks[0], rows, used)
@@ -172,24 +177,22 @@ def _aligned(block: Tensor, columns: Tensor, source: Tensor) -> Tensor:
     return block.gather(2, index).index_select(0, source)
 
 
-# cached_attention: Attention while decoding: one query a row, or a prompt, over cached keys and values.
+# Attention while decoding: one query a row, or a prompt, over cached keys and values.
 
 
 NAME = "pyrite_decode"
 
 
 @contextmanager
-def attending(model: nn.Module) -> Iterator[None]:
-    """Within this block the model attends through `attend`."""
-    AttentionInterface.register(NAME, _attention)
-    parts = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
-    before = {id(part.config): (part.config, part.config._attn_implementation) for part in parts}
+def attending(configs: Sequence[Any]) -> Iterator[None]:
+    """Within this block the models of these configs attend through `attend`."""
+    before = [config._attn_implementation for config in configs]
     try:
-        for config, _ in before.values():
+        for config in configs:
             config._attn_implementation = NAME
         yield
     finally:
-        for config, implementation in before.values():
+        for config, implementation in zip(configs, before, strict=True):
             config._attn_implementation = implementation
 
 
@@ -253,7 +256,7 @@ def additive(hidden: Tensor) -> Tensor:
     return torch.zeros(hidden.shape, device=hidden.device).masked_fill_(hidden, float("-inf"))
 
 
-# lean: The Llama family (Llama, Mistral, Qwen2, Qwen3) as one flat function for decoding.
+# The Llama family (Llama, Mistral, Qwen2, Qwen3) as one flat function for decoding.
 
 
 FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
@@ -269,10 +272,10 @@ class Dense:
     bias: Tensor | None
     adapter: tuple[Tensor, Tensor] | None = None
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, adapted: bool = True) -> Tensor:
         x = x.to(self.weight.dtype)
         y = product(x, self.weight, self.bias)
-        if self.adapter is None:
+        if self.adapter is None or not adapted:
             return y
         down, up = self.adapter
         return y.add_(product(product(x, down), up))
@@ -291,18 +294,13 @@ class Block:
     down: Dense
     act: Callable[[Tensor], Tensor]
 
-    def without_adapters(self) -> Block:
-        """The same weights, not copied."""
-        dense = {f.name: part for f in fields(self) if isinstance(part := getattr(self, f.name), Dense)}
-        return replace(self, **{name: replace(part, adapter=None) for name, part in dense.items()})
 
-
-class Lean:
+class FusedLlama:
     """tokens (N, T), positions (N, T), cache, mask -> logits (N, V) of the last column."""
 
-    def __init__(self, model: Any, positions: int, attend: Callable[..., Tensor]) -> None:
+    def __init__(self, model: Any, positions: int) -> None:
         base, config = model.model, model.config
-        self.attend, self.eps = attend, config.rms_norm_eps
+        self.eps = config.rms_norm_eps
         attention = base.layers[0].self_attn
         self.size, self.scale = attention.head_dim, attention.scaling
         self.groups = config.num_key_value_heads
@@ -316,31 +314,23 @@ class Lean:
         half = self.size // 2
         self.cos, self.sin = cos[0], torch.cat([-sin[0, :, :half], sin[0, :, half:]], -1)
 
-    def __call__(self, tokens: Tensor, positions: Tensor, cache: Columns, mask: Any) -> Tensor:
+    def __call__(
+        self, tokens: Tensor, positions: Tensor, cache: DecodingCache, mask: Any, *, adapted: bool = True
+    ) -> Tensor:
         with torch.autocast(tokens.device.type, enabled=False):  # all casts are here
-            return self._logits(tokens, positions, cache, mask)
+            x = F.embedding(tokens, self.embedding)
+            cos, sin = self.cos[positions][:, :, None], self.sin[positions][:, :, None]
+            for index, block in enumerate(self.blocks):
+                q, k, v = self._heads(block, self._rms(x, block.norm), cos, sin, adapted)
+                k, v = cache.update(k, v, index)
+                mixed = attend(q, k, v, mask, scale=self.scale)
+                x = x + block.out(mixed.flatten(2), adapted)
+                gate, up = block.gate_up(self._rms(x, block.mlp_norm), adapted).chunk(2, -1)
+                x = x + block.down(block.act(gate) * up, adapted)
+            return self.head(self._rms(x[:, -1], self.norm), adapted)
 
-    def _logits(self, tokens: Tensor, positions: Tensor, cache: Columns, mask: Any) -> Tensor:
-        x = F.embedding(tokens, self.embedding)
-        cos, sin = self.cos[positions][:, :, None], self.sin[positions][:, :, None]
-        for index, block in enumerate(self.blocks):
-            q, k, v = self._heads(block, self._rms(x, block.norm), cos, sin)
-            k, v = cache.update(k, v, index)
-            mixed = self.attend(q, k, v, mask, scale=self.scale)
-            x = x + block.out(mixed.flatten(2))
-            gate, up = block.gate_up(self._rms(x, block.mlp_norm)).chunk(2, -1)
-            x = x + block.down(block.act(gate) * up)
-        return self.head(self._rms(x[:, -1], self.norm))
-
-    def without_adapters(self) -> Lean:
-        """The model below the adapters, on the same weights."""
-        base = copy.copy(self)
-        base.blocks = [block.without_adapters() for block in self.blocks]
-        base.head = replace(self.head, adapter=None)
-        return base
-
-    def _heads(self, block: Block, x: Tensor, cos: Tensor, sin: Tensor) -> list[Tensor]:
-        heads = block.qkv(x).to(cos.dtype).unflatten(-1, (-1, self.size))  # (N, T, H + 2G, D)
+    def _heads(self, block: Block, x: Tensor, cos: Tensor, sin: Tensor, adapted: bool) -> list[Tensor]:
+        heads = block.qkv(x, adapted).to(cos.dtype).unflatten(-1, (-1, self.size))  # (N, T, H + 2G, D)
         qk, v = heads[:, :, : -self.groups], heads[:, :, -self.groups :]
         if block.qk_norm is not None:
             qk = self._rms(qk, None) * block.qk_norm
@@ -352,8 +342,8 @@ class Lean:
         return F.rms_norm(x, (x.shape[-1],), weight, self.eps)
 
 
-def is_lean(model: Any) -> bool:
-    """Whether `Lean` can stand in for the model: family, plain linear layers (LoRA too), no hooks, small enough."""
+def can_fuse(model: Any) -> bool:
+    """Whether `FusedLlama` can stand in for the model: family, plain linear layers (LoRA too), no hooks, small."""
     config = model.config
     if config.model_type not in FAMILIES or not type(model).__name__.endswith("ForCausalLM"):
         return False
@@ -419,23 +409,19 @@ def _computes(weight: Tensor) -> torch.dtype:
 
 
 def _adapter(layers: tuple[Any, ...]) -> tuple[Tensor, Tensor] | None:
-    """The active adapters of all layers as one: down stacked (R, in), up (out, R), each in its layer's rows."""
-    found = [(index, *pair) for index, layer in enumerate(layers) for pair in _low_rank(layer)]
+    """The active adapters of all layers as one, scale included: down (R, in) and up (out, R)."""
+    found: list[tuple[int, Any, Any]] = [
+        (index, layer.lora_A[name].weight, layer.lora_B[name].weight * layer.scaling[name])
+        for index, layer in enumerate(layers)
+        if isinstance(layer, lora.Linear) and not layer.disable_adapters
+        for name in layer.active_adapters
+        if name in layer.lora_A
+    ]
     if not found:
         return None
-    down = torch.cat([part for _, part, _ in found])
     sizes = [layer.out_features for layer in layers]
-    column = [F.pad(part, (0, 0, sum(sizes[:index]), sum(sizes[index + 1 :]))) for index, _, part in found]
-    return down, torch.cat(column, 1)
-
-
-def _low_rank(layer: Any) -> Iterator[tuple[Tensor, Tensor]]:
-    """Each active adapter's down (r, in) and up (out, r), scale included."""
-    if isinstance(layer, lora.Linear) and not layer.disable_adapters:
-        for name in layer.active_adapters:
-            if name in layer.lora_A:
-                down, up = layer.lora_A[name].weight, layer.lora_B[name].weight
-                yield down, up * layer.scaling[name]  # type: ignore[operator]
+    column = [F.pad(up, (0, 0, sum(sizes[:index]), sum(sizes[index + 1 :]))) for index, _, up in found]
+    return torch.cat([down for _, down, _ in found]), torch.cat(column, 1)
 
 
 def _qk_norm(attention: Any) -> Tensor | None:
@@ -447,97 +433,112 @@ def _qk_norm(attention: Any) -> Tensor | None:
     return torch.cat([q.expand(heads, -1), k.expand(groups, -1)])
 
 
-# engines: Rows that decode together: prompts prefilled once, then one token a step from a preallocated cache.
+# How a model is run: from our cache, fused or by its own forward; else by `generate` or from whole texts.
 
 
 TESTED = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "gpt_neox"})
-PREFILL = 16384  # tokens, padding included, of one prefill forward
+PREFILL = 16384  # tokens, padding included, of one forward
+LOGITS = 2**26  # of one forward over whole texts, at most
 
-Path = Literal["lean", "cached", "generate", "uncached"]
+Path = Literal["fused", "cached", "generate", "uncached"]
 Mask = Tensor | dict[str, Tensor | None] | None
-Forward = Callable[[Tensor, Tensor, Columns, Mask], Tensor]  # tokens, positions (N, T) -> logits (N, V)
 
 
-class Engine(NamedTuple):
-    """How a model is run: its path, the forward, and the sliding window of its layer kinds (None: full)."""
+@dataclass(frozen=True)
+class Runner:
+    """A model made ready to decode.
 
-    path: Path
-    forward: Forward
-    windows: dict[str, int | None]
+    forward: tokens and positions (N, T), cache, mask -> logits (N, V) of the last column; None if the model cannot
+    decode from our cache. windows: the sliding window of each kind of layer, None if the kind sees everything.
+    ways: which texts may share a forward. one_length: `generate` takes prompts of one length only, without padding.
+    adapted: False switches the model's adapters off while it runs.
+    """
+
+    model: Any
+    path: Path = "generate"
+    forward: Callable[..., Tensor] | None = None
+    windows: dict[str, int | None] = field(default_factory=dict)
+    ways: Ways = Ways(padded=True)
+    one_length: bool = False
+    adapted: bool = True
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def off(self) -> tuple[Any, ...]:
+        """The layers whose adapters are to be switched off."""
+        return () if self.adapted else adapter_layers(self.model)
 
 
-def open_engine(model: nn.Module, columns: int) -> Engine | None:
-    """The fastest way to run a causal LM over up to `columns` tokens from our cache; None where there is none.
+def open_runner(model: Any, columns: int) -> Runner:
+    """The fastest way to run a model over texts of up to `columns` tokens."""
+    stock = transformers_model(model)
+    found = ways(stock)
+    if found.dynamic:
+        forget(stock)
+    runner = open_cached(model, min(columns, found.turn))
+    if runner is None:
+        log.warning("%s cannot decode from our cache: using transformers' generate", type(model).__name__)
+        runner = Runner(model)
+    one_length = columns > found.turn or (runner.forward is None and not told(stock, _ignores_padding))
+    return replace(runner, ways=found, one_length=one_length)
+
+
+def open_reference(ref_model: Any, policy: Runner, columns: int) -> Runner:
+    """The reference beside a policy: a model of its own, or None for the policy with its adapters off.
+
+    With its adapters off, the policy's weights in memory serve both.
+    """
+    if ref_model is not None:
+        return policy if ref_model is policy.model and policy.forward else open_runner(ref_model, columns)
+    model, layers = base_of(policy.model)
+    return replace(policy, adapted=False) if layers else open_runner(model, columns)
+
+
+def open_cached(model: nn.Module, columns: int) -> Runner | None:
+    """The fastest way to run a model over up to `columns` tokens from our cache; None if it cannot use it.
 
     Families outside `TESTED`, and wrapped models, are compared with the stock forward on a few tokens first: a small
-    model of the same architecture, and the model itself in its own precision. Under autocast the engine computes in
+    model of the same architecture, and the model itself in its own precision. Under autocast the runner computes in
     that of autocast.
     """
     windows = _windows(model, columns)
     if windows is None:
         return None
-    if set(windows.values()) == {None} and _is_tested(inside := innermost(model)) and is_lean(inside):
-        return Engine("lean", Lean(inside, columns, attend), windows)
-    engine = Engine("cached", _stock(model), windows)
+    if set(windows.values()) == {None} and _is_tested(inside := innermost(model)) and can_fuse(inside):
+        return Runner(model, "fused", FusedLlama(inside, columns), windows)
+    runner = Runner(model, "cached", _stock_forward(model), windows)
     if _is_tested(model):
-        return engine
+        return runner
     if not _is_tested(stock := transformers_model(model)) and not told(stock, _caches):
         return None
-    return engine if _agrees(model, engine) else None
-
-
-def without_adapters(engine: Engine, layers: Sequence[Any]) -> Engine:
-    """The same engine, on the same weights, with these adapted layers silent."""
-    whole = engine.forward
-    if isinstance(whole, Lean):
-        return engine._replace(forward=whole.without_adapters())
-
-    def forward(tokens: Tensor, positions: Tensor, cache: Columns, mask: Mask) -> Tensor:
-        with silent(layers):
-            return whole(tokens, positions, cache, mask)
-
-    return engine._replace(forward=forward)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Within this block the model is in evaluation mode; each module's own mode is restored."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-@dataclass(frozen=True)
-class Prompts:
-    """Distinct prompts (token ids), longest first, and how many rows each gets."""
-
-    tokens: Sequence[Sequence[int]]
-    repeats: Sequence[int]
+    return runner if _agrees(runner) else None
 
 
 class Decoder:
-    """The rows of some prompts under one model, prompt by prompt, with room for `steps` new tokens."""
+    """Rows of prompts under one model, with room for `steps` new tokens.
 
-    def __init__(self, engine: Engine, prompts: Prompts, *, steps: int, device: torch.device) -> None:
-        self.engine, self.cache = engine, Columns()
-        lengths = torch.tensor([len(prompt) - 1 for prompt in prompts.tokens], device=device)
-        self.column = len(prompts.tokens[0]) - 1  # the last token of a prompt is the first step's input
-        self.shift = _repeated(self.column - lengths, prompts.repeats)
+    prompts: one a row, the longest first, equal ones side by side.
+    """
+
+    def __init__(self, runner: Runner, prompts: Sequence[Sequence[int]], *, steps: int) -> None:
+        self.runner, self.cache, device = runner, DecodingCache(), runner.device
+        lengths = torch.tensor([len(prompt) - 1 for prompt in prompts], device=device)
+        self.column = len(prompts[0]) - 1  # the last token of a prompt is the first step's input
+        self.shift = self.column - lengths
         self.bias = None  # hides the columns left of a short prompt, (N, 1, 1, S)
-        if len(prompts.tokens[-1]) - 1 < self.column:
+        if len(prompts[-1]) - 1 < self.column:
             column = torch.arange(self.column + steps, device=device)
             self.bias = additive((column < self.shift[:, None])[:, None, None])
-        self._prefill(prompts, lengths, device)
+        self._prefill(prompts)
 
     def step(self, tokens: Tensor) -> Tensor:
         """Logits (N, V) after one more token (N,) in each row."""
         positions = self.column - self.shift
         self.column += 1
-        return self.engine.forward(tokens[:, None], positions[:, None], self.cache, self._mask(self.column))
+        return self._forward(tokens[:, None], positions[:, None], self.cache, self._mask(self.column))
 
     def keep(self, rows: Tensor) -> None:
         """Go on with these rows only."""
@@ -545,17 +546,25 @@ class Decoder:
         self.shift = self.shift[rows]
         self.bias = None if self.bias is None else self.bias[rows]
 
-    def _prefill(self, prompts: Prompts, lengths: Tensor, device: torch.device) -> None:
-        start, row, total = 0, 0, sum(prompts.repeats)
-        while start < len(prompts.tokens) and (width := len(prompts.tokens[start]) - 1) > 0:
-            stop = min(len(prompts.tokens), start + max(1, PREFILL // width))
-            block = [[*prompt[:-1], *[0] * (width + 1 - len(prompt))] for prompt in prompts.tokens[start:stop]]
-            tokens, cache = torch.tensor(block, device=device), Columns()
+    def _forward(self, tokens: Tensor, positions: Tensor, cache: DecodingCache, mask: Mask) -> Tensor:
+        assert self.runner.forward is not None
+        return self.runner.forward(tokens, positions, cache, mask, adapted=self.runner.adapted)
+
+    def _prefill(self, prompts: Sequence[Sequence[int]]) -> None:
+        device, row = self.shift.device, 0
+        distinct = [(prompt, len(list(rows))) for prompt, rows in itertools.groupby(prompts)]
+        while distinct and (width := len(distinct[0][0]) - 1) > 0:
+            size = max(1, PREFILL // width)
+            some, distinct = distinct[:size], distinct[size:]
+            block = [[*prompt[:-1], *[0] * (width + 1 - len(prompt))] for prompt, _ in some]
+            tokens, cache = torch.tensor(block, device=device), DecodingCache()
             positions = torch.arange(width, device=device).expand_as(tokens)
-            self.engine.forward(tokens, positions, cache, self._causal(width, device))
-            source = _repeated(torch.arange(stop - start, device=device), prompts.repeats[start:stop])
-            self.cache.fill(cache, source, lengths[start:stop], start=row, rows=total, used=self.column)
-            start, row = stop, row + len(source)
+            self._forward(tokens, positions, cache, self._causal(width, device))
+            repeats = torch.tensor([count for _, count in some], device=device)
+            source = torch.arange(len(some), device=device).repeat_interleave(repeats)
+            lengths = torch.tensor([len(prompt) - 1 for prompt, _ in some], device=device)
+            self.cache.fill(cache, source, lengths, start=row, rows=len(prompts), used=self.column)
+            row += len(source)
 
     def _mask(self, columns: int) -> Mask:
         """What one new token of each row sees: None for all, or additive (N, 1, 1, columns)."""
@@ -576,33 +585,76 @@ class Decoder:
 
     def _by_kind(self, columns: int, full: Tensor | None, near: Callable[[int], Tensor]) -> Mask:
         """One mask for all layers, or one a kind where the kinds differ, as transformers wants it."""
-        windows = self.engine.windows
+        windows = self.runner.windows
         if all(window is None or window >= columns for window in windows.values()):
             return full
         masks = {kind: full if window is None else near(window) for kind, window in windows.items()}
         return masks if len(masks) > 1 else next(iter(masks.values()))
 
 
-def _stock(model: nn.Module) -> Forward:
-    """The model's own forward over our cache."""
-    last = (
-        {"logits_to_keep": 1}
-        if "logits_to_keep" in inspect.signature(transformers_model(model).forward).parameters
-        else {}
-    )
+class Uncached:
+    """Rows of prompts under one model, as in `Decoder`, but with the whole text read anew at every step."""
 
-    def forward(tokens: Tensor, positions: Tensor, cache: Columns, mask: Mask) -> Tensor:
-        output = model(
-            input_ids=tokens,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            **last,
-        )
+    def __init__(self, runner: Runner, prompts: Sequence[Sequence[int]], *, steps: int) -> None:
+        self.runner, width = runner, len(prompts[0]) + steps
+        self.ids = torch.tensor([[*prompt, *[0] * (width - len(prompt))] for prompt in prompts], device=runner.device)
+        self.last = torch.tensor([len(prompt) - 1 for prompt in prompts], device=runner.device)
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """Logits (N, V) after one more token (N,) in each row."""
+        row = torch.arange(len(tokens), device=tokens.device)
+        self.ids[row, self.last] = tokens
+        vocabulary = self.runner.model.config.get_text_config().vocab_size
+        first, width = int(self.last.min()), int(self.last.max()) + 1
+        size = max(1, min(LOGITS // ((width - first) * vocabulary), PREFILL // width))
+        found, order = [], []
+        for group in self.runner.ways.apart((self.last + 1).tolist()):
+            for rows in row[group].split(size):
+                first, width = int(self.last[rows].min()), int(self.last[rows].max()) + 1
+                logits = self._logits(self.ids[rows, :width], width - first)
+                found.append(logits[row[: len(rows)], self.last[rows] - first])
+                order.append(rows)
+        self.last = self.last + 1
+        return torch.cat(found)[torch.cat(order).argsort()]
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows only."""
+        self.ids, self.last = self.ids[rows], self.last[rows]
+
+    def _logits(self, ids: Tensor, last: int) -> Tensor:
+        """Logits (N, last, V) of the last columns of whole texts ids (N, T), padded at the right, nothing masked."""
+        model = self.runner.model
+        if self.runner.ways.dynamic:
+            forget(model)
+        with silent(self.runner.off), FastLinears():
+            return model(input_ids=ids, use_cache=False, **_logits_of(model, last)).logits[:, -last:]
+
+
+def _stock_forward(model: nn.Module) -> Callable[..., Tensor]:
+    """The model's own forward over our cache."""
+    AttentionInterface.register(NAME, _attention)
+    configs = list({id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}.values())
+    layers, last = adapter_layers(model), _logits_of(model, 1)
+
+    def forward(tokens: Tensor, positions: Tensor, cache: DecodingCache, mask: Mask, *, adapted: bool = True) -> Tensor:
+        with attending(configs), silent(() if adapted else layers):
+            output = model(
+                input_ids=tokens,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+                **last,
+            )
         return output.logits[:, -1]
 
     return forward
+
+
+def _logits_of(model: nn.Module, last: int) -> dict[str, int]:
+    """The option that asks for the logits of the last columns only, if the model has it."""
+    takes = inspect.signature(transformers_model(model).forward).parameters
+    return {"logits_to_keep": last} if "logits_to_keep" in takes else {}
 
 
 def _is_tested(model: nn.Module) -> bool:
@@ -611,21 +663,19 @@ def _is_tested(model: nn.Module) -> bool:
 
 def _caches(model: PreTrainedModel) -> bool:
     windows = _windows(model, 32)
-    return windows is not None and _agrees(model, Engine("cached", _stock(model), windows))
+    return windows is not None and _agrees(Runner(model, "cached", _stock_forward(model), windows))
 
 
-def _agrees(model: nn.Module, engine: Engine) -> bool:
+def _agrees(runner: Runner) -> bool:
     """Whether a ragged batch of two prompts decodes to the stock forward's logits, taken one row at a time."""
-    device = next(model.parameters()).device
+    model, device = runner.model, runner.device
     rows = torch.tensor([[1, 2, 3, 4, 5], [0, 0, 4, 3, 2]], device=device) % _text(model).vocab_size
     off = torch.autocast(device.type, enabled=False)  # where there is less rounding to tell from a mistake
     with off:
         stock = [model(row[None]).logits[0, -1].float() for row in (rows[0], rows[1, 2:])]
     try:
-        with off, attending(model):
-            decoder = Decoder(
-                engine, Prompts([rows[0, :3].tolist(), rows[1, 2:3].tolist()], [1, 1]), steps=3, device=device
-            )
+        with off:
+            decoder = Decoder(runner, [rows[0, :3].tolist(), rows[1, 2:3].tolist()], steps=3)
             ours = [decoder.step(rows[:, column]) for column in (2, 3, 4)][-1]
     except Exception:  # whatever a foreign model raises, it cannot take our cache
         return False
@@ -633,8 +683,19 @@ def _agrees(model: nn.Module, engine: Engine) -> bool:
     return bool(gap <= (1e-4 if ours.dtype == torch.float32 else 5e-2) * scale)
 
 
-def _repeated(values: Tensor, times: Sequence[int]) -> Tensor:
-    return values.repeat_interleave(torch.tensor(times, device=values.device))
+def _ignores_padding(model: PreTrainedModel) -> bool:
+    """Whether `generate` gives a prompt behind padding the logits that it gives the prompt alone."""
+    config = GenerationConfig(do_sample=False, max_new_tokens=4, eos_token_id=[1 << 30], pad_token_id=0)
+    show: dict[str, Any] = {"generation_config": config, "output_logits": True, "return_dict_in_generate": True}
+    size = model.config.get_text_config().vocab_size
+    long, short = [[token % size for token in tokens] for tokens in ([5, 3, 8, 4, 9, 7], [6, 10, 11])]
+    try:
+        alone = torch.stack(model.generate(torch.tensor([short]), **show).logits)[:, 0]  # type: ignore[attr-defined,operator]
+        both, mask = torch.tensor([long, [0, 0, 0, *short]]), torch.tensor([[1] * 6, [0, 0, 0, 1, 1, 1]])
+        padded = torch.stack(model.generate(both, attention_mask=mask, **show).logits)[:, 1]  # type: ignore[attr-defined,operator]
+    except Exception:  # whatever a foreign model raises, it cannot be run so
+        return False
+    return bool((alone - padded).abs().max() <= CLOSE * alone.abs().max())
 
 
 def transformers_model(model: nn.Module) -> PreTrainedModel:

@@ -38,7 +38,7 @@ def test_attend_is_the_formula(groups: int, length: int, masked: bool) -> None:
 def test_the_implementation_is_restored_after_an_error() -> None:
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     model = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=9, attn_implementation="eager"))
-    with pytest.raises(RuntimeError), attending(model):
+    with pytest.raises(RuntimeError), attending([model.config]):
         assert model.model.layers[0].self_attn.config._attn_implementation == NAME
         raise RuntimeError
     assert model.config._attn_implementation == "eager"

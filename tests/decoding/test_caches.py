@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from pyrite.models.decoder import BLOCK, Columns, Layer
+from pyrite.models.decoder import BLOCK, DecodingCache, LayerCache
 
 
 def test_appending_equals_concatenation() -> None:
     generator = torch.Generator().manual_seed(0)
     parts = [torch.randn(3, 2, t, 4, generator=generator) for t in (5, 1, BLOCK, 1, 2 * BLOCK + 3)]
-    layer = Layer()
+    layer = LayerCache()
     for index, part in enumerate(parts):
         keys, values = layer.update(part, -part)
         assert torch.equal(keys, torch.cat(parts[: index + 1], 2))
@@ -21,7 +21,7 @@ def test_appending_equals_concatenation() -> None:
 
 
 def test_prompts_are_repeated_and_end_in_one_column() -> None:
-    prompts, cache = Columns(), Columns()
+    prompts, cache = DecodingCache(), DecodingCache()
     block = torch.arange(12.0).view(2, 1, 6, 1) + 1
     prompts.update(block, -block, 0)
     lengths, source = torch.tensor([6, 2]), torch.tensor([0, 1, 1])

@@ -114,4 +114,3 @@ def test_the_policy_may_have_other_logits(temperature: float) -> None:
     mixed = draw(SCORES.expand(9, -1), u, policy=policy.expand(9, -1), temperature=temperature)
     assert torch.equal(mixed.token, own.token) and torch.equal(mixed.logp, own.logp)
     torch.testing.assert_close(mixed.policy_logp, policy.log_softmax(-1)[0, own.token])
-    assert mixed.ref_logp is None

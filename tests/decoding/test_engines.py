@@ -25,8 +25,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from pyrite.models import decoder as engines
-from pyrite.models.decoder import Lean, adapter_layers, attending
+from pyrite.models import decoder
 from pyrite.models.generation import Samples, sample
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
@@ -40,12 +39,12 @@ STEPS = 18
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12, 13], [4], [3, 9, 27], [8] * 6, [3, 9, 27]]
 
 FAMILIES: dict[str, tuple[str, Callable[[], PreTrainedConfig]]] = {
-    "llama": ("lean", lambda: LlamaConfig(**GROUPS)),
-    "llama-bias": ("lean", lambda: LlamaConfig(**BASE, attention_bias=True, mlp_bias=True)),
-    "llama-tied": ("lean", lambda: LlamaConfig(**GROUPS, tie_word_embeddings=True)),
-    "qwen2": ("lean", lambda: Qwen2Config(**GROUPS)),
-    "qwen3": ("lean", lambda: Qwen3Config(**GROUPS, head_dim=8)),
-    "mistral": ("lean", lambda: MistralConfig(**GROUPS)),
+    "llama": ("fused", lambda: LlamaConfig(**GROUPS)),
+    "llama-bias": ("fused", lambda: LlamaConfig(**BASE, attention_bias=True, mlp_bias=True)),
+    "llama-tied": ("fused", lambda: LlamaConfig(**GROUPS, tie_word_embeddings=True)),
+    "qwen2": ("fused", lambda: Qwen2Config(**GROUPS)),
+    "qwen3": ("fused", lambda: Qwen3Config(**GROUPS, head_dim=8)),
+    "mistral": ("fused", lambda: MistralConfig(**GROUPS)),
     "mistral-window": ("cached", lambda: MistralConfig(**GROUPS, **WINDOW)),
     "qwen2-window": ("cached", lambda: Qwen2Config(**GROUPS, **WINDOW, use_sliding_window=True, max_window_layers=1)),
     "gemma": ("cached", lambda: GemmaConfig(**GROUPS, head_dim=8)),
@@ -105,18 +104,18 @@ def test_equals_transformers(family: str) -> None:
     assert model.config._attn_implementation == before
 
 
-def test_cached_path_equals_lean_path(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cached_path_equals_fused_path(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make(LlamaConfig(**GROUPS))
-    lean = sample(model, PROMPTS, eos=2, k=3, max_new_tokens=STEPS)
-    monkeypatch.setattr(engines, "is_lean", lambda _: False)
+    fused = sample(model, PROMPTS, eos=2, k=3, max_new_tokens=STEPS)
+    monkeypatch.setattr(decoder, "can_fuse", lambda _: False)
     cached = sample(model, PROMPTS, eos=2, k=3, max_new_tokens=STEPS)
-    assert (lean.path, cached.path) == ("lean", "cached")
-    assert lean.responses() == cached.responses()
-    torch.testing.assert_close(lean.logps, cached.logps, atol=1e-5, rtol=0)
+    assert (fused.path, cached.path) == ("fused", "cached")
+    assert fused.responses() == cached.responses()
+    torch.testing.assert_close(fused.logps, cached.logps, atol=1e-5, rtol=0)
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # read by peft
-@pytest.mark.parametrize(("path", "dora"), [("lean", False), ("cached", True)])
+@pytest.mark.parametrize(("path", "dora"), [("fused", False), ("cached", True)])
 def test_lora_equals_its_merged_model(path: str, dora: bool) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -128,7 +127,7 @@ def test_lora_equals_its_merged_model(path: str, dora: bool) -> None:
     with model.disable_adapter():
         base = sample(model, PROMPTS, eos=2, k=2, max_new_tokens=STEPS)
     merged = sample(model.merge_and_unload(), PROMPTS, eos=2, k=2, max_new_tokens=STEPS)
-    assert (ours.path, inside.path, merged.path) == (path, path, "lean")
+    assert (ours.path, inside.path, merged.path) == (path, path, "fused")
     assert ours.responses() == inside.responses() == merged.responses() != base.responses()
 
 
@@ -138,38 +137,11 @@ def test_a_model_that_our_cache_would_change_is_detected() -> None:
     with torch.random.fork_rng():
         model = get_peft_model(make(LlamaConfig(**GROUPS)), tuned)
     with torch.inference_mode():
-        assert engines.open_engine(model, 32) is None
-
-
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # read by peft
-@pytest.mark.parametrize("dora", [False, True])
-def test_an_engine_without_adapters_is_the_base_on_the_same_weights(dora: bool) -> None:
-    base = make(LlamaConfig(**GROUPS))
-    prompts, token = engines.Prompts([[5, 6, 7, 8], [4, 9]], [1, 1]), torch.tensor([8, 9])
-
-    def logits(engine: engines.Engine) -> torch.Tensor:
-        with attending(base):
-            decoder = engines.Decoder(engine, prompts, steps=2, device=token.device)
-            return torch.stack([decoder.step(token), decoder.step(token)])
-
-    with torch.inference_mode(), torch.random.fork_rng():
-        bare = engines.open_engine(base, 32)
-        assert bare
-        want = logits(bare)
-        torch.manual_seed(0)
-        model = get_peft_model(base, LoraConfig(target_modules="all-linear", init_lora_weights=False, use_dora=dora))
-        engine = engines.open_engine(model.eval(), 32)
-        assert engine
-        off = engines.without_adapters(engine, adapter_layers(model))
-        torch.testing.assert_close(logits(off), want, atol=1e-5, rtol=0)
-        assert (logits(engine) - want).abs().max() > 0.1  # the one with adapters still has them
-    if isinstance(engine.forward, Lean) and isinstance(off.forward, Lean):
-        for ours, theirs in zip(engine.forward.blocks, off.forward.blocks, strict=True):
-            assert ours.qkv.weight is theirs.qkv.weight and ours.gate_up.weight is theirs.gate_up.weight
+        assert decoder.open_cached(model, 32) is None
 
 
 @pytest.mark.parametrize("change", ["hook", "rope"])
-def test_lean_path_steps_aside(change: str) -> None:
+def test_fused_path_steps_aside(change: str) -> None:
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
     model = make(LlamaConfig(**GROUPS, **({"rope_parameters": rope} if change == "rope" else {})))
     if change == "hook":
@@ -182,7 +154,7 @@ def test_lean_path_steps_aside(change: str) -> None:
 def test_prefill_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make(LlamaConfig(**GROUPS))
     whole = sample(model, PROMPTS, eos=2, k=2, max_new_tokens=STEPS)
-    monkeypatch.setattr(engines, "PREFILL", 8)
+    monkeypatch.setattr(decoder, "PREFILL", 8)
     assert sample(model, PROMPTS, eos=2, k=2, max_new_tokens=STEPS).responses() == whole.responses()
 
 
@@ -228,7 +200,7 @@ def test_agreement_with_the_stock_forward_is_told_in_float32() -> None:
     model = make(FAMILIES["gpt2"][1]())
     model.register_forward_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
-        assert engines.open_engine(model, 32)
+        assert decoder.open_cached(model, 32)
     assert seen and not any(seen)
 
 

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from pyrite.models import decoder
-from pyrite.models.decoder import Columns, Dense, Lean, attend, is_lean
+from pyrite.models.decoder import DecodingCache, Dense, FusedLlama, can_fuse
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24, "vocab_size": 9}
 
@@ -34,11 +34,11 @@ def test_dense_is_linear(dtype: torch.dtype, biased: bool) -> None:
 
 def test_only_plain_small_causal_models_of_the_family(monkeypatch: pytest.MonkeyPatch) -> None:
     model = LlamaForCausalLM(LlamaConfig(**SIZES))
-    assert is_lean(model)
-    assert not is_lean(LlamaForSequenceClassification(LlamaConfig(**SIZES)))
-    assert not is_lean(GPTNeoXForCausalLM(GPTNeoXConfig(**SIZES)))
+    assert can_fuse(model)
+    assert not can_fuse(LlamaForSequenceClassification(LlamaConfig(**SIZES)))
+    assert not can_fuse(GPTNeoXForCausalLM(GPTNeoXConfig(**SIZES)))
     monkeypatch.setattr(decoder, "LIMIT", 1000)
-    assert not is_lean(model)
+    assert not can_fuse(model)
 
 
 def test_replaced_linear_layers_are_seen() -> None:
@@ -47,7 +47,7 @@ def test_replaced_linear_layers_are_seen() -> None:
 
     model = LlamaForCausalLM(LlamaConfig(**SIZES))
     model.model.layers[0].mlp.up_proj = Quantized(16, 24, bias=False)
-    assert not is_lean(model)
+    assert not can_fuse(model)
 
 
 PEFT = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # read by peft
@@ -55,7 +55,7 @@ PEFT = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarn
 
 @PEFT
 @pytest.mark.parametrize(
-    ("options", "lean"),
+    ("options", "fused"),
     [
         ({"target_modules": "all-linear"}, True),
         ({"target_modules": ["q_proj", "lm_head"], "use_rslora": True, "lora_dropout": 0.5}, True),
@@ -67,12 +67,12 @@ PEFT = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarn
     ],
     ids=str,
 )
-def test_plain_low_rank_adapters_only(options: dict, lean: bool) -> None:
+def test_plain_low_rank_adapters_only(options: dict, fused: bool) -> None:
     base = LlamaForCausalLM(LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True))
     model = get_peft_model(base, LoraConfig(r=2, **options)).eval()
-    assert is_lean(model.get_base_model()) is lean
+    assert can_fuse(model.get_base_model()) is fused
     model.merge_adapter()
-    assert not is_lean(model.get_base_model())
+    assert not can_fuse(model.get_base_model())
 
 
 @PEFT
@@ -88,22 +88,22 @@ def test_adapters_of_several_layers_side_by_side(biased: bool) -> None:
     attention, x = model.get_base_model().model.layers[0].self_attn.eval(), torch.randn(5, 16)
     layers = attention.q_proj, attention.k_proj, attention.v_proj
     with torch.inference_mode():
-        fused = decoder._fused(*layers, dtype=torch.float32)
-        torch.testing.assert_close(fused(x), torch.cat([layer(x) for layer in layers], -1), atol=1e-5, rtol=1e-5)
-        assert fused.adapter and fused.adapter[0].shape == (8, 16) and fused.adapter[1].shape == (48, 8)
+        one = decoder._fused(*layers, dtype=torch.float32)
+        torch.testing.assert_close(one(x), torch.cat([layer(x) for layer in layers], -1), atol=1e-5, rtol=1e-5)
+        assert one.adapter and one.adapter[0].shape == (8, 16) and one.adapter[1].shape == (48, 8)
         with model.disable_adapter():
             assert decoder._fused(*layers, dtype=torch.float32).adapter is None
         half = decoder._fused(*layers, dtype=torch.bfloat16)
         assert half.adapter and {part.dtype for part in (half.weight, *half.adapter)} == {torch.bfloat16}
-        assert (half(x) - fused(x)).norm() < 0.02 * fused(x).norm()
+        assert (half(x) - one(x)).norm() < 0.02 * one(x).norm()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_autocast_casts_float32_weights_once_and_nothing_else(dtype: torch.dtype) -> None:
     model = LlamaForCausalLM(LlamaConfig(**SIZES)).to(dtype).eval()
-    tokens, cache = torch.tensor([[3, 4, 5], [6, 7, 8]]), Columns()
+    tokens, cache = torch.tensor([[3, 4, 5], [6, 7, 8]]), DecodingCache()
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
-        engine = Lean(model, 8, attend)
+        engine = FusedLlama(model, 8)
         logits = engine(tokens, torch.arange(3).expand(2, 3), cache, None)
     products = torch.bfloat16 if dtype == torch.float32 else dtype
     block = engine.blocks[0]
@@ -112,4 +112,4 @@ def test_autocast_casts_float32_weights_once_and_nothing_else(dtype: torch.dtype
     assert {part.dtype for layer in cache.parts for part in layer.blocks} == {dtype}  # on a processor
     assert engine.embedding is model.model.embed_tokens.weight and block.norm.dtype == engine.cos.dtype == dtype
     with torch.inference_mode():
-        assert Lean(model, 8, attend).head.weight is model.lm_head.weight  # no autocast, no copy
+        assert FusedLlama(model, 8).head.weight is model.lm_head.weight  # no autocast, no copy
