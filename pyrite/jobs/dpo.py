@@ -261,7 +261,7 @@ def _prepare(
             policy_path=config.model,
             cache=config.ref_cache or Path(config.out).parent / "references",
             tokens="ref_tokens" in wanted,
-            columns=made.pairs,
+            pairs=made.pairs,
             precision=config.training.precision,
             **limits,
         )

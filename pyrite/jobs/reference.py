@@ -6,29 +6,24 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-
 from pyrite.core import runs
 from pyrite.core.processes import say
 from pyrite.core.runs import Run
-from pyrite.data import rows as data
-from pyrite.data import rows as long_prompts
+from pyrite.data import rows
 from pyrite.data.rows import OnLong
 from pyrite.data.text import Template
 from pyrite.math import ranges
 from pyrite.math.ranges import Count, Natural, Several
-from pyrite.models import references
+from pyrite.models import reference_tables, references
 from pyrite.models.loading import Dtype
 from pyrite.models.policy import Policy
-from pyrite.models.references import BadReference, Table, Text, identity, row_id, scoring
-from pyrite.training.pairs import EncodedPairs, encode_pairs
+from pyrite.models.references import BadReference, Table, Text, margins, texts_of
+from pyrite.training.pairs import encode_pairs
 
-Pair = dict[str, Any]
 OUTPUTS = {"table/": "the reference: part-*.parquet and manifest.json, to be named in --ref"}
 
 
@@ -46,8 +41,6 @@ class Compute:
     """Names of the columns where they differ, as ours=theirs: "prompt=question,response=answer"."""
     conditioning: Literal["prompt", "prior"] = "prompt"
     """prior scores the answers without their prompts."""
-    tokens: bool = True
-    """Also store token log-probabilities, which some losses and analyses read; False halves the file."""
     max_length: Several | None = None
     """Longest prompt + response in tokens; the model's context by default. As in training, for the same tokenizer."""
     max_prompt: Count | None = None
@@ -79,8 +72,6 @@ class Verify:
     """Names of the columns where they differ, as ours=theirs: "prompt=question,response=answer"."""
     tokens: bool = False
     """The loss reads token log-probabilities."""
-    own_template: bool = False
-    """The scoring model may have read prompts in another chat template than the policy's."""
     max_length: Several | None = None
     """Longest prompt + response in tokens, as in training; the model's context by default."""
     max_prompt: Count | None = None
@@ -99,7 +90,7 @@ class Import:
     """Take in log-probabilities computed elsewhere: prompt, chosen, rejected and one sum (nats) for each answer."""
 
     file: str
-    """JSONL, CSV, Parquet or a data set."""
+    """Pairs with their sums, in any form that pairs can have."""
     scorer: str
     """The model that gave the log-probabilities, in your words."""
     out: Path
@@ -138,37 +129,36 @@ def compute(config: Compute) -> Run:
     run = runs.start("reference", config, inputs=inputs)
     if run.done:
         return run
-    pairs = data.load(config.data, "pairs", columns=config.columns, on_equal=config.on_equal, note=say)
+    pairs = rows.load(config.data, "pairs", columns=config.columns, on_equal=config.on_equal, note=say)
     policy = Policy.load(config.model, dtype=config.dtype, template=config.template)
-    max_length, max_prompt = identity.limits(policy.context, config.max_length, config.max_prompt)
+    max_length, max_prompt = references.limits(policy.context, config.max_length, config.max_prompt)
     long: dict[str, int] = {}
     if config.conditioning == "prompt":
         limits: dict[str, Any] = {"most": max_prompt, "context": max_length, "on_long": config.on_long}
-        fitted = long_prompts.fit(policy.tokenizer, pairs, **limits, note=lambda words: say(f"reference: {words}"))
+        fitted = rows.fit(policy.tokenizer, pairs, **limits, note=lambda words: say(f"reference: {words}"))
         pairs, long = fitted.rows, fitted.counts()
-    texts = _texts(pairs)
-    reading = identity.read(
+    texts = texts_of(pairs)
+    reading = references.read(
         policy.tokenizer,
         texts,
         conditioning=config.conditioning,
         max_length=max_length,
         max_prompt=max_prompt,
-        where=lambda i: f"{data.place(pairs[i // 2])}: {('chosen', 'rejected')[i % 2]} answer of pair {i // 2 + 1}",
+        where=references.name_of_pair(pairs),
     )
-    recipe = scoring.recipe_of(policy, reading, tokens=config.tokens, precision=config.precision)
+    recipe = references.recipe_of(policy, reading, precision=config.precision)
     run.open()
     say(f"reference: {len(reading.ids)} different answers of {len(pairs)} pairs, scored by {config.model}")
-    table = scoring.score(
+    table = references.compute(
         policy,
         reading,
         recipe,
         folder=run.folder / "table",
         scorer=config.model,
-        pairs=texts,
-        files=identity.files_hash(config.model),
+        files=reference_tables.files_hash(config.model),
         budget=config.micro_tokens,
     )
-    return run.finish(**_summary(table), **long)
+    return run.finish(**_summary(table, texts), **long)
 
 
 def import_(config: Import) -> Run:
@@ -176,17 +166,21 @@ def import_(config: Import) -> Run:
     run = runs.start("reference", config, inputs=inputs)
     if run.done:
         return run
-    sums = scoring.imports_read(config.file, names=(config.chosen, config.rejected), columns=config.columns, note=say)
+    pairs = rows.load(config.file, "pairs", columns=config.columns, on_equal="drop", note=say)
+    texts, names = texts_of(pairs), (config.chosen, config.rejected)
+    sums = references.given_sums(pairs, names)
+    references.check_import(texts, sums, where=references.name_of_pair(pairs))
     run.open()
     if run.writes:
-        scoring.store(sums, folder=run.folder / "table", scorer=config.scorer)
+        about = {"file": Path(config.file).name, "sha256": runs.fingerprint(config.file), "names": list(names)}
+        references.store(texts, sums, folder=run.folder / "table", scorer=config.scorer, about=about)
     run.wait()
-    return run.finish(**_summary(references.load(run.folder / "table")))
+    return run.finish(**_summary(references.load(run.folder / "table"), texts))
 
 
 def verify(config: Verify) -> Run:
     """Every rule with its outcome, until one is broken, which is the error. Writes nothing."""
-    pairs = data.load(config.data, "pairs", columns=config.columns, on_equal=config.on_equal, note=say)
+    pairs = rows.load(config.data, "pairs", columns=config.columns, on_equal=config.on_equal, note=say)
     policy = Policy.load(config.model, template=config.template) if config.model else None
     outcome: dict[str, str] = {}
 
@@ -195,69 +189,42 @@ def verify(config: Verify) -> Run:
         say(f"  {rule} kept: {result}")
 
     try:
-        _check(config, pairs, policy, keep)
+        table = references.load(config.table)
+        keep("R7", f"{len(table.manifest['parts'])} parts, whole and unchanged")
+        keep("R5", "sums in float64, " + ("no tokens" if table.token_logp is None else "tokens in float32"))
+        texts, encoded, dropped = texts_of(pairs), None, Counter()
+        if policy:
+            limits: dict[str, Any] = {"max_length": config.max_length or policy.context}
+            left = encode_pairs(policy.tokenizer, pairs, max_prompt=config.max_prompt, source=config.data, **limits)
+            texts, encoded, dropped = left.texts, left.encoded, Counter(row["reason"] for row in left.dropped)
+        tokenizer = policy.tokenizer if policy else None
+        reasons = references.verify(table, texts, encoded, tokenizer=tokenizer, tokens=config.tokens)
+        keep("R1", f"all {len(texts)} answers are there, finite and at most 0")
+        if policy is None:
+            keep("R2", "not checked; name the policy with --model")
+        elif references.same_tokenizer(table, tokenizer):
+            keep("R2", "the tokenizer is the policy's, and so are the ids")
+        else:
+            keep("R3", "another tokenizer, or an unknown one: for losses of sums")
+        dropped += Counter(why for pair in zip(reasons[::2], reasons[1::2], strict=True) if (why := pair[0] or pair[1]))
+        lost = ", ".join(f"{count} pairs: {reason}" for reason, count in dropped.items()) or "no pair"
+        keep("R4", f"to be dropped: {lost}")
+        if policy is None or table.imported or table.recipe["weights"] != reference_tables.weights_hash(policy.model):
+            keep("R6", "not checked: it needs the model that scored as --model")
+        else:
+            worst = references.spot_check(table, policy, texts, rows=config.rows, seed=config.seed)
+            keep("R6", f"{min(config.rows, len(texts))} answers computed again differ by {worst:.2g} nats at most")
+        keep("R9", _words(margins(table.sum_logp[table.rows(texts)])))
     except BadReference as error:
         say(f"  {str(error)[:2]} broken")
         raise
     return Run(config.table, runs.plain_config(config), {}, {"rules": outcome})
 
 
-def _check(config: Verify, pairs: list[Pair], policy: Policy | None, keep: Callable[[str, str], None]) -> None:
-    """The rules in the order in which a reference can break them."""
-    table = references.load(config.table)
-    keep("R7", f"{len(table.manifest['parts'])} parts, whole and unchanged")
-    keep("R5", "sums in float64, " + ("no tokens" if table.token_logp is None else "tokens in float32"))
-    left = _encoded(pairs, policy, config) if policy else None
-    texts = left.texts if left else _texts(pairs)
-    reasons = references.verify(
-        table,
-        texts,
-        left.encoded if left else None,
-        tokenizer=policy.tokenizer if policy else None,
-        tokens=config.tokens,
-        own_template=config.own_template,
-    )
-    keep("R1", f"all {len(texts)} answers are there, finite and at most 0")
-    same = policy is not None and references.same_tokenizer(table, policy.tokenizer)
-    if policy is None:
-        keep("R2", "not checked; name the policy with --model")
-    elif same:
-        keep("R2", "the tokenizer is the policy's, and so are the ids")
-    dropped = Counter([row["reason"] for row in left.dropped] if left else [])
-    dropped += Counter(
-        reason for pair in zip(reasons[::2], reasons[1::2], strict=True) if (reason := pair[0] or pair[1])
-    )
-    lost = ", ".join(f"{count} pairs: {reason}" for reason, count in dropped.items()) or "no pair"
-    if policy is not None and not same:
-        keep("R3", "another tokenizer, or an unknown one: for losses of sums")
-    keep("R4", f"to be dropped: {lost}")
-    if policy is None or table.imported or table.recipe["weights"] != identity.weights_hash(policy.model):
-        keep("R6", "not checked: it needs the model that scored as --model")
-    else:
-        worst = references.spot_check(table, policy, texts, rows=config.rows, seed=config.seed)
-        keep("R6", f"{min(config.rows, len(texts))} answers computed again differ by {worst:.2g} nats at most")
-    keep("R9", _words(references.margins(np.array([table.sum_logp[table.places[row_id(one)]] for one in texts]))))
-
-
-def _encoded(pairs: list[Pair], policy: Policy, config: Verify) -> EncodedPairs:
-    """The pairs as training reads them."""
-    return encode_pairs(
-        policy.tokenizer,
-        pairs,
-        max_length=config.max_length or policy.context,
-        max_prompt=config.max_prompt,
-        source=config.data,
-    )
-
-
-def _texts(pairs: list[Pair]) -> list[Text]:
-    return [Text.of(pair, side) for pair in pairs for side in ("chosen", "rejected")]
-
-
-def _summary(table: Table) -> dict[str, Any]:
-    fingerprint, margins = table.manifest["fingerprint"], table.manifest["margins"]
-    say(f"reference: {_words(margins)}; use it as --ref {table.folder}")
-    return {"rows": len(table), "fingerprint": fingerprint, "margins": margins}
+def _summary(table: Table, texts: list[Text]) -> dict[str, Any]:
+    found = margins(table.sum_logp[table.rows(texts)])
+    say(f"reference: {_words(found)}; use it as --ref {table.folder}")
+    return {"rows": len(table), "fingerprint": table.manifest["fingerprint"], "margins": found}
 
 
 def _words(margins: dict[str, float]) -> str:

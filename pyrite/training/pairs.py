@@ -19,7 +19,7 @@ from pyrite.math.losses.needs import needs
 from pyrite.models.forward import by_response
 from pyrite.models.packing import Packed, Row, micro_batches
 from pyrite.models.policy import Policy
-from pyrite.models.references import Text
+from pyrite.models.references import Text, texts_of
 from pyrite.training.evaluation import response_logps
 from pyrite.training.loop import BatchLoss, Precision
 
@@ -96,7 +96,7 @@ def encode_pairs(
     keeps its last three quarters of `max_length` by default. Errors name the pair's place in its file; `source` where
     that is not known.
     """
-    texts = [Text.of(pair, side) for pair in pairs for side in ("chosen", "rejected")]
+    texts = texts_of(pairs)
     encoded = text.encode_all(
         tokenizer,
         [one.prompt for one in texts],

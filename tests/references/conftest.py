@@ -14,8 +14,9 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from pyrite.data import rows as data
 from pyrite.data import text
 from pyrite.data.text import Encoded
+from pyrite.models import references
 from pyrite.models.policy import Policy
-from pyrite.models.references import Text
+from pyrite.models.references import Table, Text
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %} <user> {{ m['content'] }}{% endfor %}"
@@ -77,8 +78,8 @@ def texts(rows: list[dict]) -> list[Text]:
 
 
 def encode(tokenizer: object, texts: list[Text], *, max_length: int = 64, max_prompt: int = 48) -> list[Encoded]:
-    prompts, responses = [one.prompt for one in texts], [one.response for one in texts]
-    return text.encode_all(tokenizer, prompts, responses, max_length=max_length, max_prompt=max_prompt)
+    prompts, answers = [one.prompt for one in texts], [one.answer for one in texts]
+    return text.encode_all(tokenizer, prompts, answers, max_length=max_length, max_prompt=max_prompt)
 
 
 def by_hand(policy: Policy, prompt: list[int], response: list[int]) -> torch.Tensor:
@@ -87,6 +88,26 @@ def by_hand(policy: Policy, prompt: list[int], response: list[int]) -> torch.Ten
     with torch.no_grad():
         logp = policy.model(input_ids=ids).logits.log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None])
     return logp[len(prompt) - 1 :, 0]
+
+
+def compute(
+    policy: Policy,
+    texts: list[Text],
+    *,
+    folder: Path,
+    scorer: str = "me",
+    conditioning: references.Conditioning = "prompt",
+    max_length: int | None = None,
+    max_prompt: int | None = None,
+    precision: references.Dtype = "float32",
+    budget: int = 16384,
+) -> Table:
+    """Read, then score."""
+    longest, longest_prompt = references.limits(policy.context, max_length, max_prompt)
+    lengths = {"max_length": longest, "max_prompt": longest_prompt}
+    reading = references.read(policy.tokenizer, texts, conditioning=conditioning, **lengths)
+    recipe = references.recipe_of(policy, reading, precision=precision)
+    return references.compute(policy, reading, recipe, folder=folder, scorer=scorer, budget=budget)
 
 
 class Forwards:

@@ -9,10 +9,11 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from pyrite.models import reference_tables as identity
+from pyrite.models import references
 from pyrite.models.loading import Lora
 from pyrite.models.policy import Policy
-from pyrite.models.references import Text, identity, scoring, tables
-from pyrite.models.references.identity import read
+from pyrite.models.references import Text, read
 
 from .conftest import TEMPLATE, bytes_tokenizer, tiny_config
 
@@ -20,11 +21,11 @@ Change = dict
 
 
 def fingerprint(policy: Policy, texts: list[Text], **change: object) -> str:
-    options = {"conditioning": "prompt", "max_length": 64, "max_prompt": 48, "precision": "float32", "tokens": True}
+    options = {"conditioning": "prompt", "max_length": 64, "max_prompt": 48, "precision": "float32"}
     options |= change
-    precision, tokens = options.pop("precision"), options.pop("tokens")
+    precision = options.pop("precision")
     reading = read(policy.tokenizer, texts, **options)  # type: ignore[arg-type]
-    return tables.digest(scoring.recipe_of(policy, reading, tokens=tokens, precision=precision))  # type: ignore[arg-type]
+    return identity.digest(references.recipe_of(policy, reading, precision=precision))  # type: ignore[arg-type]
 
 
 def with_template(policy: Policy, template: str) -> Policy:
@@ -59,10 +60,9 @@ def test_every_change_that_can_move_a_number_changes_the_fingerprint(policy: Pol
         "max_prompt": fingerprint(policy, texts, max_prompt=47),
         "conditioning": fingerprint(policy, texts, conditioning="prior"),
         "precision": fingerprint(policy, texts, precision="bfloat16"),
-        "sums": fingerprint(policy, texts, tokens=False),
         "fewer": fingerprint(policy, texts[:-1]),
         "a word": fingerprint(policy, [*texts[:-1], Text(texts[-1].prompt, "red")]),
-        "an end": fingerprint(policy, [*texts[:-1], Text(texts[-1].prompt, texts[-1].response, finished=False)]),
+        "an end": fingerprint(policy, [*texts[:-1], Text(texts[-1].prompt, texts[-1].answer, finished=False)]),
     }
     assert len(set(found.values())) == len(found)
     assert fingerprint(Policy.load(tiny), texts) == found["base"]
@@ -120,11 +120,10 @@ def test_the_files_of_a_model(tiny: Path, tmp_path: Path) -> None:
     adapters.save(tmp_path / "adapters")
     above = identity.files_hash(tmp_path / "adapters")
     assert above not in (None, first)
-    assert identity.context(tmp_path / "adapters") == 64
+    assert references.context_of_files(tmp_path / "adapters") == 64
     (tmp_path / "copy" / "config.json").write_text((tmp_path / "copy" / "config.json").read_text() + " ")
     assert identity.files_hash(tmp_path / "copy") != first
     assert identity.files_hash(tmp_path / "adapters") != above
-    assert identity.files_hash("no-such-org/no-such-model") is None
 
 
 def test_a_prior_begins_with_the_header_of_an_answer(policy: Policy) -> None:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pyrite.models.policy import Policy
-from pyrite.models.references import Text
-from pyrite.models.references.identity import cut_prompts, limits, read
+from pyrite.models.references import Text, cut_prompts, limits, read, row_id
 
 from .conftest import TEMPLATE, encode
 
@@ -20,7 +19,7 @@ def test_limits_are_those_of_training() -> None:
 def test_reading_is_encoding_each_distinct_text_once(policy: Policy, texts: list[Text]) -> None:
     reading = read(policy.tokenizer, [*texts, *texts[:5]], conditioning="prompt", max_length=64, max_prompt=48)
     assert reading.encoded == encode(policy.tokenizer, texts)
-    assert reading.texts == texts
+    assert reading.ids == [row_id(one) for one in texts]
     assert not any(reading.cut)
     known = read(
         policy.tokenizer, texts, conditioning="prompt", max_length=64, max_prompt=48, encoded=reading.encoded[:]
@@ -41,7 +40,7 @@ def test_a_prior_reads_the_answer_alone(policy: Policy) -> None:
     reading = read(policy.tokenizer, texts, conditioning="prior", max_length=6, max_prompt=4)
     start = policy.tokenizer.bos_token_id
     assert [one.prompt for one in reading.encoded] == [[start]] * 3
-    assert [one.prompt for one in reading.texts] == ["a cat", "a cat", "the mat"]  # answers to a prompt side by side
+    assert reading.ids == [row_id(texts[i]) for i in (0, 2, 1)]  # answers to a prompt side by side
     assert reading.encoded[0].response == reading.encoded[2].response
     assert [one.truncated for one in reading.encoded] == [False, True, False]
     assert reading.recipe["conditioning"] == {"kind": "prior", "header": "<bos>", "ids": [start]}

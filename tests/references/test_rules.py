@@ -12,20 +12,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from pyrite.models import reference_tables as tables
 from pyrite.models.policy import Policy
-from pyrite.models.references import (
-    BadReference,
-    Table,
-    Text,
-    compute,
-    load,
-    same_tokenizer,
-    spot_check,
-    tables,
-    verify,
-)
+from pyrite.models.references import BadReference, Table, Text, load, same_tokenizer, spot_check, verify
 
-from .conftest import TEMPLATE, encode
+from .conftest import TEMPLATE, compute, encode
 
 
 @pytest.fixture
@@ -36,10 +27,10 @@ def table(policy: Policy, texts: list[Text], tmp_path: Path) -> Table:
 def rewritten(table: Table, change, folder: Path) -> Table:
     """The reference with its rows changed and its checksums made good again, as an attacker or a script would."""
     folder.mkdir()
-    whole = change(pq.read_table(table.folder / tables.FIRST_PART))
-    tables.write_part(folder / tables.FIRST_PART, whole)
+    whole = change(pq.read_table(table.folder / "part-00000.parquet"))
+    tables.write_part(folder / "part-00000.parquet", whole, "")
     recipe = {**table.recipe, "data": {**table.recipe["data"], "rows": len(whole)}}
-    tables.finish(folder, recipe, **{name: table.manifest[name] for name in ("scorer", "margins")})
+    tables.finish(folder, recipe, scorer=table.manifest["scorer"])
     return load(folder)
 
 
@@ -104,7 +95,7 @@ def test_another_template(policy: Policy, texts: list[Text], table: Table) -> No
     encoded = encode(other, texts)
     with pytest.raises(BadReference, match=r"^R2: .*: the prompt of text 1 .* chat template"):
         verify(table, texts, encoded, tokenizer=other)
-    assert verify(table, texts, encoded, tokenizer=other, own_template=True) == [None] * len(texts)
+    assert verify(table, texts, encoded, tokenizer=other, same_prompts=False) == [None] * len(texts)
 
 
 def test_with_its_own_template_cut_answers_are_dropped(policy: Policy, tmp_path: Path) -> None:
@@ -112,7 +103,7 @@ def test_with_its_own_template_cut_answers_are_dropped(policy: Policy, tmp_path:
     table = compute(policy, texts, folder=tmp_path, scorer="me", max_length=32)
     policy.tokenizer.chat_template = TEMPLATE
     encoded = encode(policy.tokenizer, texts, max_length=14, max_prompt=10)
-    kept, answer, prompt = verify(table, texts, encoded, tokenizer=policy.tokenizer, own_template=True)
+    kept, answer, prompt = verify(table, texts, encoded, tokenizer=policy.tokenizer, same_prompts=False)
     assert kept is None
     assert answer is not None
     assert answer.startswith("R3: truncation cut the answer")
@@ -155,12 +146,6 @@ def test_answers_without_tokens_are_dropped(policy: Policy, tmp_path: Path) -> N
     texts = [Text("a cat", "", finished=False), Text("a cat", "")]
     table = compute(policy, texts, folder=tmp_path, scorer="me")
     assert verify(table, texts) == ["R4: the answer has no tokens", None]
-
-
-def test_sums_only_do_not_serve_a_loss_of_tokens(policy: Policy, texts: list[Text], tmp_path: Path) -> None:
-    table = compute(policy, texts, folder=tmp_path, scorer="me", tokens=False)
-    with pytest.raises(BadReference, match=r"^R3: .* holds sums only and the loss reads tokens"):
-        verify(table, texts, encode(policy.tokenizer, texts), tokens=True)
 
 
 def test_a_prior_need_not_share_prompts(policy: Policy, texts: list[Text], tmp_path: Path) -> None:

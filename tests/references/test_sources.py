@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from pyrite.models.reference_tables import MANIFEST
 from pyrite.models.references import Source, parse
-from pyrite.models.references.tables import FIRST_PART, MANIFEST, PLAN
+
+PART = "part-00000.parquet"
 
 
 @pytest.mark.parametrize(
@@ -44,13 +46,12 @@ def test_paths(tmp_path: Path) -> None:
         (folder / "config.json").write_text("{}")
     for folder in (table, run / "table"):
         (folder / MANIFEST).write_text("{}")
-        (folder / FIRST_PART).write_text("")
+        (folder / PART).write_text("")
     assert parse(str(model)) == [Source("model", str(model))]
     assert parse(str(odd)) == [Source("model", str(odd))]
     assert parse(f"0.5*self + 0.5*{table}")[1] == Source("table", str(table), 0.5)
-    assert parse(str(table / FIRST_PART)) == parse(str(table / MANIFEST)) == [Source("table", str(table))]
+    assert parse(str(table / PART)) == parse(str(table / MANIFEST)) == [Source("table", str(table))]
     assert parse(str(run)) == [Source("table", str(run / "table"))]
-    assert parse(f"{table}(own_template=True)")[0].options == {"own_template": True}
 
 
 @pytest.mark.parametrize(
@@ -68,8 +69,8 @@ def test_paths(tmp_path: Path) -> None:
         ("ema(speed=1)", "'speed=1' is no option .* it takes rate, every"),
         ("self(x=1)", "'x=1' is no option .* none at all"),
         ("prior(a, b)", "'b' is no option"),
-        ("org/name(dtype=int8)", "choose float32 or bfloat16"),
-        ("org/name(own_template=yes)", "write True or False"),
+        ("org/name(dtype=int8)", "give 'float32' or 'bfloat16'"),
+        ("org/name(own_template=True)", "'own_template=True' is no option .* it takes dtype"),
         ("no where/at all", "neither a model nor a finished reference"),
         ("0.5*", "names nothing"),
     ],
@@ -84,10 +85,9 @@ def test_errors_about_folders(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     with pytest.raises(ValueError, match=rf"did you mean {tmp_path}/model\?"):
         parse(str(tmp_path))
-    (tmp_path / PLAN).write_text("{}")
+    (tmp_path / PART).write_text("{}")
     with pytest.raises(ValueError, match="is not finished; run the command"):
         parse(str(tmp_path))
-    for name in (MANIFEST, FIRST_PART):
-        (tmp_path / name).write_text("{}")
+    (tmp_path / MANIFEST).write_text("{}")
     with pytest.raises(ValueError, match="knows its conditioning; name it alone"):
         parse(f"prior({tmp_path})")

@@ -10,14 +10,15 @@ import pytest
 import torch
 
 from pyrite.math.logps import Logps
+from pyrite.models import reference_tables as tables
 from pyrite.models.forward import by_response
 from pyrite.models.loading import Lora
 from pyrite.models.packing import Row
 from pyrite.models.policy import Policy
-from pyrite.models.references import BadReference, Text, compute, import_table, obtain, parse, tables
+from pyrite.models.references import BadReference, Text, obtain, parse
 
-from .conftest import TEMPLATE, Forwards, by_hand, encode
-from .test_imports import write
+from .conftest import TEMPLATE, Forwards, by_hand, compute, encode
+from .test_imports import imported, write
 
 Supply = tuple[Logps, list[str | None], list[str]]
 
@@ -32,6 +33,7 @@ def supply(policy: Policy, texts: list[Text], rows: list[dict], tmp_path: Path):
             parse(spec),
             asked,
             encode(by.tokenizer, asked, **limits),
+            pairs=options.pop("columns", [{"prompt": one.prompt} for one in asked[::2]]),
             policy=by,
             policy_path="mine",
             cache=tmp_path / "cache",
@@ -141,7 +143,7 @@ def test_a_model_with_its_own_template_stays_aligned(supply, stronger: Path, tmp
     table = next(path for path in (tmp_path / "cache").iterdir())
     with pytest.raises(BadReference, match=r"^R2: .*the prompt of the chosen answer of pair 1 "):
         supply(str(table))
-    again, *_ = supply(f"{table}(own_template=True)")
+    again, *_ = supply(str(tmp_path / "chat"))
     torch.testing.assert_close(again.sum, logps.sum)
 
 
@@ -176,10 +178,10 @@ def test_columns(supply, rows: list[dict], tmp_path: Path) -> None:
     assert supply("column(chosen=a, rejected=b)", columns=named)[0].sum[:2].tolist() == [-5.0, -6.0]
     trl = [{**row, "ref_chosen_logps": -5.0, "ref_rejected_logps": -6.0} for row in rows]
     assert supply("column", columns=trl)[0].sum[:2].tolist() == [-5.0, -6.0]
-    table = import_table(write(given, tmp_path / "given.jsonl"), folder=tmp_path / "table", scorer="theirs")
-    imported, _, notes = supply(str(table.folder))
-    assert (imported.sum == logps.sum).all()
-    assert not imported.aligned
+    table = imported(write(given, tmp_path / "given.jsonl"), tmp_path / "run")
+    again, _, notes = supply(str(table.folder))
+    assert (again.sum == logps.sum).all()
+    assert not again.aligned
     assert any("was imported" in note for note in notes)
 
 
@@ -197,5 +199,3 @@ def test_columns_hold_sums_only_and_must_be_given(supply, rows: list[dict]) -> N
         supply("column", columns=rows, tokens=True)
     with pytest.raises(BadReference, match=r"^R1: column 'chosen_logprob' of the chosen answer of pair 1 .* None"):
         supply("column", columns=rows)
-    with pytest.raises(ValueError, match="reads the log-probabilities from the pairs"):
-        supply("column")

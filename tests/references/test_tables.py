@@ -11,8 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pyrite.models import reference_tables as t
 from pyrite.models.references import BadReference, Text, load, margins, row_id
-from pyrite.models.references import tables as t
+
+PART = "part-00000.parquet"
 
 RECIPE = {"imported": {}, "data": {"rows": 3}, "tokens": True}
 
@@ -26,8 +28,6 @@ def columns(values: tuple[float, ...] = (-1.0, -2.5, -3.0)) -> pa.Table:
             "n_prompt_tokens": 2,
             "n_resp_tokens": i,
             "n_unknown": 0,
-            "resp_utf8_bytes": 5,
-            "ended_with_eos": True,
             "truncated": False,
             "prompt_truncated": False,
             "sum_logp": value,
@@ -42,14 +42,14 @@ def columns(values: tuple[float, ...] = (-1.0, -2.5, -3.0)) -> pa.Table:
 def folder(tmp_path: Path) -> Path:
     """A reference in two parts."""
     whole = columns()
-    t.write_part(tmp_path / t.FIRST_PART, whole.slice(0, 2))
-    t.write_part(tmp_path / "part-00001.parquet", whole.slice(2))
+    t.write_part(tmp_path / PART, whole.slice(0, 2), "")
+    t.write_part(tmp_path / "part-00001.parquet", whole.slice(2), "")
     t.finish(tmp_path, RECIPE, scorer={"name": "me"})
     return tmp_path
 
 
 def test_round_trip(folder: Path) -> None:
-    for path in (folder, folder / t.FIRST_PART):
+    for path in (folder, folder / PART):
         table = load(path)
         assert table.row_id == ["0", "1", "2"]
         assert table.sum_logp.dtype == np.float64
@@ -97,6 +97,10 @@ def test_every_file_is_checked(folder: Path) -> None:
     with pytest.raises(BadReference, match=r"^R7: .* is not the manifest of a reference"):
         load(folder)
     (folder / t.MANIFEST).unlink()
+    with pytest.raises(BadReference, match=r"^R7: .* is not finished"):
+        load(folder)
+    for path in folder.glob(t.PARTS):
+        path.unlink()
     with pytest.raises(BadReference, match=r"^R7: .* holds no reference"):
         load(folder)
 
@@ -105,13 +109,13 @@ def test_every_file_is_checked(folder: Path) -> None:
 def test_bad_tables_are_refused(bad: str, tmp_path: Path) -> None:
     whole = columns()
     changed = {
-        "half sums": lambda: whole.set_column(10, "sum_logp", whole["sum_logp"].cast(pa.float16())),
-        "half tokens": lambda: whole.set_column(11, "token_logp", whole["token_logp"].cast(pa.list_(pa.float16()))),
+        "half sums": lambda: whole.set_column(8, "sum_logp", whole["sum_logp"].cast(pa.float16())),
+        "half tokens": lambda: whole.set_column(9, "token_logp", whole["token_logp"].cast(pa.list_(pa.float16()))),
         "no column": lambda: whole.drop_columns(["truncated"]),
         "twice": lambda: pa.concat_tables([whole.slice(0, 2), whole.slice(0, 1)]),
         "too few": lambda: whole.slice(0, 2),
     }[bad]()
-    pq.write_table(changed, tmp_path / t.FIRST_PART)
+    pq.write_table(changed, tmp_path / PART)
     t.finish(tmp_path, RECIPE)
     rule = {"half sums": "R5", "half tokens": "R5", "no column": "R7"}.get(bad, "R1")
     with pytest.raises(BadReference, match=f"^{rule}: "):
@@ -119,9 +123,9 @@ def test_bad_tables_are_refused(bad: str, tmp_path: Path) -> None:
 
 
 def test_a_part_left_behind_must_be_sound(tmp_path: Path) -> None:
-    path = tmp_path / t.FIRST_PART
+    path = tmp_path / PART
     assert not t.whole_part(path, ["0"])
-    t.write_part(path, columns())
+    t.write_part(path, columns(), "")
     assert t.whole_part(path, ["0", "1", "2"])
     assert not t.whole_part(path, ["0", "2", "1"])
     good = path.read_bytes()

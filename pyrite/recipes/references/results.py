@@ -11,7 +11,7 @@ from torch import Tensor
 from pyrite.core.runs import Run
 from pyrite.data import rows as data
 from pyrite.math import statistics
-from pyrite.models.references import Text, load, row_id
+from pyrite.models.references import load, texts_of
 from pyrite.recipes.references import claims
 from pyrite.recipes.references.chain import Chain, Trained
 
@@ -91,12 +91,12 @@ def _indicators(chains: list[Chain]) -> list[dict[str, Any]]:
 def _margins(chain: Chain) -> dict[str, Tensor]:
     """Margins (B,) of the training pairs under every stored reference of a chain."""
     pairs = data.load(chain.folder / "pairs" / "pairs.parquet", "pairs")
-    ids = [row_id(Text(pair["prompt"], pair[side])) for pair in pairs for side in ("chosen", "rejected")]
+    texts = texts_of(pairs)
     margins: dict[str, Tensor] = {}
     for manifest in sorted((chain.folder / "references").glob("*/manifest.json")):
         table = load(manifest.parent, tokens=False)
         kind, scorer = table.recipe["conditioning"]["kind"], Path(table.manifest["scorer"]["name"]).parent.name
-        sums = torch.tensor([table.sum_logp[table.places[name]] for name in ids], dtype=torch.float64)
+        sums = torch.from_numpy(table.sum_logp[table.rows(texts)])
         margins["prior" if kind == "prior" else "self" if scorer == "sft" else scorer] = sums[::2] - sums[1::2]
     return {ref: margins[ref] for ref in dict.fromkeys(one.ref for one in chain.trained) if ref in margins}
 
