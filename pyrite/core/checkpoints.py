@@ -39,7 +39,7 @@ def place(path: str | Path, *, revision: str | None = None) -> Path:
     if folder.is_file():
         raise ValueError(f"{path} is a file; give the folder of the model, {folder.parent}")
     if not _is_hub_name(str(path)):
-        raise ValueError(f"{path}: there is no such folder{_nearest(folder)}")
+        raise ValueError(f"{path}: there is no such folder{nearest(folder)}")
     return _from_hub(str(path), revision)
 
 
@@ -68,7 +68,7 @@ def base_name(folder: Path) -> str | None:
     if _is_hub_name(name):
         return name
     raise ValueError(
-        f"{folder}: the model below these adapters is not at {name}{_nearest(Path(name))}; if it was moved, "
+        f"{folder}: the model below these adapters is not at {name}{nearest(name)}; if it was moved, "
         f"write its new place as base_model_name_or_path into {folder / ABOUT}"
     )
 
@@ -108,7 +108,7 @@ def _from_hub(name: str, revision: str | None) -> Path:
             reason = first_line(error)
             known = isinstance(error, HfHubHTTPError) and error.response is not None
             why = "nor a model on the Hub" if known else "nor reachable on the Hub"
-            raise ValueError(f"{name}: neither a folder here {why} ({reason}){_nearest(Path(name))}") from error
+            raise ValueError(f"{name}: neither a folder here {why} ({reason}){nearest(name)}") from error
     names = {file.rfilename for file in info.siblings or ()}
     options: dict[str, Any] = {"revision": info.sha, "local_files_only": False}
     folder = Path(snapshot_download(name, allow_patterns=[*SMALL, WEIGHTS, ADAPTER], **options))
@@ -118,23 +118,20 @@ def _from_hub(name: str, revision: str | None) -> Path:
     return folder
 
 
-def _nearest(path: Path) -> str:
-    """A hint: the folder on disk whose name is nearest to the first part of the path that is not there."""
-    parts = path.expanduser().parts
-    for i in range(len(parts)):
-        above, part = Path(*parts[:i]), parts[i]
-        if not above.is_dir():
-            return ""
-        if not (above / part).exists():
-            try:
-                names = [found.name for found in above.iterdir() if found.is_dir()]
-            except OSError:
-                return ""
-            near = [above / n / Path(*parts[i + 1 :]) for n in difflib.get_close_matches(part, names, n=3)]
-            whole = next((found for found in near if found.is_dir()), None)
-            found = whole or (above / near[0].relative_to(above).parts[0] if near else None)
-            return f"; did you mean {str(found)!r}?" if found else ""
-    return ""
+def nearest(path: str | Path) -> str:
+    """ "; did you mean 'runs/reward'?": the folder nearest to a path that is not there, or nothing."""
+    parts = Path(path).expanduser().parts
+    gone = next((i for i in range(len(parts)) if not Path(*parts[: i + 1]).exists()), None)
+    if gone is None:
+        return ""
+    above, part, rest = Path(*parts[:gone]), parts[gone], parts[gone + 1 :]
+    try:
+        names = [found.name for found in above.iterdir() if found.is_dir()]
+    except OSError:
+        return ""
+    near = [above / name for name in difflib.get_close_matches(part, names, n=3)]
+    whole = [one.joinpath(*rest) for one in near if one.joinpath(*rest).is_dir()]
+    return f"; did you mean {str((whole or near)[0])!r}?" if near else ""
 
 
 # What is in it ----------------------------------------------------------------------------------------------------
@@ -281,7 +278,8 @@ def identity(folder: Path) -> str:
 
     Tensors beyond 4 MiB by 64 blocks spread over them, so that it takes moments of any model.
     """
-    return _identity(tuple((str(file.resolve()), *_stamp(file)) for file in weight_files(folder)))
+    files = [(file.resolve(), file.stat()) for file in weight_files(folder)]
+    return _identity(tuple((str(file), about.st_size, about.st_mtime_ns) for file, about in files))
 
 
 def check_base(folder: Path, base: str) -> str:
@@ -306,11 +304,6 @@ def _identity(files: tuple[tuple[str, int, int], ...]) -> str:
     with ThreadPoolExecutor() as pool:
         digests = sorted(digest for found in pool.map(_digests, (file for file, *_ in files)) for digest in found)
     return hashlib.sha256(b"".join(digests)).hexdigest()[:16]
-
-
-def _stamp(file: Path) -> tuple[int, int]:
-    about = file.stat()
-    return about.st_size, about.st_mtime_ns
 
 
 def _digests(file: str) -> list[bytes]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import difflib
 import hashlib
 import json
 import os
@@ -510,16 +509,6 @@ def fingerprint(path: str | Path) -> str:
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()[:16]
-
-
-def nearest_path(path: str | Path) -> str:
-    """ "; did you mean 'runs/reward'?" for a path that is not there, or nothing."""
-    wanted = Path(path)
-    try:
-        near = difflib.get_close_matches(wanted.name, [one.name for one in wanted.parent.iterdir()], n=1)
-    except OSError:
-        return ""
-    return f"; did you mean {str(wanted.with_name(near[0]))!r}?" if near else ""
 
 
 def read_json(path: Path) -> Any:

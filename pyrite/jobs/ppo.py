@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from pyrite.core import processes, runs, specs
+from pyrite.core import checkpoints, processes, runs, specs
 from pyrite.core.processes import progress, say
 from pyrite.core.runs import Run
 from pyrite.data.conditioning import Dimensions, Variants
@@ -365,7 +365,7 @@ def _rewards(config: Config, loaded: dict[Path, RewardEnsemble]) -> list[Reward]
         raise ValueError("--combine-rewards and --option-weights are of preferences: give --dimensions")
     for _, name in _each(config.reward):
         if re.fullmatch(r"[^()]+", name) and not Path(name).is_dir() and not hasattr(scorers, name) and ":" not in name:
-            raise ValueError(f"--reward {name}: no such folder{runs.nearest_path(name)}; scorers have parentheses")
+            raise ValueError(f"--reward {name}: no such folder{checkpoints.nearest(name)}; scorers have parentheses")
     return [
         Reward.of_models(name, ensemble=config.objective, weight=weight, loaded=loaded)
         if Path(name).is_dir()

@@ -1,13 +1,11 @@
-"""Members of an ensemble that keep in memory once what they have in common: a trunk with several heads, or one base
-with several adapters."""
+"""Models from disk: opened whole or refused, given adapters or a new head, saved; an ensemble shares what it can."""
 
 from __future__ import annotations
 
 import copy
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -28,12 +26,11 @@ from pyrite.core.processes import say, world
 from pyrite.data.text import PLAIN, Template, end_id, load_tokenizer, stop_ids
 from pyrite.math.ranges import Count, Fraction, Positive
 
-# loading: Models from disk: transformers' Auto classes, adapters, tokenizers, and how a new head begins.
-
-
 Dtype = Literal["float32", "bfloat16"]
-BUFFER = re.compile(r"(^|\.)(masked_bias|inv_freq|cos_cached|sin_cached|position_ids)$")  # no weights: old versions of
-MASK = re.compile(r"(^|\.)(attn|attention)\.bias$")  # transformers saved them too, this one as (1, 1, L, L)
+OWN = ("pyrite", "_name_or_path", "transformers_version", "dtype")  # what the configs of like models may differ in
+# no weights, but old versions of transformers saved them too; a mask as (1, 1, L, L)
+BUFFER = re.compile(r"(^|\.)(masked_bias|inv_freq|cos_cached|sin_cached|position_ids)$")
+MASK = re.compile(r"(^|\.)(attn|attention)\.bias$")
 
 
 @dataclass(frozen=True)
@@ -290,20 +287,7 @@ def check_ids(tokenizer: Any, model: Any, path: str | Path) -> None:
         )
 
 
-def save(model: Any, folder: str | Path, tokenizer: Any) -> None:
-    """Hugging Face layout, safetensors, tokenizer included; adapters note which weights they were trained on."""
-    if isinstance(model, PeftModel):
-        own = getattr(model, "own_embeddings", False)  # else they are the base's, which are not trained
-        model.save_pretrained(str(folder), save_embedding_layers=own)
-        name = model.peft_config[str(model.active_adapter)].base_model_name_or_path
-        if identity := getattr(model, "base_identity", None):
-            checkpoints.write_base(Path(folder), str(name), str(identity))
-        ends: Any = getattr(backbone(model), "generation_config", None)
-        if ends is not None:  # adapters alone would leave behind at which tokens an answer ends
-            ends.to_json_file(Path(folder) / "generation_config.json")
-    else:
-        model.save_pretrained(str(folder))
-    tokenizer.save_pretrained(folder)
+# What a folder says of its model -------------------------------------------------------------------------------------
 
 
 def adapters_of(path: str | Path) -> dict[str, Any]:
@@ -332,12 +316,37 @@ def settings(path: str | Path) -> dict[str, Any]:
     return checkpoints.read_json(folder / "config.json").get("pyrite") or {}
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """peft asks transformers by names that transformers has deprecated; nothing a user could do about it."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        yield
+def member_paths(folder: str | Path) -> list[Path]:
+    """Folders of the members of a reward run, in order."""
+    folder = Path(folder)
+    members = sorted(folder.glob("member_*"), key=lambda path: int(path.name.split("_")[1]))
+    if members and not (folder / "done.json").exists():
+        raise ValueError(f"{folder}: this reward run is not done; run `pyrite reward` again to finish it")
+    if members:
+        return members
+    some = any((folder / name).exists() for name in ("config.json", checkpoints.ABOUT))
+    if some and (folder / "tokenizer_config.json").exists():
+        return [folder]
+    raise ValueError(f"{folder}: no reward model here; expected member_0/ ... as `pyrite reward` writes them")
+
+
+def save(model: Any, folder: str | Path, tokenizer: Any) -> None:
+    """Hugging Face layout, safetensors, tokenizer included; adapters note which weights they were trained on."""
+    if isinstance(model, PeftModel):
+        own = getattr(model, "own_embeddings", False)  # else they are the base's, which are not trained
+        model.save_pretrained(str(folder), save_embedding_layers=own)
+        name = model.peft_config[str(model.active_adapter)].base_model_name_or_path
+        if identity := getattr(model, "base_identity", None):
+            checkpoints.write_base(Path(folder), str(name), str(identity))
+        ends: Any = getattr(backbone(model), "generation_config", None)
+        if ends is not None:  # adapters alone would leave behind at which tokens an answer ends
+            ends.to_json_file(Path(folder) / "generation_config.json")
+    else:
+        model.save_pretrained(str(folder))
+    tokenizer.save_pretrained(folder)
+
+
+# What is trained: adapters, a new head, the last layers ---------------------------------------------------------------
 
 
 def has_bare_head(model: Any) -> bool:
@@ -370,7 +379,8 @@ def adapted(model: Any, lora: Lora | None, *, task: str) -> Any:
         modules_to_save=whole or None,
         task_type=task,
     )
-    with torch.random.fork_rng(), _quiet():
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by names that it has deprecated
         torch.manual_seed(0)
         try:
             made: Any = peft.get_peft_model(model, config)
@@ -450,41 +460,24 @@ def train_top(model: PreTrainedModel, top: int, *, option: str) -> None:
         )
 
 
-# members: Members of an ensemble that keep in memory once what they have in common: a trunk with several heads, or
-# one base with several adapters.
-
-
-HEAD = "score."
-OWN = ("pyrite", "_name_or_path", "transformers_version", "dtype")  # what configs may differ in
-
-
-def member_paths(folder: str | Path) -> list[Path]:
-    """Folders of the members of a reward run, in order."""
-    folder = Path(folder)
-    members = sorted(folder.glob("member_*"), key=lambda path: int(path.name.split("_")[1]))
-    if members and not (folder / "done.json").exists():
-        raise ValueError(f"{folder}: this reward run is not done; run `pyrite reward` again to finish it")
-    if members:
-        return members
-    if (
-        any((folder / name).exists() for name in ("config.json", checkpoints.ABOUT))
-        and (folder / "tokenizer_config.json").exists()
-    ):
-        return [folder]
-    raise ValueError(f"{folder}: no reward model here; expected member_0/ ... as `pyrite reward` writes them")
+# Members of an ensemble: a trunk with several heads, or one base with several adapters, is in memory once -------------
 
 
 def beside(model: Any, path: str | Path) -> tuple[Any, str | None] | None:
-    """The saved reward model of a folder on the weights of a loaded one, and its adapter's name if it has adapters.
+    """Load a reward model so that it shares its trunk, or its base below adapters, with one already in memory.
 
-    None where they have nothing in common: another base, another trunk, or a head that is no decoder classifier's.
-    Adapters share one model: activate one by its name before each use.
+    Returns it with the name of its adapters, which must be activated before each use (None without adapters). Returns
+    None if the two share nothing: another base, another trunk, or a head that is no decoder classifier's.
     """
     if isinstance(model, PeftModel):
         name = _adapter_beside(model, Path(path))
         return None if name is None else (model, name)
     head = _head_beside(model, Path(path))
-    return None if head is None else (_with_head(model, head), None)
+    if head is None:
+        return None
+    twin = copy.copy(model)  # the same model, parameter for parameter, but for its head
+    twin._modules = {**model._modules, "score": head}
+    return twin, None
 
 
 def active_adapter(model: Any) -> str | None:
@@ -497,11 +490,7 @@ def one_trunk(models: list[Any]) -> bool:
     if any(isinstance(model, PeftModel) for model in models):
         return False
     first, *others = (list(model.base_model.parameters()) for model in models)
-    return all(len(first) == len(other) and all(map(_is, first, other)) for other in others)
-
-
-def _is(a: Any, b: Any) -> bool:
-    return a is b
+    return all([*map(id, first)] == [*map(id, other)] for other in others)
 
 
 def _adapter_beside(model: PeftModel, path: Path) -> str | None:
@@ -524,13 +513,14 @@ def _head_beside(model: PreTrainedModel, path: Path) -> nn.Module | None:
     if not isinstance(mine, nn.Module) or not whole:
         return None
     files = checkpoints.weight_files(path)
-    if _shape(checkpoints.config(path)) != _shape(model.config):
+    here, there = ({**one.to_dict(), **dict.fromkeys(OWN)} for one in (model.config, checkpoints.config(path)))
+    if here != there:
         return None
     own, seen, head = model.state_dict(), set(), {}
     for name, value in (one for file in files for one in checkpoints.tensors(file)):
         seen.add(name)
-        if name.startswith(HEAD):
-            head[name.removeprefix(HEAD)] = value.clone()
+        if name.startswith("score."):
+            head[name.removeprefix("score.")] = value.clone()
         elif name not in own or not torch.equal(own[name].cpu(), value.to(own[name].dtype)):
             return None
     twin = copy.deepcopy(mine)
@@ -538,14 +528,3 @@ def _head_beside(model: PreTrainedModel, path: Path) -> nn.Module | None:
         return None
     twin.load_state_dict(head)
     return twin
-
-
-def _with_head(model: PreTrainedModel, head: nn.Module) -> PreTrainedModel:
-    """The same model, parameter for parameter, but for its head."""
-    twin = copy.copy(model)
-    twin._modules = {**model._modules, "score": head}
-    return twin
-
-
-def _shape(config: Any) -> dict[str, Any]:
-    return {name: value for name, value in config.to_dict().items() if name not in OWN}
