@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import pkgutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,10 +13,13 @@ import pytest
 from transformers import LlamaForCausalLM
 
 from pyrite import cli, jobs
+from pyrite.cli import commands
+from pyrite.cli.parse import parse
 from pyrite.data import rows as data
 from pyrite.jobs import best_of_n, reward, sft
 from pyrite.models.policy import Policy, RewardModel
 from pyrite.training.loop import TrainingError
+from tests import launch
 
 JOBS = sorted(module.name for module in pkgutil.iter_modules(jobs.__path__))
 Command = Callable[..., tuple[int, str, str]]
@@ -40,7 +45,7 @@ def pyrite(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
 def parsed(schema: type, tmp_path: Path, yaml: str = "", *options: str):
     (tmp_path / "c.yaml").write_text(yaml)
     given = ["--model", "m", "--data", "d", "--out", "o"]
-    return cli.parse(schema, [*given, "--config", str(tmp_path / "c.yaml"), *options], prog="x")
+    return parse(schema, [*given, "--config", str(tmp_path / "c.yaml"), *options], prog="x")
 
 
 COMMANDS = [f"reference {name}" for name in ("compute", "import")]
@@ -93,6 +98,18 @@ def test_usage_names_everything(pyrite: Command) -> None:
         assert status == 0
         assert all(job in out for job in JOBS)
         assert all(kind in out for kind in cli.KINDS)
+
+
+@pytest.mark.parametrize("typed", ["", "--help", "--version", "list jobs", "list recipes", "winrate --help"])
+def test_only_the_job_that_is_asked_for_is_loaded(typed: str) -> None:
+    ask = "import sys\nfrom pyrite.cli import main\nmain()\nprint(*sys.modules, file=sys.stderr)"
+    command = [sys.executable, "-c", ask, *typed.split()]
+    done = subprocess.run(command, env=launch.environment(), capture_output=True, text=True, check=True)
+    loaded = set(done.stderr.split())
+    assert done.stdout and "pyrite.cli" in loaded
+    job = typed.partition(" --help")[0] if " --help" in typed else ""
+    assert {name for name in loaded if name.startswith("pyrite.jobs.")} == ({f"pyrite.jobs.{job}"} if job else set())
+    assert job or not loaded & {"torch", "numpy", "transformers", "rich", "yaml"}
 
 
 @pytest.mark.parametrize(
@@ -152,18 +169,18 @@ def test_yaml_lies_under_the_command_line(tmp_path: Path) -> None:
     assert config.lora == "lora(r=3)"
     assert config.columns is None
     assert parsed(sft.Config, tmp_path) == sft.Config("m", "d", Path("o"))
-    same = cli.parse(sft.Config, ["--model=m", "--data=d", f"--config={tmp_path / 'c.yaml'}", "--out=o"], prog="x")
+    same = parse(sft.Config, ["--model=m", "--data=d", f"--config={tmp_path / 'c.yaml'}", "--out=o"], prog="x")
     assert same == sft.Config("m", "d", Path("o"))
 
 
 def test_yaml_lists_and_switches(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("candidates: c\nrewards: r\nout: o\nn: [1, 2]\nobjectives: ['wco()', 'mean()']\n")
-    config = cli.parse(best_of_n.Config, ["--config", str(tmp_path / "c.yaml")], prog="x")
+    config = parse(best_of_n.Config, ["--config", str(tmp_path / "c.yaml")], prog="x")
     assert config == best_of_n.Config("c", "r", Path("o"), objectives=("wco()", "mean()"), n=(1, 2))
     from pyrite.jobs import label
 
     (tmp_path / "l.yaml").write_text("candidates: c\ngold: length()\nout: o\npairs: false\n")
-    assert cli.parse(label.Config, ["--config", str(tmp_path / "l.yaml")], prog="x").pairs is False
+    assert parse(label.Config, ["--config", str(tmp_path / "l.yaml")], prog="x").pairs is False
 
 
 def test_held_out_is_a_share_or_a_file(tmp_path: Path) -> None:
@@ -241,15 +258,15 @@ def test_expected_errors_are_one_line_and_others_are_not_hidden(
     pyrite: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for error in (ValueError("a\n  b"), TrainingError("a b"), PermissionError("a b")):
-        monkeypatch.setattr(cli, "_command", lambda _, error=error: (_ for _ in ()).throw(error))
+        monkeypatch.setattr(commands, "_command", lambda _, error=error: (_ for _ in ()).throw(error))
         status, out, err = pyrite("x")
         assert (status, out) == (2, "")
         assert err.startswith("pyrite: ") and err.endswith("a b\n") and err.count("\n") == 1
-    monkeypatch.setattr(cli, "_command", lambda _: (_ for _ in ()).throw(KeyboardInterrupt()))
+    monkeypatch.setattr(commands, "_command", lambda _: (_ for _ in ()).throw(KeyboardInterrupt()))
     status, _, err = pyrite("x")
     assert status == 130
     assert "run the same command again" in err
-    monkeypatch.setattr(cli, "_command", lambda _: {}["missing"])
+    monkeypatch.setattr(commands, "_command", lambda _: {}["missing"])
     with pytest.raises(KeyError):
         pyrite("x")
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from pyrite import cli
-from pyrite.cli import sweeps
+from pyrite.cli import parse, sweeps
+from pyrite.cli.help import described
 from pyrite.core import runs
 from pyrite.training.loop import Training
 
@@ -25,36 +25,40 @@ class Config:
     seed: int = 0
 
 
-def split(*arguments: str) -> dict[str, list[str]]:
-    return dict(sweeps.split(Config, ["--data", "d", "--out", "o", *arguments]).points())
+def axes(*arguments: str) -> dict[str, list[str]]:
+    return sweeps.axes(described(Config), parse.read(Config, ["--data", "d", "--out", "o", *arguments]))
+
+
+def split(*arguments: str) -> dict[str, Config]:
+    """The config of every combination, by its folder."""
+    given = parse.read(Config, ["--data", "d", "--out", "o", *arguments])
+    points = sweeps.points(given, sweeps.axes(described(Config), given))
+    return {folder: parse.make(Config, options, prog="x") for folder, options in points.items()}
 
 
 def test_one_value_each_is_no_sweep() -> None:
-    sweep = sweeps.split(Config, ["--data", "d", "--out=o", "--n", "1", "2", "3", "--no-pairs", "--seed", "1"])
-    assert sweep.axes == {}
-    assert sweep.fixed == ["--data", "d", "--out", "o", "--n", "1", "2", "3", "--no-pairs", "--seed", "1"]
+    arguments = ["--n", "1", "2", "3", "--no-pairs", "--seed", "1"]
+    assert axes(*arguments) == {}
+    assert split(*arguments) == {"": Config("d", Path("o"), n=(1, 2, 3), pairs=False, seed=1)}
 
 
 def test_combinations_keep_the_other_options_and_name_their_folders() -> None:
     points = split("--seed", "0", "1", "--lr", "1e-5", "2e-5", "--n", "4", "5", "--no-pairs")
     assert list(points) == ["seed=0,lr=1e-5", "seed=0,lr=2e-5", "seed=1,lr=1e-5", "seed=1,lr=2e-5"]
-    config = cli.parse(Config, points["seed=1,lr=2e-5"], prog="x")
-    assert config == Config("d", Path("o"), n=(4, 5), pairs=False, training=Training(lr=2e-5), seed=1)
+    assert points["seed=1,lr=2e-5"] == Config("d", Path("o"), n=(4, 5), pairs=False, training=Training(lr=2e-5), seed=1)
 
 
 def test_values_with_signs_make_plain_folder_names() -> None:
-    assert list(split("--held-out", "some/pairs file.jsonl", "0.2")) == [
-        "held_out=some_pairs_file.jsonl",
-        "held_out=0.2",
-    ]
+    folders = list(split("--held-out", "some/pairs file.jsonl", "0.2"))
+    assert folders == ["held_out=some_pairs_file.jsonl", "held_out=0.2"]
 
 
 def test_negative_numbers_are_values() -> None:
-    assert list(split("--seed", "-1", "-2")) == ["seed=-1", "seed=-2"]
+    assert axes("--seed", "-1", "-2") == {"seed": ["-1", "-2"]}
 
 
 def test_the_last_mention_of_an_option_wins() -> None:
-    assert split("--seed", "0", "1", "--seed", "5") == {"": ["--data", "d", "--out", "o", "--seed", "5"]}
+    assert split("--seed", "0", "1", "--seed", "5") == {"": Config("d", Path("o"), seed=5)}
     assert list(split("--seed", "5", "--seed", "0", "1")) == ["seed=0", "seed=1"]
 
 

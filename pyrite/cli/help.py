@@ -1,4 +1,4 @@
-"""What the command line says of a job's options: help with the common ones first, an example, hints for other names."""
+"""The options that a Config declares and what is said of them: help, examples, hints for the names of others."""
 
 from __future__ import annotations
 
@@ -6,18 +6,14 @@ import ast
 import difflib
 import inspect
 import textwrap
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
-
-import tyro
+from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 from pyrite.math import ranges
 
 WIDTH = 100
-LINES = 20  # of a summary
-SIDE_BY_SIDE = 6  # figures in one of them
 EXAMPLES = {
     "bandit": "--samplers uniform mix_r mix_p --out runs/bandit",
     "best_of_n": "--candidates runs/gold/candidates.parquet --rewards runs/reward --out runs/best_of_n",
@@ -43,37 +39,14 @@ EXAMPLES = {
     "soup": "--ingredients runs/a/model runs/b/model --out runs/soup",
     "winrate": "--data comparisons.jsonl --out runs/winrate",
 }
-COMMON = (
-    *("columns", "held_out", "limit", "seed", "loss", "ref", "gold", "judge", "rewards", "pairs", "noise", "members"),
-    *(
-        "objective",
-        "objectives",
-        "method",
-        "value",
-        "steps",
-        "rounds",
-        "prompts_per_round",
-        "prompts_per_step",
-        "k",
-        "n",
-    ),
-    *("beta", "sampler", "silver", "gold_budget", "max_length", "max_prompt", "on_long", "max_new_tokens"),
-    *("temperature", "eval_prompts", "lora", "lr", "epochs", "batch_size", "precision", "weights", "mode"),
-    *("dimensions", "kinds"),
-    *(
-        "candidates",
-        "ties",
-        "model",
-        "second",
-        "scale",
-        "seeds",
-        "samplers",
-        "actions",
-        "instances",
-        "layers",
-        "hidden",
-    ),
-    *("vocabulary", "context", "annotator", "format", "estimate", "base_url", "options", "general", "tokens"),
+COMMON = set(  # what --help shows, if the job has it; --help-all shows all
+    """
+    columns held_out limit seed loss ref gold judge rewards pairs noise members objective objectives method value
+    steps rounds prompts_per_round prompts_per_step k n beta sampler silver gold_budget max_length max_prompt
+    on_long max_new_tokens temperature eval_prompts lora lr epochs batch_size precision weights mode dimensions
+    kinds candidates ties model second scale seeds samplers actions instances layers hidden vocabulary context
+    annotator format estimate base_url options general tokens out
+    """.split()
 )
 EVERYWHERE = (
     ("--config FILE", "Options from a YAML or JSON file, such as the config.json of a run; the command line wins."),
@@ -161,7 +134,7 @@ OLD_NAMES: dict[str, str] = {
 
 
 class Option(NamedTuple):
-    """One option as the command line has it."""
+    """One option of a Config, perhaps in a group."""
 
     name: str
     group: str
@@ -171,21 +144,38 @@ class Option(NamedTuple):
 
     @property
     def required(self) -> bool:
-        return self.default is MISSING or self.default is tyro.MISSING
+        return self.default is MISSING
+
+    @property
+    def typed(self) -> str:
+        """The option as it is typed."""
+        return f"--{_dashed(self.name)}"
+
+    @property
+    def several(self) -> bool:
+        """Whether it takes more than one value."""
+        return any(get_origin(kind) is tuple for kind in ranges.kinds(self.hint))
 
 
 def described(schema: Any, group: str = "") -> Iterator[Option]:
-    """Every option of a config and its groups, with the text beside it."""
+    """Every option of a Config class and its groups, with the text below it."""
     own = schema if isinstance(schema, type) else type(schema)
     texts, hints = _texts(own), ranges.hints(own)
     for one in fields(schema):
-        default = one.default if one.default is not MISSING or one.default_factory is MISSING else one.default_factory()
-        if not isinstance(schema, type):
-            default = getattr(schema, one.name)
-        if is_dataclass(default) and not isinstance(default, type):
+        default = default_of(schema, one)
+        if is_dataclass(default):
             yield from described(default, one.name)
         else:
             yield Option(one.name, group, texts.get(one.name, ""), hints.get(one.name, Any), default)
+
+
+def default_of(schema: Any, field: Any) -> Any:
+    """The default of a field: of a class, or as it stands in a group made ready."""
+    if not isinstance(schema, type):
+        return getattr(schema, field.name)
+    if field.default is MISSING and field.default_factory is not MISSING:
+        return field.default_factory()
+    return field.default
 
 
 def help_text(schema: type, prog: str, *, everything: bool) -> str:
@@ -193,8 +183,8 @@ def help_text(schema: type, prog: str, *, everything: bool) -> str:
     known = list(described(schema))
     needed = [one for one in known if one.required]
     others = [one for one in known if not one.required]
-    common = [one for one in others if one.name in COMMON or one.name == "out"]
-    usage = " ".join([prog, *(f"--{_dashed(one.name)} {_metavar(one)}" for one in needed), "[options]"])
+    common = [one for one in others if one.name in COMMON]
+    usage = " ".join([prog, *(f"{one.typed} {_metavar(one)}" for one in needed), "[options]"])
     lines = [f"usage: {usage}", "", (schema.__doc__ or "").split("\n\n")[0].strip(), ""]
     lines += _section("required", needed)
     if everything:
@@ -212,71 +202,35 @@ def help_text(schema: type, prog: str, *, everything: bool) -> str:
     return "\n".join(lines)
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """ "; did you mean --lr?" for an option that is not known, by its name elsewhere or its spelling; or nothing."""
-    names = list(known)
-    elsewhere = difflib.get_close_matches(name, ALIASES, n=1, cutoff=0.85)
+def unknown(name: str, known: Iterable[str], shown: str) -> str:
+    """What to say of an option that is not known: what became of it, or which one is meant."""
+    names = [_dashed(one) for one in known]
+    if is_old(name):
+        old = f"--{_dashed(name)}" if f"--{_dashed(name)}" in OLD_NAMES else f"--{_dashed(name.removeprefix('no_'))}"
+        now = OLD_NAMES[old]
+        if not now.startswith("--"):
+            return f"{old} is gone: {now}"
+        if here := [new for new in now.split(" or ") if new.removeprefix("--").split()[0].strip(",") in names]:
+            return f"{old} is now {' or '.join(here)}"
+    elsewhere = difflib.get_close_matches(_dashed(name), ALIASES, n=1, cutoff=0.85)
     if elsewhere and ALIASES[elsewhere[0]].split()[0] in names:
-        return f"; did you mean --{ALIASES[elsewhere[0]]}?"
-    near = difflib.get_close_matches(name, names, n=1)
+        return f"unknown option {shown}; did you mean --{ALIASES[elsewhere[0]]}?"
+    return f"unknown option {shown}{did_you_mean(_dashed(name), names)}"
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """ "; did you mean 'sft'?", or nothing if no known name is near."""
+    near = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
-def renamed(name: str, known: Iterable[str]) -> str:
-    """What became of an option of an earlier version; "" for a name that never was one, or still is."""
-    old, names = f"--{_dashed(name)}", set(known)
-    now = OLD_NAMES.get(old) or OLD_NAMES.get(old.replace("--no-", "--", 1), "")
-    if not now or old.removeprefix("--") in names:
-        return ""
-    if not now.startswith("--"):
-        return f"{old.replace('--no-', '--', 1)} is gone: {now}"
-    here = [new for new in now.split(" or ") if new.removeprefix("--").split()[0].strip(",") in names]
-    return f"{old} is now {' or '.join(here)}" if here else ""
-
-
 def is_old(name: str) -> bool:
-    """Whether a key of a file is the name of an option of an earlier version."""
-    return f"--{_dashed(name)}" in OLD_NAMES
-
-
-def summary(results: Mapping[str, Any]) -> list[str]:
-    """The figures that matter, a line each: means with their errors, and what stands in groups side by side."""
-    lines = []
-    for name, value in results.items():
-        if (told := _figure(value)) is not None:
-            lines.append(f"  {name:24} {told}")
-    more = len(lines) - LINES
-    return lines[:LINES] + ([f"  ... {more} more with --json"] if more > 0 else [])
-
-
-def _figure(value: Any) -> str | None:
-    """A value of the results in a line, or None for one that takes more."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, str, Mapping, list)):
-        return None
-    if isinstance(value, (int, float)):
-        return f"{value:.4g}" if isinstance(value, float) else str(value)
-    if isinstance(value, str):
-        return value if len(value) < WIDTH else None
-    if isinstance(value, list):
-        numbers = [one for one in value if isinstance(one, (int, float))]
-        if numbers and len(numbers) == len(value):
-            return " ".join(f"{one:.4g}" for one in numbers[:SIDE_BY_SIDE]) + (
-                " ..." if len(numbers) > SIDE_BY_SIDE else ""
-            )
-        groups = [told for one in value[:3] if (told := _figure(one))]
-        return " | ".join(groups) or None
-    if "mean" in value and "se" in value:
-        return f"{value['mean']:.4g} ± {value['se']:.2g}"
-    inner = [
-        f"{name} {told}"
-        for name, one in value.items()
-        if not isinstance(one, (Mapping, list)) and (told := _figure(one))
-    ]
-    return ", ".join(inner[:SIDE_BY_SIDE]) or None
+    """Whether an option of this name was there in an earlier version."""
+    return bool({f"--{_dashed(name)}", f"--{_dashed(name.removeprefix('no_'))}"} & set(OLD_NAMES))
 
 
 def _section(title: str, some: Iterable[Option]) -> list[str]:
-    lines = [line for one in some for line in _entry(f"--{_dashed(one.name)} {_metavar(one)}", _told(one))]
+    lines = [line for one in some for line in _entry(f"{one.typed} {_metavar(one)}", _told(one))]
     return [title, *lines, ""] if lines else []
 
 
@@ -309,26 +263,18 @@ def _value(value: Any) -> str:
 
 def _metavar(one: Option) -> str:
     """What an option takes: a number, a choice, several."""
-    kinds = [kind for kind in _kinds(one.hint) if kind is not type(None)]
+    kinds = [kind for kind in ranges.kinds(one.hint) if kind is not type(None)]
     if bool in kinds:
         return f"| --no-{_dashed(one.name)}"
-    several = any(get_origin(kind) in (tuple, list) for kind in kinds)
-    inner = [part for kind in kinds for part in (get_args(kind) if get_origin(kind) in (tuple, list) else (kind,))]
-    flat = [base for part in inner if part is not ... for base in _kinds(part)]
     names = {int: "N", float: "X", str: "TEXT", Path: "PATH"}
+    inner = [part for kind in kinds for part in (get_args(kind) if get_origin(kind) is tuple else (kind,))]
     told = dict.fromkeys(
-        "|".join(map(str, get_args(kind))) if get_origin(kind) is Literal else names.get(kind, "TEXT") for kind in flat
+        "|".join(map(str, get_args(kind))) if get_origin(kind) is Literal else names.get(kind, "TEXT")
+        for part in inner
+        if part is not ...
+        for kind in ranges.kinds(part)
     )
-    return "|".join(told) + (" ..." if several else "")
-
-
-def _kinds(hint: Any) -> list[Any]:
-    """The alternatives of a type hint, without their ranges."""
-    while hasattr(hint, "__metadata__"):
-        hint = get_args(hint)[0]
-    if get_origin(hint) is Union or type(hint).__name__ == "UnionType":
-        return [kind for part in get_args(hint) for kind in _kinds(part)]
-    return [hint]
+    return "|".join(told) + (" ..." if one.several else "")
 
 
 def _dashed(name: str) -> str:
@@ -336,13 +282,12 @@ def _dashed(name: str) -> str:
 
 
 def _texts(schema: type) -> dict[str, str]:
-    """The text under each option of a config class."""
+    """The text below each option of a Config class."""
     body = ast.parse(textwrap.dedent(inspect.getsource(schema))).body[0]
     assert isinstance(body, ast.ClassDef)
-    found = {}
-    for line, after in zip(body.body, body.body[1:], strict=False):
-        if not isinstance(line, ast.AnnAssign) or not isinstance(line.target, ast.Name):
-            continue
-        if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) and isinstance(after.value.value, str):
-            found[line.target.id] = inspect.cleandoc(after.value.value)
-    return found
+    return {
+        line.target.id: inspect.cleandoc(after.value.value)
+        for line, after in zip(body.body, body.body[1:], strict=False)
+        if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name)
+        if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) and isinstance(after.value.value, str)
+    }

@@ -246,6 +246,10 @@ class RunError(ValueError):
     """A run folder cannot be used as asked; the message says why and what to do."""
 
 
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message names the step, the batch and the last good checkpoint."""
+
+
 class CheckedError(BaseException):
     """A dry run has come as far as it goes; the run it is of."""
 

@@ -371,19 +371,6 @@ def _margins() -> tuple[tuple[Any, ...], dict[str, Any]]:
     return _members()[0], {"generator": torch.Generator().manual_seed(0)}
 
 
-REGISTRIES = {  # what `pyrite list KIND` lists, and the module that holds it
-    "discriminators": "pyrite.training.annotators",
-    "ensembles": "pyrite.math.ensembles",
-    "golds": "pyrite.feedback.scorers",
-    "judges": "pyrite.feedback.judges",
-    "losses": "pyrite.math.losses",
-    "lr_schedulers": "pyrite.math.lr_schedulers",
-    "optimizers": "pyrite.training.optimizers",
-    "reward_losses": "pyrite.math.reward_losses",
-    "samplers": "pyrite.math.samplers",
-    "schedules": "pyrite.feedback.schedules",
-    "selectors": "pyrite.feedback.selectors",
-}
 PAIR = "return one value a pair, shape (B,)"
 CONTRACTS = {
     "losses": Contract(("pair",), PAIR, _loss, _pairs),

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import tyro
 
 from pyrite.core import runs, specs
 from pyrite.core.processes import progress, say
@@ -47,10 +46,10 @@ class Config:
 
     answers: tuple[str, ...]
     """Candidates as METHOD=FILE; a method may have several files. Neutral answers serve every combination."""
+    out: Path
+    """Folder of the run, new or empty."""
     dimensions: str | None = None
     """Preference dimensions: a YAML file, or a shipped name such as soups. Only --general goes without."""
-    out: Path = tyro.MISSING
-    """Folder of the run, new or empty."""
     judge: str = "bradley_terry(gold={gold}, hard=True)"
     """Who judges; {criterion}, {gold}, {sentence} and {id} stand for the option's own."""
     general: str | None = None

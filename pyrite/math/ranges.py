@@ -37,6 +37,7 @@ __all__ = [
     "check",
     "fault",
     "hints",
+    "kinds",
     "refusal",
     "require",
     "shown",
@@ -125,6 +126,20 @@ def hints(owner: Any) -> dict[str, Any]:
         return get_type_hints(owner, include_extras=True)
     except Exception:  # names imported for type checkers only, or whatever a user's own file annotates with
         return {}
+
+
+def kinds(hint: Any) -> list[Any]:
+    """The plain types that an annotation admits, without their ranges; None first.
+
+    >>> kinds(Share | str | None)
+    [<class 'NoneType'>, <class 'float'>, <class 'str'>]
+    """
+    if get_origin(hint) is Annotated:
+        return kinds(get_args(hint)[0])
+    if get_origin(hint) not in (Union, types.UnionType):
+        return [hint]
+    found = [kind for part in get_args(hint) for kind in kinds(part)]
+    return sorted(found, key=lambda kind: kind is not types.NoneType)
 
 
 def words(hint: Any) -> str:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from pyrite.core import processes, specs
 from pyrite.core.processes import progress, say, world
-from pyrite.core.runs import Run
+from pyrite.core.runs import Run, TrainingError
 from pyrite.math import lr_schedulers, seeds
 from pyrite.math.ranges import Count, Positive, check
 from pyrite.models.packing import Row, micro_batches
@@ -164,10 +164,6 @@ def _factors(model: nn.Module) -> Iterator[tuple[str, Tensor, Tensor, LoraLayer]
 Precision = Literal["float32", "bfloat16"]
 # (model, rows, their indices) -> (sum of the losses, sums of metrics)
 BatchLoss = Callable[[nn.Module, list[Row], list[int]], tuple[Tensor, dict[str, Tensor]]]
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on; the message names the step, the batch and the last good checkpoint."""
 
 
 @dataclass(frozen=True)

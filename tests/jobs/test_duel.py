@@ -351,7 +351,7 @@ def test_from_a_model_to_the_winner(tiny: Path, mine: Dimensions, tmp_path: Path
         )
         files[name] = generate.run(drawn).folder / "candidates.parquet"
     given = tuple(f"{name}={file}" for name, file in files.items())
-    found = duel.run(duel.Config(given, str(tmp_path / "mine.yaml"), tmp_path / "duel", judge=judge, times=50))
+    found = duel.run(duel.Config(given, tmp_path / "duel", str(tmp_path / "mine.yaml"), judge=judge, times=50))
     brief, wordy = (
         {(*row["preferences"], row["asked_id"], row["sample"]): len(row["response"].split()) for row in rows}
         for rows in (data.load(file, "candidates") for file in files.values())

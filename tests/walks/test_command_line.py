@@ -18,8 +18,10 @@ from typing import get_args
 import pytest
 from safetensors.torch import load_file
 
-from pyrite import cli, jobs, recipes
+from pyrite import cli
+from pyrite.cli import commands
 from pyrite.cli import help as usage
+from pyrite.cli.parse import parse
 from pyrite.core import runs
 from pyrite.training.loop import Learner
 from tests import launch
@@ -31,11 +33,11 @@ SFT = ("--batch-size", 20, "--epochs", 2, "--lr", 0.01)
 def schemas() -> dict[str, type]:
     """Every job, command and recipe, by what is typed."""
     found: dict[str, type] = {}
-    for name in cli._names(jobs):
+    for name in cli.names("jobs"):
         config = importlib.import_module(f"pyrite.jobs.{name}").Config
         commands = {f"{name} {one.__name__.lower()}": one for one in get_args(config)}
         found |= commands or {name: config}
-    for name in cli._names(recipes):
+    for name in cli.names("recipes"):
         found[f"recipe {name}"] = importlib.import_module(f"pyrite.recipes.{name}").Config
     return found
 
@@ -73,7 +75,7 @@ def test_a_terminal_gets_a_summary_with_the_next_command(
     tiny: Path, demos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command = ("sft", "--model", tiny, "--data", demos, "--out", tmp_path / "run", *SFT)
-    monkeypatch.setattr(cli, "on_terminal", lambda: True)
+    monkeypatch.setattr(commands, "on_terminal", lambda: True)
     status, out, _ = pyrite(*command)
     assert status == 0
     assert len(out.splitlines()) < 15
@@ -103,7 +105,7 @@ def test_every_option_has_text_and_the_example_is_a_command(command: str) -> Non
     parts = shlex.split(example)
     count = len(command.split())
     assert parts[:count] == command.split()
-    cli.parse(SCHEMAS[command], parts[count:], prog="x")
+    parse(SCHEMAS[command], parts[count:], prog="x")
 
 
 def test_a_job_alone_shows_its_help() -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from pyrite import cli
+from pyrite.cli.parse import parse
 from pyrite.core import runs
 from pyrite.data import rows as data
 from pyrite.models.policy import RewardModel
@@ -348,7 +348,7 @@ def test_a_corrupt_row_of_metrics_is_named(candidates: Path, tmp_path: Path) -> 
 
 def reads(job: str, *arguments: object) -> set[str]:
     module = importlib.import_module(f"pyrite.jobs.{job}")
-    config = cli.parse(module.Config, [*map(str, arguments), "--out", "unused"], prog=job)
+    config = parse(module.Config, [*map(str, arguments), "--out", "unused"], prog=job)
     return set(map(str, runs.reads(config, module.inputs(config)).values()))
 
 

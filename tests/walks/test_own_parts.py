@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from pyrite import cli
+from pyrite.cli import commands
 from pyrite.core import specs
 from pyrite.data import rows as data
 from pyrite.feedback import judges, schedules, scorers, selectors
@@ -433,7 +434,7 @@ def test_an_error_of_a_library_says_whose_it_is(
     def broken(_: object) -> None:
         json.loads("{")
 
-    monkeypatch.setattr(cli, "_command", broken)
+    monkeypatch.setattr(commands, "_command", broken)
     status, out, err = pyrite("sft")
     assert (status, out, err.count("\n")) == (2, "", 1)
     assert "Expecting property name" in err

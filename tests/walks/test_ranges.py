@@ -5,17 +5,15 @@ from __future__ import annotations
 import importlib
 import json
 import math
-import pkgutil
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import pytest
-import tyro
 from annotated_types import Ge, Gt, Interval, Len, Predicate
 
-from pyrite import cli, jobs, recipes
+from pyrite import cli
 from pyrite.core import specs
 from pyrite.math import ranges
 
@@ -27,9 +25,9 @@ Command = Callable[..., tuple[int, str, str]]
 def schemas() -> dict[str, Any]:
     """Command to the dataclass of its options."""
     found = {}
-    for package, before in ((jobs, ""), (recipes, "recipe ")):
-        for name in sorted(m.name for m in pkgutil.iter_modules(package.__path__) if package is jobs or m.ispkg):
-            config = importlib.import_module(f"{package.__name__}.{name}").Config
+    for package, before in (("jobs", ""), ("recipes", "recipe ")):
+        for name in cli.names(package):
+            config = importlib.import_module(f"pyrite.{package}.{name}").Config
             several = {f"{before}{name} {one.__name__.lower()}": one for one in get_args(config)}
             found |= several or {f"{before}{name}": config}
     return found
@@ -43,7 +41,7 @@ def leaves(schema: Any) -> Iterator[tuple[str, Any, Any]]:
         if is_dataclass(field.default):
             yield from leaves(type(field.default))
         else:
-            yield field.name, annotated[field.name], MISSING if field.default is tyro.MISSING else field.default
+            yield field.name, annotated[field.name], field.default
 
 
 SCHEMAS = schemas()
@@ -51,7 +49,7 @@ OPTIONS = [(command, *leaf) for command, schema in SCHEMAS.items() for leaf in l
 MEMBERS = [
     (kind, name, function)
     for kind in KINDS
-    for name, function in specs._functions(importlib.import_module(specs.REGISTRIES[kind])).items()
+    for name, function in specs._functions(importlib.import_module(cli.KINDS[kind])).items()
 ]
 PART_OPTIONS = [
     (kind, name, option, ranges.hints(function).get(option, Any), default)
@@ -210,7 +208,7 @@ def _with(config: Any, name: str, value: Any) -> Any:
 
 @pytest.mark.parametrize(("kind", "name", "option", "hint", "default"), PART_OPTIONS)
 def test_nonsense_in_a_part(kind: str, name: str, option: str, hint: Any, default: Any) -> None:
-    registry = importlib.import_module(specs.REGISTRIES[kind])
+    registry = importlib.import_module(cli.KINDS[kind])
     for value in nonsense(hint):
         if value == default:
             continue
