@@ -1,7 +1,28 @@
-"""Spec strings: "dpo(beta=0.3)", "mine.py:my_loss(tau=2)", "package.module:fn()" -> a ready function.
+"""Spec strings: "dpo(beta=0.3)", "mine.py:my_loss(tau=2)", "package.module:fn()" -> a function ready for data.
 
 The module is the registry and the signature is the schema: what `members` lists is what a name may be,
-keyword-only parameters are the options, and values are literals, never code.
+keyword-only parameters are the options, and values are literals, never code. What comes before the options is the data:
+
+    losses          loss(pair: PairLogps, *, ...) -> one value a pair, (B,), with a gradient
+    reward_losses   loss(chosen (B,), rejected (B,), *, ...) -> one value a pair, (B,), with a gradient
+    ensembles       combine(scores (E, N), *, ...) -> one score an answer, (N,)
+    selectors       selector(margins (E, B), generator=None, *, ...) -> one priority a pair, (B,)
+    scorers         gold(prompts, responses, *, ...) -> one score a response, N numbers
+    judges          judge(prompts, a, b, *, ...) -> P(a beats b) of each pair, N numbers from 0 to 1, NaN for no verdict
+    lr_schedulers   scheduler(lr, step, total, *, ...) -> the learning rate of a step
+    optimizers      optimizer(parameters, *, ...) -> a torch.optim.Optimizer
+    samplers        sampler(*, ...) -> a pyrite.math.samplers.Sampler
+    schedules       schedule(*, ...) -> a pyrite.feedback.schedules.Schedule
+    annotators      discriminator(*, ...) -> a function (players, seed) -> with scores(answers), learn(labels, seed=),
+                    learners
+
+A function of options alone makes the part: what it returns is called with the data.
+
+A part of the user's own, named by its file, is held to this table. Losses, ensembles, selectors and learning rates are
+tried on a few numbers when they are named, before a model is loaded. A gold or a judge may cost money: naming it calls
+nothing, and its answers are checked at every call. While such code runs, what it prints goes to standard error, it has
+random numbers of its own, and torch's modes, default type and device, and the current folder are afterwards what they
+were before.
 """
 
 from __future__ import annotations
@@ -33,10 +54,9 @@ from torch import Tensor
 from pyrite.math import ranges, seeds
 from pyrite.math.losses.needs import toy_pairs
 
-# foreign: Errors that are not Pyrite's own words, in one line that says whose they are and where they arose.
+# Errors of others -----------------------------------------------------------------------------------------------------
 
-
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 LIBRARIES = tuple(Path(sysconfig.get_path(name)) for name in ("purelib", "platlib", "stdlib"))
 RAISE = dis.opmap["RAISE_VARARGS"]
 
