@@ -16,8 +16,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, get_args
 
-from pyrite.cli import KINDS, names, sweeps
-from pyrite.cli.help import described, did_you_mean, help_text
+from pyrite.cli import sweeps
+from pyrite.cli.help import KINDS, described, did_you_mean, help_text, names
 from pyrite.cli.parse import make, read
 from pyrite.core import processes, runs, specs
 from pyrite.core.processes import say, world

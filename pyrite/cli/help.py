@@ -1,19 +1,49 @@
-"""The options that a Config declares and what is said of them: help, examples, hints for the names of others."""
+"""What the command line says of itself: the commands, the options that a Config declares, names of others and of old.
+
+Nothing here loads torch or a job.
+"""
 
 from __future__ import annotations
 
 import ast
 import difflib
+import importlib.util
 import inspect
+import pkgutil
 import textwrap
 from collections.abc import Iterable, Iterator
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
+from pyrite import __version__
 from pyrite.math import ranges
 
 WIDTH = 100
+KINDS = {  # what `pyrite list KIND` lists, and the module that holds it
+    "discriminators": "pyrite.training.annotators",
+    "ensembles": "pyrite.math.ensembles",
+    "golds": "pyrite.feedback.scorers",
+    "jobs": "pyrite.jobs",
+    "judges": "pyrite.feedback.judges",
+    "losses": "pyrite.math.losses",
+    "lr_schedulers": "pyrite.math.lr_schedulers",
+    "optimizers": "pyrite.training.optimizers",
+    "recipes": "pyrite.recipes",
+    "reward_losses": "pyrite.math.reward_losses",
+    "samplers": "pyrite.math.samplers",
+    "schedules": "pyrite.feedback.schedules",
+    "selectors": "pyrite.feedback.selectors",
+}
+USAGE = """\
+pyrite {jobs}   run one job; --help lists its options
+pyrite recipe {recipes}   run a whole experiment and write its report
+pyrite list {kinds}   what can be named in an option
+pyrite report DIR   write DIR/report.html for a run or a recipe
+pyrite ledger show FILE | export FILE OUT.parquet [--pairs]   what was asked of golds, and what it cost
+Every job takes --config FILE (YAML, or the config.json of a run; the command line wins), --dry-run, --json and --debug.
+Several values for an option that takes one make a sweep: one run for each combination, in folders of their own below
+--out. Results are JSON on standard output if that is no terminal; everything else goes to standard error."""
 EXAMPLES = {
     "bandit": "--samplers uniform mix_r mix_p --out runs/bandit",
     "best_of_n": "--candidates runs/gold/candidates.parquet --rewards runs/reward --out runs/best_of_n",
@@ -131,6 +161,31 @@ OLD_NAMES: dict[str, str] = {
     "--warmup": "--lr-scheduler-type, as in --lr-scheduler-type 'cosine(warmup_steps=10)'",
     "--weight-decay": "--optim, as in --optim 'adamw(weight_decay=0.01)'",
 }
+
+
+def overview(arguments: list[str]) -> str | None:
+    """The answer to a command that needs no job: help, version, what jobs and recipes there are. None for another."""
+    match arguments:
+        case [] | ["-h" | "--help" | "help", *_]:
+            return USAGE.format(jobs="|".join(names("jobs")), recipes="|".join(names("recipes")), kinds="|".join(KINDS))
+        case ["-V" | "--version" | "version", *_]:
+            return f"pyrite {__version__}"
+        case ["list", "jobs" | "recipes" as kind]:
+            return "\n".join(f"{name:18} {_summary(f'pyrite.{kind}.{name}')}" for name in names(kind))
+    return None
+
+
+def names(kind: str) -> list[str]:
+    """The jobs, or the recipes."""
+    package = importlib.import_module(KINDS[kind])
+    return sorted(getattr(package, "NAMES", None) or (module.name for module in pkgutil.iter_modules(package.__path__)))
+
+
+def _summary(module: str) -> str:
+    """The first line of a module's docstring, read without importing it."""
+    spec = importlib.util.find_spec(module)
+    assert spec is not None and spec.origin is not None
+    return (ast.get_docstring(ast.parse(Path(spec.origin).read_bytes())) or "").partition("\n")[0]
 
 
 class Option(NamedTuple):
