@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pyrite.feedback.ledger import Account, Ledger
+from pyrite.feedback.ledger import Account, Budget, Ledger, Pace
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["pyrite.feedback.ledger"])
@@ -27,10 +27,10 @@ def log(path: Path, prompts: list[str], responses: list[str], *, seconds: float 
     return torch.tensor([float(response) for response in responses])
 
 
-def live(folder: Path, run: str, wanted: list[int], options: dict, seconds: float) -> None:
+def live(folder: Path, run: str, wanted: list[int], budget: Budget, batch: int, seconds: float) -> None:
     """One life of a process: asks for all it wants."""
     with Ledger(folder / "gold.db") as ledger:
-        mine = Account(ledger, run, "log", "score", **options)
+        mine = Account(ledger, run, "log", "score", budget, Pace(batch=batch))
         mine.ask(partial(log, folder / "calls", seconds=seconds), ["p"] * len(wanted), list(map(str, wanted)))
 
 
@@ -52,3 +52,10 @@ def open_together(folder: Path, start: float) -> None:
         while time.time() < start + number * 0.01:
             pass
         Ledger(folder / f"{number}.db").close()
+
+
+def open_at(path: Path, start: float) -> None:
+    """A ledger, opened at a moment that processes agree on."""
+    while time.time() < start:
+        pass
+    Ledger(path).close()

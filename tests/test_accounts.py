@@ -22,9 +22,11 @@ from torch import Tensor
 
 from pyrite.feedback import ledger as accounts
 from pyrite.feedback import pairing
-from pyrite.feedback.ledger import Account, Books, Budget, Ledger
+from pyrite.feedback.ledger import Account, Books, Budget, Ledger, Pace
 
 NAN = float("nan")
+DOWN = Pace.down
+FREE = Budget()
 
 
 class Counted:
@@ -56,8 +58,8 @@ def ledger(tmp_path: Path) -> Iterator[Ledger]:
         yield opened
 
 
-def account(ledger: Ledger, run: str = "r", **options: object) -> Account:
-    return Account(ledger, run, "length()", **{"kind": "score", "backoff": 0.0, **options})  # type: ignore
+def account(ledger: Ledger, run: str = "r", *, kind: str = "score", budget: Budget = FREE, **pace: object) -> Account:
+    return Account(ledger, run, "length()", kind, budget, Pace(**{"backoff": 0.0, **pace}))  # type: ignore
 
 
 def texts(*sizes: int) -> tuple[list[str], list[str]]:
@@ -73,11 +75,11 @@ def test_worked_books(ledger: Ledger) -> None:
     assert mine.left == 3
     assert same(mine.ask(gold, *texts(5, 2, 5), round=1), [5, 2, 5])  # asked once, though wanted twice
     assert [len(response) for _, response in gold.asked] == [5, 2]
-    assert mine.books() == Books(labels=2, calls=2, money=0.5)
+    assert mine.books() == Books(answered=2, calls=2, cost=0.5)
     assert mine.left == 1
     assert same(mine.ask(gold, *texts(7, 5, 8, 2), round=2), [7, 5, NAN, 2])  # the first that is new
-    assert mine.books() == Books(labels=3, calls=3, money=0.75)
-    assert mine.books(round=1) == Books(labels=2, calls=2, money=0.5)
+    assert mine.books() == Books(answered=3, calls=3, cost=0.75)
+    assert mine.books(round=1) == Books(answered=2, calls=2, cost=0.5)
     assert mine.left == 0
     assert same(mine.ask(gold, *texts(9, 7), round=3), [NAN, 7])
     assert gold.calls == 3
@@ -89,8 +91,8 @@ def test_answers_of_another_run_are_free(ledger: Ledger) -> None:
     second = account(ledger, "second", budget=Budget(labels=1))
     for round in (1, 2):  # used twice, noted once
         assert same(second.ask(gold, *texts(1, 2, 4, 5), round=round), [1, 2, 4, NAN])
-    assert second.books() == Books(labels=1, calls=1, reused=2)
-    assert account(ledger, "first").books() == Books(labels=3, calls=3)
+    assert second.books() == Books(answered=1, calls=1, reused=2)
+    assert account(ledger, "first").books() == Books(answered=3, calls=3)
     assert gold.calls == 4
 
 
@@ -102,15 +104,6 @@ def test_another_gold_kind_or_text_is_another_question(ledger: Ledger) -> None:
     account(ledger, kind="verdict").ask(gold, ["p"], ["x"], [""])
     account(ledger, kind="verdict").ask(gold, ["p"], [""], ["x"])
     assert gold.calls == 5
-
-
-def test_the_other_way_around(ledger: Ledger) -> None:
-    gold, sides = Counted(), (["p", "p"], ["x", "xx yy"], ["xx yy", "x"])
-    found = account(ledger, kind="verdict", symmetric=True).ask(gold, *sides)
-    torch.testing.assert_close(found, direct(*sides[1:]).double(), atol=1e-7, rtol=0)
-    assert gold.calls == 1
-    found = account(ledger, kind="verdict", symmetric=True).ask(gold, ["p"], ["xx yy"], ["x"])
-    assert (gold.calls, found.item()) == (1, pytest.approx(direct(["xx yy"], ["x"]).item()))
 
 
 def test_it_is_a_judge(ledger: Ledger) -> None:
@@ -125,12 +118,11 @@ def test_it_is_a_judge(ledger: Ledger) -> None:
     requests=st.lists(st.lists(st.integers(0, 12), max_size=12), max_size=5),
     budget=st.integers(0, 12) | st.none(),
     money=st.integers(0, 12) | st.none(),
-    limit=st.integers(0, 4) | st.none(),
     batch=st.integers(1, 5),
     kind=st.sampled_from(["score", "verdict"]),
 )
 def test_answers_are_the_golds_own_and_budgets_hold(
-    requests: list, budget: int | None, money: int | None, limit: int | None, batch: int, kind: str
+    requests: list, budget: int | None, money: int | None, batch: int, kind: str
 ) -> None:
     gold, bought = Counted(), set()
     with TemporaryDirectory() as folder, Ledger(Path(folder) / "gold.db") as ledger:
@@ -139,18 +131,16 @@ def test_answers_are_the_golds_own_and_budgets_hold(
         for number, sizes in enumerate(requests):
             prompts, answers = texts(*sizes)
             sides = (answers,) if kind == "score" else (answers, ["x"] * len(answers))
-            room = min(
-                x for x in (budget, money, len(bought) + limit if limit is not None else None, 99) if x is not None
-            )
+            room = min(x for x in (budget, money, 99) if x is not None)
             for size in sizes:
                 if len(bought) < room:
                     bought.add(size)
-            found = mine.ask(gold, prompts, *sides, round=number, limit=limit)
+            found = mine.ask(gold, prompts, *sides, round=number)
             wanted = [
                 value if size in bought else NAN for size, value in zip(sizes, direct(*sides).tolist(), strict=True)
             ]
             assert same(found, wanted)
-        assert len(gold.asked) == len(set(gold.asked)) == len(bought) == mine.books().labels
+        assert len(gold.asked) == len(set(gold.asked)) == len(bought) == mine.books().answered
         assert mine.books().money == pytest.approx(len(bought) * 0.1)
 
 
@@ -170,9 +160,9 @@ def test_a_gold_that_gives_nothing(ledger: Ledger, failure: object, words: str) 
     mine = account(ledger, budget=Budget(labels=1, money=10.0, cost=1.0), retries=2)
     gold = Counted(failure, failure, failure)
     assert same(mine.ask(gold, *texts(4, 5, 6)), [NAN, 5, NAN])  # a failure is no label; the next one is bought
-    assert mine.books() == Books(labels=1, failed=1, calls=4, money=4.0)  # but every call costs its price
+    assert mine.books() == Books(answered=1, failed=1, calls=4, cost=4.0)  # but every call costs its price
     row = next(ledger.rows())
-    assert (row["state"], row["answer"], row["attempts"], row["repeated"]) == ("failed", None, 3, 0)
+    assert (row["state"], row["answer"], row["attempts"], row["lost"]) == ("failed", None, 3, 0)
     assert words in row["error"]
     assert same(mine.ask(gold, *texts(4)), [NAN])  # settled for this round
     assert gold.calls == 4
@@ -182,7 +172,7 @@ def test_a_second_try_is_kept_and_counted(ledger: Ledger) -> None:
     mine = account(ledger, retries=1)
     assert same(mine.ask(Counted(RuntimeError("busy"), None, [NAN], None), *texts(4, 5)), [4, 5])
     assert [row["attempts"] for row in ledger.rows()] == [2, 2]
-    assert mine.books() == Books(labels=2, calls=4)
+    assert mine.books() == Books(answered=2, calls=4)
     assert all(row["error"] is None for row in ledger.rows())
 
 
@@ -200,7 +190,7 @@ def test_one_bad_text_spoils_no_batch(ledger: Ledger) -> None:
 
     mine = account(ledger, batch=4, retries=1)
     assert same(mine.ask(gold, *texts(1, 2, 3, 4, 5)), [1, 2, NAN, 4, 5])
-    assert mine.books() == Books(labels=4, failed=1, calls=9)
+    assert mine.books() == Books(answered=4, failed=1, calls=9)
 
 
 def test_a_failed_question_is_open_again_later_and_to_others(ledger: Ledger) -> None:
@@ -210,40 +200,48 @@ def test_a_failed_question_is_open_again_later_and_to_others(ledger: Ledger) -> 
     assert same(mine.ask(gold, *texts(4), round=2), [4])
     assert same(mine.ask(gold, *texts(5), round=2), [NAN])
     assert same(other.ask(gold, *texts(5), round=1), [5])
-    assert (mine.books(), other.books()) == (Books(labels=1, calls=2), Books(labels=1, calls=2))
+    assert (mine.books(), other.books()) == (Books(answered=1, calls=2), Books(answered=1, calls=2))
 
 
 def test_a_gold_that_is_down_is_left_alone(ledger: Ledger) -> None:
     mine, gold = account(ledger, retries=0), Counted(*[RuntimeError("down")] * 8)
     assert mine.ask(gold, *texts(*range(20))).isnan().all()
-    assert (gold.calls, mine.books().failed) == (accounts.DOWN, accounts.DOWN)
+    assert (gold.calls, mine.books().failed) == (DOWN, DOWN)
     assert mine.ask(gold, *texts(*range(20))).isnan().all()  # the same request finds the same
-    assert gold.calls == accounts.DOWN
+    assert gold.calls == DOWN
     assert not mine.ask(gold, *texts(*range(20)), round=1).isnan().any()
 
 
 def test_back_off_doubles(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Less up to a half by chance, and up to a minute."""
     slept: list[float] = []
+    monkeypatch.setattr(accounts.time, "monotonic", lambda: sum(slept))
     monkeypatch.setattr(accounts.time, "sleep", slept.append)
-    account(ledger, retries=3, backoff=0.5).ask(Counted([NAN], [NAN], [NAN], [NAN]), *texts(1))
-    assert slept == [0.5, 1.0, 2.0]
+    account(ledger, retries=9, backoff=0.5).ask(Counted(*[[NAN]] * 10), *texts(1))
+    whole = [min(60.0, 0.5 * 2**i) for i in range(9)]
+    assert all(full / 2 <= seconds <= full for seconds, full in zip(slept, whole, strict=True))
 
 
 def test_money_stops_a_retry(ledger: Ledger) -> None:
     mine = account(ledger, budget=Budget(money=0.2, cost=0.1), retries=5)
     assert same(mine.ask(Counted([NAN], [NAN]), *texts(1, 2)), [NAN, NAN])
-    assert mine.books() == Books(failed=1, calls=2, money=0.2)
+    assert mine.books() == Books(failed=1, calls=2, cost=0.2)
 
 
 def test_a_run_that_goes_back_sees_what_it_saw(ledger: Ledger) -> None:
-    mine, gold = account(ledger, budget=Budget(labels=4)), Counted()
-    asked = [(1, texts(1, 2, 3), 1), (2, texts(3, 2, 4), 2), (3, texts(5, 2, 6), 3)]
-    before = [mine.ask(gold, *sides, round=round, limit=limit) for round, sides, limit in asked]
+    gold, mine = Counted(), account(ledger)
+    asked = [(1, texts(1, 2, 3), 1), (2, texts(3, 2, 4), 3), (3, texts(5, 2, 6), 4)]
+
+    def ask(round: int, sides: tuple[list[str], list[str]], labels: int) -> Tensor:
+        return account(ledger, budget=Budget(labels=labels)).ask(gold, *sides, round=round)
+
+    before = [ask(*one) for one in asked]
     assert [answer.tolist()[:2] for answer in before[1:]] == [[3, 2], [5, 2]]
     for _ in range(2):
-        for (round, sides, limit), answer in zip(asked, before, strict=True):
-            assert same(mine.ask(gold, *sides, round=round, limit=limit), answer.tolist())
-            assert mine.books(round=round).labels == [1, 3, 4][round - 1]
+        for one, answer in zip(asked, before, strict=True):
+            round = one[0]
+            assert same(ask(*one), answer.tolist())
+            assert mine.books(round=round).answered == [1, 3, 4][round - 1]
     assert gold.calls == 4
 
 
@@ -251,43 +249,42 @@ def test_an_interrupted_call_is_anybodys_to_repeat(ledger: Ledger) -> None:
     gold, mine = Counted(None, KeyboardInterrupt()), account(ledger)
     with pytest.raises(KeyboardInterrupt):
         mine.ask(gold, *texts(1, 2, 3))
-    assert mine.books() == Books(labels=1, in_flight=1, calls=2)
+    assert mine.books() == Books(answered=1, in_flight=1, calls=2)
     assert same(mine.ask(gold, *texts(1, 2, 3)), [1, 2, 3])
-    assert mine.books() == Books(labels=3, calls=4, repeated=1)
+    assert mine.books() == Books(answered=3, calls=4, lost=1)
 
 
 def test_an_interrupted_call_holds_up_nobody(tmp_path: Path, ledger: Ledger) -> None:
     with pytest.raises(KeyboardInterrupt):
-        account(ledger).ask(Counted(KeyboardInterrupt()), *texts(1), round=5, limit=1)
+        account(ledger).ask(Counted(KeyboardInterrupt()), *texts(1), round=5)
     with Ledger(tmp_path / "gold.db") as other:  # while the first is still open
-        again = account(other, patience=0.0).ask(Counted(), *texts(1, 2), round=5, limit=1)
-        assert same(again, [1, NAN])  # the question in flight was this round's one label
+        again = account(other, budget=Budget(labels=1), patience=0.0).ask(Counted(), *texts(1, 2), round=5)
+        assert same(again, [1, NAN])  # the question in flight was the run's one label
 
 
-def in_flight(ledger: Ledger, run: str, size: int, **options: object) -> None:
+def in_flight(ledger: Ledger, run: str, size: int, budget: Budget) -> None:
     """A question whose process died."""
     with pytest.raises(KeyboardInterrupt):
-        account(ledger, run, **options).ask(Counted(KeyboardInterrupt()), *texts(size))
+        account(ledger, run, budget=budget).ask(Counted(KeyboardInterrupt()), *texts(size))
 
 
-@pytest.mark.parametrize(("scope", "left"), [("run", [1, 1]), ("file", [0, 0])])
-def test_what_is_in_flight_is_reserved(ledger: Ledger, scope: str, left: list[int]) -> None:
-    budget = Budget(labels=2, money=0.2, cost=0.1, scope=scope)  # type: ignore
-    in_flight(ledger, "a", 1, budget=budget)
-    in_flight(ledger, "b", 2, budget=budget)
+def test_what_is_in_flight_is_reserved(ledger: Ledger) -> None:
+    budget = Budget(labels=2, money=0.2, cost=0.1)
+    in_flight(ledger, "a", 1, budget)
+    in_flight(ledger, "b", 2, budget)
     a, b = (account(ledger, run, budget=budget) for run in "ab")
-    assert [a.left, b.left] == left
-    assert same(b.ask(Counted(), *texts(3, 2)), [3, NAN] if scope == "run" else [NAN, NAN])  # no money to repeat
-    free = account(ledger, "b", budget=Budget(labels=2, scope=scope))  # type: ignore
-    assert same(free.ask(Counted(), *texts(1, 2)), [NAN, 2] if scope == "run" else [1, 2])
+    assert [a.left, b.left] == [1, 1]
+    assert same(b.ask(Counted(), *texts(3, 2)), [3, NAN])  # no money to repeat
+    free = account(ledger, "b", budget=Budget(labels=2))
+    assert same(free.ask(Counted(), *texts(1, 2)), [NAN, 2])
 
 
 def test_a_taken_over_question_brings_its_price(ledger: Ledger) -> None:
-    in_flight(ledger, "a", 1, budget=Budget(cost=0.1))
+    in_flight(ledger, "a", 1, Budget(cost=0.1))
     tight, enough = (account(ledger, "b", budget=Budget(money=money, cost=0.1)) for money in (0.1, 0.2))
     assert same(tight.ask(Counted(), *texts(1)), [NAN])
     assert same(enough.ask(Counted(), *texts(1)), [1])
-    assert enough.books() == Books(labels=1, calls=2, repeated=1, money=0.2)
+    assert enough.books() == Books(answered=1, calls=2, lost=1, cost=0.2)
     assert account(ledger, "a").books() == Books()
 
 
@@ -312,7 +309,7 @@ def test_a_question_of_a_living_process_is_waited_for(tmp_path: Path) -> None:
         threading.Timer(0.2, answer.set).start()
         assert same(account(ledger).ask(gold, *texts(1, 2)), [1, 2])
         assert gold.calls == 1
-        assert account(ledger).books() == Books(labels=1, calls=1, reused=1)
+        assert account(ledger).books() == Books(answered=1, calls=1, reused=1)
     thread.join()
 
 
@@ -332,12 +329,12 @@ def test_an_edited_file_is_another_gold(tmp_path: Path, ledger: Ledger) -> None:
     [
         (lambda ledger: Budget(labels=-1), "labels=-1"),
         (lambda ledger: Budget(money=NAN), "money=nan"),
-        (lambda ledger: Budget(money=5.0), "give cost"),
-        (lambda ledger: Budget(scope="all"), "'run' or 'file'"),  # type: ignore
-        (lambda ledger: account(ledger, kind="pair"), "'score' or 'verdict'"),
-        (lambda ledger: account(ledger, symmetric=True), "no other side"),
-        (lambda ledger: account(ledger, batch=0), "batch=0"),
-        (lambda ledger: account(ledger, retries=-1), "retries=-1"),
+        (lambda ledger: Pace(concurrency=0), "concurrency is 0"),
+        (lambda ledger: Pace(batch=0), "batch is 0"),
+        (lambda ledger: Pace(retries=-1), "retries is -1"),
+        (lambda ledger: Pace(reasks=-1), "reasks is -1"),
+        (lambda ledger: Pace(backoff=-1.0), "backoff is -1"),
+        (lambda ledger: Pace(per_minute=0.0), "per_minute is 0"),
         (
             lambda ledger: account(ledger).ask(Counted(), ["p"], ["a"], ["b"]),
             r"prompts and responses, N each; got \[1, 1",
@@ -354,7 +351,7 @@ def test_wrong_use_is_one_line(ledger: Ledger, make: object, words: str) -> None
 @pytest.mark.parametrize("batch", [1, 4])
 def test_fifty_kills_lose_nothing_and_buy_nothing_twice(tmp_path: Path, batch: int) -> None:
     kills, budget, draw = 50, 800, random.Random(batch)
-    arguments = (tmp_path, "r", list(range(2 * budget)), {"budget": Budget(labels=budget), "batch": batch}, 0.001)
+    arguments = (tmp_path, "r", list(range(2 * budget)), Budget(labels=budget), batch, 0.001)
     for _ in range(kills):
         life, until = begin(*arguments), len(calls(tmp_path)) + draw.randrange(10)
         while life.is_alive() and len(calls(tmp_path)) < until:
@@ -372,9 +369,9 @@ def test_fifty_kills_lose_nothing_and_buy_nothing_twice(tmp_path: Path, batch: i
         assert [row["answer"] for row in rows] == list(range(budget))  # the first ones asked for, in their order
         assert {row["state"] for row in rows} == {"answered"}
     assert set(made) == set(range(budget))
-    assert books == Books(labels=budget, calls=budget + books.repeated, repeated=books.repeated)
-    assert len(made) - budget <= books.repeated <= kills * batch  # a kill may come between intent and call
-    assert all(made.count(row["answer"]) <= row["attempts"] == 1 + row["repeated"] for row in rows)
+    assert books == Books(answered=budget, calls=budget + books.lost, lost=books.lost)
+    assert len(made) - budget <= books.lost <= kills * batch  # a kill may come between intent and call
+    assert all(made.count(row["answer"]) <= row["attempts"] == 1 + row["lost"] for row in rows)
     assert not list(tmp_path.glob("gold.db-owner-*"))
 
 
@@ -383,7 +380,7 @@ def test_two_processes_ten_thousand_labels(tmp_path: Path) -> None:
     lives = []
     for run, wanted in shares.items():
         draw.shuffle(wanted)
-        lives.append(begin(tmp_path, run, wanted, {"batch": 20}, 0.0))
+        lives.append(begin(tmp_path, run, wanted, Budget(), 20, 0.0))
     for life in lives:
         life.join()
         assert life.exitcode == 0
@@ -395,19 +392,27 @@ def test_two_processes_ten_thousand_labels(tmp_path: Path) -> None:
         assert found.shape == (0,)
     assert sorted(int(row["a"]) for row in rows) == list(range(10000))
     assert all(row["answer"] == int(row["a"]) for row in rows)
-    assert all(some.labels + some.reused == 7000 and some.labels >= 3000 for some in books.values())
-    assert sum(some.labels for some in books.values()) == 10000
+    assert all(some.answered + some.reused == 7000 and some.answered >= 3000 for some in books.values())
+    assert sum(some.answered for some in books.values()) == 10000
 
 
-@pytest.mark.parametrize("scope", ["file", "run"])
-def test_processes_share_a_budget(tmp_path: Path, scope: str) -> None:
-    options = {"budget": Budget(labels=300, money=30.0, cost=0.1, scope=scope), "batch": 7}  # type: ignore
+def test_each_process_keeps_its_budget(tmp_path: Path) -> None:
+    budget = Budget(labels=300, money=30.0, cost=0.1)
     shares = {run: list(range(1000 * i, 1000 * (i + 1))) for i, run in enumerate("abc")}
-    lives = [begin(tmp_path, run, wanted, options, 0.0005) for run, wanted in shares.items()]
+    lives = [begin(tmp_path, run, wanted, budget, 7, 0.0005) for run, wanted in shares.items()]
     for life in lives:
         life.join()
         assert life.exitcode == 0
-    assert len(calls(tmp_path)) == len(set(calls(tmp_path))) == (300 if scope == "file" else 900)
+    assert len(calls(tmp_path)) == len(set(calls(tmp_path))) == 900
+
+
+def test_money_is_one_for_all_golds_of_a_run(ledger: Ledger) -> None:
+    budget = Budget(money=0.3, cost=0.1)
+    labels, scores = account(ledger, kind="verdict", budget=budget), account(ledger, budget=budget)
+    labels.ask(Counted(), ["p"], ["a"], ["b"], round=1)
+    assert same(scores.ask(Counted(), *texts(1, 2, 3), round=2), [1, 2, NAN])
+    assert [labels.left, labels.books().cost, scores.books().cost] == pytest.approx([0, 0.1, 0.2])
+    assert [labels.broke(round=1), labels.broke(round=2)] == [False, True]
 
 
 def test_what_is_wanting_is_what_asking_would_buy(ledger: Ledger) -> None:
@@ -426,10 +431,9 @@ def test_what_is_wanting_is_what_asking_would_buy(ledger: Ledger) -> None:
 
 
 def test_what_is_in_flight_is_not_wanting_again(ledger: Ledger) -> None:
-    """The label of a question that a killed process had asked is counted already, in its run, or in the file."""
+    """The label of a question that a killed process had asked is counted already, in its run."""
     mine = account(ledger, budget=Budget(labels=5))
     with pytest.raises(KeyboardInterrupt):
         mine.ask(Counted(KeyboardInterrupt()), ["p"], ["a"])
     assert mine.left == 4 and mine.wanting(["p"] * 2, ["a", "b"]) == 1
     assert account(ledger, "other").wanting(["p"] * 2, ["a", "b"]) == 2
-    assert account(ledger, "other", budget=Budget(scope="file")).wanting(["p"] * 2, ["a", "b"]) == 1

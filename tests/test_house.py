@@ -16,7 +16,7 @@ PACKAGE = ROOT / "pyrite"
 FILES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = ("math", "core", "data", "models", "feedback", "training", "report", "jobs", "recipes", "cli")  # upward
 SCHEMAS = ("Config", "Training", "Logging", "Evaluation", "Stopping", "GoldLimits", "Compute", "Verify", "Import")
-SCHEMAS += ("Ask", "Export", "Agreement", "Asking", "Variants")
+SCHEMAS += ("Ask", "Export", "Agreement", "JudgeOptions", "Variants")
 
 
 def module_name(path: Path) -> str:

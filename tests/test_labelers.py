@@ -118,7 +118,7 @@ def test_state_lasts(tmp_path: Path) -> None:
 def _impatient(account: Account) -> Account:
     from dataclasses import replace
 
-    return replace(account, backoff=0.0)
+    return replace(account, pace=replace(account.pace, backoff=0.0))
 
 
 def test_verdicts_are_checked(tmp_path: Path) -> None:

@@ -11,12 +11,13 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
-from asking import SERVER, open_together
+from asking import SERVER, open_at, open_together
 
 from pyrite import cli
 from pyrite.data import rows as data
 from pyrite.feedback import ledger
-from pyrite.feedback.ledger import Account, Budget, Ledger, LedgerError
+from pyrite.feedback.judges.llm import JudgeOptions, LanguageJudge
+from pyrite.feedback.ledger import Account, Books, Budget, Ledger, LedgerError, Pace
 
 VERDICTS = {"a1": 0.75, "a2": 0.5, "a3": 0.1, "a4": float("nan")}
 
@@ -32,7 +33,7 @@ def path(tmp_path: Path) -> Path:
     with Ledger(path) as opened:
         for run, asked in (("first", [*VERDICTS]), ("second", ["a1"])):
             budget = Budget(money=2.0, cost=0.25)
-            mine = Account(opened, run, "judge()", "verdict", budget=budget, retries=1, backoff=0.0)
+            mine = Account(opened, run, "judge()", "verdict", budget, Pace(retries=1, backoff=0.0))
             mine.ask(judge, ["p"] * len(asked), asked, ["b"] * len(asked), round=3)
     return path
 
@@ -43,9 +44,10 @@ def test_rows(path: Path) -> None:
     assert [row["a"] for row in rows] == list(VERDICTS)
     first, last = rows[0], rows[-1]
     assert {**first, "key": 0, "asked": 0, "settled": 0} == {
-        **{"key": 0, "gold": "judge()", "kind": "verdict", "prompt": "p", "a": "a1", "b": "b", "state": "answered"},
-        **{"answer": 0.75, "error": None, "run": "first", "round": 3, "attempts": 1, "repeated": 0, "reused": 1},
-        **{"cost": 0.25, "asked": 0, "settled": 0},
+        **{"key": 0, "kind": "verdict", "source": "judge()", "criterion": "", "prompt": "p", "a": "a1", "b": "b"},
+        **{"state": "answered", "answer": 0.75, "label": None, "text": None, "error": None, "run": "first", "round": 3},
+        **{"attempts": 1, "lost": 0, "unusable": 0, "reused": 1, "tokens_in": 0, "tokens_out": 0},
+        **{"cost": 0.25, "at_risk": 0.0, "asked": 0, "settled": 0},
     }
     assert first["asked"] <= first["settled"] <= last["asked"]
     assert (last["state"], last["answer"], last["error"], last["cost"]) == ("failed", None, "answered nan", 0.5)
@@ -55,13 +57,17 @@ def test_rows(path: Path) -> None:
 def test_summary_and_table(path: Path, tmp_path: Path) -> None:
     with Ledger(path) as opened:
         first, second = opened.summary()
-    counts = {"labels": 3, "in_flight": 0, "failed": 1, "calls": 5, "repeated": 0, "reused": 0, "money": 1.25}
-    assert first == {"gold": "judge()", "kind": "verdict", "run": "first", **counts, "last_round": 3}
-    assert (second["run"], second["labels"], second["reused"], second["money"]) == ("second", 0, 1, 0.0)
+    counts = {"answered": 3, "failed": 1, "calls": 5, "cost": 1.25}
+    assert {name: value for name, value in first.items() if value} == {
+        **{"kind": "verdict", "source": "judge()", "run": "first", "last_round": 3},
+        **counts,
+    }
+    assert (second["run"], second["answered"], second["reused"], second["cost"]) == ("second", 0, 1, 0.0)
     lines = ledger.show(path).splitlines()
-    assert lines[0].split() == list(first)
-    assert lines[1].split() == [str(value) for value in first.values()]
-    assert lines[-1] == "total: 3 labels, money 1.25"
+    names = ["kind", "source", "run", "last_round", "answered", "failed", "calls", "reused", "cost"]
+    assert lines[0].split() == names  # columns that hold nothing are left out
+    assert lines[1].split() == [f"{first[name]}" for name in names]
+    assert lines[-1] == "total: 3 answers, 1.25 paid"
     Ledger(tmp_path / "new.db").close()
     assert ledger.show(tmp_path / "new.db").endswith("no question yet")
 
@@ -93,7 +99,7 @@ def test_nothing_to_export(tmp_path: Path) -> None:
 def test_files_that_are_no_ledger_are_refused_and_left(tmp_path: Path) -> None:
     (tmp_path / "text.db").write_text("hello " * 100)
     with sqlite3.connect(tmp_path / "other.db") as other:
-        other.execute("CREATE TABLE labels (x)")
+        other.execute("CREATE TABLE calls (x)")
     other.close()
     with sqlite3.connect(tmp_path / "newer.db") as newer:
         newer.execute("PRAGMA user_version = 9")
@@ -118,14 +124,14 @@ def test_folders_are_made_and_the_file_is_in_wal_mode(tmp_path: Path) -> None:
     with Ledger(tmp_path / "some" / "folder" / "gold.db") as opened:
         assert opened.db.execute("PRAGMA journal_mode").fetchone() == ("wal",)
         assert opened.db.execute("PRAGMA synchronous").fetchone() == (1,)
-        Account(opened, "r", "length()", "score", budget=Budget(cost=0.01))
+        Account(opened, "r", "length()", "score", Budget(cost=0.01))
         assert opened.db.execute("PRAGMA synchronous").fetchone() == (2,)
 
 
 def test_a_transaction_is_whole_or_not_at_all(path: Path) -> None:
     with Ledger(path) as opened:
         with pytest.raises(KeyError), opened.write() as db:
-            db.execute("DELETE FROM labels")
+            db.execute("DELETE FROM calls")
             raise KeyError
         assert len(list(opened.rows())) == 4
         with opened.write() as db:
@@ -191,7 +197,7 @@ def test_command_line(path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
         return said.out, said.err
 
     out, err = pyrite("show", path)
-    assert "total: 3 labels, money 1.25" in out
+    assert "total: 3 answers, 1.25 paid" in out
     target = path.parent / "pairs.jsonl"
     assert pyrite("export", path, target, "--pairs")[0].startswith("ledger: 2 pairs in")
     assert pyrite("export", path, target)[0].startswith("ledger: 4 questions in")
@@ -208,3 +214,67 @@ def test_processes_make_a_file_at_once(tmp_path: Path) -> None:
     for life in lives:
         life.join()
         assert life.exitcode == 0
+
+
+OLD = Path(__file__).parent / "data" / "ledger_version_1.sql"
+
+
+@pytest.fixture
+def old(tmp_path: Path) -> Path:
+    """A ledger as the code before wrote it: labels of two runs, a failure, a call in flight, a language model's answers
+    with two that hold no verdict, two failures, and one that was lost."""
+    with sqlite3.connect(tmp_path / "old.db") as db:
+        db.executescript(OLD.read_text())
+    db.close()
+    return tmp_path / "old.db"
+
+
+def test_an_old_ledger_is_migrated(old: Path) -> None:
+    with Ledger(old) as opened:
+        rows, groups = list(opened.rows()), {(row["source"], row["run"]): row for row in opened.summary()}
+        tables = {name for (name,) in opened.db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+        whole = opened.books()
+    assert tables == {"calls", "uses"}
+    assert whole == Books(15, 2, 2, 3, 25, 2, 0, 2, 1040, 6, pytest.approx(2.546), 0.5)
+    assert len(rows) == 20 and [row["kind"] for row in rows] == [
+        *["score"] * 5,
+        *["verdict"] * 3,
+        "score",
+        *["completion"] * 11,
+    ]
+    first = groups["length()", "first"]
+    assert [first[name] for name in ("answered", "in_flight", "failed", "calls", "cost")] == [3, 1, 1, 6, 1.5]
+    assert [groups["length()", "second"][name] for name in ("answered", "reused")] == [1, 2]
+    assert [groups["toy", ""][name] for name in ("answered", "no_verdict", "failed", "calls")] == [8, 2, 2, 15]
+    assert Ledger(old).books() == whole
+
+
+def test_what_an_old_ledger_holds_is_not_bought_again(old: Path, tmp_path: Path) -> None:
+    asked: list[str] = []
+
+    def length(prompts: list[str], responses: list[str]) -> torch.Tensor:
+        asked.extend(responses)
+        return torch.tensor([float(len(response)) for response in responses])
+
+    with Ledger(old) as opened:
+        found = Account(opened, "first", "length()", "score", Budget(money=9.0, cost=0.25)).ask(
+            length, ["p"] * 4, ["a", "ccc", "in flight", "dddd"], round=2
+        )
+        books = opened.books(run="first")
+    assert found.tolist() == [1, 3, 9, 4] and asked == ["in flight"]
+    assert (books.calls, books.lost, books.cost) == (7, 1, 1.75)  # the call that was in flight is paid twice
+    options = JudgeOptions(base_url="http://127.0.0.1:9", price_in=1000.0, price_out=1000.0, reasks=1, retries=1)
+    judge = LanguageJudge("toy", "more words", "words", options, str(old))
+    texts = (["p0", "p1", "p2", "p3"], ["w w w a", "w a", "w a", "w w a"], ["w b", "w w b", "w b", "same b"])
+    assert judge(*map(list, texts)).nan_to_num(-1).tolist() == [1.0, 0.0, 0.5, -1.0]  # nobody is at that address
+
+
+def test_processes_migrate_a_file_at_once(old: Path) -> None:
+    lives = [SERVER.Process(target=open_at, args=(old, time.time() + 0.5)) for _ in range(4)]
+    for life in lives:
+        life.start()
+    for life in lives:
+        life.join()
+        assert life.exitcode == 0
+    with Ledger(old) as opened:
+        assert opened.books().answered == 15

@@ -33,7 +33,7 @@ class Words:
 
 def truth(folder: Path, scorer: Words, asking: GoldLimits = ALWAYS) -> Truth:
     account = asking.account(folder, "words()", "score") if asking.counted else None
-    return Truth(scorer, "words()", asking, account and replace(account, backoff=0.0))
+    return Truth(scorer, "words()", asking, account and replace(account, pace=replace(account.pace, backoff=0.0)))
 
 
 def ask(made: Truth, step: int, said: list[str] = SAID) -> list[float] | None:

@@ -1,8 +1,11 @@
-"""An account asks a gold through the ledger: within its budget, each question once, no label invented.
+"""The ledger: every paid call, in one SQLite file that runs can share.
 
-What is charged: a label is an answer, so a question that failed costs no label; money is paid for every call of the
-gold, answered or not, for a call that gave nothing was made all the same. Questions in flight count as spent, also
-those of a process that died, until somebody has asked them again.
+A call is asked, then answered or failed. If its process dies in between, anybody may ask again; the ledger counts that
+the first call may have been paid for. What is answered is never asked again. `Account` asks golds for scores and
+verdicts; `pyrite.feedback.judges.llm` asks language models.
+
+Every call costs money, even if it fails. Only answered calls use up a budget of labels. A call in flight counts as
+answered, also if its process has died, until somebody asks it again.
 """
 
 from __future__ import annotations
@@ -11,17 +14,21 @@ import contextlib
 import fcntl
 import glob
 import hashlib
+import heapq
+import itertools
 import json
 import math
 import os
+import random
 import re
 import secrets
 import sqlite3
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -33,31 +40,53 @@ from pyrite.data import rows as data
 from pyrite.math import ranges
 from pyrite.math.ranges import Count, Natural, NonNegative, Several
 
-# ledger: The ledger: every question put to a gold, with its answer and price, in one SQLite file that runs can share.
-
-
-VERSION = 1
+VERSION = 2
 PATIENCE = 60.0  # seconds a process waits for another one's transaction
 SCHEMA = """
-CREATE TABLE labels (
-  key TEXT PRIMARY KEY, gold TEXT NOT NULL, kind TEXT NOT NULL, prompt TEXT NOT NULL, a TEXT NOT NULL, b TEXT,
-  state TEXT NOT NULL, answer REAL, error TEXT, run TEXT NOT NULL, round INTEGER NOT NULL, attempts INTEGER NOT NULL,
-  repeated INTEGER NOT NULL, cost REAL NOT NULL, asked REAL NOT NULL, settled REAL, owner TEXT);
-CREATE INDEX books ON labels (gold, kind, run, round, state, cost);
-CREATE TABLE uses (run TEXT, key TEXT, round INTEGER NOT NULL, PRIMARY KEY (run, key)) WITHOUT ROWID;
+CREATE TABLE calls (
+  key TEXT PRIMARY KEY, kind TEXT NOT NULL, source TEXT NOT NULL, criterion TEXT NOT NULL, prompt TEXT NOT NULL,
+  a TEXT NOT NULL, b TEXT, state TEXT NOT NULL, answer REAL, label TEXT, text TEXT, error TEXT, run TEXT NOT NULL,
+  round INTEGER NOT NULL, attempts INTEGER NOT NULL, lost INTEGER NOT NULL, unusable INTEGER NOT NULL,
+  tokens_in INTEGER NOT NULL, tokens_out INTEGER NOT NULL, cost REAL NOT NULL, at_risk REAL NOT NULL,
+  asked REAL NOT NULL, settled REAL, owner TEXT);
+CREATE INDEX spending ON calls (run, kind, source, round, state, cost, at_risk);
+CREATE TABLE IF NOT EXISTS uses (run TEXT, key TEXT, round INTEGER NOT NULL, PRIMARY KEY (run, key)) WITHOUT ROWID;
+"""
+OLD = {  # tables of version 1, and what becomes of their rows
+    "labels": """
+INSERT INTO calls SELECT key, kind, gold, '', prompt, a, b, state, answer, NULL, NULL, error, run, round, attempts,
+  repeated, 0, 0, 0, cost, 0, asked, settled, owner FROM labels ORDER BY rowid
+""",
+    "answers": """
+INSERT INTO calls SELECT key, 'completion', model, criterion, prompt, a, b, state, p, label, raw, error, '', 0,
+  requests, lost, unusable, prompt_tokens, completion_tokens, cost, at_risk, asked, settled, owner
+  FROM answers ORDER BY rowid
+""",
+}
+FIND = "SELECT key, state, answer, label, text, error, run, round, cost + at_risk, owner FROM calls WHERE key"
+INTEND = """
+INSERT INTO calls VALUES (:key, :kind, :source, :criterion, :prompt, :a, :b, 'asked', NULL, NULL, NULL, NULL, :run,
+  :round, 1, 0, 0, 0, 0, :cost, :risk, :now, NULL, :owner)
+ON CONFLICT (key) DO UPDATE SET state = 'asked', error = NULL, run = :run, round = :round, attempts = attempts + 1,
+  lost = lost + (state = 'asked'), cost = cost + :cost, at_risk = at_risk + :risk, asked = :now, settled = NULL,
+  owner = :owner
+"""
+SETTLE = """
+UPDATE calls SET state = :state, answer = :answer, label = :label, text = COALESCE(:text, text), error = :error,
+  unusable = unusable + :unusable, lost = lost + :lost, tokens_in = tokens_in + :tokens_in,
+  tokens_out = tokens_out + :tokens_out, cost = cost + :cost, at_risk = MAX(0, at_risk - :released), settled = :now,
+  owner = CASE WHEN :state = 'open' THEN owner END
+WHERE key = :key
 """
 BOOKS = """
-SELECT gold, kind, run, SUM(labels) AS labels, SUM(open) AS in_flight, SUM(failed) AS failed, SUM(attempts) AS calls,
-  SUM(repeated) AS repeated, SUM(reused) AS reused, SUM(cost) AS money, MAX(round) AS last_round
-FROM (SELECT gold, kind, run, round, state = 'answered' AS labels, state = 'asked' AS open, state = 'failed' AS failed,
-    attempts, repeated, 0 AS reused, cost FROM labels
-  UNION ALL SELECT gold, kind, uses.run, uses.round, 0, 0, 0, 0, 0, 1, 0.0 FROM uses JOIN labels USING (key))
-"""
-MODELS = """
-SELECT model, criterion, SUM(state = 'answered') AS answers, SUM(state = 'answered' AND label IS NULL) AS no_verdict,
-  SUM(state = 'failed') AS failed, SUM(requests) AS requests, SUM(unusable) AS unusable, SUM(lost) AS lost,
-  SUM(prompt_tokens) AS tokens_in, SUM(completion_tokens) AS tokens_out, SUM(cost) AS cost, SUM(at_risk) AS at_risk
-FROM answers GROUP BY model, criterion ORDER BY model, criterion
+SUM(state = 'answered') AS answered, SUM(state = 'answered' AND answer IS NULL) AS no_verdict,
+  SUM(state IN ('asked', 'open')) AS in_flight, SUM(state = 'failed') AS failed, SUM(attempts) AS calls,
+  SUM(unusable) AS unusable, SUM(lost) AS lost, SUM(reused) AS reused, SUM(tokens_in) AS tokens_in,
+  SUM(tokens_out) AS tokens_out, SUM(cost) AS cost, SUM(at_risk) AS at_risk
+FROM (SELECT key, kind, source, criterion, run, round, state, answer, attempts, unusable, lost, 0 AS reused, tokens_in,
+    tokens_out, cost, at_risk FROM calls
+  UNION ALL SELECT key, kind, source, criterion, uses.run, uses.round, '', 0, 0, 0, 0, 1, 0, 0, 0.0, 0.0
+    FROM uses JOIN calls USING (key))
 """
 
 
@@ -69,27 +98,86 @@ class GoldStopped(ValueError):  # noqa: N818, it says what happened
     """A gold that will answer no more questions: out of money, down, or not to be had. What it answered is kept."""
 
 
-@dataclass(frozen=True)
-class Books:
-    """What was spent: answers bought, questions in flight or failed, calls of the gold, and money for the calls.
+class Question(NamedTuple):
+    """Texts to ask about: prompt and response, or prompt, a and b. The key stands for all that decides the answer."""
 
-    repeated: calls made once more because the process that had asked died before the answer. reused: answers that
-    another run had paid for.
+    key: str
+    texts: tuple[str, ...]
+
+
+class Call(NamedTuple):
+    """What the ledger knows of a question: its state (asked, open, answered or failed), its answer, who asked it last.
+
+    answer: a score or P(a beats b); None for an answer without a verdict. money: paid or at risk.
     """
 
-    labels: int = 0
+    state: str
+    answer: float | None
+    label: str | None
+    text: str | None
+    error: str | None
+    run: str
+    round: int
+    money: float
+    owner: str | None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a question in one call; state open: it will be asked again.
+
+    unusable: whether the answer was paid for and is of no use; lost: whether an answer may have been paid for that did
+    not arrive. released: what is no longer at risk, because it is known what was charged.
+    """
+
+    state: Literal["answered", "open", "failed"]
+    answer: float | None = None
+    label: str | None = None
+    text: str | None = None
+    error: str | None = None
+    unusable: int = 0
+    lost: int = 0
+    tokens_in: int = 0
+    tokens_out: int = 0
+    cost: float = 0.0
+    released: float = 0.0
+
+
+@dataclass(frozen=True)
+class Books:
+    """Questions by how they ended, the calls made for them, and what was paid.
+
+    no_verdict: answered, but without a verdict. unusable: paid answers that were asked for again. lost: calls that may
+    have been paid for without an answer arriving. reused: answers that another run had paid for. at_risk: what lost
+    calls and those in flight may have cost at most, on top of cost.
+    """
+
+    answered: int = 0
+    no_verdict: int = 0
     in_flight: int = 0
     failed: int = 0
     calls: int = 0
-    repeated: int = 0
+    unusable: int = 0
+    lost: int = 0
     reused: int = 0
-    money: float = 0.0
+    tokens_in: int = 0
+    tokens_out: int = 0
+    cost: float = 0.0
+    at_risk: float = 0.0
+
+    @property
+    def money(self) -> float:
+        """What was spent at most."""
+        return self.cost + self.at_risk
+
+
+# The file ------------------------------------------------------------------------------------------------------------
 
 
 class Ledger:
     """An open ledger file; use it from one thread, and close it or use it in a `with`.
 
-    create: make the file where there is none. Raises LedgerError for a file that is no ledger or cannot be written.
+    create: make the file if there is none. Raises LedgerError for a file that is no ledger or cannot be written.
     """
 
     def __init__(self, path: str | Path, *, create: bool = True) -> None:
@@ -110,7 +198,7 @@ class Ledger:
 
     @contextlib.contextmanager
     def write(self) -> Iterator[sqlite3.Connection]:
-        """One transaction beside which no other process writes; undone where the block raises."""
+        """One transaction beside which no other process writes; undone if the block raises."""
         try:
             self.db.execute("BEGIN IMMEDIATE")
             yield self.db
@@ -159,77 +247,74 @@ class Ledger:
     def release(self) -> None:
         """Give up questions of this ledger that are still in flight; whoever wants one may ask it again."""
         if self._owner is not None:
-            self.db.execute("UPDATE labels SET owner = NULL WHERE state = 'asked' AND owner = ?", (self._owner,))
+            self.db.execute("UPDATE calls SET owner = NULL WHERE owner = ?", (self._owner,))
             self._leave()
             self._owner = None
 
-    def answered(self, answers: dict[str, float]) -> None:
-        """Keep answers by key."""
-        self._settle("answered", answers)
+    def find(self, keys: Iterable[str]) -> dict[str, Call]:
+        """The calls there are, by key."""
+        found = self.db.execute(f"{FIND} IN (SELECT value FROM json_each(?))", (json.dumps(list(keys)),))
+        return {key: Call(*values) for key, *values in found}
 
-    def failed(self, errors: dict[str, str]) -> None:
-        """Note what went wrong, by key."""
-        self._settle("failed", errors)
-
-    def _settle(self, state: Literal["answered", "failed"], values: dict[str, Any]) -> None:
-        column = "answer" if state == "answered" else "error"
-        settle = f"UPDATE labels SET state = ?, {column} = ?, settled = ?, owner = NULL WHERE key = ?"
+    def settle(self, outcomes: dict[str, Outcome]) -> None:
+        """Keep what became of calls, by key."""
         with self.write() as db:
-            db.executemany(settle, [(state, value, time.time(), key) for key, value in values.items()])
+            db.executemany(SETTLE, [{"key": k, "now": time.time(), **asdict(one)} for k, one in outcomes.items()])
 
-    def books(self, *, gold: str, kind: str, run: str, round: int | None = None) -> Books:
-        """What a run has spent on a gold, up to a round."""
-        last = round if round is not None else 1 << 62
-        where = "WHERE gold = ? AND kind = ? AND run = ? AND round <= ? GROUP BY gold, kind, run"
-        row = _dicts(self.db, f"{BOOKS} {where}", (gold, kind, run, last))
-        return Books(**{name: row[0][name] for name in Books.__dataclass_fields__}) if row else Books()
-
-    def rows(self) -> Iterator[dict[str, Any]]:
-        """Every question, oldest first; `asked` (its last call) and `settled` in seconds since 1970."""
-        columns = "key, gold, kind, prompt, a, b, state, answer, error, run, round, attempts, repeated"
-        reused = "(SELECT COUNT(*) FROM uses WHERE uses.key = labels.key) AS reused"
-        yield from _dicts(self.db, f"SELECT {columns}, {reused}, cost, asked, settled FROM labels ORDER BY rowid", ())
+    def books(
+        self,
+        keys: Iterable[str] | None = None,
+        *,
+        kind: str | None = None,
+        source: str | None = None,
+        run: str | None = None,
+        last_round: int | None = None,
+    ) -> Books:
+        """The books of the file, or of some of its calls."""
+        chosen = {
+            "key IN (SELECT value FROM json_each(?))": None if keys is None else json.dumps(list(keys)),
+            **{"kind = ?": kind, "source = ?": source, "run = ?": run, "round <= ?": last_round},
+        }
+        chosen = {condition: value for condition, value in chosen.items() if value is not None}
+        where = " AND ".join(chosen) or "TRUE"
+        row = _dicts(self.db, f"SELECT {BOOKS} WHERE {where}", tuple(chosen.values()))[0]
+        return Books(**{name: value or 0 for name, value in row.items()})
 
     def summary(self) -> list[dict[str, Any]]:
-        """The books of every gold and run, and their last round."""
-        return _dicts(self.db, f"{BOOKS} GROUP BY gold, kind, run ORDER BY gold, kind, run", ())
+        """The books by kind, source, criterion and run, with the last round."""
+        groups = "kind, source, criterion, run"
+        query = f"SELECT {groups}, MAX(round) AS last_round, {BOOKS} GROUP BY {groups} ORDER BY {groups}"
+        return _dicts(self.db, query, ())
 
-    def models(self) -> list[dict[str, Any]]:
-        """What was asked of language models by `pyrite.feedback.judges.llm`, a row for each model and criterion."""
-        if not self.db.execute("SELECT 1 FROM sqlite_master WHERE name = 'answers'").fetchone():
-            return []
-        return _dicts(self.db, MODELS, ())
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """Every call, oldest first; `asked` (the last time) and `settled` in seconds since 1970."""
+        reused = "(SELECT COUNT(*) FROM uses WHERE uses.key = calls.key) AS reused"
+        for row in _dicts(self.db, f"SELECT calls.*, {reused} FROM calls ORDER BY calls.rowid", ()):
+            yield {name: value for name, value in row.items() if name != "owner"}
 
     def _sign(self, owner: str) -> Path:
         return self.path.with_name(f"{self.path.name}-owner-{owner}")
 
 
 def show(path: str | Path) -> str:
-    """The books of a ledger file as a table."""
+    """The books of a ledger file as a table, without columns that hold nothing."""
     with Ledger(path, create=False) as ledger:
-        rows, models = ledger.summary(), ledger.models()
-    shown = []
-    if rows:
-        money = sum(row["money"] for row in rows)
-        shown += [*_table(rows), f"total: {sum(row['labels'] for row in rows)} labels, money {money:.2f}"]
-    if models:
-        cost = sum(row["cost"] for row in models)
-        shown += [*_table(models), f"total: {sum(row['answers'] for row in models)} answers of models, {cost:.6g} paid"]
-    return "\n".join(shown) or f"{path}: no question yet"
-
-
-def _table(rows: list[dict[str, Any]]) -> list[str]:
-    """Lines of aligned columns, their names above them."""
-    lines = [list(rows[0]), *([f"{v:.2f}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows)]
+        rows, total = ledger.summary(), ledger.books()
+    if not rows:
+        return f"{path}: no question yet"
+    names = [name for name in rows[0] if any(row[name] for row in rows)]
+    lines = [names, *([f"{v:.6g}" if isinstance(v, float) else str(v) for v in map(row.get, names)] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    shown = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    risk = f", {total.at_risk:.6g} at risk" if total.at_risk else ""
+    return "\n".join([*shown, f"total: {total.answered} answers, {total.cost:.6g} paid{risk}"])
 
 
 def export(path: str | Path, out: str | Path, *, pairs: bool = False) -> int:
-    """Every question to .parquet, .jsonl or .jsonl.gz, and how many they are.
+    """Every call to .parquet, .jsonl or .jsonl.gz, and how many they are.
 
     pairs: instead, the verdicts that prefer one answer, as {prompt, chosen, rejected, probability}, which every job
-    that reads pairs takes. Raises LedgerError where there is nothing to write, DataError where it cannot be written.
+    that reads pairs takes. Raises LedgerError if there is nothing to write, DataError if it cannot be written.
     """
     with Ledger(path, create=False) as ledger:
         rows = list(ledger.rows())
@@ -268,31 +353,36 @@ def _connect(path: Path, *, create: bool) -> sqlite3.Connection:
 
 
 def _prepare(db: sqlite3.Connection, path: Path) -> None:
-    """The tables, made once; a database of something else is left as it is."""
+    """The tables, made once, or made of those of an earlier version; a database of something else is left as it is."""
     db.execute("BEGIN")  # one look at version and tables, which another process may be making
-    version = _version(db, path)
+    version, _ = _version(db, path)
     db.execute("COMMIT")
-    if not version:
+    if version < VERSION:
         _patiently(db, "PRAGMA journal_mode = WAL")
         db.execute("BEGIN IMMEDIATE")
-        if not _version(db, path):  # nobody was faster
+        version, tables = _version(db, path)
+        if version < VERSION:  # nobody was faster
             for statement in SCHEMA.split(";"):
                 db.execute(statement)
+            for table in OLD.keys() & tables:
+                db.execute(OLD[table])
+                db.execute(f"DROP TABLE {table}")
             db.execute(f"PRAGMA user_version = {VERSION}")
         db.execute("COMMIT")
     db.execute("PRAGMA synchronous = NORMAL")
 
 
-def _version(db: sqlite3.Connection, path: Path) -> int:
+def _version(db: sqlite3.Connection, path: Path) -> tuple[int, set[str]]:
     version = db.execute("PRAGMA user_version").fetchone()[0]
     tables = {name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-    if (version != VERSION and (version or tables)) or (version and not tables >= {"labels", "uses"}):
+    needed = {0: set(), 1: {"labels", "uses"}, 2: {"calls", "uses"}}.get(version)
+    if needed is None or not tables >= needed or (tables and not version):
         raise LedgerError(f"{path}: a database of something else, or a ledger of another version; give another file")
-    return version
+    return version, tables
 
 
 def _patiently(db: sqlite3.Connection, statement: str) -> None:
-    """SQLite does not wait by itself where two processes make the file at once."""
+    """SQLite does not wait by itself if two processes make the file at once."""
     until = time.monotonic() + PATIENCE
     while True:
         try:
@@ -316,81 +406,373 @@ def _leave(sign: int, path: Path, pid: int) -> None:
         os.close(sign)
 
 
-# accounts: An account asks a gold through the ledger: within its budget, each question once, no label invented.
+# Asking ---------------------------------------------------------------------------------------------------------------
 
 
-DOWN = 8  # questions in a row without an answer: the gold is taken to be down
 LOOK = 0.05  # seconds between looks at what another process is asking
-Gold = Callable[..., Tensor]
-FIND = "SELECT state, answer, run, round, cost, owner FROM labels WHERE key = ?"
-INTEND = """
-INSERT INTO labels VALUES (:key, :gold, :kind, :prompt, :a, :b, 'asked', NULL, NULL, :run, :round, 1, 0, :cost, :now,
-  NULL, :owner)
-ON CONFLICT (key) DO UPDATE SET state = 'asked', error = NULL, run = :run, round = :round, attempts = attempts + 1,
-  repeated = repeated + (state = 'asked'), cost = cost + :cost, asked = :now, settled = NULL, owner = :owner
-"""
+LONGEST_WAIT = 600.0  # seconds that a server may ask to be left alone
+# refused: not answered, for now; lost: maybe answered, and paid for; raised: a gold of one's own failed; unusable:
+# answered, but nothing that can be read; rejected: this call cannot be answered; again: it has to be put otherwise;
+# fatal: no call can be answered
+Kind = Literal["refused", "lost", "raised", "unusable", "rejected", "again", "fatal"]
+
+
+class Trouble(Exception):  # noqa: N818, most of it passes
+    """A call without an answer; wait: seconds the server asked to be left alone."""
+
+    def __init__(self, kind: Kind, message: str, wait: float = 0.0) -> None:
+        super().__init__(message)
+        self.kind: Kind = kind
+        self.wait = wait
 
 
 @dataclass(frozen=True)
 class Budget:
-    """How many labels may be bought, and for how much money at `cost` a call; None is no limit.
-
-    scope: whose purchases from this gold count, those of the run, or those of all runs in the file.
-    """
+    """How many answers a run may buy from a gold, and what all its calls may cost at `cost` each; None is no limit."""
 
     labels: int | None = None
     money: float | None = None
     cost: float = 0.0
-    scope: Literal["run", "file"] = "run"
 
     def __post_init__(self) -> None:
         for name in ("labels", "money", "cost"):
             value = getattr(self, name)
             if value is not None and not value >= 0:
                 raise ValueError(f"budget: {name}={value}; it must be at least 0")
-        if self.money is not None and not self.cost:
-            raise ValueError(f"budget: money={self.money} without a cost; give cost, the price of one call")
-        if self.scope not in ("run", "file"):
-            raise ValueError(f"budget: scope={self.scope!r}; it must be 'run' or 'file'")
 
 
-class Question(NamedTuple):
-    """Texts as the gold gets them, and whether its verdict is to be read the other way around."""
+@dataclass(frozen=True)
+class Pace:
+    """How hard a gold is pressed, and for how long.
 
-    key: str
-    texts: tuple[str, ...]
-    mirrored: bool = False
+    concurrency: calls at once; a single one is made in this thread. per_minute: calls a minute at most. batch:
+    questions a call. retries: calls after a first one that was not answered, `backoff`, 2 · `backoff`, ... up to
+    `longest` seconds apart, less up to a half by chance, and no sooner than the server asks. reasks: calls after an
+    answer without a verdict. down: questions in a row without an answer after which the gold is taken not to work.
+    patience: seconds without progress to wait for what another process is asking.
+    """
+
+    concurrency: int = 1
+    per_minute: float | None = None
+    batch: int = 1
+    retries: int = 2
+    reasks: int = 0
+    backoff: float = 1.0
+    longest: float = 60.0
+    down: int = 8
+    patience: float = 600.0
+
+    def __post_init__(self) -> None:
+        least = {"concurrency": 1, "batch": 1, "retries": 0, "reasks": 0, "backoff": 0, "down": 1, "patience": 0}
+        for name, lowest in least.items():
+            if not getattr(self, name) >= lowest:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {lowest}")
+        if self.per_minute is not None and not self.per_minute > 0:
+            raise ValueError(f"per_minute is {self.per_minute}; it must be positive")
 
 
-class Row(NamedTuple):
-    """What the ledger says of a question."""
+@dataclass(frozen=True)
+class Trade:
+    """What is asked of whom, and what it may cost.
 
-    state: str
-    answer: float
-    run: str
-    round: int
-    cost: float
-    owner: str | None
+    send: one call for some questions, an outcome each; it raises Trouble, or GoldStopped. risk: the most that a
+    question can cost, beside the fixed price `budget.cost` of a call. run: whose budget; "" for calls of no run.
+    strict: raise GoldStopped if the gold is down or the money spent; otherwise what is left stays unanswered.
+    """
+
+    send: Callable[[Sequence[Question]], Sequence[Outcome]]
+    kind: str
+    source: str
+    criterion: str = ""
+    run: str = ""
+    round: int = 0
+    budget: Budget = Budget()
+    risk: Callable[[Question], float] = lambda _: 0.0
+    strict: bool = False
 
 
-@dataclass
-class Request:
-    """What is still to be known, in order, and what is known already."""
+class Turn(NamedTuple):
+    """Questions of one call; how often nobody answered, and how often without a verdict; whether anything that could be
+    read was among those answers."""
 
-    line: deque[Question]
-    known: dict[str, float]
-    round: int
-    limit: int | None
-    silent: int = 0
+    questions: tuple[Question, ...] = ()
+    unanswered: int = 0
+    useless: int = 0
+    heard: bool = False
 
 
 @dataclass
 class Room:
-    """What may still be spent: labels, labels of this round, money."""
+    """What may still be spent."""
 
     labels: float
-    limit: float
     money: float
+
+
+class Asker:
+    """Asks questions through the ledger. One that is asked again keeps its place among the `concurrency` that are out.
+
+    advance: told of questions as they end.
+    """
+
+    def __init__(
+        self, ledger: Ledger, trade: Trade, pace: Pace, advance: Callable[[int], object] = lambda _: None
+    ) -> None:
+        self.ledger, self.trade, self.pace, self.advance = ledger, trade, pace, advance
+        self.line: deque[Question] = deque()
+        self.later: list[tuple[float, int, Turn]] = []
+        self.busy: deque[tuple[float, Question]] = deque()  # another process is asking these
+        self.flying: dict[Future[Sequence[Outcome]], Turn] = {}
+        self.numbers = itertools.count()
+        self.chance = random.Random()  # when, not what
+        self.free = 0.0  # the earliest moment for the next call
+        self.quiet = time.monotonic()  # since when nothing was asked
+        self.silent = 0  # questions in a row that ended without an answer
+        self.unanswered = 0  # those among them that nobody answered
+
+    def ask(self, questions: Sequence[Question]) -> None:
+        """Ask, until every question has ended; the answers are then in the ledger.
+
+        A strict trade raises GoldStopped. Answers in flight are awaited and kept, whatever is raised.
+        """
+        self.line.extend(questions)
+        with ThreadPoolExecutor(self.pace.concurrency) if self.pace.concurrency > 1 else _Here() as pool:
+            try:
+                while self.line or self.later or self.busy or self.flying:
+                    waiting = self.busy and not (self.line or self.later or self.flying)
+                    if waiting and time.monotonic() - self.quiet >= self.pace.patience:
+                        return
+                    self._land(self._pause() if self._send(pool) else None)
+            except BaseException:
+                while self.flying:
+                    with contextlib.suppress(GoldStopped):
+                        self._land(None)
+                self.ledger.release()
+                raise
+
+    def _send(self, pool: Executor) -> bool:
+        """Send what may be sent now; False if answers in flight decide whether there is money for more."""
+        while time.monotonic() >= self.free and (turn := self._next()) is not None:
+            turn = self._claimed(turn)
+            if turn is None:
+                return False
+            if turn.questions:
+                self.quiet = time.monotonic()
+                self.flying[pool.submit(self.trade.send, turn.questions)] = turn
+                self.free = self.quiet + (60 / self.pace.per_minute if self.pace.per_minute else 0.0)
+        return True
+
+    def _next(self) -> Turn | None:
+        """The turn whose time has come, an empty one for the next questions in line; None if there is none."""
+        now, out = time.monotonic(), len(self.flying)
+        if self.later and self.later[0][0] <= now and out < self.pace.concurrency:
+            return heapq.heappop(self.later)[2]
+        if out + len(self.later) >= self.pace.concurrency:
+            return None
+        while self.busy and self.busy[0][0] <= now:
+            self.line.appendleft(self.busy.popleft()[1])
+        return Turn() if self.line else None
+
+    def _claimed(self, turn: Turn) -> Turn | None:
+        """The questions that are ours to ask, written down in one transaction; None if there may be money later."""
+        again, ours, risk = len(turn.questions), [], 0.0
+        queue = deque(turn.questions) if again else self.line
+        broke = False
+        with self.ledger.write() as db:
+            room = self._room()
+            while queue and not broke and len(ours) < (again or self.pace.batch):
+                question = queue.popleft()
+                row = db.execute(f"{FIND} = ?", (question.key,)).fetchone()
+                call = Call(*row[1:]) if row else None
+                standing = self.standing(call)
+                if standing == "busy":
+                    self.busy.append((time.monotonic() + LOOK, question))
+                elif standing != "open" or (self._down() and not again):
+                    self.silent = 0 if standing == "answered" else self.silent + (standing == "failed")
+                    self.advance(1)
+                elif self._take(room, call, risk := self.trade.risk(question)):
+                    db.execute(INTEND, self._intent(question, risk))
+                    ours.append(question)
+                elif self.trade.strict:
+                    queue.appendleft(question)
+                    broke = True
+                elif again:
+                    db.execute("UPDATE calls SET state = 'failed', owner = NULL WHERE key = ?", (question.key,))
+                    self.silent += 1
+        if broke and again:
+            self.line.extendleft(reversed(queue))
+        if broke and not ours:
+            if self.flying:
+                return None
+            raise GoldStopped(self._broke(risk))
+        return turn._replace(questions=tuple(ours))
+
+    def standing(self, call: Call | None) -> Literal["answered", "failed", "busy", "open", "later"]:
+        """What a question is to this run and round."""
+        own = call is not None and bool(self.trade.run) and call.run == self.trade.run
+        if call is None:
+            return "open"
+        if own and call.round > self.trade.round:
+            return "later"  # this run went back to a checkpoint; it must not see what it did not know then
+        if call.state == "answered":
+            return "answered"
+        if call.state == "failed":
+            return "failed" if own and call.round == self.trade.round else "open"
+        return "busy" if self.ledger.alive(call.owner) else "open"
+
+    def _room(self) -> Room:
+        trade, labels, money = self.trade, 0.0, 0.0
+        if trade.budget.labels is not None:
+            spent = "SELECT COALESCE(SUM(state != 'failed'), 0) FROM calls WHERE run = ? AND kind = ? AND source = ?"
+            labels = self.ledger.db.execute(spent, (trade.run, trade.kind, trade.source)).fetchone()[0]
+        if trade.budget.money is not None:
+            money = self.ledger.db.execute(
+                "SELECT COALESCE(SUM(cost + at_risk), 0.0) FROM calls WHERE run = ?", (trade.run,)
+            ).fetchone()[0]
+        return Room(_less(trade.budget.labels, labels), _less(trade.budget.money, money))
+
+    def _down(self) -> bool:
+        return self.silent >= self.pace.down and not self.trade.strict
+
+    def _take(self, room: Room, call: Call | None, risk: float) -> bool:
+        """Reserve a label and the price of a call, unless there is no room. What is in flight was counted before."""
+        own = call is not None and call.run == self.trade.run
+        label = not (own and call is not None and call.state in ("asked", "open"))
+        price = self.trade.budget.cost + risk
+        price += 0.0 if own or call is None else call.money  # the question comes with the calls that others made
+        if room.labels < label or room.money < price - 1e-9:
+            return False
+        room.labels, room.money = room.labels - label, room.money - price
+        return True
+
+    def _intent(self, question: Question, risk: float) -> dict[str, Any]:
+        prompt, a, b = (*question.texts, None)[:3]
+        trade = self.trade
+        who = {"key": question.key, "kind": trade.kind, "source": trade.source, "criterion": trade.criterion}
+        what = {"prompt": prompt, "a": a, "b": b, "run": trade.run, "round": trade.round}
+        return who | what | {"cost": trade.budget.cost, "risk": risk, "now": time.time(), "owner": self.ledger.owner()}
+
+    def _pause(self) -> float | None:
+        """Seconds until there is something to send; None if only an arrival can change that."""
+        moments, out = [], len(self.flying)
+        if self.later and out < self.pace.concurrency:
+            moments.append(self.later[0][0])
+        if out + len(self.later) < self.pace.concurrency:
+            moments += [self.busy[0][0]] if self.busy else []
+            moments += [self.free] if self.line else []
+        return max(0.0, max(self.free, min(moments)) - time.monotonic()) if moments else None
+
+    def _land(self, pause: float | None) -> None:
+        """Take in what has arrived within the pause."""
+        if not self.flying:
+            time.sleep(pause or 0.0)
+            return
+        for future in wait(self.flying, pause, return_when=FIRST_COMPLETED).done:
+            turn = self.flying.pop(future)
+            try:
+                outcomes = future.result()
+            except Trouble as trouble:
+                self._troubled(turn, trouble)
+            else:
+                self._arrived(turn._replace(heard=True), outcomes)
+
+    def _arrived(self, turn: Turn, outcomes: Sequence[Outcome]) -> None:
+        """An answer. What it leaves open is asked again, one question at a time."""
+        left = tuple(q for q, one in zip(turn.questions, outcomes, strict=True) if one.state == "open")
+        single, done = len(turn.questions) == 1, len(turn.questions) - len(left)
+        if done:
+            self.silent = self.unanswered = 0
+        end = bool(left) and single and turn.useless >= self.pace.reasks
+        if end:  # if every answer was no answer at all, such as a web page, another run asks again
+            outcomes = [replace(outcomes[0], state="answered" if turn.heard else "failed", unusable=0)]
+        self._settle(turn, outcomes)
+        self.advance(done + end)
+        if end:
+            self._ended(1, outcomes[0].error or "")
+        elif left and single:
+            self._again(turn._replace(useless=turn.useless + 1), self._backoff(turn.useless))
+        else:
+            self._singly(left, turn)
+
+    def _troubled(self, turn: Turn, trouble: Trouble) -> None:
+        """No answer."""
+        kind, error, count = trouble.kind, str(trouble), len(turn.questions)
+        if kind == "unusable":
+            self._arrived(turn, [Outcome("open", error=error, unusable=1)] * count)
+            return
+        over = turn.unanswered >= self.pace.retries or (count == 1 and kind == "rejected")
+        end = over and kind != "again"
+        kept = Outcome("failed" if end else "open", error=error, lost=int(kind == "lost"))
+        released = [0.0 if kind == "lost" else self.trade.risk(question) for question in turn.questions]
+        self._settle(turn, [replace(kept, released=risk) for risk in released])
+        if kind == "fatal":
+            raise GoldStopped(f"{trouble}; {self._rest()}")
+        if end:
+            self.unanswered += count
+            self.advance(count)
+            self._ended(count, error)
+        elif kind == "again":
+            self._again(turn, 0.0)
+        elif count > 1 and kind in ("rejected", "raised"):  # it may be one of them
+            self._singly(turn.questions, turn)
+        else:
+            delay = max(self._backoff(turn.unanswered), min(trouble.wait, LONGEST_WAIT))
+            self._again(turn._replace(unanswered=turn.unanswered + 1), delay)
+
+    def _ended(self, questions: int, error: str) -> None:
+        """So many questions more ended without an answer. A strict trade stops if there were too many in a row."""
+        self.silent += questions
+        if self.silent < self.pace.down or not self.trade.strict:
+            return
+        if self.unanswered == self.silent:
+            what = f"the judge does not answer: {self.silent} questions in a row had no answer, the last one because: "
+            raise GoldStopped(f"{what}{error}; {self._rest()}")
+        what = f"the judge gives no verdicts: {self.silent} questions in a row had none, the last one because: {error}"
+        advice = "check the address, the model, --reply and --max-tokens"
+        raise GoldStopped(f"{what}; {advice}; {self._rest()}")
+
+    def _settle(self, turn: Turn, outcomes: Sequence[Outcome]) -> None:
+        self.ledger.settle({question.key: one for question, one in zip(turn.questions, outcomes, strict=True)})
+
+    def _again(self, turn: Turn, delay: float) -> None:
+        heapq.heappush(self.later, (time.monotonic() + delay, next(self.numbers), turn))
+
+    def _singly(self, questions: Sequence[Question], turn: Turn) -> None:
+        for question in questions:
+            self._again(Turn((question,), turn.unanswered + 1), self._backoff(turn.unanswered))
+
+    def _backoff(self, times: int) -> float:
+        return min(self.pace.longest, self.pace.backoff * 2**times) * self.chance.uniform(0.5, 1.0)
+
+    def _broke(self, risk: float) -> str:
+        spent = f"{self.ledger.books(run=self.trade.run).money:.6g} of max_cost={self.trade.budget.money:g} is spent"
+        return f"{spent} or at risk, and the next answer may cost {risk:.3g}; raise max_cost; {self._rest()}"
+
+    def _rest(self) -> str:
+        left = len(self.line) + len(self.busy) + sum(len(turn.questions) for *_, turn in self.later)
+        return f"{left} questions and those in flight are left; run again to go on from {self.ledger.path}"
+
+
+class _Here(Executor):
+    """Does what it is given at once, in this thread."""
+
+    def submit(self, fn: Callable, /, *given: Any, **more: Any) -> Future:
+        future: Future = Future()
+        try:
+            future.set_result(fn(*given, **more))
+        except BaseException as error:
+            future.set_exception(error)
+        return future
+
+
+def _less(limit: float | None, spent: float) -> float:
+    return math.inf if limit is None else limit - spent
+
+
+# Golds ----------------------------------------------------------------------------------------------------------------
+
+
+Gold = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
@@ -398,11 +780,7 @@ class Account:
     """One run's purchases from one gold.
 
     gold: its spec string; a file of your own named in it counts with its content, so an edited gold is another one.
-    kind: "score" asks (prompts, responses), "verdict" (prompts, a, b) for P(a beats b). batch: questions a call; all
-    of them are in flight at once. retries: calls after a first one that raised or gave no number, one question at a
-    time, `backoff`, 2 · `backoff`, ... seconds apart; then the question has failed, for this run and round. patience:
-    seconds without progress to wait for what another process is asking. symmetric: P(a beats b) = 1 − P(b beats a),
-    so that one of the two is asked.
+    kind: "score" asks (prompts, responses), "verdict" (prompts, a, b) for P(a beats b).
     """
 
     ledger: Ledger
@@ -410,79 +788,60 @@ class Account:
     gold: str
     kind: Literal["score", "verdict"]
     budget: Budget = Budget()
-    batch: int = 1
-    retries: int = 2
-    backoff: float = 1.0
-    patience: float = 600.0
-    symmetric: bool = False
+    pace: Pace = Pace()
 
     def __post_init__(self) -> None:
-        if self.kind not in ("score", "verdict"):
-            raise ValueError(f"account: kind={self.kind!r}; it must be 'score' or 'verdict'")
-        if self.symmetric and self.kind == "score":
-            raise ValueError("account: symmetric is about verdicts; scores have no other side")
-        for name, least in (("batch", 1), ("retries", 0), ("backoff", 0), ("patience", 0)):
-            if not getattr(self, name) >= least:
-                raise ValueError(f"account: {name}={getattr(self, name)}; it must be at least {least}")
         if self.budget.cost:
             self.ledger.flush()
         object.__setattr__(self, "gold", with_own_code(self.gold))
 
-    def ask(
-        self, gold: Gold, prompts: Sequence[str], *answers: Sequence[str], round: int = 0, limit: int | None = None
-    ) -> Tensor:
-        """Answers to N questions, (N,) float64; NaN where the budget is spent or the gold gave none.
+    def ask(self, gold: Gold, prompts: Sequence[str], *answers: Sequence[str], round: int = 0) -> Tensor:
+        """Answers to N questions, (N,) float64; NaN if the budget is spent or the gold gave none.
 
-        What the ledger holds is free, whoever paid for it; the rest is bought in the order given, each question
-        once, up to `limit` labels for this round. A run that goes on from a checkpoint sees what it saw before: the
-        round's own labels and earlier ones, not those that it had bought in a later round.
-        `functools.partial(account.ask, judge, round=3)` is a judge itself. Raises ValueError for texts that are not
-        N each, and lets GoldStopped pass: its questions are anybody's to ask again.
+        What the ledger holds is free, whoever paid for it; the rest is bought in the order given, each question once.
+        A run that goes on from a checkpoint sees what it saw before: the round's own answers and earlier ones, not
+        those that it had bought in a later round. `functools.partial(account.ask, judge, round=3)` is a judge itself.
+        Raises ValueError for texts that are not N each, and lets GoldStopped pass: its questions are anybody's to ask
+        again.
         """
         questions = self._questions(prompts, answers)
-        request = Request(deque({question.key: question for question in questions}.values()), {}, round, limit)
-        quiet = time.monotonic()
-        try:
-            while request.line:
-                if mine := self._claim(request):
-                    self._buy(gold, mine)
-                    quiet = time.monotonic()
-                elif request.line:
-                    if time.monotonic() - quiet >= self.patience:
-                        break
-                    time.sleep(LOOK)
-        except BaseException:
-            self.ledger.release()
-            raise
-        found = [request.known.get(question.key, math.nan) for question in questions]
-        values = [1 - p if question.mirrored else p for question, p in zip(questions, found, strict=True)]
+        asker = Asker(self.ledger, self._trade(lambda some: self._call(gold, some), round), self.pace)
+        asker.ask(list(dict.fromkeys(questions)))
+        found = self.ledger.find(question.key for question in questions)
+        known = {key: call for key, call in found.items() if asker.standing(call) == "answered"}
+        with self.ledger.write() as db:
+            used = [(self.run, key, round) for key, call in known.items() if call.run != self.run]
+            db.executemany("INSERT OR IGNORE INTO uses VALUES (?, ?, ?)", used)
+        values = [known[question.key].answer if question.key in known else math.nan for question in questions]
         return torch.tensor(values, dtype=torch.float64)
 
     def books(self, *, round: int | None = None) -> Books:
         """What this run has spent on this gold, up to a round."""
-        return self.ledger.books(gold=self.gold, kind=self.kind, run=self.run, round=round)
-
-    def wanting(self, prompts: Sequence[str], *answers: Sequence[str], round: int = 0) -> int:
-        """Labels that `ask` would still have to buy, had it room for all: what is answered or in flight is not."""
-        keys = {question.key for question in self._questions(prompts, answers)}
-        with self.ledger.write() as db:
-            found = [db.execute(FIND, (key,)).fetchone() for key in keys]
-            return sum(self._wanted(Row(*row) if row else None, round) for row in found)
+        return self.ledger.books(kind=self.kind, source=self.gold, run=self.run, last_round=round)
 
     def broke(self, *, round: int) -> bool:
         """Whether the run had no money for another call after a round."""
-        if self.budget.money is None:
-            return False
-        spent = "SELECT COALESCE(SUM(cost), 0.0) FROM labels WHERE run = ? AND round <= ?"
-        money = self.ledger.db.execute(spent, (self.run, round)).fetchone()[0]
-        return money + self.budget.cost > self.budget.money + 1e-9
+        spent, budget = self.ledger.books(run=self.run, last_round=round).money, self.budget
+        return budget.money is not None and spent + budget.cost > budget.money + 1e-9
+
+    def wanting(self, prompts: Sequence[str], *answers: Sequence[str], round: int = 0) -> int:
+        """Answers that `ask` would still have to buy, had it room for all: what is answered or in flight is not."""
+        keys = {question.key for question in self._questions(prompts, answers)}
+        asker = Asker(self.ledger, self._trade(lambda _: [], round), self.pace)
+        with self.ledger.write():
+            known = self.ledger.find(keys)
+            counted = {key for key, one in known.items() if one.run == self.run and one.state in ("asked", "open")}
+            return sum(asker.standing(known.get(key)) in ("open", "later") for key in keys - counted)
 
     @property
     def left(self) -> float:
-        """Labels that can still be bought; infinity without a budget."""
-        room = self._room(0, None)
+        """Answers that can still be bought; infinity without a budget."""
+        room = Asker(self.ledger, self._trade(lambda _: [], 0), self.pace)._room()
         calls = math.floor(room.money / self.budget.cost + 1e-9) if self.budget.cost else math.inf
         return max(0.0, min(room.labels, calls))
+
+    def _trade(self, send: Callable[[Sequence[Question]], Sequence[Outcome]], round: int) -> Trade:
+        return Trade(send, self.kind, self.gold, run=self.run, round=round, budget=self.budget)
 
     def _questions(self, prompts: Sequence[str], answers: tuple[Sequence[str], ...]) -> list[Question]:
         columns, sides = [prompts, *answers], 1 if self.kind == "score" else 2
@@ -493,129 +852,28 @@ class Account:
         for i, texts in enumerate(zip(*columns, strict=True)):
             if not all(isinstance(text, str) for text in texts):
                 raise ValueError(f"question {i + 1} is not of texts; render messages with pyrite.data.text.plain")
-            mirrored = self.symmetric and texts[2] < texts[1]
-            texts = (texts[0], texts[2], texts[1]) if mirrored else texts
             named = json.dumps([self.gold, self.kind, *texts]).encode()
-            questions.append(Question(hashlib.sha256(named).hexdigest(), texts, mirrored))
+            questions.append(Question(hashlib.sha256(named).hexdigest(), texts))
         return questions
 
-    def _claim(self, request: Request) -> list[Question]:
-        """Note what the ledger knows, and write down the intent to ask the next questions, in one transaction.
-
-        These, and what others are asking, stay in line: the next look finds their answers.
-        """
-        mine: list[Question] = []
-        undecided: list[Question] = []
-        with self.ledger.write() as db:
-            room = self._room(request.round, request.limit)
-            while request.line and len(mine) < self.batch:
-                question = request.line.popleft()
-                found = db.execute(FIND, (question.key,)).fetchone()
-                row = Row(*found) if found else None
-                standing = self._standing(row, request.round)
-                if standing == "answered" and row:
-                    request.known[question.key], request.silent = row.answer, 0
-                    if row.run != self.run:
-                        use = (self.run, question.key, request.round)
-                        db.execute("INSERT OR IGNORE INTO uses VALUES (?, ?, ?)", use)
-                elif standing == "failed":
-                    request.silent += 1
-                elif standing == "busy":
-                    undecided.append(question)
-                elif standing == "open" and request.silent < DOWN and self._take(room, row, request.round):
-                    db.execute(INTEND, self._intent(question, request.round))
-                    mine.append(question)
-                    undecided.append(question)
-        request.line.extendleft(reversed(undecided))
-        return mine
-
-    def _standing(self, row: Row | None, round: int) -> Literal["answered", "failed", "busy", "open", "later"]:
-        if row is None:
-            return "open"
-        if row.run == self.run and row.round > round:
-            return "later"  # this run went back to a checkpoint; it must not see what it did not know then
-        if row.state == "answered":
-            return "answered"
-        if row.state == "failed":
-            return "failed" if (row.run, row.round) == (self.run, round) else "open"
-        return "busy" if self.ledger.alive(row.owner) else "open"
-
-    def _wanted(self, row: Row | None, round: int) -> bool:
-        """Whether a question needs a label that is not counted yet."""
-        counted = row is not None and row.state == "asked" and (row.run == self.run or self.budget.scope == "file")
-        return self._standing(row, round) in ("open", "later") and not counted
-
-    def _room(self, round: int, limit: int | None) -> Room:
-        budget = self.budget
-        whose, values = ("run = ?", [self.run]) if budget.scope == "run" else ("TRUE", [])
-        spent = "SELECT COALESCE(SUM(state != 'failed'), 0), COALESCE(SUM(cost), 0.0) FROM labels"
-        where = f"{spent} WHERE gold = ? AND kind = ? AND"
-        labels = money = here = 0
-        if budget.labels is not None or budget.money is not None:
-            labels = self.ledger.db.execute(f"{where} {whose}", [self.gold, self.kind, *values]).fetchone()[0]
-            money = self.ledger.db.execute(f"{spent} WHERE {whose}", values).fetchone()[1]
-        if limit is not None:
-            mine = [self.gold, self.kind, self.run, round]
-            here = self.ledger.db.execute(f"{where} run = ? AND round = ?", mine).fetchone()[0]
-        return Room(_less(budget.labels, labels), _less(limit, here), _less(budget.money, money))
-
-    def _take(self, room: Room, row: Row | None, round: int) -> bool:
-        """Reserve a label and the price of a call, unless there is no room. What is in flight was counted before."""
-        label = here = True
-        price = self.budget.cost
-        if row is not None:
-            own, file, in_flight = row.run == self.run, self.budget.scope == "file", row.state == "asked"
-            label = not (in_flight and (own or file))
-            here = not (in_flight and own and row.round == round)
-            price += 0.0 if own or file else row.cost  # the question comes with the calls that others made
-        if room.labels < label or room.limit < here or room.money < price - 1e-9:
-            return False
-        room.labels, room.limit, room.money = room.labels - label, room.limit - here, room.money - price
-        return True
-
-    def _intent(self, question: Question, round: int) -> dict[str, Any]:
-        prompt, a, b = (*question.texts, None)[:3]
-        who = {"key": question.key, "gold": self.gold, "kind": self.kind, "run": self.run, "round": round}
-        what = {"prompt": prompt, "a": a, "b": b, "cost": self.budget.cost, "now": time.time()}
-        return who | what | {"owner": self.ledger.owner()}
-
-    def _buy(self, gold: Gold, questions: list[Question]) -> None:
-        """Call the gold, again where it gives no answer; every outcome is in the ledger afterwards."""
-        errors = self._call(gold, questions)
-        for attempt in range(self.retries):
-            if errors:
-                time.sleep(self.backoff * 2**attempt)
-            for question in questions:
-                if question.key in errors and self._again(question):
-                    del errors[question.key]
-                    errors |= self._call(gold, [question])
-        self.ledger.failed(errors)
-
-    def _again(self, question: Question) -> bool:
-        """Write down one more call, if there is money for it."""
-        with self.ledger.write() as db:
-            if self._room(0, None).money < self.budget.cost - 1e-9:
-                return False
-            again = "UPDATE labels SET attempts = attempts + 1, cost = cost + ?, asked = ? WHERE key = ?"
-            db.execute(again, (self.budget.cost, time.time(), question.key))
-        return True
-
-    def _call(self, gold: Gold, questions: list[Question]) -> dict[str, str]:
-        """Keep the answers; errors by key for what has none."""
+    def _call(self, gold: Gold, questions: Sequence[Question]) -> list[Outcome]:
+        """One call of the gold; raises Trouble if it has no answer for anything."""
         columns = [list(column) for column in zip(*(question.texts for question in questions), strict=True)]
-        keys = [question.key for question in questions]
         try:
             given = torch.as_tensor(gold(*columns)).double()
-            if given.shape != (len(keys),):
-                raise ValueError(f"{len(keys)} questions got answers of shape {tuple(given.shape)}")
+            if given.shape != (len(questions),):
+                raise ValueError(f"{len(questions)} questions got answers of shape {tuple(given.shape)}")
         except GoldStopped:
             raise
         except Exception as error:  # whatever a gold raises, it has given no answer
-            return dict.fromkeys(keys, f"{type(error).__name__}: {error}")
-        values = dict(zip(keys, given.tolist(), strict=True))
-        wrong = {key: f"answered {value}" for key, value in values.items() if not self._sound(value)}
-        self.ledger.answered({key: value for key, value in values.items() if key not in wrong})
-        return wrong
+            raise Trouble("raised", f"{type(error).__name__}: {error}") from error
+        values = given.tolist()
+        if not any(map(self._sound, values)):
+            raise Trouble("raised", f"answered {values[0]}")
+        return [
+            Outcome("answered", value) if self._sound(value) else Outcome("open", error=f"answered {value}")
+            for value in values
+        ]
 
     def _sound(self, value: float) -> bool:
         return math.isfinite(value) if self.kind == "score" else 0 <= value <= 1
@@ -666,7 +924,7 @@ class GoldLimits:
         """A run's account with the gold."""
         ledger = Ledger(self.gold_ledger or folder / "ledger.db")
         budget = Budget(self.gold_budget, self.gold_max_cost, self.gold_cost)
-        return Account(ledger, str(folder.resolve()), gold, kind, budget=budget, batch=self.gold_batch)
+        return Account(ledger, str(folder.resolve()), gold, kind, budget, Pace(batch=self.gold_batch))
 
 
 def with_own_code(spec: str) -> str:
@@ -674,7 +932,3 @@ def with_own_code(spec: str) -> str:
     files = dict.fromkeys(re.findall(r"""[^\s'"(),=]+\.py(?=:)""", spec))
     hashes = [f"{file} {runs.fingerprint(file)}" for file in files if Path(file).is_file()]
     return f"{spec} [{', '.join(hashes)}]" if hashes else spec
-
-
-def _less(limit: float | None, spent: float) -> float:
-    return math.inf if limit is None else limit - spent

@@ -20,8 +20,9 @@ from pyrite.data.text import plain
 from pyrite.feedback import pairing
 from pyrite.feedback.judges import agreement as agreeing
 from pyrite.feedback.judges import people
-from pyrite.feedback.judges.llm import Answers, Asking, LanguageJudge, Question, Tally, by_characters, by_tokenizer
+from pyrite.feedback.judges.llm import JudgeOptions, LanguageJudge, by_characters, by_tokenizer
 from pyrite.feedback.judges.questions import Shown, request, verdict_row
+from pyrite.feedback.ledger import Books, Ledger, Question
 from pyrite.math import seeds
 from pyrite.math.ranges import Count, Inside, Natural, check
 
@@ -64,7 +65,7 @@ class Ask:
     """Instead: answers of models that are compared with --baseline, a file each, as FILE or NAME=FILE."""
     baseline: str | None = None
     """The answers that those of --answers are compared with, as FILE or NAME=FILE."""
-    asking: Asking = Asking()
+    judge: JudgeOptions = JudgeOptions()
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ def inputs(config: Config) -> dict[str, str | Path]:
     if isinstance(config, Agreement):
         files = {"first": config.first, "second": config.second}
     else:
-        shown = config.asking.demonstrations if isinstance(config, Ask) else None
+        shown = config.judge.demonstrations if isinstance(config, Ask) else None
         files = {"pairs": config.pairs, "candidates": config.candidates, "demonstrations": shown}
     if isinstance(config, Ask):
         given = {f"answers {i}": one for i, one in enumerate(config.answers)} | {"baseline": config.baseline}
@@ -167,7 +168,7 @@ def ask(config: Ask) -> Run:
     judge, rows, texts = _asked(config)
     run.own()  # the ledger may lie in its folder
     keys = list({question.key for pair in judge.questions(*texts) for question in pair.values()})
-    before = _tally(judge.ledger, keys)
+    before = _books(judge.ledger, keys)
     with progress("judge", len(keys), unit="questions") as advance:
         verdicts = judge.verdicts(*texts, advance=advance)
     if all(verdict.preference is None for verdict in verdicts):
@@ -181,13 +182,13 @@ def ask(config: Ask) -> Run:
     if config.answers:
         data.write(_comparisons(table), run.folder / "comparisons.parquet")
         say(f"judge: win rates: pyrite winrate --data {run.folder / 'comparisons.parquet'} --out ...")
-    found, spent = _counted(table), _tally(judge.ledger, keys)
+    found, spent = _counted(table), _books(judge.ledger, keys)
     say(f"judge: {', '.join(f'{count} {name}' for name, count in found.items())}; {spent.cost:.6g} paid in all")
     if spent.failed:
         say(
             f"judge: {spent.failed} questions had no answer; another --out with --ledger {judge.ledger} asks them again"
         )
-    return run.finish(**found, calls=spent.requests - before.requests, answers=asdict(spent), ledger=judge.ledger)
+    return run.finish(**found, calls=spent.calls - before.calls, answers=asdict(spent), ledger=judge.ledger)
 
 
 def export(config: Export) -> Run:
@@ -252,7 +253,7 @@ def _asked(config: Ask) -> tuple[LanguageJudge, list[Row], tuple[list[str], list
     """The judge, the rows, and the texts it is asked about."""
     rows = _pairs(config)
     ledger = str(config.ledger or config.out / "ledger.db")
-    judge = LanguageJudge(config.model, config.criterion, config.criterion_id, config.asking, ledger)
+    judge = LanguageJudge(config.model, config.criterion, config.criterion_id, config.judge, ledger)
     return judge, rows, ([request(row) for row in rows], [row["a"] for row in rows], [row["b"] for row in rows])
 
 
@@ -359,18 +360,19 @@ def _couple(a: Row, b: Row) -> Row:
 
 def _nothing(judge: LanguageJudge, keys: list[str], pairs: int) -> str:
     """What went wrong where no pair got a verdict."""
-    with Answers(judge.ledger) as answers:
-        tally, last = answers.tally(keys), answers.last_error(keys)
+    with Ledger(judge.ledger) as ledger:
+        books = ledger.books(keys)
+        last = next((row.error for row in reversed(ledger.find(keys).values()) if row.error), "nothing was asked")
     return (
-        f"judge: none of {pairs} pairs got a verdict: {tally.failed} questions had no answer, {tally.no_verdict} an "
+        f"judge: none of {pairs} pairs got a verdict: {books.failed} questions had no answer, {books.no_verdict} an "
         f"answer without one; the last one because: {last}; check the address, the model, --reply and --max-tokens. "
         f"The answers are in {judge.ledger}"
     )
 
 
-def _tally(ledger: str, keys: list[str]) -> Tally:
-    with Answers(ledger) as answers:
-        return answers.tally(keys)
+def _books(path: str, keys: list[str]) -> Books:
+    with Ledger(path) as ledger:
+        return ledger.books(keys)
 
 
 def _estimated(judge: LanguageJudge, asked: list[dict[Shown, Question]], tokenizer: str | None) -> dict[str, Any]:

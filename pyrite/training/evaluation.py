@@ -80,7 +80,7 @@ class Truth:
         if self.account is None:
             return {}
         books = self.account.books(round=step)
-        return {"gold_labels": books.labels} | ({"gold_money": books.money} if self.asking.gold_cost else {})
+        return {"gold_labels": books.answered} | ({"gold_money": books.money} if self.asking.gold_cost else {})
 
     def _buy(self, prompts: list[str], responses: list[str], step: int) -> Tensor | None:
         """Every answer's gold, or None where the budget does not cover it; NaN where gold gave none."""
@@ -95,7 +95,7 @@ class Truth:
 
     def _tell(self, step: int) -> None:
         if not self.told and self.account is not None:
-            bought = self.account.books(round=step).labels
+            bought = self.account.books(round=step).answered
             say(
                 f"  the budget of gold, {bought} answers so far, does not pay for the measurement at step {step}; "
                 "measuring goes on without gold"

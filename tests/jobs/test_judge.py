@@ -16,7 +16,7 @@ from pyrite.core.runs import RunError, read_json
 from pyrite.data import rows as data
 from pyrite.data.files import DataError, read
 from pyrite.data.rows import load
-from pyrite.feedback.judges.llm import Asking
+from pyrite.feedback.judges.llm import JudgeOptions
 from pyrite.feedback.judges.questions import WINS
 from pyrite.feedback.ledger import GoldLimits, GoldStopped, Ledger
 from pyrite.jobs import judge, label, online
@@ -34,8 +34,8 @@ def server() -> Iterator[Server]:
 
 @pytest.fixture
 def config(server: Server, pairs: Path, tmp_path: Path) -> judge.Ask:
-    asking = Asking(base_url=server.url, backoff=0.01, price_in=1.0, price_out=2.0)
-    return judge.Ask("toy", "more words", tmp_path / "run", str(pairs), asking=asking)
+    options = JudgeOptions(base_url=server.url, backoff=0.01, price_in=1.0, price_out=2.0)
+    return judge.Ask("toy", "more words", tmp_path / "run", str(pairs), judge=options)
 
 
 def test_verdicts_of_pairs(config: judge.Ask, server: Server, pairs: Path) -> None:
@@ -50,7 +50,7 @@ def test_verdicts_of_pairs(config: judge.Ask, server: Server, pairs: Path) -> No
     assert run.results
     counts = [run.results[name] for name in ("first", "second", "ties", "no_verdict")]
     assert counts == [sum(row["preference"] == x for row in rows) for x in (1, 2, 0, None)]
-    assert run.results["calls"] == run.results["answers"]["requests"] == 160
+    assert run.results["calls"] == run.results["answers"]["calls"] == 160
     assert judge.run(config).results == run.results
     again = judge.run(replace(config, out=config.out.with_name("again"), ledger=config.out / "ledger.db"))
     assert again.results and again.results["calls"] == 0
@@ -73,13 +73,13 @@ def test_an_estimate_asks_nobody(config: judge.Ask, server: Server, tiny: Path) 
 
 
 def test_a_run_out_of_money_goes_on_with_more(config: judge.Ask, server: Server) -> None:
-    asking = replace(config.asking, price_in=1000.0, max_tokens=1, max_cost=5.0)
+    options = replace(config.judge, price_in=1000.0, max_tokens=1, max_cost=5.0)
     with pytest.raises(GoldStopped, match="raise max_cost"):
-        judge.run(replace(config, asking=asking))
+        judge.run(replace(config, judge=options))
     asked = len(server.bodies)
     assert 0 < asked < 160
     assert not (config.out / "config.json").exists()
-    run = judge.run(replace(config, asking=replace(asking, max_cost=200.0, concurrency=2)))
+    run = judge.run(replace(config, judge=replace(options, max_cost=200.0, concurrency=2)))
     assert run.results and run.results["calls"] == 160 - asked
     assert len(server.bodies) == 160
 
@@ -175,8 +175,7 @@ def test_as_the_judge_of_online(server: Server, tiny: Path, demos: Path, tmp_pat
     )
     online.run(config)
     with Ledger(tmp_path / "gold.db") as ledger:  # labels and the model's answers in one file
-        assert ledger.summary()[0]["labels"] == 6
-        assert ledger.models()[0]["answers"] == 12
+        assert [(row["kind"], row["answered"]) for row in ledger.summary()] == [("completion", 12), ("verdict", 6)]
     assert len(server.bodies) == 12
 
 
@@ -201,7 +200,7 @@ def test_the_command_line(
     monkeypatch.setattr("sys.argv", ["pyrite", "ledger", "show", str(config.out / "ledger.db")])
     cli.main()
     said = [*said, *capsys.readouterr()]
-    assert "80 answers of models" in said[2]
+    assert "total: 80 answers" in said[2]
     assert secret not in "".join(said)
     assert server.keys == {f"Bearer {secret}"}
     for path in config.out.rglob("*"):

@@ -211,7 +211,7 @@ def test_a_live_reward_spends_its_budget_and_learns(live: online.Config) -> None
     assert all(row["gold_pairs"] > 0 and row["silver_pairs"] > 0 and "reward_loss" in row for row in metrics[1:])
     sources = [row["source"] for number in (1, 2, 3) for row in rows(live, number)]
     assert sources.count("gold") <= 12 < len(sources)
-    assert all(row["gold"] == live.judge and row["kind"] == "verdict" for row in purchases(live))
+    assert all(row["source"] == live.judge and row["kind"] == "verdict" for row in purchases(live))
 
 
 @pytest.mark.parametrize("silver", ["implicit(lr=0.001)", "self_reward()"])
@@ -329,7 +329,7 @@ def test_killed_at_random_and_never_paid_twice(live: online.Config, tmp_path: Pa
     _, wanted = _killed(replace(live, out=folders[1] / "run"), folders[1], kills=0, seed=1)
     assert done == kills
     calls = (folders[0] / "calls.txt").read_text().splitlines()
-    repeated = sum(row["repeated"] for row in bought)
+    repeated = sum(row["lost"] for row in bought)
     assert len(bought) == len(wanted) == budget
     # a call is written down before it is made: one that was killed in between was recorded and not made
     assert budget <= len(calls) <= sum(row["attempts"] for row in bought) == budget + repeated
@@ -385,7 +385,7 @@ def test_labels_and_measurements_share_the_money(config: online.Config, capsys: 
     assert rows[0]["gold_labels"] <= 3 * paid.evaluation.eval_k and rows[-1]["gold_labels"] <= 7
     assert not any("agreement" in row for row in rows) and all("kl_exact" in row for row in rows)
     with Ledger(paid.out / "ledger.db") as ledger:
-        kinds = {row["kind"]: row["labels"] for row in ledger.summary()}
+        kinds = {row["kind"]: row["answered"] for row in ledger.summary()}
     assert sum(kinds.values()) <= 19 and kinds["verdict"] <= 12
     assert kinds == {"verdict": rows[-1]["labels"], "score": rows[-1]["gold_labels"]}
 

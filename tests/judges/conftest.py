@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from judges.server import Server, truth
-from pyrite.feedback.judges.llm import Asking, LanguageJudge
+from pyrite.feedback.judges.llm import JudgeOptions, LanguageJudge
 from pyrite.feedback.judges.questions import WINS
 
 Texts = tuple[list[str], list[str], list[str]]
@@ -41,6 +41,6 @@ def make(server: Server, tmp_path: Path) -> Make:
         *, model: str = "toy", criterion: str = "more words", criterion_id: str | None = None, **options: object
     ) -> LanguageJudge:
         fast = {"base_url": server.url, "backoff": 0.01, **options}
-        return LanguageJudge(model, criterion, criterion_id, Asking(**fast), str(tmp_path / "judge.db"))  # type: ignore
+        return LanguageJudge(model, criterion, criterion_id, JudgeOptions(**fast), str(tmp_path / "judge.db"))  # type: ignore
 
     return judge

@@ -11,8 +11,8 @@ from time import sleep, time
 import pytest
 
 from judges.server import PATIENCE, Server
-from pyrite.feedback.judges import llm
-from pyrite.feedback.judges.llm import Endpoint, Trouble
+from pyrite.feedback.judges.llm import Endpoint
+from pyrite.feedback.ledger import Trouble
 
 BODY = {
     "model": "toy",
@@ -130,11 +130,27 @@ def test_an_answer_that_drips_is_too_late() -> None:
     other.server_close()
 
 
-def test_retry_after() -> None:
-    assert llm._wait("7") == 7.0
-    assert llm._wait(None) == llm._wait("soon") == llm._wait("-1") == 0.0
-    assert 50 < llm._wait(formatdate(time() + 60, usegmt=True)) <= 60
-    assert llm._wait(formatdate(time() - 60, usegmt=True)) == 0.0
+WAITS = {"7": (7, 7), "": (0, 0), "soon": (0, 0), "-1": (0, 0)}
+WAITS |= {formatdate(time() + 600, usegmt=True): (400, 600), formatdate(time() - 600, usegmt=True): (0, 0)}
+
+
+@pytest.mark.parametrize("header", WAITS)
+def test_retry_after(header: str) -> None:
+    class Later(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.send_response(503)
+            if header:
+                self.send_header("Retry-After", header)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None: ...
+
+    other = _serve(Later)
+    least, longest = WAITS[header]
+    assert least <= trouble(Endpoint(f"http://127.0.0.1:{other.server_address[1]}")).wait <= longest
+    other.shutdown()
+    other.server_close()
 
 
 @pytest.mark.parametrize("url", ["127.0.0.1:8000", "ftp://x/v1", "http://", "http://me:pw@x/v1", "http://x/v1?key=1"])

@@ -25,16 +25,16 @@ from judges.conftest import Texts, pairs, wanted
 from judges.server import FAULTS, PATIENCE, Server, started
 from pyrite.data import rows as data
 from pyrite.data.files import read
-from pyrite.feedback.judges.llm import Answers, Asking, LanguageJudge
+from pyrite.feedback.judges.llm import JudgeOptions, LanguageJudge
 from pyrite.feedback.judges.questions import Case, Form
-from pyrite.feedback.ledger import GoldStopped
+from pyrite.feedback.ledger import GoldStopped, Ledger
 
 PAID = {"answered", "slow", "cut", "malformed", "label", "empty"}
 
 
 def judge(url: str, ledger: Path, **options: object) -> LanguageJudge:
     fast = {"base_url": url, "timeout": PATIENCE, "backoff": 0.05, "concurrency": 16, "price_in": 1.0, "price_out": 1.0}
-    return LanguageJudge("toy", "more words", None, Asking(**{**fast, **options}), str(ledger))  # type: ignore
+    return LanguageJudge("toy", "more words", None, JudgeOptions(**{**fast, **options}), str(ledger))  # type: ignore
 
 
 def right(found: list[float], texts: Texts, none: int) -> bool:
@@ -51,16 +51,16 @@ def test_faults_of_every_kind(tmp_path: Path) -> None:
         charged, sent = Counter(server.charged), len(server.bodies)
         assert asking(*texts).nan_to_num(-1).tolist() == [p if p == p else -1 for p in found]
         assert len(server.bodies) == sent  # a second run makes no call
-    with Answers(tmp_path / "j.db") as answers:
-        tally = answers.tally()
+    with Ledger(tmp_path / "j.db") as ledger:
+        books = ledger.books()
     assert set(FAULTS) - {"429", "500", "503"} <= set(charged)
-    assert tally.answered + tally.no_verdict == 300
-    assert right(found, texts, tally.no_verdict)  # no pair lost both of its questions
-    assert tally.requests == sent
-    arrived = tally.answered + tally.no_verdict + tally.unusable
-    assert arrived <= sum(charged.values()) <= arrived + tally.lost
-    assert tally.lost >= charged["cut"]
-    assert tally.unusable + tally.no_verdict <= charged["malformed"] + charged["label"] + charged["empty"]
+    assert books.answered == 300
+    assert right(found, texts, books.no_verdict)  # no pair lost both of its questions
+    assert books.calls == sent
+    arrived = books.answered + books.unusable
+    assert arrived <= sum(charged.values()) <= arrived + books.lost
+    assert books.lost >= charged["cut"]
+    assert books.unusable + books.no_verdict <= charged["malformed"] + charged["label"] + charged["empty"]
 
 
 @pytest.fixture
@@ -95,14 +95,14 @@ def _check_books(log: Path, ledger: Path, found: list[float], texts: Texts) -> d
         assert what in PAID
         charges[name] += 1
         kinds[what] += 1
-    with Answers(ledger) as answers:
-        rows, tally = answers.rows(), answers.tally()
+    with Ledger(ledger) as opened:
+        rows, books = list(opened.rows()), opened.books()
     assert len(rows) == 2 * len(texts[0])
-    assert tally.failed == 0
+    assert books.failed == 0
     assert right(found, texts, sum(p != p for p in found))
-    assert sum(p != p for p in found) <= tally.no_verdict  # both questions of a pair may have none
-    known = tally.answered + tally.no_verdict + tally.unusable  # paid answers that arrived
-    assert known <= sum(charges.values()) <= known + tally.lost
+    assert sum(p != p for p in found) <= books.no_verdict  # both questions of a pair may have none
+    known = books.answered + books.unusable  # paid answers that arrived
+    assert known <= sum(charges.values()) <= known + books.lost
     named = {_server_name(row): row for row in rows}
     for name, times in charges.items():
         row = named[name]
@@ -110,7 +110,7 @@ def _check_books(log: Path, ledger: Path, found: list[float], texts: Texts) -> d
     return {
         "charged": sum(charges.values()),
         "arrived": known,
-        "lost": tally.lost,
+        "lost": books.lost,
         "paid_twice": _twice(charges, named),
     }
 
@@ -188,7 +188,7 @@ def _answered(ledger: Path) -> Iterator[int]:
         if ledger.exists():
             try:
                 db = sqlite3.connect(f"file:{ledger}?mode=ro", uri=True)
-                yield db.execute("SELECT COUNT(*) FROM answers WHERE state = 'answered'").fetchone()[0]
+                yield db.execute("SELECT COUNT(*) FROM calls WHERE state = 'answered'").fetchone()[0]
                 db.close()
             except sqlite3.OperationalError:
                 pass

@@ -15,8 +15,8 @@ from judges.server import Server, tokens
 from pyrite.core import specs
 from pyrite.data.files import DataError
 from pyrite.feedback import judges
-from pyrite.feedback.judges.llm import Answers, Asking, LanguageJudge, llm
-from pyrite.feedback.ledger import Account, GoldStopped, Ledger
+from pyrite.feedback.judges.llm import JudgeOptions, LanguageJudge, llm
+from pyrite.feedback.ledger import Account, GoldStopped, Ledger, Pace
 
 TEXTS = pairs(12)
 
@@ -42,7 +42,7 @@ def test_a_spec_string_is_the_same_judge(make: Make, server: Server, tmp_path: P
     assert len(server.bodies) == asked
     made = llm(model="m", criterion="c", temperature=0.5, seed=3)
     assert isinstance(made, LanguageJudge)
-    assert made.asking == replace(Asking(), temperature=0.5, seed=3)
+    assert made.options == replace(JudgeOptions(), temperature=0.5, seed=3)
 
 
 def test_what_the_ledger_holds_is_never_asked(make: Make, server: Server) -> None:
@@ -153,18 +153,16 @@ def test_tokens_and_money(make: Make, server: Server, tmp_path: Path) -> None:
     before = judge.estimate(asked, lambda messages: sum(tokens(turn["content"]) for turn in messages))
     assert not (tmp_path / "judge.db").exists()
     judge(*TEXTS)
-    with Answers(judge.ledger) as answers:
-        tally, rows = answers.tally(), answers.rows()
+    with Ledger(judge.ledger) as ledger:
+        books, rows = ledger.books(), list(ledger.rows())
     assert (
-        tally.prompt_tokens
-        == before.tokens_in
-        == sum(tokens(t["content"]) for b in server.bodies for t in b["messages"])
+        books.tokens_in == before.tokens_in == sum(tokens(t["content"]) for b in server.bodies for t in b["messages"])
     )
-    assert tally.completion_tokens == 24
-    assert tally.cost == pytest.approx((3 * tally.prompt_tokens + 5 * 24) / 1e6)
-    assert tally.at_risk == pytest.approx(0.0, abs=1e-12)
+    assert books.tokens_out == 24
+    assert books.cost == pytest.approx((3 * books.tokens_in + 5 * 24) / 1e6)
+    assert books.at_risk == pytest.approx(0.0, abs=1e-12)
     assert before.cost == pytest.approx((3 * before.tokens_in + 5 * 24 * 512) / 1e6)
-    assert all(row["raw"] in ("A", "B", "TIE") and row["cost"] > 0 for row in rows)
+    assert all(row["text"] in ("A", "B", "TIE") and row["cost"] > 0 for row in rows)
     after = judge.estimate(asked)
     assert (after.questions, after.answered, after.tokens_in, after.cost) == (0, 24, 0, 0.0)
 
@@ -173,9 +171,9 @@ def test_max_cost_is_never_exceeded_and_can_be_raised(make: Make, server: Server
     price = {"price_in": 1000.0, "max_tokens": 1, "concurrency": 3}
     with pytest.raises(GoldStopped, match="max_cost"):
         make(max_cost=2.0, **price)(*TEXTS)
-    with Answers(make().ledger) as answers:
-        assert 0 < answers.spent() <= 2.0
-        kept = answers.tally().answered
+    with Ledger(make().ledger) as ledger:
+        assert 0 < ledger.books().money <= 2.0
+        kept = ledger.books().answered
     assert 0 < kept < 24
     assert make(max_cost=20.0, **price)(*TEXTS).tolist() == wanted(TEXTS)
     assert len(server.bodies) == 24
@@ -185,10 +183,10 @@ def test_a_server_that_counts_no_tokens_leaves_all_at_risk(make: Make, server: S
     server.usage = False
     judge = make(price_in=1.0)
     judge(*TEXTS)
-    with Answers(judge.ledger) as answers:
-        tally = answers.tally()
-    assert tally.cost == 0
-    assert tally.at_risk > 0
+    with Ledger(judge.ledger) as ledger:
+        books = ledger.books()
+    assert books.cost == 0
+    assert books.at_risk > 0
 
 
 def test_the_key_is_nowhere(make: Make, server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -214,13 +212,13 @@ def test_a_missing_model_stops_at_once(make: Make, server: Server) -> None:
 
 def test_an_account_lets_a_stop_pass_and_goes_on(make: Make, server: Server, tmp_path: Path) -> None:
     with Ledger(tmp_path / "judge.db") as ledger:
-        account = Account(ledger, "run", "llm()", "verdict", batch=12, backoff=0.0)
+        account = Account(ledger, "run", "llm()", "verdict", pace=Pace(batch=12, backoff=0.0))
         server.always = "404"
         with pytest.raises(GoldStopped):
             account.ask(make(), *TEXTS)
         server.always = ""
         assert account.ask(make(), *TEXTS).tolist() == wanted(TEXTS)
-        assert account.books().labels == 12
+        assert account.books().answered == 12
 
 
 def test_what_cannot_be_is_refused(make: Make, tmp_path: Path) -> None:

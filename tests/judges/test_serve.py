@@ -21,8 +21,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from judges.conftest import pairs
 from pyrite.feedback.judges.agreement import Opinion, leaning
-from pyrite.feedback.judges.llm import Answers, Asking, LanguageJudge, by_tokenizer
-from pyrite.feedback.ledger import GoldStopped
+from pyrite.feedback.judges.llm import JudgeOptions, LanguageJudge, by_tokenizer
+from pyrite.feedback.ledger import GoldStopped, Ledger
 
 MISSING = [name for name in ("openai", "fastapi", "uvicorn") if importlib.util.find_spec(name) is None]
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"transformers serve needs {', '.join(MISSING)}")
@@ -84,24 +84,24 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]
 def test_a_served_model_judges(served: tuple[str, str], tmp_path: Path) -> None:
     url, model = served
     texts = pairs(6)
-    asking = Asking(base_url=url, max_tokens=8, price_in=1.0, price_out=1.0, concurrency=2)
-    judge = LanguageJudge(model, "more words", None, asking, str(tmp_path / "j.db"))
+    options = JudgeOptions(base_url=url, max_tokens=8, price_in=1.0, price_out=1.0, concurrency=2)
+    judge = LanguageJudge(model, "more words", None, options, str(tmp_path / "j.db"))
     estimate = judge.estimate(judge.questions(*texts), by_tokenizer(model))
     verdicts = judge.verdicts(*texts)
     assert {verdict.raw for verdict in verdicts} == {("A", "A")}
     assert [verdict.preference for verdict in verdicts] == [0] * 6
-    with Answers(judge.ledger) as answers:
-        tally = answers.tally()
-    assert (tally.answered, tally.requests, tally.lost, tally.at_risk) == (12, 12, 0, pytest.approx(0.0))
-    assert tally.prompt_tokens == estimate.tokens_in  # counted here as there
-    assert tally.cost == pytest.approx((tally.prompt_tokens + tally.completion_tokens) / 1e6)
+    with Ledger(judge.ledger) as ledger:
+        books = ledger.books()
+    assert (books.answered, books.calls, books.lost, books.at_risk) == (12, 12, 0, pytest.approx(0.0))
+    assert books.tokens_in == estimate.tokens_in  # counted here as there
+    assert books.cost == pytest.approx((books.tokens_in + books.tokens_out) / 1e6)
     opinions = [Opinion(str(i), (str(i), ""), one.preference, one.p_ab, one.p_ba) for i, one in enumerate(verdicts)]
     found = leaning(opinions, n_boot=50, level=0.95, generator=torch.Generator().manual_seed(0))
     assert (found["first_shown"].value, found["consistency"].value) == (1.0, 0.0)
 
 
 def test_a_model_that_is_not_served(served: tuple[str, str], tmp_path: Path) -> None:
-    asking = Asking(base_url=served[0], backoff=0.01)
-    judge = LanguageJudge("nothing/of-that-name", "more words", None, asking, str(tmp_path / "j.db"))
+    options = JudgeOptions(base_url=served[0], backoff=0.01)
+    judge = LanguageJudge("nothing/of-that-name", "more words", None, options, str(tmp_path / "j.db"))
     with pytest.raises(GoldStopped, match="of-that-name"):
         judge(*pairs(6))

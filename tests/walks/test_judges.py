@@ -15,7 +15,7 @@ from judges.server import Server
 
 from pyrite.data import rows as data
 from pyrite.data.files import read
-from pyrite.feedback.judges.llm import Answers
+from pyrite.feedback.ledger import Ledger
 
 GOLDEN = Path(__file__).parent / "golden"
 CRITERION = "Which answer is more correct?"
@@ -206,9 +206,9 @@ def test_a_model_without_a_system_role(name: str, pyrite: Command, server: Serve
     assert roles == ["system"] + ["user"] * 20
     found = read("out/verdicts.parquet").rows
     assert [row["preference"] for row in found] == [1] * 10
-    with Answers("out/ledger.db") as answers:
-        tally = answers.tally()
-    assert (tally.answered, tally.requests, tally.failed, tally.at_risk) == (20, 21, 0, 0)
+    with Ledger("out/ledger.db") as ledger:
+        books = ledger.books()
+    assert (books.answered, books.calls, books.failed, books.at_risk) == (20, 21, 0, 0)
     ask(pyrite, server, "--no-system", "--ledger", "out/ledger.db", out="again")
     assert len(server.bodies) == 21  # the same questions, so they are known
 

@@ -1,8 +1,7 @@
 """Judges: judge(prompts, a, b) -> (N,) P(a beats b) in [0, 1], NaN where there is no verdict.
 
-scores: a judge made of any scorer; llm: a language model at an endpoint, its answers kept in a ledger (forms asks,
-endpoints sends, asking paces, verdicts reads, answers keeps, costs counts); humans: people, by file; agreement: how far
-two of them agree.
+llm: a language model at an endpoint, its answers kept in a ledger; questions: how it is asked, and how its answers are
+read; people: people, by file, and a judge made of any scorer; agreement: how far two of them agree.
 """
 
 from pyrite.feedback.judges.llm import llm

@@ -10,7 +10,7 @@ from typing import Any
 from pyrite.core import runs, specs
 from pyrite.data import rows as data
 from pyrite.feedback import judges
-from pyrite.feedback.ledger import Account, Budget, Ledger
+from pyrite.feedback.ledger import Account, Budget, Ledger, Pace
 from pyrite.feedback.pairing import label
 
 HELD_OUT = 100  # couples to measure reward models on; not charged
@@ -35,7 +35,7 @@ def offline(folder: Path, answers: Path, judge: str, n: int, *, seed: int) -> Of
         raise ValueError(f"{answers}: {len(couples)} couples of different answers; {n} labels need 2 more than that")
     verdict = specs.part(judge, judges)
     with Ledger(folder / "ledger.db") as ledger:
-        account = Account(ledger, "offline", judge, "verdict", budget=Budget(labels=n), batch=64)
+        account = Account(ledger, "offline", judge, "verdict", Budget(labels=n), Pace(batch=64))
         data.write(_labelled(couples[:n], partial(account.ask, verdict), seed), made.pairs)
     data.write(_labelled(couples[n : n + HELD_OUT], verdict, seed), made.held_out)
     runs.write_json(folder / "done.json", {"labels": n})
