@@ -3,14 +3,14 @@
 config.json what was asked; manifest.json what it ran on (versions, hardware, inputs with hashes);
 metrics.jsonl one row a logged step; done.json last of all, with the results.
 
-A run is the same run if its options and the content of its inputs are: another spelling of a path, a moved folder and
-an option that a newer version adds make no other run. One process at a time works in a folder (`pyrite.core.runs`).
+A run is the same run if its options and the content of its inputs are. Another spelling of a path, a moved folder and
+an option that a newer version adds make no other run. One process at a time works in a folder.
 """
 
 from __future__ import annotations
 
 import ast
-import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -28,9 +28,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
-import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -40,200 +39,9 @@ from pyrite.core import processes
 from pyrite.core.processes import on_main, world
 from pyrite.math import ranges
 
-# locks: One owner at a time for a folder: a lock file that names host and process, and a heartbeat.
-
-
-NAME = ".lock"
-BEAT = 20.0  # seconds between two signs of life
-GONE = 300.0  # seconds without one after which an owner on another host is taken to be gone
-TRIES = 50
-
-
-class LockError(ValueError):
-    """Another process owns the folder; the message names it."""
-
-
-@dataclass
-class Lock:
-    """A folder owned by this process until it is released, at the latest when the process ends."""
-
-    path: Path
-    token: str
-    ended: threading.Event = field(default_factory=threading.Event)
-    users: int = 1
-
-    @property
-    def kept(self) -> bool:
-        """Whether it is still ours; it is not if we were away so long that another host took over."""
-        return _read(self.path).get("token") == self.token
-
-    def beat(self) -> None:
-        """Show a sign of life until the lock is released."""
-        while not self.ended.wait(BEAT):
-            with contextlib.suppress(OSError):
-                if self.kept:
-                    os.utime(self.path)
-
-    def release(self, pid: int) -> None:
-        """Let the folder go, once nobody in this process uses it any more."""
-        if os.getpid() != pid or self.ended.is_set():  # a child that inherited it owns nothing
-            return
-        self.users -= 1
-        if self.users == 0:
-            self.ended.set()
-            if _held.get(self.path) is self:
-                del _held[self.path]
-            with contextlib.suppress(OSError):
-                if self.kept:
-                    self.path.unlink()
-
-
-_held: dict[Path, Lock] = {}  # of this process
-
-
-def take(folder: Path, owner: object) -> Callable[[], object]:
-    """Own the folder, which must exist, until the function that is returned is called or `owner` is no more.
-
-    Raises LockError if another process owns it, OSError if the folder cannot be written.
-    """
-    path = folder.resolve() / NAME
-    lock = _held.get(path)
-    if lock is not None and lock.kept:
-        lock.users += 1
-    else:
-        lock = Lock(path, _make(path))
-        _held[path] = lock
-        threading.Thread(target=lock.beat, daemon=True, name=f"heartbeat of {path}").start()
-    return weakref.finalize(owner, lock.release, os.getpid())
-
-
-def lost(folder: Path) -> str | None:
-    """Who has taken over a folder that this process owned; None if nobody has, also if the lock cannot be read."""
-    lock = _held.get(folder.resolve() / NAME)
-    found = _read(lock.path) if lock else {}
-    return _told(found) if lock and found.get("token", lock.token) != lock.token else None
-
-
-def holder(folder: Path) -> str | None:
-    """Who owns the folder in another process: "process 12 on host name, since ..."; None if nobody does."""
-    path = folder.resolve() / NAME
-    found = _read(path)
-    return _told(found) if found and path not in _held and _alive(path, found) else None
-
-
-def _make(path: Path) -> str:
-    """Make the lock file; the token that tells it from others."""
-    mine = {**_myself(), "token": secrets.token_hex(8), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
-    beside = path.with_name(f"{NAME}.{mine['token']}")
-    beside.write_text(json.dumps(mine))
-    try:
-        for _ in range(TRIES):
-            if _link(beside, path):
-                return mine["token"]
-            found = _read(path)
-            if _alive(path, found):
-                raise LockError(f"{path.parent}: {_told(found)} is working there; wait for it, or choose another --out")
-            _remove(path, found)
-        raise LockError(f"{path.parent}: cannot be locked; delete {path} if no process is working there")
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-def _link(beside: Path, path: Path) -> bool:
-    """Whether `beside` became the lock; False if there is one already."""
-    try:
-        os.link(beside, path)
-    except FileExistsError:
-        return False
-    except OSError:  # a file system without hard links
-        try:
-            with path.open("x") as file:
-                file.write(beside.read_text())
-        except FileExistsError:
-            return False
-    return True
-
-
-def _remove(path: Path, found: dict[str, Any]) -> None:
-    """Remove the lock of an owner that is gone; one process at a time, and no lock but that one."""
-    claim = path.with_name(f"{NAME}.gone.{found.get('token', 'unknown')}")
-    try:
-        claim.open("x").close()
-    except FileExistsError:
-        time.sleep(0.1)
-        with contextlib.suppress(OSError):
-            if _age(claim) > 10:  # who began to remove it was killed
-                claim.unlink()
-        return
-    with contextlib.suppress(FileNotFoundError):
-        if _read(path).get("token") == found.get("token"):
-            path.unlink()
-    claim.unlink(missing_ok=True)
-
-
-def _myself() -> dict[str, Any]:
-    return {"host": _host(), "pid": os.getpid(), "born": psutil.Process().create_time()}
-
-
-def _host() -> str:
-    """This host, and the space of its process ids: containers on one host may each have their own."""
-    try:
-        return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return socket.gethostname()
-
-
-def _alive(path: Path, found: dict[str, Any]) -> bool:
-    """Whether the owner of a lock still runs, as far as one can know from here."""
-    if found.get("host") != _host():
-        try:
-            return _age(path) < GONE
-        except OSError:
-            return False
-    try:
-        process = psutil.Process(found["pid"])
-        return process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - found["born"]) < 1
-    except (psutil.NoSuchProcess, KeyError, TypeError, ValueError):
-        return False
-    except psutil.AccessDenied:
-        return True
-
-
-def _age(path: Path) -> float:
-    """Seconds since a file was touched, by the clock of its file system."""
-    probe = path.with_name(f"{NAME}.now.{secrets.token_hex(8)}")
-    try:
-        probe.touch()
-        now = probe.stat().st_mtime
-    except OSError:  # read only
-        now = time.time()
-    finally:
-        with contextlib.suppress(OSError):
-            probe.unlink(missing_ok=True)
-    return now - path.stat().st_mtime
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """What a lock says; nothing if there is none, or if it is being written."""
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _told(found: dict[str, Any]) -> str:
-    host = str(found.get("host", "unknown")).partition(" ")[0]
-    return f"process {found.get('pid', 'unknown')} on host {host} (since {found.get('since', 'unknown')})"
-
-
-# runs: A run folder: config, manifest, metrics, done. Written atomically, resumed exactly, never silently reused.
-
-
-OURS = ("config.json", "manifest.json")
-NOTHING = (*OURS, "dropped.jsonl", "metrics.jsonl", "seconds.json")  # all that a run has before it has learned anything
+# all that a run has before it has learned anything
+NOTHING = ("config.json", "manifest.json", "dropped.jsonl", "metrics.jsonl", "seconds.json")
 BESIDE = ("metrics.jsonl", "manifest.json", "report.html", "seconds.json")  # of a run, but read by no other job
-BEFORE = ("done.json", "pairs.parquet")  # what stood for a whole folder in the manifests of earlier versions
 # what a spec string names, with its weight in a sum: "0.5*mine.py:score(strict=True)"
 SPEC = re.compile(r"\s*(?:[-+]?[\d.]+\s*\*\s*)?(?:([^()]+\.py):)?\s*\w+\s*(\(.*\))?\s*", re.DOTALL)
 NAMES_A_PATH = ("path", "file", "folder", "model", "tokenizer", "data", "demonstrations", "base")
@@ -306,48 +114,32 @@ class Run:
         Raises RunError if another process owns the folder, or if it has become another run's, or done, since the start.
         """
         self.checked()
-        if trouble := on_main(self._own)():
-            raise RunError(trouble)
+        if self.release is None:
+            _on_main(self.folder, self._own)
 
     def open(self) -> None:
         """Create the folder, once all input has been read and found good."""
         self.own()
-        if trouble := on_main(self._identify)():
-            raise RunError(trouble)
+        _on_main(self.folder, self._identify)
 
-    def _own(self) -> str | None:
-        if self.release:
-            return None
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.release = take(self.folder, self)
-            return _trouble(self)
-        except LockError as error:
-            return str(error)
-        except RunError as error:
-            return str(error)
-        except OSError as error:
-            return _unwritable(self.folder, error)
+    def _own(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.release = take(self.folder, self)
+        _examine(self, starts=False)
 
-    def _identify(self) -> str | None:
+    def _identify(self) -> None:
         known = self.folder / "config.json"
-        try:
-            if known.exists() and _empty(self.folder) and read_json(known) != self.config:
-                for name in NOTHING:  # nothing came of what was asked before
-                    (self.folder / name).unlink(missing_ok=True)
-            if not known.exists():
-                write_json(self.folder / "manifest.json", manifest(self.inputs, self.paths))
-                write_json(known, self.config)
-        except RunError as error:
-            return str(error)
-        except OSError as error:
-            return _unwritable(self.folder, error)
-        return None
+        if known.exists() and _empty(self.folder) and read_json(known) != self.config:
+            for name in NOTHING:  # nothing came of what was asked before
+                (self.folder / name).unlink(missing_ok=True)
+        if not known.exists():
+            write_json(self.folder / "manifest.json", _manifest(self))
+            write_json(known, self.config)
 
     def log(self, **row: Any) -> None:
         """Append one row of metrics."""
         if self.writes:
-            if other := lost(self.folder):
+            if other := taken_over(self.folder):
                 raise RunError(f"{self.folder}: this process was away for so long that {other} took over")
             with (self.folder / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps(row, default=float) + "\n")
@@ -360,15 +152,13 @@ class Run:
 
     def finish(self, **results: Any) -> Run:
         """Write done.json, the last act of a job; parts that only a resume would need are dropped."""
-        before = self.folder / "seconds.json"
-        spent = read_json(before) if before.exists() else 0.0
-        self.results = {**results, "seconds": round(time.monotonic() - self.started + spent, 2)}
+        self.results = {**results, "seconds": round(self._seconds(), 2)}
         self.wait()  # the others may still read the parts
         if self.writes:
             write_json(self.folder / "done.json", self.results)
-            before.unlink(missing_ok=True)
+            (self.folder / "seconds.json").unlink(missing_ok=True)
             shutil.rmtree(self.folder / "parts", ignore_errors=True)
-        world().wait_for_everyone()
+        self.wait()
         if self.release:
             self.release()
         return self
@@ -394,13 +184,13 @@ class Run:
 
     def pause(self) -> None:
         """Note the time spent so far, so that a resumed run reports all of it."""
-        if not self.writes:
-            return
+        if self.writes:
+            write_json(self.folder / "seconds.json", self._seconds())
+            self.started = time.monotonic()
+
+    def _seconds(self) -> float:
         before = self.folder / "seconds.json"
-        spent = read_json(before) if before.exists() else 0.0
-        now = time.monotonic()
-        write_json(before, spent + now - self.started)
-        self.started = now
+        return (read_json(before) if before.exists() else 0.0) + time.monotonic() - self.started
 
 
 def start(job: str, config: Any, *, inputs: Inputs | Callable[[Any], Inputs]) -> Run:
@@ -414,9 +204,7 @@ def start(job: str, config: Any, *, inputs: Inputs | Callable[[Any], Inputs]) ->
     ranges.check(config)
     processes.anew()
     run = Run(Path(config.out).expanduser(), {"job": job, **plain_config(config)}, {}, job=config)
-    found, trouble = on_main(_looked)(run, inputs(config) if callable(inputs) else inputs)
-    if trouble:
-        raise RunError(trouble)
+    found = _on_main(run.folder, lambda: _look(run, inputs(config) if callable(inputs) else inputs))
     run.inputs, run.paths, run.results = found
     return run
 
@@ -433,26 +221,19 @@ def hold(folder: Path, owner: object) -> Callable[[], object]:
 
     Raises RunError, in all processes, if it has an owner or cannot be made.
     """
-    taken: list[Callable[[], object]] = []
+    releases: list[Callable[[], object]] = []
 
-    def claim() -> str | None:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            taken.append(take(folder, owner))
-        except LockError as error:
-            return str(error)
-        except OSError as error:
-            return _unwritable(folder, error)
-        return None
+    def claim() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        releases.append(take(folder, owner))
 
     def release() -> None:
-        for let_go in taken:
-            let_go()
+        for one in releases:
+            one()
             with suppress(OSError):
                 folder.rmdir()
 
-    if trouble := on_main(claim)():
-        raise RunError(trouble)
+    _on_main(folder, claim)
     return release
 
 
@@ -505,7 +286,7 @@ def fingerprint(path: str | Path) -> str:
     if not path.exists():
         return f"name:{path}"
     digest = hashlib.sha256()
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file() and p.name != NAME)
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file() and p.name != LOCK)
     if any((path / name).is_file() for name in ("manifest.json", "done.json")):
         files = [p for p in files if p.relative_to(path).parts[0] not in (*BESIDE, "figures")]
     for file in files:
@@ -539,11 +320,13 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(_plain(value), indent=1, allow_nan=False) + "\n")
 
 
-def manifest(inputs: dict[str, str], paths: Mapping[str, str] | None = None) -> dict[str, Any]:
+def _manifest(run: Run) -> dict[str, Any]:
     """What a run ran on."""
+    here = Path(__file__).parent
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
     return {
         "pyrite": __version__,
-        "commit": _commit(),
+        "commit": commit.stdout.strip() or None,
         "python": platform.python_version(),
         "versions": {name: version(name) for name in ("torch", "transformers", "accelerate", "peft", "datasets")},
         "hardware": {
@@ -553,58 +336,72 @@ def manifest(inputs: dict[str, str], paths: Mapping[str, str] | None = None) -> 
             "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
             "processes": world().num_processes,
         },
-        "inputs": inputs,
-        "paths": dict(paths or {}),
-        "cwd": str(Path.cwd()),
+        "inputs": run.inputs,
+        "paths": run.paths,
+        "identity": _identity(run),
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
 
 
-def _commit() -> str | None:
-    here = Path(__file__).parent
-    asked = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
-    return asked.stdout.strip() or None
+# Is the folder free, and is it the same run?
 
 
-def _looked(run: Run, inputs: Mapping[str, str | Path]) -> tuple[tuple[Any, Any, Any], str | None]:
-    """Fingerprints and paths of the inputs and the results so far; why the run cannot be started, or None."""
-    found = reads(run.job, inputs)
-    run.paths = {name: str(path) for name, path in found.items()}
+T = TypeVar("T")
+
+
+def _on_main(folder: Path, work: Callable[[], T]) -> T:
+    """What the main process gets from some work; all processes raise RunError if it fails there."""
+
+    def attempt() -> tuple[Any, str | None]:
+        try:
+            return work(), None
+        except RunError as error:
+            return None, str(error)
+        except OSError as error:
+            return None, f"{folder}: cannot write there ({error.strerror or error}); choose another --out"
+
+    found, trouble = on_main(attempt)()
+    if trouble:
+        raise RunError(trouble)
+    return found
+
+
+def _look(run: Run, inputs: Mapping[str, str | Path]) -> tuple[dict[str, str], dict[str, str], Any]:
+    """Fingerprints and paths of the inputs and the results so far. Raises RunError if the run cannot be started."""
+    run.paths = {name: str(path) for name, path in reads(run.job, inputs).items()}
     try:
-        run.inputs = {name: fingerprint(path) for name, path in found.items()}
+        run.inputs = {name: fingerprint(path) for name, path in run.paths.items()}
     except OSError as error:
-        return (run.inputs, run.paths, run.results), f"{error.filename}: cannot be read ({error.strerror or error})"
-    try:
-        trouble = _unusable(run.folder) or _trouble(run, starts=True)
-    except RunError as error:
-        trouble = str(error)
-    except OSError as error:
-        trouble = _unwritable(run.folder, error)
-    return (run.inputs, run.paths, run.results), trouble
+        raise RunError(f"{error.filename}: cannot be read ({error.strerror or error})") from None
+    if trouble := _unusable(run.folder):
+        raise RunError(trouble)
+    _examine(run, starts=True)
+    return run.inputs, run.paths, run.results
 
 
-def _trouble(run: Run, *, starts: bool = False) -> str | None:
-    """Why a run cannot have its folder; its results are read if it is done. After the start it must still be undone."""
+def _examine(run: Run, *, starts: bool) -> None:
+    """Raise RunError if a run cannot have its folder; read its results if it is done, which it may be at the start."""
     folder, done = run.folder, run.folder / "done.json"
-    if not (folder / "config.json").exists():
-        if other := sorted(p.name for p in folder.glob("*") if not _leftover(p)):
-            what = "a sweep" if "sweep.json" in other else f"files that are no run's ({', '.join(other[:3])})"
-            return f"{folder}: holds {what}; choose another --out, a folder that is new or empty"
-        owner = holder(folder) if folder.is_dir() else None
-    else:
-        owner = holder(folder) if not done.exists() else None
+    owner = holder(folder) if folder.is_dir() else None
+    if (folder / "config.json").exists():
         differences = _differences(run)
-        if differences and not (owner is None and _empty(folder)):
-            return (
-                f"{folder}: holds a run with another config ({'; '.join(differences)}); "
-                "choose another --out, or delete the folder to start over"
-            )
         if done.exists() and not differences:
             run.results = read_json(done)
             if not isinstance(run.results, dict):
                 raise RunError(f"{done}: holds no results; restore it, or delete its folder to start over")
-            return None if starts else f"{folder}: another process has done this run meanwhile; see {done}"
-    return f"{folder}: {owner} is working there; wait for it, or choose another --out" if owner else None
+            if not starts:
+                raise RunError(f"{folder}: another process has done this run meanwhile; see {done}")
+            return
+        if differences and (done.exists() or owner or not _empty(folder)):
+            raise RunError(
+                f"{folder}: holds a run with another config ({'; '.join(differences)}); "
+                "choose another --out, or delete the folder to start over"
+            )
+    elif other := sorted(p.name for p in folder.glob("*") if not _leftover(p)):
+        what = "a sweep" if "sweep.json" in other else f"files that are no run's ({', '.join(other[:3])})"
+        raise RunError(f"{folder}: holds {what}; choose another --out, a folder that is new or empty")
+    if owner:
+        raise RunError(f"{folder}: {owner} is working there; wait for it, or choose another --out")
 
 
 def _leftover(path: Path) -> bool:
@@ -632,35 +429,28 @@ def _differences(run: Run) -> list[str]:
     if not made.exists():
         raise RunError(f"{made}: is missing; restore it, or delete its folder to start over")
     about = read_json(made)
-    if not isinstance(about, dict) or not isinstance(about.get("inputs"), dict):
+    if not isinstance(about, dict) or not isinstance(about.get("inputs"), dict) or "identity" not in about:
         raise RunError(f"{made}: says nothing of inputs; restore it, or delete its folder to start over")
     if before["job"] != run.config["job"]:
         return [f"job: {before['job']!r} there, {run.config['job']!r} now"]
-    theirs, mine = _spelled(before, about), _spelled(run.config, {"inputs": run.inputs, "paths": run.paths})
-    usual = _flat(_defaults(run.job))
+    theirs, mine, usual = about["identity"], _identity(run), _flat(_defaults(run.job))
     old, new = _flat(before), _flat(run.config)
-    found = []
-    for key in sorted({*old, *new}):
-        then, now = old.get(key, usual.get(key)), new.get(key)
-        if key not in new and not then:  # an option of another version, not used
-            continue
-        where = str(Path(about.get("cwd", "."))) if isinstance(then, str) else "."
-        if not (then == now or theirs(then) == mine(now) or _one_place(key, then, now, where, run.job)):
-            found.append(f"{key}: {then!r} there, {now!r} now")
+    found = [
+        f"{key}: {old.get(key, theirs.get(key, usual.get(key)))!r} there, {new.get(key)!r} now"
+        for key in sorted({*theirs, *mine})
+        if theirs.get(key, usual.get(key)) != mine.get(key)
+        and (key in mine or theirs[key])  # else an option of another version that was not used
+    ]
     for name, path in run.paths.items():
-        was = about["inputs"].get(name, about["inputs"].get(path))
-        if was is not None and was not in (run.inputs[name], *(fingerprint(Path(path) / old) for old in BEFORE)):
+        if about["inputs"].get(name, run.inputs[name]) != run.inputs[name]:
             gone = " is not there any more" if run.inputs[name].startswith("name:") else " has changed"
             found.append(f"the {path if name.split()[-1].isdigit() else name} file or model{gone}")
     return found
 
 
-def _spelled(config: Mapping[str, Any], about: Mapping[str, Any]) -> Callable[[Any], Any]:
-    """A function that puts fingerprints in place of the paths of inputs in an option's value."""
-    flat = _flat(dict(config))
-    last = {key.rpartition(".")[2]: value for key, value in flat.items()}  # before paths were kept, names were options
-    paths = about.get("paths") or {name: last.get(name) for name in about["inputs"]}
-    known = {str(path): about["inputs"].get(name) for name, path in paths.items() if isinstance(path, str) and path}
+def _identity(run: Run) -> dict[str, Any]:
+    """The options, flat, with fingerprints in place of the inputs' paths, and other paths in full."""
+    known = {path: run.inputs[name] for name, path in run.paths.items() if path}
 
     def put(value: Any) -> Any:
         if isinstance(value, list):
@@ -671,17 +461,18 @@ def _spelled(config: Mapping[str, Any], about: Mapping[str, Any]) -> Callable[[A
             value = re.sub(rf"(?<![\w./~-]){re.escape(path)}/?(?![\w./-])", f"<{known[path]}>", value)
         return value
 
-    return put
+    found = {key: put(value) for key, value in _flat(run.config).items()}
+    for key, text in found.items():
+        if isinstance(text, str) and isinstance(_option(run.job, key), Path):
+            found[key] = os.path.realpath(os.path.expanduser(text))
+    return found
 
 
-def _one_place(key: str, then: Any, now: Any, where: str, config: Any) -> bool:
-    """Whether two spellings of an option that is a path mean one place."""
-    value: Any = config
-    for name in key.split("."):
-        value = getattr(value, name, None)
-    if not isinstance(value, Path) or not isinstance(then, str) or not isinstance(now, str):
-        return False
-    return os.path.realpath(Path(where, os.path.expanduser(then))) == os.path.realpath(os.path.expanduser(now))
+def _option(config: Any, name: str) -> Any:
+    """The value of an option, of those in groups by "training.lr"."""
+    for part in name.split("."):
+        config = getattr(config, part, None)
+    return config
 
 
 def _defaults(config: Any) -> dict[str, Any]:
@@ -756,10 +547,6 @@ def _unusable(folder: Path) -> str | None:
     return None
 
 
-def _unwritable(folder: Path, error: OSError) -> str:
-    return f"{folder}: cannot write there ({error.strerror or error}); choose another --out"
-
-
 def _plain(value: Any) -> Any:
     """JSON values only, so that a config read back equals the one written."""
     if isinstance(value, dict):
@@ -767,3 +554,156 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     return str(value) if isinstance(value, Path) else value
+
+
+# One owner at a time for a folder: a locked file that names host and process, and a heartbeat.
+
+
+LOCK = ".lock"
+BEAT = 20.0  # seconds between two signs of life
+GONE = 300.0  # seconds without one after which an owner on another host is taken to be gone
+
+
+@dataclass
+class Lock:
+    """A folder owned by this process until it is released, at the latest when the process ends.
+
+    The system drops the lock on the file if the process dies. It may not know of locks on other hosts: there the
+    heartbeat says whether an owner lives.
+    """
+
+    path: Path
+    file: int
+    token: str
+    ended: threading.Event = field(default_factory=threading.Event)
+    users: int = 1
+
+    @property
+    def kept(self) -> bool:
+        """Whether it is still ours; it is not if we were away so long that another host took over."""
+        return _read(self.path).get("token") == self.token
+
+    def beat(self) -> None:
+        """Show a sign of life until the lock is released."""
+        while not self.ended.wait(BEAT):
+            with suppress(OSError):
+                if self.kept:
+                    os.utime(self.path)
+
+    def release(self, pid: int) -> None:
+        """Let the folder go, once nobody in this process uses it any more."""
+        if os.getpid() != pid or self.ended.is_set():  # a child that inherited it owns nothing
+            return
+        self.users -= 1
+        if self.users == 0:
+            self.ended.set()
+            if _held.get(self.path) is self:
+                del _held[self.path]
+            with suppress(OSError):
+                if self.kept:
+                    self.path.unlink()
+            os.close(self.file)
+
+
+_held: dict[Path, Lock] = {}  # of this process
+
+
+def take(folder: Path, owner: object) -> Callable[[], object]:
+    """Own the folder, which must exist, until the function that is returned is called or `owner` is no more.
+
+    Raises RunError if another process owns it, OSError if the folder cannot be written.
+    """
+    path = folder.resolve() / LOCK
+    lock = _held.get(path)
+    if lock is not None and lock.kept:
+        lock.users += 1
+    else:
+        mine = {"host": _host(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+        lock = Lock(path, _locked(path), secrets.token_hex(8))
+        os.truncate(lock.file, 0)
+        os.pwrite(lock.file, json.dumps({**mine, "token": lock.token}).encode(), 0)
+        _held[path] = lock
+        threading.Thread(target=lock.beat, daemon=True, name=f"heartbeat of {path}").start()
+    return weakref.finalize(owner, lock.release, os.getpid())
+
+
+def taken_over(folder: Path) -> str | None:
+    """Who has taken over a folder that this process owned; None if nobody has, also if the lock cannot be read."""
+    lock = _held.get(folder.resolve() / LOCK)
+    found = _read(lock.path) if lock else {}
+    return _told(found) if lock and found.get("token", lock.token) != lock.token else None
+
+
+def holder(folder: Path) -> str | None:
+    """Who owns the folder in another process: "process 12 on host name, since ..."; None if nobody does."""
+    path = folder.resolve() / LOCK
+    if path in _held:
+        return None
+    try:
+        file = os.open(path, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        return _owner(file, path, fcntl.LOCK_SH)
+    finally:
+        os.close(file)
+
+
+def _locked(path: Path) -> int:
+    """The lock file, open and locked. Raises RunError, naming the owner, if there is one."""
+    for wait in (0.05, 0.1, 0.2, 0.4, 0):
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        owner = _owner(file, path, fcntl.LOCK_EX)
+        with suppress(FileNotFoundError):
+            if owner is None and os.path.samestat(os.fstat(file), path.stat()):
+                return file
+        os.close(file)
+        time.sleep(wait)  # somebody may be looking at the lock, or have just removed it
+    raise RunError(f"{path.parent}: {owner or 'somebody'} is working there; wait for it, or choose another --out")
+
+
+def _owner(file: int, path: Path, kind: int) -> str | None:
+    """Who has the lock on this open file; None if nobody has, and now it is ours."""
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+        here = True
+    except BlockingIOError:
+        return _told(_read(path))
+    except OSError:  # a file system that has no locks
+        here = False
+    found = _read(path)
+    elsewhere = bool(found) and not (here and found.get("host") == _host())
+    return _told(found) if elsewhere and _age(path) < GONE else None
+
+
+def _host() -> str:
+    return socket.gethostname()
+
+
+def _age(path: Path) -> float:
+    """Seconds since a file was touched, by the clock of its file system."""
+    probe = path.with_name(f"{LOCK}.now.{secrets.token_hex(8)}")
+    now = time.time()
+    with suppress(OSError):  # read only
+        probe.touch()
+        now = probe.stat().st_mtime
+    with suppress(OSError):
+        probe.unlink(missing_ok=True)
+    try:
+        return now - path.stat().st_mtime
+    except OSError:
+        return GONE
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """What a lock says; nothing if there is none, or if it is being written."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _told(found: dict[str, Any]) -> str:
+    pid, host, since = (found.get(name, "unknown") for name in ("pid", "host", "since"))
+    return f"process {pid} on host {host} (since {since})"

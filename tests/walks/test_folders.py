@@ -75,9 +75,9 @@ def refused(done: tuple[int, str, str], *words: object) -> None:
 @contextlib.contextmanager
 def other_process(folder: Path, *, host: str | None = None) -> Iterator[int]:
     """A process that owns the folder until it is killed; its id."""
-    code = "import sys; from pathlib import Path; from pyrite import locks\n"
-    code += f"locks._host = lambda: {host!r}\n" if host else ""
-    code += f"mine = lambda: 0; locks.take(Path({str(folder)!r}), mine); print('owned', flush=True); sys.stdin.read()"
+    code = "import sys; from pathlib import Path; from pyrite.core import runs\n"
+    code += f"runs._host = lambda: {host!r}\n" if host else ""
+    code += f"mine = lambda: 0; runs.take(Path({str(folder)!r}), mine); print('owned', flush=True); sys.stdin.read()"
     folder.mkdir(exist_ok=True)
     command, pipe = [sys.executable, "-c", code], subprocess.PIPE
     with subprocess.Popen(command, env=launch.environment(), text=True, stdin=pipe, stdout=pipe) as process:
@@ -91,34 +91,33 @@ def other_process(folder: Path, *, host: str | None = None) -> Iterator[int]:
 def test_a_second_process_is_refused_with_the_name_of_the_first(candidates: Path, tmp_path: Path) -> None:
     with other_process(tmp_path / "run") as pid:
         refused(label(candidates, tmp_path / "run"), f"process {pid} on host", "is working there", "--out")
-        assert [p.name for p in (tmp_path / "run").iterdir()] == [runs.NAME]
+        assert [p.name for p in (tmp_path / "run").iterdir()] == [runs.LOCK]
     assert label(candidates, tmp_path / "run")[0] == 0  # a killed process leaves a lock that nobody has to remove
-    assert not (tmp_path / "run" / runs.NAME).exists()
+    assert not (tmp_path / "run" / runs.LOCK).exists()
 
 
 def test_a_lock_of_another_host_is_taken_over_once_its_heart_stands_still(candidates: Path, tmp_path: Path) -> None:
     with other_process(tmp_path / "run", host="elsewhere") as pid:
         pass
     refused(label(candidates, tmp_path / "run"), f"process {pid} on host elsewhere")
-    lock, now = tmp_path / "run" / runs.NAME, time.time()
+    lock, now = tmp_path / "run" / runs.LOCK, time.time()
     os.utime(lock, (now, now - runs.GONE + 60))
     refused(label(candidates, tmp_path / "run"), "elsewhere")
     os.utime(lock, (now, now - runs.GONE - 60))
     assert label(candidates, tmp_path / "run")[0] == 0
 
 
-def test_a_process_id_that_was_given_again_is_no_owner(candidates: Path, tmp_path: Path) -> None:
+def test_a_lock_file_that_nobody_holds_is_no_lock(candidates: Path, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / runs.NAME).write_text(
-        json.dumps({"host": runs._host(), "pid": os.getppid(), "born": 1.0, "token": "x", "since": "then"})
-    )
+    left = {"host": runs._host(), "pid": os.getppid(), "token": "x", "since": "then"}
+    (tmp_path / "run" / runs.LOCK).write_text(json.dumps(left))
     assert label(candidates, tmp_path / "run")[0] == 0
 
 
 def test_a_run_that_another_host_has_taken_over_stops_and_names_it(tmp_path: Path) -> None:
     run = runs.Run(tmp_path / "run", {}, {})
     run.own()
-    lock = tmp_path / "run" / runs.NAME
+    lock = tmp_path / "run" / runs.LOCK
     mine = lock.read_text()
     lock.write_text("")  # as when a network file system does not answer for a moment
     run.log(step=1)
@@ -144,9 +143,9 @@ def test_reading_needs_no_lock(candidates: Path, tmp_path: Path) -> None:
 def race(folder: Path, count: int) -> list[str]:
     """What happens to processes that want one folder at the same moment."""
     code = (
-        "import sys, time; from pathlib import Path; from pyrite import locks\n"
+        "import sys, time; from pathlib import Path; from pyrite.core import runs\n"
         f"folder = Path({str(folder)!r}); mine = lambda: 0; sys.stdin.readline()\n"
-        "try: locks.take(folder, mine); print('owner', flush=True); sys.stdin.readline()\n"
+        "try: runs.take(folder, mine); print('owner', flush=True); sys.stdin.readline()\n"
         "except ValueError as error: print(error)"
     )
     command, pipe = [sys.executable, "-c", code], subprocess.PIPE
@@ -172,8 +171,8 @@ def test_of_several_processes_that_want_one_folder_exactly_one_gets_it(tmp_path:
         folder = tmp_path / str(attempt)
         folder.mkdir()
         if left != "nothing":
-            gone = {"host": runs._host(), "pid": 2**22 + 1, "born": 1.0, "token": "x", "since": "then"}
-            (folder / runs.NAME).write_text(json.dumps(gone))
+            gone = {"host": runs._host(), "pid": 2**22 + 1, "token": "x", "since": "then"}
+            (folder / runs.LOCK).write_text(json.dumps(gone))
         said = race(folder, 4)
         assert sum(line == "owner" for line in said) == 1, said
         assert sum("is working there" in line for line in said) == 3, said
@@ -185,7 +184,7 @@ def test_the_processes_of_one_launcher_are_one_owner(tiny: Path, demos: Path, tm
     options = list(map(str, ("sft", "--model", tiny, "--data", demos, "--out", tmp_path / "run", *SFT)))
     launch.launch([options, options], processes=2)
     assert (tmp_path / "run" / "done.json").exists()
-    assert not (tmp_path / "run" / runs.NAME).exists()
+    assert not (tmp_path / "run" / runs.LOCK).exists()
 
 
 # Folders that are no run's ----------------------------------------------------------------------------------------
@@ -316,16 +315,15 @@ def test_another_spelling_of_a_path_is_the_same_run(
 
 def test_a_run_of_an_earlier_version_goes_on(candidates: Path, tmp_path: Path) -> None:
     assert label(candidates, tmp_path / "run")[0] == 0
-    config, manifest = (runs.read_json(tmp_path / "run" / name) for name in ("config.json", "manifest.json"))
-    del config["noise_seed"]  # an option that came later
-    del manifest["paths"], manifest["cwd"]
-    runs.write_json(tmp_path / "run" / "config.json", {**config, "gone": None})
-    runs.write_json(tmp_path / "run" / "manifest.json", manifest)
+    made = tmp_path / "run" / "manifest.json"
+    manifest = runs.read_json(made)
+    del manifest["identity"]["noise_seed"]  # an option that came later
+    runs.write_json(made, manifest | {"identity": {**manifest["identity"], "gone": None}})
     done = (tmp_path / "run" / "done.json").stat().st_mtime_ns
     assert label(candidates, tmp_path / "run")[0] == 0
     assert (tmp_path / "run" / "done.json").stat().st_mtime_ns == done
     refused(label(candidates, tmp_path / "run", "--noise-seed", 5), "noise_seed: 0 there, 5 now")
-    runs.write_json(tmp_path / "run" / "config.json", {**config, "gone": 3})
+    runs.write_json(made, manifest | {"identity": {**manifest["identity"], "gone": 3}})
     refused(label(candidates, tmp_path / "run"), "gone: 3 there")
 
 
