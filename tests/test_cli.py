@@ -285,7 +285,6 @@ def place(tiny: Path, tmp_path: Path) -> Path:
     lines("columns.jsonl", {"prompt": "a", "chosn": "b", "rejected": "c"})
     lines("empty.jsonl")
     lines("broken.jsonl", PAIR, '{"prompt": "tell')
-    lines("equal.jsonl", PAIR, {**PAIR, "rejected": "a cat"})
     lines("pairs.jsonl", *({**PAIR, "prompt": f"tell me {i}"} for i in range(40)))
     lines("long.jsonl", {"prompt": "cat " * 70, "response": "dog"}, {"prompt": "a", "response": "b"})
     lines("prompts.jsonl", {"prompt": "tell me"}, {"prompt": "tell me about"})
@@ -322,7 +321,6 @@ BAD_INPUT = {
     "empty file": (REWARD.replace("{}", "empty.jsonl"), ["empty.jsonl is empty"]),
     "no file": (REWARD.replace("{}", "nowhere.jsonl"), ["no file"]),
     "not JSON": (REWARD.replace("{}", "broken.jsonl"), ["broken.jsonl, line 2 is not JSON"]),
-    "chosen equals rejected": (REWARD.replace("{}", "equal.jsonl"), ["equal.jsonl, line 2", "chosen equals rejected"]),
     "long prompt": (
         "sft --model {tiny} --data {place}/long.jsonl --out {place}/run --on-long error",
         ["71 tokens", "context of 64"],

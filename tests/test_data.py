@@ -91,7 +91,6 @@ def test_extra_columns_stay_and_messages_lose_theirs(tmp_path):
     [
         ({"chosen": ""}, "line 2: chosen is empty"),
         ({"chosen": " \n"}, "line 2: chosen is empty"),
-        ({"chosen": "No.", "rejected": "No."}, "line 2: chosen equals rejected"),
         ({"chosen": 3}, "line 2: chosen must be text, not 3"),
         ({"rejected": None}, "line 2: rejected must be text, not None"),
         ({"prompt": ""}, "line 2: prompt is empty"),
@@ -128,16 +127,15 @@ def test_missing_columns_are_named_with_those_present_and_the_nearest(tmp_path):
 def test_options_are_checked(tmp_path):
     path = put(tmp_path, PAIRS)
     assert "unknown kind of data 'pair'; it is one of prompts, demos" in refusal(path, "pair")
-    assert "on_equal is 'keep'" in refusal(path, on_equal="keep")
 
 
 # Ids, strength, repeats
 
 
-def test_equal_pairs_are_dropped_and_counted_on_demand(tmp_path):
+def test_equal_pairs_are_dropped_and_counted(tmp_path):
     notes = []
     path = put(tmp_path, [*PAIRS, {**PAIRS[0], "rejected": PAIRS[0]["chosen"]}])
-    assert data.load(path, "pairs", on_equal="drop", note=notes.append) == PAIRS
+    assert data.load(path, "pairs", note=notes.append) == PAIRS
     assert notes == [f"{path}: 1 of 3 rows left out: chosen equals rejected"]
 
 
@@ -234,16 +232,6 @@ def test_equal_rows_give_equal_bytes(tmp_path):
     for name in ("a.jsonl.gz", "b.jsonl.gz"):
         data.write(PAIRS, tmp_path / name)
     assert (tmp_path / "a.jsonl.gz").read_bytes() == (tmp_path / "b.jsonl.gz").read_bytes()
-
-
-def test_fingerprint_sees_values_and_order_but_not_columns_order():
-    reversed_columns = [dict(reversed(row.items())) for row in PAIRS]
-    assert data.fingerprint(PAIRS) == data.fingerprint(reversed_columns)
-    assert len({data.fingerprint(rows) for rows in (PAIRS, PAIRS[::-1], PAIRS[:1], [])}) == 4
-    line = '{"chosen":"ü","prompt":"p"}\n'
-    import hashlib
-
-    assert data.fingerprint([{"prompt": "p", "chosen": "ü"}]) == hashlib.sha256(line.encode()).hexdigest()
 
 
 # Splits and noise
@@ -362,9 +350,8 @@ def divided(rows):
 @real
 def test_real_judged_pairs():
     path = REAL / "judged_pairs.jsonl.gz"
-    assert "chosen equals rejected" in refusal(path)
     notes = []
-    rows = data.load(path, "pairs", on_equal="drop", note=notes.append)
+    rows = data.load(path, "pairs", note=notes.append)
     assert notes == [f"{path}: 20 of 6440 rows left out: chosen equals rejected"]
     assert len(rows) == 6420
     assert all(0 <= row["strength"] < 9.3 for row in rows)

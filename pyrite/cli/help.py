@@ -155,6 +155,7 @@ OLD_NAMES: dict[str, str] = {
     "--lora-rank": "--lora, as in --lora 'lora(r=16)'",
     "--lora-targets": "--lora, as in --lora 'lora(r=16, target_modules=\"q_proj,v_proj\")'",
     "--micro-tokens": "--micro-batch-tokens",
+    "--on-equal": "pairs whose answers are equal are always left out and counted",
     "--recompute": "--gradient-checkpointing",
     "--save-every": "--save-steps",
     "--schedule": "--lr-scheduler-type, as in --lr-scheduler-type 'linear(warmup_steps=10)'",

@@ -22,9 +22,6 @@ from pyrite.data import rows as data
 from pyrite.data.files import Placed
 from pyrite.data.text import Prompt, plain
 
-# options: Options of preference dimensions, from a YAML file: told apart by their ids, never by their text.
-
-
 _SHIPPED = Path(__file__).parent
 
 
@@ -37,7 +34,6 @@ class Option:
     sentence: str
     criterion: str
     gold: str | None = None
-    aliases: tuple[str, ...] = ()
     later: bool = False
 
 
@@ -56,9 +52,9 @@ class Dimensions:
             if option.id in ids:
                 raise ValueError(f"{where}: this id is taken; give every option its own")
             ids.add(option.id)
-            for text in (option.sentence, *option.aliases):
-                if texts.setdefault(_plain(text), option.id) != option.id:
-                    raise ValueError(f"{where}: {text!r} is what {texts[_plain(text)]} says; word them differently")
+            if texts.setdefault(_plain(option.sentence), option.id) != option.id:
+                first = texts[_plain(option.sentence)]
+                raise ValueError(f"{where}: {option.sentence!r} is what {first} says; word them differently")
 
     @classmethod
     def load(cls, source: str | Path) -> Dimensions:
@@ -120,17 +116,6 @@ class Dimensions:
         sides = [[o.id for o in take if o.dimension == name] for name in self.names]
         return list(itertools.product(*(side for side in sides if side))) if take else []
 
-    def recognize(self, sentence: str) -> Option:
-        """The option that a sentence of somebody else's data words; commas, case, spaces and a last stop do not matter.
-
-        Raises ValueError for a sentence that is neither an option's own nor one of its aliases.
-        """
-        wanted = _plain(sentence)
-        for option in self.options:
-            if wanted in map(_plain, (option.sentence, *option.aliases)):
-                return option
-        raise ValueError(f"unknown preference sentence {sentence!r}: add it to the aliases of the option it words")
-
 
 def filled(template: str, option: Option) -> str:
     """A spec string about an option: {id}, {sentence}, {criterion} and {gold} become the option's own, quoted.
@@ -183,13 +168,10 @@ def _option(entry: Any, number: int) -> Option:
     missing = [name for name in _required() if name not in entry]
     if missing:
         raise ValueError(f"{where}: missing {', '.join(missing)}")
-    if not isinstance(entry.get("aliases", []), list) or not isinstance(entry.get("later", False), bool):
-        raise ValueError(f"{where}: aliases is a list of texts, later is true or false")
-    texts = {
-        name: _text(value, f"{where}: {name}") for name, value in entry.items() if name not in ("aliases", "later")
-    }
-    aliases = tuple(_text(alias, f"{where}: an alias") for alias in entry.get("aliases", []))
-    return Option(**texts, aliases=aliases, later=entry.get("later", False))
+    if not isinstance(entry.get("later", False), bool):
+        raise ValueError(f"{where}: later is true or false")
+    texts = {name: _text(value, f"{where}: {name}") for name, value in entry.items() if name != "later"}
+    return Option(**texts, later=entry.get("later", False))
 
 
 def _required() -> list[str]:
@@ -204,9 +186,6 @@ def _text(value: Any, what: str) -> str:
 
 def _plain(sentence: str) -> str:
     return " ".join(sentence.replace(",", " ").casefold().split()).rstrip(" .")
-
-
-# variants: Prompts as preferences change them: one renderer for rollouts, reward models, policies and judges.
 
 
 Turn = Literal["user", "system"]

@@ -1,4 +1,4 @@
-"""Prompts longer than a job can take: cut, left out, or an error; always counted, and named by file and line."""
+"""Rows of data: read in many layouts, checked, told apart by prompt, written, and fitted to a context length."""
 
 from __future__ import annotations
 
@@ -23,14 +23,11 @@ from pyrite.data import text as text_
 from pyrite.data.files import TEXTS, DataError, Placed, Row, Source, read
 from pyrite.data.text import OF_TOOLS, SHOWN, Answer, plain
 
-# layouts: Column layouts of published data sets, each turned into this library's rows: one function a layout.
-
-
 Message = dict[str, Any]
 
 
 class Skip(Exception):  # noqa: N818, a signal and not an error
-    """A sound row that is left out; its message is the reason, counted by the loader."""
+    """Raised for a sound row that is left out; its message is the reason, which is counted."""
 
 
 @dataclass(frozen=True)
@@ -151,12 +148,12 @@ def pair_from_outputs(row: Row) -> Row:
 
     AlpacaEval's weighted judges give a preference between 1 and 2, which is 1 + P(the second is better).
     """
-    answers, value = [text(row, "output_1"), text(row, "output_2")], row["preference"]
+    value = row["preference"]
     if not isinstance(value, float) or not 1 < value < 2:
-        return _preferred(row, answers, first=1)
+        return _better(row, instruction(row), "output_1", "output_2", first=_is_first(value, (1, 2)))
     if value == 1.5:
         raise Skip("neither answer is better (preference 1.5)")
-    pair = _preferred({**row, "preference": round(value)}, answers, first=1)
+    pair = _better(row, instruction(row), "output_1", "output_2", first=value < 1.5)
     return pair | {"probability": max(value - 1, 2 - value)}
 
 
@@ -165,20 +162,17 @@ def pair_from_answers(row: Row) -> Row:
     answers = row["answers"]
     if not isinstance(answers, list) or len(answers) != 2 or not all(isinstance(one, str) for one in answers):
         raise ValueError("answers must be a list of two texts")
-    return _preferred(row, answers, first=0)
+    named = {"first": answers[0], "second": answers[1]}
+    return _better(named, instruction(row), "first", "second", first=_is_first(row["preference"], (0, 1)))
 
 
 def pair_from_question(row: Row) -> Row:
     """Stack-exchange pairs: question, response_j (the better), response_k."""
-    return {
-        "prompt": text(row, "question"),
-        "chosen": text(row, "response_j"),
-        "rejected": text(row, "response_k"),
-    }
+    return _better(row, text(row, "question"), "response_j", "response_k", first=True)
 
 
 def pair_from_votes(row: Row) -> Row:
-    """SHP: history (of the post), human_ref_A, human_ref_B, labels = 1 where A has more votes, else 0."""
+    """SHP: history (of the post), human_ref_A, human_ref_B, labels = 1 if A has more votes, else 0."""
     return _better(row, row["history"], "human_ref_A", "human_ref_B", first=_label(row["labels"], "labels"))
 
 
@@ -378,14 +372,13 @@ def _better(row: Row, prompt: Any, one: str, other: str, *, first: bool) -> Row:
     return {"prompt": prompt, "chosen": text(row, chosen), "rejected": text(row, rejected)}
 
 
-def _preferred(row: Row, answers: list[str], *, first: int) -> Row:
-    preference = row.get("preference")
+def _is_first(preference: Any, numbers: tuple[int, int]) -> bool:
+    """Whether a preference, one of two numbers, is for the first answer."""
     if preference is None:
         raise Skip("it has no preference")
-    if isinstance(preference, bool) or preference not in (first, first + 1):
-        raise ValueError(f"preference must be {first} or {first + 1}, not {preference!r:.60}")
-    better = int(preference) - first
-    return {"prompt": instruction(row), "chosen": answers[better], "rejected": answers[1 - better]}
+    if isinstance(preference, bool) or preference not in numbers:
+        raise ValueError(f"preference must be {numbers[0]} or {numbers[1]}, not {preference!r:.60}")
+    return preference == numbers[0]
 
 
 def _same(*names: str) -> Callable[[Row], Row]:
@@ -445,36 +438,19 @@ LAYOUTS: dict[str, tuple[Layout, ...]] = {
 }
 
 
-# data: Rows on disk: load and import, validate, split by prompt, write, and add exact label noise.
-
-
 Kind = Literal["prompts", "demos", "pairs", "candidates", "answers"]
 
 OnContradiction = Literal["error", "swap", "drop", "keep"]
 CONTRADICTION = "their strength or probability says that the rejected answer is the better one"
 CONDITIONED = ("asked", "asked_id", "preferences")  # what a prompt under preferences was made from
 PROBABILITY_FLOOR = 1e-4  # a judge's certainty becomes at most ln(9999) = 9.21 nats
-_TEXTS = {
-    "prompts": (),
-    "demos": ("response",),
-    "pairs": ("chosen", "rejected"),
-    "candidates": ("response",),
-    "answers": ("response",),
-}
+_TEXTS = {"prompts": (), "pairs": ("chosen", "rejected")}  # of other kinds: response
 _NONEMPTY = {"demos": "response", "pairs": "chosen"}
-_TYPES = {
-    "sample": ((int,), "a whole number"),
-    "length": ((int,), "a whole number"),
-    "logp": ((int, float), "a number"),
-    "strength": ((int, float), "a number"),
-    "probability": ((int, float), "a number"),
-    "finished": ((bool,), "true or false"),
-    "flipped": ((bool,), "true or false"),
+_NUMBERS: dict[str, dict[str, type]] = {
+    "candidates": {"sample": int, "length": int, "logp": float, "finished": bool},
+    "pairs": {"strength": float, "probability": float, "flipped": bool},
 }
-_TYPED = {
-    "candidates": ("sample", "length", "logp", "finished"),
-    "pairs": ("strength", "probability", "flipped"),
-}
+_WORDS = {int: "a whole number", float: "a number", bool: "true or false"}
 
 
 def load(
@@ -482,7 +458,6 @@ def load(
     kind: Kind,
     *,
     columns: str | Mapping[str, str] | None = None,
-    on_equal: Literal["error", "drop"] = "error",
     on_contradiction: OnContradiction = "keep",
     on_tie: Literal["keep", "drop"] = "keep",
     note: Callable[[str], object] | None = None,
@@ -493,9 +468,9 @@ def load(
     conversational ones, Anthropic HH transcripts, AlpacaFarm, Alpaca, question/response_j/response_k;
     `columns` renames others ("prompt=question,chosen=good", ours first). A missing prompt_id is derived from
     the prompt. A judge's `probability` p becomes `strength` = ln(p / (1 − p)) nats, p clipped to
-    [1e-4, 1 − 1e-4]. Left out, and told to `note` in one line a reason: pairs with chosen equal to rejected
-    (an error unless on_equal="drop"), conversations that part before the last answer or prefer an empty one,
-    rows without a verdict, and prompts seen before (kind "prompts").
+    [1e-4, 1 − 1e-4]. Left out, and told to `note` in one line a reason: pairs with chosen equal to rejected,
+    conversations that part before the last answer or prefer an empty one, rows without a verdict, and prompts seen
+    before (kind "prompts").
 
     on_contradiction: for pairs whose strength is below 0, or probability below ½, so that the rejected answer is the
     better one: keep, as they stand; swap, which exchanges the answers and their columns; drop; or an error. on_tie: for
@@ -506,19 +481,16 @@ def load(
     """
     if kind not in LAYOUTS:
         raise DataError(f"unknown kind of data {kind!r}; it is one of {', '.join(LAYOUTS)}")
-    if on_equal not in ("error", "drop"):
-        raise DataError(f"on_equal is {on_equal!r}; it must be 'error' or 'drop'")
     names = _names(columns)
     source = _renamed(read(str(path), texts=[theirs for ours, theirs in names.items() if ours in TEXTS]), names)
     total = len(source.rows)
     source, layout, alone = _gathered(source, _layout(source, kind))
-    rows, dropped, swaps = _converted(source, kind, layout, on_equal, on_contradiction, on_tie)
+    rows, dropped, swaps = _converted(source, kind, layout, on_contradiction, on_tie)
     dropped += alone
-    if swaps and note is not None:
-        note(f"{source.name}: in {swaps} of {total} rows chosen and rejected are exchanged: {CONTRADICTION}")
-    for reason, count in dropped.items():
+    notes = [f"in {swaps} of {total} rows chosen and rejected are exchanged: {CONTRADICTION}"] if swaps else []
+    for words in [*notes, *(f"{count} of {total} rows left out: {reason}" for reason, count in dropped.items())]:
         if note is not None:
-            note(f"{source.name}: {count} of {total} rows left out: {reason}")
+            note(f"{source.name}: {words}")
     if not rows:
         raise DataError(f"{source.name}: no row is left of {total}; {'; '.join(dropped)}")
     return rows
@@ -623,7 +595,7 @@ def write(rows: Sequence[Row], path: str | Path) -> None:
         if target.suffix == ".parquet":
             _write_parquet(rows, temporary)
         else:
-            text = "".join(f"{_json(row, sort=False)}\n" for row in rows).encode()
+            text = "".join(f"{_json(row)}\n" for row in rows).encode()
             temporary.write_bytes(gzip.compress(text, mtime=0) if target.suffix == ".gz" else text)
         os.replace(temporary, target)
     except OSError as error:
@@ -633,14 +605,6 @@ def write(rows: Sequence[Row], path: str | Path) -> None:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-
-
-def fingerprint(rows: Sequence[Row]) -> str:
-    """sha256 of the rows in their order; the order of columns and the file format do not matter."""
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(_json(row, sort=True).encode() + b"\n")
-    return digest.hexdigest()
 
 
 def cut_hint(candidates: Sequence[Row]) -> str:
@@ -740,26 +704,25 @@ def _nearest(name: str, present: Row) -> str:
 
 
 def _converted(
-    source: Source, kind: Kind, layout: Layout, on_equal: str, on_contradiction: OnContradiction, on_tie: str
+    source: Source, kind: Kind, layout: Layout, on_contradiction: OnContradiction, on_tie: str
 ) -> tuple[list[Row], Counter[str], int]:
     """The rows, how many were left out by reason, and of how many pairs the answers were exchanged."""
     rows: list[Row] = []
     dropped: Counter[str] = Counter()
     prompts: dict[Any, str] = {}
-    against: list[int] = []
-    said = ""
+    against: list[tuple[int, str]] = []  # pairs of which the rejected answer is the better one
     for i, raw in enumerate(source.rows):
         try:
             row = _checked(raw, kind, layout)
-            _check_pair(row, kind, on_equal)
             _check_id(row, kind, prompts)
-            if kind == "pairs" and _data_better(row) == 0 and on_tie == "drop":
-                raise Skip("neither answer is better (strength 0)")
-            if kind == "pairs" and _data_better(row) < 0:
-                name = "probability" if "probability" in row else "strength"
-                said = said or f"{name} is {row[name]:.4g}"
-                against.append(i)
-                row = _resolved(row, on_contradiction)
+            if kind == "pairs":
+                preferred = _preferred(row)
+                if preferred == 0 and on_tie == "drop":
+                    raise Skip("neither answer is better (strength 0)")
+                if preferred < 0:
+                    name = "probability" if "probability" in row else "strength"
+                    against.append((i, f"{name} is {row[name]:.4g}"))
+                    row = _resolved(row, on_contradiction)
         except Skip as reason:
             dropped[str(reason)] += 1
         except ValueError as error:
@@ -767,20 +730,22 @@ def _converted(
         else:
             rows.append(Placed.at(row, source.at(i)))
     if against and on_contradiction == "error":
+        i, words = against[0]
         raise DataError(
-            f"{source.at(against[0])}: {said}, so the rejected answer is the better one, as in {len(against)} of "
+            f"{source.at(i)}: {words}, so the rejected answer is the better one, as in {len(against)} of "
             f"{len(source.rows)} rows; --on-contradiction swap exchanges their answers, drop leaves them out, "
             "keep takes them as they stand"
         )
     return rows, dropped, len(against) * (on_contradiction == "swap")
 
 
-def _data_better(row: Row) -> float:
+def _preferred(row: Row) -> float:
     """Which answer the numbers of a pair prefer: above 0 chosen, below 0 rejected, 0 neither; 1 without numbers."""
+    if answer(row, "chosen") == answer(row, "rejected"):
+        raise Skip("chosen equals rejected")
     if "strength" not in row:
         return 1.0
-    odds = row.get("probability", 0.5) - 0.5
-    if row["strength"] * odds < 0:
+    if row["strength"] * (row.get("probability", 0.5) - 0.5) < 0:
         raise ValueError(
             f"strength is {row['strength']:.4g} but probability is {row['probability']:.4g}: they disagree"
         )
@@ -793,9 +758,8 @@ def _resolved(row: Row, on_contradiction: OnContradiction) -> Row:
         raise Skip(CONTRADICTION)
     if on_contradiction != "swap":
         return row
-    signs = {"strength": -row["strength"]} if "strength" in row else {}
-    signs |= {"probability": 1 - row["probability"]} if "probability" in row else {}
-    return exchanged(row) | signs
+    turned = {"probability": 1 - row["probability"]} if "probability" in row else {}
+    return exchanged(row) | {"strength": -row["strength"]} | turned
 
 
 def exchanged(row: Row) -> Row:
@@ -817,13 +781,6 @@ def _twin(name: str) -> str:
     return re.sub("chosen|rejected", lambda found: "rejected" if found[0] == "chosen" else "chosen", name)
 
 
-def _check_pair(row: Row, kind: Kind, on_equal: str) -> None:
-    if kind == "pairs" and answer(row, "chosen") == answer(row, "rejected"):
-        if on_equal == "error":
-            raise ValueError("chosen equals rejected; remove such pairs, or leave them out with on_equal=drop")
-        raise Skip("chosen equals rejected")
-
-
 def _check_id(row: Row, kind: Kind, prompts: dict[Any, str]) -> None:
     """One id, one prompt: splits, counts and random streams go by it."""
     text, seen = plain(row["prompt"]), row["prompt_id"] in prompts
@@ -841,7 +798,7 @@ def _checked(raw: Row, kind: Kind, layout: Layout) -> Row:
     ours = layout.convert(raw)
     bare = kind == "demos" and ours["prompt"] == "" and "text" in layout.needs  # a text without a prompt
     prompt = ours["prompt"] = "" if bare else _checked_prompt(ours["prompt"])
-    for name in _TEXTS[kind]:
+    for name in _TEXTS.get(kind, ("response",)):
         if not isinstance(ours[name], str):
             raise ValueError(f"{name} must be text, not {ours[name]!r:.60}")
     if kind in _NONEMPTY and not ours[_NONEMPTY[kind]].strip() and not ours.get(f"{_NONEMPTY[kind]}_fields"):
@@ -892,12 +849,9 @@ def _checked_prompt(prompt: Any, name: str = "prompt") -> Any:
 
 
 def _check_numbers(row: Row, kind: str) -> None:
-    for name in _TYPED.get(kind, ()):
-        types, words = _TYPES[name]
-        value = row.get(name)
-        wrong_bool = isinstance(value, bool) and bool not in types
-        if name in row and (wrong_bool or not isinstance(value, types)):
-            raise ValueError(f"{name} must be {words}, not {value!r:.60}")
+    for name, wanted in _NUMBERS.get(kind, {}).items():
+        if name in row and type(row[name]) not in ((int, float) if wanted is float else (wanted,)):
+            raise ValueError(f"{name} must be {_WORDS[wanted]}, not {row[name]!r:.60}")
     for name, value in row.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{name} is {value}; numbers must be finite")
@@ -941,12 +895,11 @@ def _write_parquet(rows: Sequence[Row], path: Path) -> None:
     pyarrow.parquet.write_table(table, path)
 
 
-def _json(row: Row, *, sort: bool) -> str:
-    return json.dumps(row, sort_keys=sort, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+def _json(row: Row) -> str:
+    return json.dumps(row, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
-# long_prompts: Prompts longer than a job can take: cut, left out, or an error; always counted, and named by file and
-# line.
+# Prompts longer than a job can take: cut, left out, or an error; always counted, and named by file and line.
 
 
 OnLong = Literal["truncate", "drop", "error"]

@@ -14,7 +14,7 @@ import shutil
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,8 +74,6 @@ class Config:
     """Longest prompt in tokens; three quarters of max_length by default."""
     on_long: OnLong = "truncate"
     """What to do with a longer prompt: cut it to its end, leave its pair out, or stop."""
-    on_equal: Literal["error", "drop"] = "error"
-    """What to do with a pair whose answers are equal."""
     on_contradiction: rows.OnContradiction = "error"
     """What to do with a pair whose strength is below 0, or probability below one half, so that its rejected answer is
     the better one: stop, exchange the answers, leave it out, or take it as it stands, as a label that was drawn."""
@@ -191,7 +189,6 @@ def _read(config: Config, loss: Loss) -> tuple[list[dict[str, Any]], list[dict[s
         rows.load,
         kind="pairs",
         columns=config.columns,
-        on_equal=config.on_equal,
         on_contradiction=config.on_contradiction,
         on_tie="keep" if takes_ties(loss) else "drop",
         note=say,

@@ -189,7 +189,7 @@ def _pairs(config: Config) -> list[dict[str, Any]]:
     if not config.pairs:
         return []
     how: dict[str, Any] = {"on_contradiction": config.on_contradiction, "on_tie": "drop", "note": say}
-    return data.load(config.pairs, "pairs", on_equal="drop", **how)
+    return data.load(config.pairs, "pairs", **how)
 
 
 def _encoded(policy: Policy, pairs: list[dict[str, Any]], config: Config) -> EncodedPairs | None:

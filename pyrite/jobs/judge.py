@@ -268,7 +268,7 @@ def _pairs(config: Ask | Export) -> list[Row]:
     if isinstance(config, Ask) and compared:
         return _compared(config)
     if config.pairs:
-        rows = data.load(config.pairs, "pairs", columns=config.columns, on_equal="drop", note=say)
+        rows = data.load(config.pairs, "pairs", columns=config.columns, note=say)
         sides = [{"a": row.pop("chosen"), "b": row.pop("rejected")} for row in rows]
         return [{**row, **side} for row, side in zip(rows, sides, strict=True)]
     rows = data.load(str(config.candidates), "candidates", columns=config.columns)

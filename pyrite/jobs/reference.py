@@ -54,8 +54,6 @@ class Compute:
     """Of the products."""
     micro_tokens: Count = 16384
     """Packed tokens in one forward pass."""
-    on_equal: Literal["error", "drop"] = "error"
-    """What to do with a pair whose answers are equal."""
 
 
 @dataclass(frozen=True)
@@ -78,8 +76,6 @@ class Verify:
     """Longest prompt in tokens, as in training; three quarters of max_length by default."""
     rows: Count = 32
     """Answers to compute again."""
-    on_equal: Literal["error", "drop"] = "error"
-    """What to do with a pair whose answers are equal."""
     template: Template = Template()
     seed: Natural = 0
     """Of everything that is drawn at random."""
@@ -129,7 +125,7 @@ def compute(config: Compute) -> Run:
     run = runs.start("reference", config, inputs=inputs)
     if run.done:
         return run
-    pairs = rows.load(config.data, "pairs", columns=config.columns, on_equal=config.on_equal, note=say)
+    pairs = rows.load(config.data, "pairs", columns=config.columns, note=say)
     policy = Policy.load(config.model, dtype=config.dtype, template=config.template)
     max_length, max_prompt = references.limits(policy.context, config.max_length, config.max_prompt)
     long: dict[str, int] = {}
@@ -166,7 +162,7 @@ def import_(config: Import) -> Run:
     run = runs.start("reference", config, inputs=inputs)
     if run.done:
         return run
-    pairs = rows.load(config.file, "pairs", columns=config.columns, on_equal="drop", note=say)
+    pairs = rows.load(config.file, "pairs", columns=config.columns, note=say)
     texts, names = texts_of(pairs), (config.chosen, config.rejected)
     sums = references.given_sums(pairs, names)
     references.check_import(texts, sums, where=references.name_of_pair(pairs))
@@ -180,7 +176,7 @@ def import_(config: Import) -> Run:
 
 def verify(config: Verify) -> Run:
     """Every rule with its outcome, until one is broken, which is the error. Writes nothing."""
-    pairs = rows.load(config.data, "pairs", columns=config.columns, on_equal=config.on_equal, note=say)
+    pairs = rows.load(config.data, "pairs", columns=config.columns, note=say)
     policy = Policy.load(config.model, template=config.template) if config.model else None
     outcome: dict[str, str] = {}
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,8 +63,6 @@ class Config:
     """Longest prompt in tokens; three quarters of max_length by default."""
     on_long: OnLong = "truncate"
     """What to do with a longer prompt: cut it to its end, leave its pair out, or stop."""
-    on_equal: Literal["error", "drop"] = "error"
-    """What to do with a pair whose answers are equal."""
     on_contradiction: data.OnContradiction = "error"
     """What to do with a pair whose strength is below 0, or probability below one half, so that its rejected answer is
     the better one: stop, exchange the answers, leave it out, or take it as it stands, as a label that was drawn."""
@@ -136,7 +134,6 @@ def _read(config: Config) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         data.load,
         kind="pairs",
         columns=config.columns,
-        on_equal=config.on_equal,
         on_contradiction=config.on_contradiction,
         on_tie="drop",
         note=say,

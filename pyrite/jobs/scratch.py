@@ -77,7 +77,7 @@ def run(config: Config) -> Run:
 
 def _texts(config: Config) -> list[str]:
     """Every prompt and response of the data."""
-    rows = data.load(config.data, config.kind, columns=config.columns, on_equal="drop")
+    rows = data.load(config.data, config.kind, columns=config.columns)
     columns = {"pairs": ("chosen", "rejected"), "demos": ("response",), "prompts": ()}[config.kind]
     return [text.plain(row["prompt"]) for row in rows] + [row[name] for row in rows for name in columns]
 

@@ -1,4 +1,4 @@
-"""Options of preferences: the shipped ones, files of one's own with errors that name the entry, what is recognized."""
+"""Options of preferences: the shipped ones, and files of one's own with errors that name the entry."""
 
 from __future__ import annotations
 
@@ -61,46 +61,6 @@ def test_options_are_chosen_in_the_order_of_dimensions() -> None:
         SOUPS.chosen(["P1a"])
 
 
-CIRCULATING = {
-    "P1A": ["Generate a response that can easily be understandable by an elementary school student."],
-    "P2A": [
-        "Generate a response that is concise and to the point, without being verbose.",
-        "Generate a response that is concise and to the point without being verbose.",
-        "the response that is concise and to the point, without being verbose",
-    ],
-    "P2B": [
-        "Generate a response that is very informative, without missing any background information.",
-        " Generate a response that is very informative without missing any background information.",
-    ],
-    "P3A": [
-        "Generate a response that is friendly, witty, funny, and humorous, like a close friend.",
-        "Generate a response that is friendly witty funny and humorous like a close friend.",
-        "the response that is friendly, witty, funny and humorous, like a close friend",
-    ],
-    "P3B": ["Generate/Choose a response (that answers) in an unfriendly manner."],
-    "P3D": ["generate a response in a SARCASTIC manner"],
-}
-
-
-@pytest.mark.parametrize(("id", "sentence"), [(id, s) for id, some in CIRCULATING.items() for s in some])
-def test_circulating_wordings_are_recognized(id: str, sentence: str) -> None:
-    assert SOUPS.recognize(sentence).id == id
-
-
-@pytest.mark.parametrize("change", [str.upper, lambda s: s.replace(",", ""), lambda s: f"  {s.replace(' ', '  ')}\n"])
-def test_commas_case_and_spaces_do_not_matter(change) -> None:
-    for option in SOUPS.options:
-        for sentence in (option.sentence, *option.aliases):
-            assert SOUPS.recognize(change(sentence)) is option
-
-
-def test_an_unknown_sentence_is_named() -> None:
-    with pytest.raises(ValueError, match=r"'Be rude\.'.*aliases"):
-        SOUPS.recognize("Be rude.")
-    with pytest.raises(ValueError, match="unknown preference sentence ''"):
-        SOUPS.recognize("")
-
-
 def test_a_file_of_ones_own(tmp_path: Path) -> None:
     found = Dimensions.load(put(tmp_path, MINE))
     assert found.ids == ("warm", "cold", "brief") and found.names == ("tone", "size")
@@ -118,14 +78,12 @@ BAD = [
     ([{k: v for k, v in MINE[0].items() if k != "criterion"}], r"option 1 \(warm\): missing criterion"),
     ([{**MINE[0], "sentence": " "}], r"option 1 \(warm\): sentence must be text, not ' '"),
     ([{**MINE[0], "gold": 3}], r"option 1 \(warm\): gold must be text, not 3"),
-    ([{**MINE[0], "aliases": "warmly"}], r"option 1 \(warm\): aliases is a list"),
-    ([{**MINE[0], "aliases": [1]}], r"option 1 \(warm\): an alias must be text, not 1"),
     ([{**MINE[0], "later": "yes please"}], r"option 1 \(warm\).*later is true or false"),
     ([MINE[0], {**MINE[1], "id": "warm"}], r"option 2 \(warm\): this id is taken"),
     ([{**MINE[0], "id": "a+b"}], r"option 1 \(a\+b\): an id is letters"),
     ([{**MINE[0], "id": "neutral"}], r"option 1 \(neutral\).*not 'neutral'"),
     ([{**MINE[0], "id": 1}], r"option 1 \(1\): id must be text"),
-    ([MINE[0], {**MINE[1], "aliases": ["be WARM"]}], r"option 2 \(cold\): 'be WARM' is what warm says"),
+    ([MINE[0], {**MINE[1], "sentence": "be WARM"}], r"option 2 \(cold\): 'be WARM' is what warm says"),
 ]
 
 

@@ -242,7 +242,7 @@ def test_what_makes_no_pair_is_counted(pyrite: Command, tiny: Path, capsys: pyte
 def test_ties_are_no_pairs(layout: str, change: dict[str, Any], reason: str, tmp_path: Path) -> None:
     rows = [{**PAIRS[layout][0], **change}, *PAIRS[layout][1:]]
     notes: list[str] = []
-    found = load(written(rows, tmp_path / "rows.jsonl"), "pairs", on_equal="drop", note=notes.append)
+    found = load(written(rows, tmp_path / "rows.jsonl"), "pairs", note=notes.append)
     assert len(found) == 3
     assert len(notes) == 1 and reason in notes[0] and "1 of 4 rows" in notes[0]
 
