@@ -112,9 +112,11 @@ def _job(name: str, arguments: list[str]) -> None:
         with apart():
             run = module.run(first)
             if name == "bandit" and run.writes:  # a whole experiment in one job, so it gets its page at once
-                from pyrite.report.bandit import save_bandit
+                from pyrite.report import convergence, save
 
-                save_bandit(runs.read_json(run.folder / "results.json"), run.folder / "figures")
+                rows = runs.read_json(run.folder / "results.json")["curves"]
+                for key in ("error", "value_gap"):
+                    save(convergence(rows, key), run.folder / "figures", key)
                 say(f"bandit: see {_page(run.folder)}")
         whole = all((run.folder / file).exists() for file in ("config.json", "done.json"))
         after = f"pyrite report {run.folder}" if whole else None

@@ -6,9 +6,7 @@ rate matched to them, converge quadratically. Rewards, and with them everything 
 
 from __future__ import annotations
 
-import csv
 import inspect
-import io
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,6 +21,7 @@ from torch import Tensor
 from pyrite.core import runs, specs
 from pyrite.core.processes import progress, say
 from pyrite.core.runs import Run
+from pyrite.data import rows as data
 from pyrite.math import losses, samplers, seeds, statistics, tabular
 from pyrite.math.ranges import Count, Half, Natural, NonNegative, Positive, Several, Some
 from pyrite.math.samplers import Sampler
@@ -30,15 +29,13 @@ from pyrite.math.tabular import World
 
 OUTPUTS = {
     "results.json": "order, rate, floor, bound and final figures of every sampler, and its curve",
-    "curves.csv": "error, value lost to the optimum, reward and KL by sampler and step",
-    "instances.csv": "order, rate and errors by sampler and instance",
+    "instances.parquet": "order, rate and errors by sampler and instance",
 }
 PAIRS = 1 << 16  # worked on at once: bounds memory, and stays near the cache
 LEVELS = (1e-2, 1e-6)  # errors whose first step is noted
 STILL = 1e-9  # a loss whose step from the optimum leaves no larger error has that optimum
 
 Row = dict[str, Any]
-Race = dict[str, Tensor]  # one sampler's run: (T+1, I) each, or (I,) each
 
 
 @dataclass(frozen=True)
@@ -89,20 +86,17 @@ def run(config: Config) -> Run:
         return run
     zoo, loss, rate = _samplers(config), _loss(config), _rate(config.rate)
     tabular.check_loss(loss)
-    tabular.check_options(config.steps, rate, config.scale, config.samples, config.noise)
     world = _world(config)
     run.open()
     instances = len(world.reward)
     say(f"bandit: {len(zoo)} samplers, {instances} instances of {config.actions} responses")
     with _one_thread(), progress("bandit", len(zoo) * instances * config.steps, unit="updates") as advance:
-        descend = partial(_race, world, config=config, loss=loss, rate=rate, advance=advance)
-        races = {name: descend(name, sampler) for name, sampler in zoo.items()}
-    summaries = {name: _plain(_summary(race, name, config)) for name, race in races.items()}
-    curves = [row for name, race in races.items() for row in _curve(name, race)]
+        races = {name: _race(world, name, zoo[name], config, loss, rate, advance) for name in zoo}
+    summaries = {name: _plain(_summary(name, race, config)) for name, race in races.items()}
     if run.writes:
-        runs.write_text(run.folder / "curves.csv", _csv(curves))
         rows = [row for name, race in races.items() for row in _instances(name, race, config.instances)]
-        runs.write_text(run.folder / "instances.csv", _csv(rows))
+        data.write(rows, run.folder / "instances.parquet")
+        curves = [row for name, race in races.items() for row in _curve(name, race)]
         results = {"recipe": "bandit", "config": run.config, "samplers": summaries, "curves": curves}
         runs.write_json(run.folder / "results.json", results)
     return run.finish(instances=instances, samplers=summaries)
@@ -110,7 +104,7 @@ def run(config: Config) -> Run:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Tensors this small gain little from threads, and lose much where other work keeps the cores busy."""
+    """Tensors this small gain little from threads, and lose much if other work keeps the cores busy."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -133,7 +127,7 @@ def _samplers(config: Config) -> dict[str, Sampler]:
 
 
 def _loss(config: Config) -> tabular.Loss:
-    """The loss with the world's beta, where it has one."""
+    """The loss, with the world's beta if it takes one."""
     loss = specs.part(config.loss, losses)
     own = loss.options.get("beta", config.beta)
     if own != config.beta:
@@ -146,9 +140,12 @@ def _rate(text: str) -> tabular.Rate:
     if text == "matched" or text == "best":
         return text
     try:
-        return float(text)
+        rate = float(text)
     except ValueError:
-        raise ValueError(f"--rate {text!r}: give matched, best or a number") from None
+        rate = math.nan
+    if not (math.isfinite(rate) and rate > 0):
+        raise ValueError(f"--rate {text!r}: give matched, best or a number above 0")
+    return rate
 
 
 def _world(config: Config) -> World:
@@ -166,50 +163,65 @@ def _race(
     world: World,
     name: str,
     sampler: Sampler,
-    *,
     config: Config,
     loss: tabular.Loss,
     rate: tabular.Rate,
     advance: Callable[[int], None],
-) -> Race:
-    """One sampler on all instances, a cacheful of them at a time."""
-    made: list[Race] = []
+) -> dict[str, Tensor]:
+    """One sampler on all instances, a cacheful of them at a time: by step (T+1, I), or (order, rate, ...) just (I,)."""
+    made = []
     size = max(1, PAIRS // config.actions**2)
-    how: dict[str, Any] = {"loss": loss, "rate": rate, "scale": config.scale}
     for begin in range(0, len(world.reward), size):
         some = World(world.reward[begin : begin + size], world.ref[begin : begin + size], world.beta)
         draws, directions = (seeds.generator(config.seed, use, begin) for use in (f"draws {name}", "directions"))
-        sampled: dict[str, Any] = {"samples": config.samples, "noise": config.noise, "generator": draws}
-        path = tabular.descend(some, sampler, steps=config.steps, advance=advance, **how, **sampled)
-        curvature = tabular.spectrum(some, sampler)
+        path = tabular.descend(
+            some,
+            sampler,
+            steps=config.steps,
+            loss=loss,
+            rate=rate,
+            scale=config.scale,
+            samples=config.samples,
+            noise=config.noise,
+            generator=draws,
+            advance=advance,
+        )
+        # one exact step from the optimum stays there if the loss has that optimum
+        away = tabular.descend(some, sampler, steps=1, loss=loss, rate="best", noise=config.noise, start=some.optimum)
+        one_step, _ = tabular.order_test(some, sampler, loss=loss, rate=rate, scale=config.scale, generator=directions)
+        curvature, last = tabular.spectrum(some, sampler), path.rate[-1]
         race = {
             "error": path.error,
             "mean_error": path.mean_error,
+            "value_gap": some.best_value - (path.reward - some.beta * path.kl),
             "reward": path.reward,
             "kl": path.kl,
-            "value_gap": some.best_value - (path.reward - some.beta * path.kl),
-            "rate": path.rate[-1],
             "order": tabular.trajectory_order(path.error),
-            "step_order": tabular.order_test(some, sampler, generator=directions, **how)[0],
-            "contraction": tabular.contraction(curvature, some.beta, path.rate[-1]),
-            "drift": _drift(some, sampler, loss, config.noise),
+            "step_order": one_step,
+            "rate": last,
+            "contraction": tabular.contraction(curvature, some.beta, last),
+            "drift": away.error[1],
+            **{f"steps_to_{level:g}": _first_below(path.error, level) for level in LEVELS},
         }
         if config.samples is not None:
-            race["floor"] = tabular.noise_floor(curvature, some.beta, path.rate[-1], config.samples)
+            race["floor"] = tabular.noise_floor(curvature, some.beta, last, config.samples)
         made.append(race)
     return {key: torch.cat([race[key] for race in made], -1) for key in made[0]}
 
 
-def _drift(world: World, sampler: Sampler, loss: tabular.Loss, noise: float) -> Tensor:
-    """How far one exact step leads away from π ∝ π_ref e^{r/β}, (I,): not at all where the loss has that optimum."""
-    return tabular.descend(world, sampler, steps=1, loss=loss, rate="best", noise=noise, start=world.optimum).error[1]
+def _first_below(error: Tensor, level: float) -> Tensor:
+    """The first step at which each error (T+1, I) is below the level, (I,); ∞ if none is."""
+    below = error < level
+    return torch.where(below.any(0), below.int().argmax(0).double(), math.inf)
 
 
-def _summary(race: Race, name: str, config: Config) -> Row:
+def _summary(name: str, race: dict[str, Tensor], config: Config) -> Row:
     """The figures of one sampler: medians over instances, means with intervals over repetitions."""
     home = bool((race["drift"] < STILL).all())  # else an error is no error
     tail = home and config.samples is None
     last = {key: race[key][-1] for key in ("mean_error", "value_gap", "reward", "kl")}
+    levels = [f"steps_to_{level:g}" for level in LEVELS]
+    repetitions = {key: race[key].view(config.seeds, -1) for key in ("order", *levels)}
     return {
         "order": race["order"].nanmedian() if tail else None,
         "order_range": _range(race["order"]) if tail else None,
@@ -218,62 +230,59 @@ def _summary(race: Race, name: str, config: Config) -> Row:
         "contraction": race["contraction"].median() if home else None,
         "drift": race["drift"].max(),
         "error": race["error"][-1].median(),
-        **{f"steps_to_{level:g}": _first_below(race["error"], level).median() for level in LEVELS},
+        **{key: race[key].median() for key in levels},
         **{key: _over_seeds(values, config.seeds) for key, values in last.items()},
         "diverged": (~(race["error"][-1] <= race["error"][0])).double().mean() if home else None,
-        "bound": _bound(race, name, config),
+        "bound": _bound(race["error"], name, config),
         "floor": _floor(race, config),
+        "by_repetition": {
+            "order": repetitions["order"].nanmedian(1).values.tolist(),
+            **{key: repetitions[key].median(1).values.tolist() for key in levels},
+            "mean_error": last["mean_error"].view(config.seeds, -1).mean(1).tolist(),
+        },
     }
 
 
-def _bound(race: Race, name: str, config: Config) -> Row | None:
-    """How the theorem's bound fares, where its assumptions hold."""
+def _bound(error: Tensor, name: str, config: Config) -> Row | None:
+    """How the theorem's bound fares, if its assumptions hold."""
     plain = config.rate == "matched" and config.scale == 1 and config.loss in ("dpo", "dpo()")
     world = config.rewards == "unit" and config.ref_spread == 0 and config.samples is None and config.noise == 0
     name = name.removesuffix("()")
     if not (plain and world and name in tabular.BOUNDS):
         return None
-    limit, error = tabular.bound(name, config.steps)[:, None], race["error"]
+    limit = tabular.bound(name, config.steps)[:, None]
     constant, order = tabular.BOUNDS[name]
     holds = (error <= limit + tabular.ROUNDING).all(0).double().mean()
     return {"constant": constant, "order": order, "holds": holds, "closest": (error[1] / limit[1]).max()}
 
 
-def _floor(race: Race, config: Config) -> Row | None:
+def _floor(race: dict[str, Tensor], config: Config) -> Row | None:
     """The mean error of the second half against what noise alone would leave."""
     if config.samples is None:
         return None
     measured = race["mean_error"][config.steps // 2 :].mean(0)
     clean = config.noise == 0 and config.loss in ("dpo", "dpo()")
-    predicted = race["floor"].mean() if clean else None
-    return {"measured": _over_seeds(measured, config.seeds), "predicted": predicted}
+    return {"measured": _over_seeds(measured, config.seeds), "predicted": race["floor"].mean() if clean else None}
 
 
-def _curve(name: str, race: Race) -> list[Row]:
+def _curve(name: str, race: dict[str, Tensor]) -> list[Row]:
     """One row a step: medians of error and value gap with the middle 90 % of the instances, means of the rest."""
     columns: Row = {key: race[key].mean(1).tolist() for key in ("mean_error", "reward", "kl")}
     for key in ("error", "value_gap"):
         low, high = _range(race[key])
         columns |= {key: race[key].median(1).values.tolist(), f"{key}_lo": low, f"{key}_hi": high}
-    rows = range(len(race["error"]))
-    return _plain([{"sampler": name, "step": i} | {key: values[i] for key, values in columns.items()} for i in rows])
+    steps = range(len(race["error"]))
+    return _plain([{"sampler": name, "step": i} | {key: values[i] for key, values in columns.items()} for i in steps])
 
 
-def _instances(name: str, race: Race, instances: int) -> list[Row]:
-    """One row an instance."""
-    columns = {key: race[key] for key in ("order", "step_order", "rate", "contraction")}
-    columns |= {f"last_{key}": race[key][-1] for key in ("error", "mean_error", "value_gap", "reward", "kl")}
-    columns |= {f"steps_to_{level:g}": _first_below(race["error"], level) for level in LEVELS}
-    table = {key: values.tolist() for key, values in columns.items()}
-    rows = range(len(race["order"]))
-    where = [{"sampler": name, "seed": i // instances, "instance": i % instances} for i in rows]
-    return _plain([at | {key: values[i] for key, values in table.items()} for i, at in enumerate(where)])
-
-
-def _first_below(error: Tensor, level: float) -> Tensor:
-    """The first step at which each error (T+1, I) is below the level, (I,); ∞ where none is."""
-    below = error < level
-    return torch.where(below.any(0), below.int().argmax(0).double(), math.inf)
+def _instances(name: str, race: dict[str, Tensor], n: int) -> list[Row]:
+    """One row an instance, n of them a repetition."""
+    columns = {
+        f"last_{key}" if values.dim() == 2 else key: torch.atleast_2d(values)[-1].tolist()
+        for key, values in race.items()
+    }
+    where = [{"sampler": name, "seed": i // n, "instance": i % n} for i in range(len(race["order"]))]
+    return _plain([at | {key: values[i] for key, values in columns.items()} for i, at in enumerate(where)])
 
 
 def _range(values: Tensor) -> list[Any]:
@@ -282,7 +291,7 @@ def _range(values: Tensor) -> list[Any]:
 
 
 def _over_seeds(values: Tensor, repetitions: int) -> Row:
-    """The mean over instances, with its interval over repetitions where there are at least 2."""
+    """The mean over instances, and its interval over repetitions if there are at least 2."""
     means = values.view(repetitions, -1).mean(1)
     if repetitions < 2:
         return {"mean": means[0], "lo": None, "hi": None}
@@ -290,18 +299,10 @@ def _over_seeds(values: Tensor, repetitions: int) -> Row:
 
 
 def _plain(value: Any) -> Any:
-    """Tensors as numbers; what JSON cannot hold (not finite) as None."""
+    """Tensors as numbers; None for what JSON cannot hold (not finite)."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_plain(item) for item in value]
     value = value.item() if isinstance(value, Tensor) else value
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _csv(rows: list[Row]) -> str:
-    file = io.StringIO()
-    writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return file.getvalue()

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from pyrite.math import losses
 from pyrite.math.logps import Logps, PairLogps
+from pyrite.math.ranges import Count, Half, Natural, Positive, require
 from pyrite.math.samplers import Exact, Sampler, exact
 
 F64 = torch.float64
@@ -26,7 +27,7 @@ ROUNDING = 3e-15  # of max |δ|, where rewards and implied rewards are a few nat
 BOUNDS = {"uniform": (0.588, 1), "mix_r": (0.5, 2), "mix_p": (0.611, 2)}  # constant, order
 
 Loss = Callable[[PairLogps], Tensor]
-Rate = float | Literal["matched", "best"]
+Rate = Positive | Literal["matched", "best"]
 
 
 class World(NamedTuple):
@@ -87,12 +88,12 @@ def descend(
     world: World,
     sampler: Sampler,
     *,
-    steps: int,
+    steps: Natural,
     loss: Loss | None = None,
     rate: Rate = "matched",
-    scale: float = 1.0,
-    samples: int | None = None,
-    noise: float = 0.0,
+    scale: Positive = 1.0,
+    samples: Count | None = None,
+    noise: Half = 0.0,
     start: Tensor | None = None,
     generator: torch.Generator | None = None,
     advance: Callable[[int], None] | None = None,
@@ -102,7 +103,7 @@ def descend(
     loss: ready, of pairs with sums, a reference and strength r_a − r_b; DPO at the world's β by default.
     rate: "matched" to the sampler (`matched_rate`), "best" constant rate at the optimum, or a number; times `scale`.
     samples: None for the exact gradient, or the number of pairs drawn and labeled anew each step.
-    noise: share of labels flipped, in [0, ½]. start: logits (I, n) in place of the reference.
+    noise: share of labels flipped. start: logits (I, n) in place of the reference.
     generator: of the draws, on the rewards' device. advance is told the number of instances after each step.
     Raises ValueError for options out of range and for a loss that needs more, or one value from many pairs.
 
@@ -115,7 +116,7 @@ def descend(
     """
     loss = partial(losses.dpo, beta=world.beta) if loss is None else loss
     check_loss(loss)
-    check_options(steps, rate, scale, samples, noise)
+    require(descend, steps=steps, rate=rate, scale=scale, samples=samples, noise=noise)
     sampler = sampler.at(world.beta)
     reward, other = world.reward[:, :, None], world.reward[:, None, :]
     twice = 2 * (noise + (1 - 2 * noise) * (reward - other).sigmoid())  # a pair is drawn in either order
@@ -126,7 +127,7 @@ def descend(
     for _ in range(steps):
         rates.append(scale * (matched_rate(pairs, world.beta) if constant is None else constant))
         drawn = shares if samples is None else multinomial(shares, samples, generator=generator) / samples
-        logps = (logps - rates[-1][:, None] * _gradient(every, logps, drawn, loss)).log_softmax(-1)
+        logps = (logps - rates[-1][:, None] * gradient(every, logps, drawn, loss)).log_softmax(-1)
         seen.append(_look(world, logps))
         if sampler.adaptive:
             pairs, shares = _shares(world, sampler, logps, twice)
@@ -137,22 +138,18 @@ def descend(
     return Trajectory(error, mean_error, reward, kl, rate_table, logps)
 
 
-def gradient(world: World, logits: Tensor, shares: Tensor, loss: Loss) -> Tensor:
-    """∂/∂logits of Σ_ab shares_ab ℓ(chosen a, rejected b): logits (I, n), shares (I, n, n) -> (I, n).
-
-    Not through the shares: a sampler is held fixed. Sums to 0 over the responses.
-    """
-    return _gradient(every_pair(world), logits.log_softmax(-1), shares, loss)
-
-
 def every_pair(world: World) -> PairLogps:
     """The I·n² ordered pairs (a chosen, b rejected) with the policy at the reference; strength r_a − r_b."""
     chosen, rejected = _sides(world.ref)
     reward, other = _sides(world.reward)
-    return _pair((chosen, rejected), (chosen, rejected), reward - other)
+    return pair_logps((chosen, rejected), (chosen, rejected), reward - other)
 
 
-def _gradient(pairs: PairLogps, logps: Tensor, shares: Tensor, loss: Loss) -> Tensor:
+def gradient(pairs: PairLogps, logps: Tensor, shares: Tensor, loss: Loss) -> Tensor:
+    """∂/∂logits of Σ_ab shares_ab ℓ(chosen a, rejected b) at log-probabilities (I, n): shares (I, n, n) -> (I, n).
+
+    pairs: `every_pair`. The shares are constants: a sampler is held fixed. The gradient sums to 0 over the responses.
+    """
     sides = _sides(logps)
     for side in sides:
         side.requires_grad_()
@@ -186,7 +183,7 @@ def multinomial(shares: Tensor, samples: int, *, generator: torch.Generator | No
 def matched_rate(pairs: Exact, beta: float) -> Tensor:
     """η* = Z/(2β²n), (I,): the rate at which a sampler that weighs by mass cancels the sigmoid's slope.
 
-    2n/β² for `uniform`. Raises ValueError where weights are shares. arXiv:2409.19605, in the normalized convention.
+    2n/β² for `uniform`. Raises ValueError if weights are shares. arXiv:2409.19605, in the normalized convention.
     """
     if pairs.mass is None:
         raise ValueError("matched_rate: this sampler has no mass; choose a number, or the best rate at the optimum")
@@ -223,7 +220,7 @@ def contraction(curvature: Spectrum, beta: float, rate: Tensor) -> Tensor:
 
 
 def noise_floor(curvature: Spectrum, beta: float, rate: Tensor, samples: int) -> Tensor:
-    """Where sampled DPO stops: the stationary mean |δ| over all n² pairs near the optimum, (I,); ∞ where it diverges.
+    """Where sampled DPO stops: the stationary mean |δ| over all n² pairs near the optimum, (I,); ∞ if it diverges.
 
     logits vary by Σ_k η/(2N(1 − ηβ²λ_k)) v_k v_kᵀ,   so mean |δ| ≈ (1 − 1/n) √(2/π) β √(η/N) at small rates η
 
@@ -249,7 +246,7 @@ def bound(name: str, steps: int) -> Tensor:
 
 
 def trajectory_order(error: Tensor, *, floor: float = ROUNDING) -> Tensor:
-    """Order of convergence seen in the tails of trajectories: error (T+1, I) -> (I,), NaN where there is no tail.
+    """Order of convergence seen in the tails of trajectories: error (T+1, I) -> (I,), NaN if there is no tail.
 
     q_t = log(e_{t+1}/e_t) / log(e_t/e_{t−1}),   1 linear, 2 quadratic
 
@@ -303,7 +300,7 @@ def check_loss(loss: Loss) -> None:
     rows = [slice(0, 3), slice(0, 1), slice(1, 2), slice(2, 3)]
     try:
         together, *alone = (
-            loss(_pair((chosen[row], rejected[row]), (ref[0, row], ref[1, row]), strength[row])) for row in rows
+            loss(pair_logps((chosen[row], rejected[row]), (ref[0, row], ref[1, row]), strength[row])) for row in rows
         )
     except ValueError as error:
         raise ValueError(f"a loss over a finite set sees sums, a reference and a strength only: {error}") from error
@@ -345,22 +342,8 @@ def _sides(logps: Tensor) -> tuple[Tensor, Tensor]:
     return logps[:, :, None].expand(shape).flatten(), logps[:, None, :].expand(shape).flatten()
 
 
-def _pair(policy: tuple[Tensor, Tensor], ref: tuple[Tensor, Tensor], strength: Tensor) -> PairLogps:
+def pair_logps(policy: tuple[Tensor, Tensor], ref: tuple[Tensor, Tensor], strength: Tensor) -> PairLogps:
     """Responses of one token each, known by their log-probabilities: (chosen, rejected) of policy and reference."""
     length = torch.ones_like(strength, dtype=torch.int64)
     chosen, rejected, ref_chosen, ref_rejected = (Logps.from_sums(logps, length) for logps in (*policy, *ref))
     return PairLogps(chosen, rejected, ref_chosen, ref_rejected, strength=strength)
-
-
-def check_options(steps: int, rate: Rate, scale: float, samples: int | None, noise: float) -> None:
-    """Refuse options of `descend` that are out of range."""
-    if steps < 0:
-        raise ValueError(f"steps = {steps}; give 0 or more")
-    if rate not in ("matched", "best") if isinstance(rate, str) else not (math.isfinite(rate) and rate > 0):
-        raise ValueError(f"rate = {rate!r}; give 'matched', 'best' or a positive number")
-    if not (math.isfinite(scale) and scale > 0):
-        raise ValueError(f"scale = {scale}; give a positive number")
-    if samples is not None and samples < 1:
-        raise ValueError(f"samples = {samples}; give at least 1, or None for the exact gradient")
-    if not 0 <= noise <= 0.5:
-        raise ValueError(f"noise = {noise}; a share of flipped labels lies between 0 and 0.5")

@@ -8,16 +8,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+import pyarrow.parquet
 import torch
 from torch import Tensor
 
 from pyrite.core import runs
 from pyrite.core.processes import say
 from pyrite.core.runs import Run
+from pyrite.data import rows as data
 from pyrite.math import statistics
 from pyrite.math.ranges import Count, Natural
 from pyrite.report import charts
-from pyrite.report.page import Claims, Figure, Keys, Part, Text, number, page
+from pyrite.report.page import Part, details, figure, number, page, table, text
+from pyrite.report.page import claims as claims_table
 
 Row = dict[str, Any]
 
@@ -129,7 +132,11 @@ class Recipe:
         told = f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {', '.join(map(str, seeds))}"
         eyebrow = f"pyrite · recipe {self.name} · scale {results['scale']} · {told}"
         if results.get("claims"):
-            parts = [*parts, Text(f"{CLAIMED} {self.note}", title="The published claims"), Claims(results["claims"])]
+            parts = [
+                *parts,
+                text(f"{CLAIMED} {self.note}", title="The published claims"),
+                claims_table(results["claims"]),
+            ]
         return page(title, [*parts, *_repeat(results)], lead=lead, eyebrow=eyebrow)
 
 
@@ -140,17 +147,17 @@ def _repeat(results: Row) -> list[Part]:
     """How long the run took, how to repeat it, and on what it ran."""
     again = f"$ pyrite recipe {results['recipe']} --scale {results['scale']} --seeds {len(results['seeds'])}"
     took = f"The runs took {number(results.get('seconds'))} seconds."
-    parts: list[Part] = [Text(f"{took} To repeat them:\n\n{again}", title="The run")]
+    parts: list[Part] = [text(f"{took} To repeat them:\n\n{again}", title="The run")]
     kinds: dict[str, float] = {}
     for row in results.get("stages") or []:
         kind = str(row["stage"]).split(",")[0].split(":")[0]
         kinds[kind] = kinds.get(kind, 0.0) + row["seconds"]
     if kinds:
         rows = [{"stage": kind, "seconds": seconds} for kind, seconds in kinds.items()]
-        parts.append(Figure(charts.stages(rows), "Time by kind of stage."))
+        parts.append(figure(charts.stages(rows), "Time by kind of stage."))
     for key, label in (("config", "Full configuration"), ("manifest", "Versions, hardware and inputs")):
         if results.get(key):
-            parts.append(Keys(results[key], label))
+            parts.append(details(results[key], label))
     return parts
 
 
@@ -313,9 +320,9 @@ def _weighted(curve: Tensor, weights: Sequence[Tensor]) -> Tensor:
     return torch.stack([torch.einsum("emq,bq->bem", curve[:, half], weights[half]) for half in range(2)], 1)
 
 
-def bootstrap(claim: Claim, curves: Curves) -> tuple[float, float]:
-    """The 95 % interval of a claim from resampled curves."""
-    lo, hi = torch.quantile(torch.as_tensor(claim.value(curves)), torch.tensor([0.025, 0.975], dtype=torch.float64))
+def bootstrap(claim: Claim, resampled: Any) -> tuple[float, float]:
+    """The 95 % interval of a claim from resampled curves, or what holds them."""
+    lo, hi = torch.quantile(torch.as_tensor(claim.value(resampled)), torch.tensor([0.025, 0.975], dtype=torch.float64))
     return lo.item(), hi.item()
 
 
@@ -324,6 +331,52 @@ def _draws(times: int, size: int, generator: torch.Generator) -> Tensor:
     drawn = torch.randint(0, size, (times, size), generator=generator)
     ones = torch.ones(times, size, dtype=torch.float64)
     return torch.zeros_like(ones).scatter_add_(1, drawn, ones) / size
+
+
+# answers that the job evaluate drew
+
+
+def answers(run: Run) -> list[Row]:
+    """Every answer that a run of the job evaluate drew, with its scores."""
+    return pyarrow.parquet.read_table(run.folder / "answers.parquet").to_pylist()
+
+
+def by_prompt(run: Run, columns: Sequence[str]) -> dict[str, Tensor]:
+    """Columns of the answers of a run of the job evaluate, (Q, K): K answers to each of Q prompts, in their order."""
+    prompts: dict[Any, list[Row]] = {}
+    for row in answers(run):
+        prompts.setdefault(row["prompt_id"], []).append(row)
+    values = {name: [[float(row[name]) for row in rows] for rows in prompts.values()] for name in columns}
+    return {name: torch.tensor(rows, dtype=torch.float64) for name, rows in values.items()}
+
+
+def first_answers(policies: Mapping[str, Run], columns: Sequence[str], *, prompts: int) -> list[Row]:
+    """The first answer of each policy to the same few prompts: {prompt, answers: [{policy, response, ...}]}."""
+    firsts = {name: [row for row in answers(run) if row["sample"] == 0] for name, run in policies.items()}
+    return [
+        {
+            "prompt": data.plain(rows[0]["prompt"]),
+            "answers": [
+                {"policy": name, **{key: row[key] for key in ("response", *columns)}}
+                for name, row in zip(firsts, rows, strict=True)
+            ],
+        }
+        for rows in list(zip(*firsts.values(), strict=True))[:prompts]
+    ]
+
+
+def answer_tables(samples: Sequence[Row], columns: Mapping[str, str], names: Mapping[str, str]) -> list[Part]:
+    """`first_answers` as tables. columns: their titles; names: of the policies."""
+    if not samples:
+        return []
+    parts: list[Part] = [text("The same prompts, answered by each policy.", title="Read the answers")]
+    for sample in samples:
+        rows = [
+            (names.get(a["policy"], a["policy"]), *(a[key] for key in columns), a["response"])
+            for a in sample["answers"]
+        ]
+        parts.append(table(("policy", *columns.values(), "answer"), rows, f"“{sample['prompt']}”"))
+    return parts
 
 
 # what recipes that are not yet a `Recipe` still use

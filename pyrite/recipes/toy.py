@@ -38,6 +38,7 @@ from pyrite.data import toy_words as lexicon
 from pyrite.data.toy_words import BELONGINGS, CONTENT, LEXICONS, ODD, PATTERNS, TEMPLATES
 from pyrite.feedback.scorers.words import chain
 from pyrite.math.seeds import derive
+from pyrite.training.loop import Training
 
 Size = Literal["small", "base"]
 Scorer = Callable[[list[str], list[str]], Tensor]
@@ -54,6 +55,15 @@ SHAPES = {  # hidden size, layers, heads, inner size: about 0.5 M and 2.4 M para
     "small": (128, 2, 4, 384),
     "base": (224, 4, 4, 640),
 }
+
+SFT = Training(  # how a small model learns 24,000 demonstrations
+    lr=4e-3,
+    epochs=1,
+    batch_size=48,
+    lr_scheduler_type="cosine(warmup_steps=30, min_lr_ratio=0.05)",
+    optim="adamw(weight_decay=0.01)",
+    micro_batch_tokens=1 << 16,
+)
 
 # Stories: the language -----------------------------------------------------------------------------------------
 
@@ -304,7 +314,7 @@ def _llama(seed: int, size: Size, tokenizer: PreTrainedTokenizerFast) -> LlamaFo
 
 
 @dataclass(frozen=True)
-class World:
+class ToyFiles:
     """The files of a world, as any other model folder and data set would be given to a job."""
 
     model: Path  # random weights and the tokenizer
@@ -320,7 +330,7 @@ def write(
     n_demos: int = 24_000,
     n_pool: int = 32,
     words: Sequence[str] = (),
-) -> World:
+) -> ToyFiles:
     """Write the story world: a random small model with its tokenizer, demonstrations, prompts for pairs and pool.
 
     The topics of the `n_pool` pool prompts (one template each, in turn) occur in no other file. words: more words that
@@ -331,7 +341,9 @@ def write(
     if n_demos < 1:
         raise ValueError(f"n_demos is {n_demos}; a world needs at least 1 demonstration")
     root = Path(folder)
-    world = World(root / "model", root / "demos.parquet", root / "pair_prompts.parquet", root / "pool_prompts.parquet")
+    world = ToyFiles(
+        root / "model", root / "demos.parquet", root / "pair_prompts.parquet", root / "pool_prompts.parquet"
+    )
     data.write(demos(n_demos, seed=seed, among=rest), world.demos)
     data.write([_prompt_row(prompt) for prompt in rest], world.pair_prompts)
     data.write([_prompt_row(prompt) for prompt in pool], world.pool_prompts)
@@ -432,7 +444,7 @@ def write_math(
     depths: Sequence[int] = (1, 2),
     operators: str = OPERATORS,
     largest: int = 9,
-) -> World:
+) -> ToyFiles:
     """Write the world of sums: a random small model with its tokenizer, demonstrations, prompts for pairs and pool.
 
     No expression occurs in two files. Raises ValueError if a file would be empty or expressions run out.
@@ -444,7 +456,7 @@ def write_math(
     rows = math_demos(sum(counts.values()), seed=seed, depths=depths, operators=operators, largest=largest)
     asked = [{"prompt_id": row["prompt_id"], "prompt": row["prompt"]} for row in rows]
     root = Path(folder)
-    world = World(root / "model", root / "demos.parquet", root / "prompts.parquet", root / "pool_prompts.parquet")
+    world = ToyFiles(root / "model", root / "demos.parquet", root / "prompts.parquet", root / "pool_prompts.parquet")
     data.write(rows[:n_demos], world.demos)
     data.write(asked[n_demos : n_demos + n_prompts], world.pair_prompts)
     data.write(asked[n_demos + n_prompts :], world.pool_prompts)

@@ -5,7 +5,7 @@
 True
 """
 
-from pyrite.report.bandit import bandit_page, save_bandit
+from pyrite.report.bandit import bandit_page, convergence
 from pyrite.report.charts import lines, mechanism, overoptimization, save, stages
 from pyrite.report.page import answers, claims, details, figure, numbers, page, table, tabs, text
 from pyrite.report.run import run_page
@@ -14,6 +14,7 @@ __all__ = [
     "answers",
     "bandit_page",
     "claims",
+    "convergence",
     "details",
     "figure",
     "lines",
@@ -23,7 +24,6 @@ __all__ = [
     "page",
     "run_page",
     "save",
-    "save_bandit",
     "stages",
     "table",
     "tabs",

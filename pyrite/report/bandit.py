@@ -1,18 +1,17 @@
-"""The page and the figures of the job bandit: results in, HTML and charts out."""
+"""What the job bandit found, as charts, tables and a page."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from math import log10
-from pathlib import Path
 from typing import Any
 
-from pyrite.report.charts import SERIES, SOLID, Axis, Chart, Row, draw, save
-from pyrite.report.page import Figure, Keys, Part, Table, Text, number, page
+from pyrite.report.charts import Axis, Chart, Row, curves
+from pyrite.report.page import Part, details, figure, number, page, percent, table, text
 
 Results = Mapping[str, Any]
+Named = Iterable[tuple[str, Row]]  # names of samplers, and their summaries
 LEAST = 1e-16  # what is smaller is rounding: drawn here
 
-ERROR = "log10 of the error, max |δ| in nats"
-GAP = "log10 of the value lost, nats"
+TITLES = {"error": "log10 of the error, max |δ| in nats", "value_gap": "log10 of the value lost, nats"}
 READING = (
     "δ is the difference in reward of two responses less the difference the policy implies, β times the gap of "
     "log π/π_ref; at the optimum it is 0 for every pair. On this scale **linear convergence is a straight line** and "
@@ -22,94 +21,66 @@ READING = (
 
 
 def bandit_page(results: Results) -> str:
-    """The whole page from `results.json`. Raises ValueError where it holds no curve."""
-    charts, config = bandit_charts(results), results["config"]
+    """The whole page from `results.json`. Raises ValueError if it holds no curve."""
+    config, samplers = results["config"], results["samplers"].items()
     gradients = "exact gradients" if config["samples"] is None else f"{config['samples']:,} pairs drawn a step"
     world = f"{config['actions']} responses, β = {config['beta']:g}, {gradients}, rate: {config['rate']}"
     count = f"{config['instances'] * config['seeds']:,} instances ({config['seeds']} repetitions)"
     caption = "Medians over instances; the bands hold the middle 90 %."
+    drawn = [convergence(results["curves"], key) for key in TITLES]
     parts: list[Part] = [
-        Figure(list(charts.values()), caption, names=["Error", "Value lost"], title="Convergence"),
-        Text(READING),
-        Table(
-            *_table(results["samplers"]), caption="Medians over instances; means of what is in nats.", title="Orders"
-        ),
-        *_bounds(results["samplers"]),
-        *_floors(results["samplers"]),
-        Keys(config, "Full configuration", title="The run"),
+        figure(drawn, caption, names=["Error", "Value lost"], title="Convergence"),
+        text(READING),
+        orders(samplers, title="Orders"),
+        *bounds(samplers),
+        *floors(samplers),
+        details(config, "Full configuration", title="The run"),
     ]
     return page("Samplers in an exact world", parts, lead=f"{world}; {count}.", eyebrow="pyrite · bandit")
 
 
-def bandit_charts(results: Results) -> dict[str, Chart]:
-    """The error and the value lost against updates, by sampler; names for files -> charts."""
-    rows = results["curves"]
-    if not rows:
-        raise ValueError("results: no curves; the page of bandit starts from them")
-    return {"error": _chart(rows, "error", ERROR), "value_gap": _chart(rows, "value_gap", GAP)}
-
-
-def save_bandit(results: Results, folder: Path | str) -> list[Path]:
-    """Write every chart as SVG and PNG into `folder`; returns the paths."""
-    return [path for name, chart in bandit_charts(results).items() for path in save(chart, folder, name)]
-
-
-def _chart(rows: list[Row], key: str, title: str) -> Chart:
-    names = list(dict.fromkeys(row["sampler"] for row in rows))
-    points = [
-        {
-            "step": row["step"],
-            **{"value": _digits(row[key]), "lo": _digits(row.get(f"{key}_lo")), "hi": _digits(row.get(f"{key}_hi"))},
-            **{"line": name, "label": name, "color": SERIES[index % len(SERIES)], "dash": SOLID},
-            "shown": f"{row[key]:.3g}",
-        }
-        for index, name in enumerate(names)
-        for row in rows
-        if row["sampler"] == name and row[key] is not None
-    ]
-    if not points:
-        raise ValueError(f"results: no finite {key} of any sampler")
-    tooltip = {"line": "sampler", "step": "update", "shown": key.replace("_", " ")}
-    return draw(points, Axis("step", "updates"), Axis("value", title), tooltip=tooltip, height=300)
+def convergence(rows: Iterable[Row], key: str = "error") -> Chart:
+    """The error, or the value lost ("value_gap"), against updates, by sampler."""
+    digits = [{**row, **{name: _digits(row.get(name)) for name in (key, f"{key}_lo", f"{key}_hi")}} for row in rows]
+    return curves(digits, Axis("step", "updates"), Axis(key, TITLES[key]), by="sampler", height=300)
 
 
 def _digits(value: float | None) -> float | None:
     return None if value is None else log10(max(value, LEAST))
 
 
-def _table(samplers: Results) -> tuple[list[str], list[list[object]]]:
+def orders(samplers: Named, title: str = "") -> Part:
+    """Orders, rates and errors of samplers."""
     names = {
         "order": "order",
         "step_order": "order of one step",
         "rate": "rate",
-        "contraction": "error left by a step",
-        "steps_to_0.01": "updates to 0.01",
-        "steps_to_1e-06": "to 1e-6",
+        "contraction": "left by a step",
+        "steps_to_1e-06": "updates to 1e-6",
         "error": "last error",
         "drift": "drift from the optimum",
-        "diverged": "diverged",
     }
     means = {"value_gap": "value lost", "reward": "reward", "kl": "KL, nats"}
     rows = [
-        [name, *(found[key] for key in names), *(found[key]["mean"] for key in means)]
-        for name, found in samplers.items()
+        (name, *(row[key] for key in names), percent(row["diverged"]), *(row[key]["mean"] for key in means))
+        for name, row in samplers
     ]
-    return ["sampler", *names.values(), *means.values()], rows
+    caption = "Medians over instances; means of what is in nats."
+    return table(("sampler", *names.values(), "diverged", *means.values()), rows, caption, title)
 
 
-def _bounds(samplers: Results) -> list[Part]:
-    rows = [[name, str(b["constant"]), b["order"], b["holds"], b["closest"]] for name, b in _of(samplers, "bound")]
-    columns = ["sampler", "constant", "order", "instances where it holds", "most of it used at the first update"]
+def bounds(samplers: Named) -> list[Part]:
+    """How the theorems' bounds fared, if they were promised."""
+    found = [(name, row["bound"]) for name, row in samplers if row["bound"]]
+    rows = [(name, str(b["constant"]), b["order"], percent(b["holds"]), b["closest"]) for name, b in found]
+    columns = ("sampler", "constant", "order", "instances where it holds", "most of it used at the first update")
     caption = "max |δ| ≤ c^t (order 1) or c^(2^t − 1) (order 2) for rewards in [0, 1]."
-    return [Table(columns, rows, caption=caption, title="The theorems' bounds")] if rows else []
+    return [table(columns, rows, caption, title="The theorems' bounds")] if rows else []
 
 
-def _floors(samplers: Results) -> list[Part]:
-    found = [(name, floor["measured"]["mean"], floor["predicted"]) for name, floor in _of(samplers, "floor")]
-    rows = [[name, number(measured, 4), number(predicted, 4)] for name, measured, predicted in found]
+def floors(samplers: Named) -> list[Part]:
+    """Where drawn pairs stopped, if pairs were drawn."""
+    found = [(name, row["floor"]) for name, row in samplers if row["floor"]]
+    rows = [(name, number(floor["measured"]["mean"], 5), number(floor["predicted"], 5)) for name, floor in found]
     caption = "Mean |δ| over the second half of the run, and what sampling noise alone leaves near the optimum."
-    return [Table(["sampler", "measured", "predicted"], rows, caption=caption, title="Noise floor")] if rows else []
-
-
-def _of(samplers: Results, key: str) -> list[tuple[str, Row]]:
-    return [(name, found[key]) for name, found in samplers.items() if found[key]]
+    return [table(("sampler", "measured", "predicted"), rows, caption, title="Noise floor")] if rows else []

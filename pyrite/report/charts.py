@@ -2,9 +2,10 @@
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import altair as alt
@@ -424,6 +425,60 @@ def lines(
         raise ValueError(f"lines: no row has finite {x} and {' or '.join(columns)}")
     across, up = Axis(x, titles[0] or x), Axis("value", titles[1])
     return draw(points, across, up, tooltip={"line": "metric", x: x, "shown": "value"}, height=height)
+
+
+def curves(
+    rows: Iterable[Row],
+    x: Axis,
+    y: Axis,
+    *,
+    by: str,
+    names: Mapping[str, str] = MappingProxyType({}),
+    colors: Mapping[str, str] = MappingProxyType({}),
+    tooltip: Mapping[str, str] = MappingProxyType({}),
+    dot: Callable[[Row], bool] = lambda row: False,
+    bands: bool = True,
+    level: float | None = None,
+    height: int = 260,
+) -> alt.LayerChart:
+    """Column `y` of rows against column `x`, a line for each value of column `by`; rows without both are left out.
+
+    names, colors: of the values of `by`, whose lines come in the order of their first rows. tooltip: titles of other
+    columns. dot: which rows get a dot. bands: whether to draw the intervals, y_lo to y_hi. level: a dashed line.
+    Raises ValueError if no row has both columns.
+    """
+    rows = [row for row in rows if _finite(row.get(x.field)) and _finite(row.get(y.field))]
+    if not rows:
+        raise ValueError(f"curves: no row has both {x.field} and {y.field}")
+    lines = list(dict.fromkeys(row[by] for row in rows))
+    points = []
+    for row in sorted(rows, key=lambda row: lines.index(row[by])):
+        low, high = row.get(f"{y.field}_lo"), row.get(f"{y.field}_hi")
+        band = "" if low is None or high is None else f"  [{low:.3g}, {high:.3g}]"
+        name, other = names.get(row[by], row[by]), SERIES[lines.index(row[by]) % len(SERIES)]
+        points.append(
+            {
+                **{key: row.get(key) for key in tooltip},
+                x.field: row[x.field],
+                "across": f"{row[x.field]:.3g}",
+                "value": row[y.field],
+                "shown": f"{row[y.field]:.3g}{band}",
+                "lo": low if bands else None,
+                "hi": high if bands else None,
+                "line": name,
+                "label": name,
+                "color": colors.get(row[by], other),
+                "dash": SOLID,
+                "dot": dot(row),
+            }
+        )
+    dots = [{**point, "flag": ""} for point in points if point["dot"]]
+    if level is not None:
+        ends = (min(row[x.field] for row in rows), max(row[x.field] for row in rows))
+        told = {"line": "start", "label": "start", "color": FAINT, "dash": DASHED, "shown": f"{level:.3g}"}
+        points += [{x.field: end, "across": f"{end:.3g}", "value": level, **told} for end in ends]
+    hover = {"line": by, **tooltip, "across": x.title, "shown": y.title}
+    return draw(points, x, Axis("value", y.title, format=y.format), tooltip=hover, height=height, peaks=dots)
 
 
 def _spread(row: Row, column: str) -> dict[str, Any]:

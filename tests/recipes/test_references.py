@@ -10,12 +10,11 @@ import pytest
 import torch
 
 from pyrite.recipes import references as recipe
-from pyrite.recipes.references import claims
-from pyrite.recipes.references.settings import TOY, Settings
+from pyrite.recipes import study
+from pyrite.recipes.references import RECIPE, Measured, Settings
 from pyrite.training.loop import Training
 
-SMALL = replace(
-    TOY,
+SMALL = Settings(
     toy_demos=400,
     better_demos=100,
     sft=Training(lr=4e-3, epochs=1, batch_size=32),
@@ -24,7 +23,7 @@ SMALL = replace(
     pair_prompts=20,
     pair_answers=4,
     dpo=Training(lr=5e-4, epochs=1, batch_size=16),
-    optim="adamw(betas=(0.1, 0.01))",
+    betas=(0.1, 0.01),
     other_betas=(0.1,),
     answer_prompts=6,
     max_new_tokens=24,
@@ -40,8 +39,8 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Settings:
 def test_recipe_runs_once_and_is_returned_when_done(
     small: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = recipe.Config(out=tmp_path / "run")
-    page = recipe.run(config)
+    config = study.Config(out=tmp_path / "run")
+    page = RECIPE.run(config)
     found = json.loads((tmp_path / "run" / "results.json").read_text())
     assert "<html" in page.read_text()
     refs = ["self", "none", "prior", "family", "stranger", "tokenizer"]
@@ -57,10 +56,10 @@ def test_recipe_runs_once_and_is_returned_when_done(
     assert said.count("reference: computed") == 5  # self, prior and three models; the second beta computes nothing
     assert said.count("no forward pass") == 1
     before = page.stat().st_mtime_ns
-    assert recipe.run(config) == page
+    assert RECIPE.run(config) == page
     assert page.stat().st_mtime_ns == before
     with pytest.raises(ValueError, match="another config"):
-        recipe.run(replace(config, seeds=2))
+        RECIPE.run(replace(config, seeds=2))
 
 
 BETAS = [1.0, 0.1, 0.01, 0.001]
@@ -74,19 +73,20 @@ TRUTH = {  # mean gold by beta
 }
 
 
-def simulated(seed: int, *, noise: float = 1.0, truth: dict[str, list[float]] = TRUTH) -> claims.Measured:
+def simulated(seed: int, *, noise: float = 1.0, truth: dict[str, list[float]] = TRUTH) -> Measured:
     g = torch.Generator().manual_seed(seed)
 
     def drawn(means: list[float]) -> torch.Tensor:
         return torch.tensor(means).double()[:, None] + noise * torch.randn(len(means), 200, generator=g).double()
 
-    length = {ref: drawn([30.0 if ref == "none" else 20.0] * 4) for ref in truth}
-    accuracy = {ref: torch.tensor([0.45, 0.5, 0.6, 0.62]) for ref in truth}
-    return claims.Measured(dict.fromkeys(truth, BETAS), {r: drawn(m) for r, m in truth.items()}, length, accuracy)
+    values = {("length", ref): drawn([30.0 if ref == "none" else 20.0] * 4) for ref in truth}
+    values |= {("gold", ref): drawn(means) for ref, means in truth.items()}
+    accuracy = dict.fromkeys(truth, (0.45, 0.5, 0.6, 0.62))
+    return Measured(dict.fromkeys(truth, BETAS), values, accuracy, study.halves(values))
 
 
-def verdicts(chains: list[claims.Measured]) -> dict[str, bool | None]:
-    return {row["id"]: row["holds"] for row in claims.check(chains)}
+def verdicts(chains: list[Measured]) -> dict[str, bool | None]:
+    return {row["id"]: row["holds"] for row in recipe.check(chains)}
 
 
 @pytest.mark.parametrize("seeds", [1, 4])
@@ -107,7 +107,7 @@ def test_what_is_reversed_is_contradicted() -> None:
 def test_without_a_difference_claims_seldom_hold() -> None:
     """Nothing depends on beta or the reference: looking for the best beta must not create a gain."""
     flat = {ref: [1.0] * 4 for ref in TRUTH}
-    rows = [row for seed in range(40) for row in claims.check([simulated(seed, truth=flat)])]
+    rows = [row for seed in range(40) for row in recipe.check([simulated(seed, truth=flat)])]
     compared = [row for row in rows if row["id"] not in ("posterior-is-long", "policy-accuracy", "stronger-wants-more")]
     wrong = sum(row["holds"] is not None for row in compared)
     assert wrong / len(compared) < 0.12  # intervals of 95 %
@@ -115,9 +115,8 @@ def test_without_a_difference_claims_seldom_hold() -> None:
 
 def test_best_beta_is_measured_on_the_other_half() -> None:
     chain = simulated(0)
-    halves = claims._halves(chain)
-    gold = chain.gold["family"]
+    gold = chain.values["gold", "family"]
     even, odd = gold[:, 0::2].mean(1), gold[:, 1::2].mean(1)
     want = (odd[even.argmax()] + even[odd.argmax()]) / 2
-    assert halves.best("family").item() == pytest.approx(want.item())
-    assert halves.best_beta("family").item() == pytest.approx(-1.0)
+    assert chain.best("family").item() == pytest.approx(want.item())
+    assert chain.best_beta("family").item() == pytest.approx(-1.0)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import vl_convert
 
-from pyrite.recipes.soups.duels import duel_sections, matrix_chart, pareto_chart
+from pyrite.recipes.soups import duel_sections, matrix_chart, pareto_chart
 from pyrite.report.charts import specification, vega_lite
 from pyrite.report.page import page
 
@@ -48,6 +48,7 @@ def results() -> dict[str, Any]:
         "scores": scores,
         "pareto": [{**row, "front": row["method"] != "vb"} for row in front],
         "calls": 4800,
+        "over": "prompts",
     }
 
 
@@ -74,12 +75,10 @@ def test_matrices_share_their_colors_and_their_order() -> None:
     assert spec["encoding"]["x"]["sort"] == spec["encoding"]["y"]["sort"] == METHODS
 
 
-def test_another_tie_rule_and_cells_without_a_rate() -> None:
+def test_cells_without_a_rate_are_left_out() -> None:
     rows = duels()
-    rows[0] |= {"without": None, "without_lo": None, "without_hi": None}
-    spec = specification(matrix_chart(rows, rate="without"))
-    cells = spec["datasets"]["cells"]
-    assert len(cells) == 11 and (cells[0]["second"], cells[0]["band"]) == ("pmorl", "13 to 27")
+    rows[0] |= {"half": None, "half_lo": None, "half_hi": None}
+    assert len(specification(matrix_chart(rows))["datasets"]["cells"]) == 11
     with pytest.raises(ValueError, match="no duel to draw"):
         matrix_chart([])
 
@@ -110,10 +109,4 @@ def test_sections() -> None:
     fronts = parts[5].content
     assert [options for _, options in fronts["choices"]] == [["technical and brief", "plain and brief"]]
     assert all(view.kind == "figure" for _, view in fronts["panels"])
-    assert "4,800 questions" in page("Duels", parts) and duel_sections({}) == []
-
-
-def test_sections_of_a_run_without_scores() -> None:
-    bare = results() | {"scores": [], "pareto": [], "by_combination": duels(combination="technical+brief")}
-    kinds = [part.kind for part in duel_sections(bare)]
-    assert kinds == ["text", "figure", "table", "tabs"]  # one combination is the whole
+    assert "4,800 questions" in page("Duels", parts)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import pytest
-
-from pyrite.recipes.references.page import against_beta, references_page
+from pyrite.recipes.references import RECIPE, against_beta
 
 REFS = ("self", "none", "prior", "family", "stranger", "tokenizer")
 
@@ -25,8 +23,8 @@ def row(ref: str, beta: float, gold: float) -> dict:
 CURVES = [row(ref, beta, gold) for ref in REFS for beta, gold in ((1.0, 1.0), (0.1, 2.5), (0.001, 0.5))]
 START = {"gold": 1.2, "length": 18.0, "chains": 2, "degenerate": 0}
 RESULTS = {
-    **{"recipe": "references", "scale": "toy", "seeds": [0, 1], "seconds": 12.0, "curves": CURVES, "start": START},
-    "strong": {name: START for name in ("family", "stranger", "tokenizer")},
+    **{"recipe": "references", "scale": "toy", "seeds": [0, 1], "seconds": 12.0, "curves": CURVES},
+    "starts": [{"model": name, **START} for name in ("start", "family", "stranger", "tokenizer")],
     "indicators": [{"ref": "tokenizer", "sd": 91.3, "correlation": 0.25, "accuracy": 0.5}],
     "claims": [
         {
@@ -46,7 +44,7 @@ RESULTS = {
 
 
 def test_the_page_says_what_came_out() -> None:
-    page = references_page(RESULTS)
+    page = RECIPE.page(RESULTS)
     assert "Most gold: own reference, β = 0.1." in page
     assert "stronger, other tokenizer" in page
     assert "a &lt;b&gt;" in page
@@ -56,13 +54,8 @@ def test_the_page_says_what_came_out() -> None:
 
 
 def test_a_line_for_each_reference_and_a_dot_where_it_degenerates() -> None:
-    chart = against_beta(CURVES, "gold", refs=("self", "none"), level=1.2).to_dict()
+    chart = against_beta(RESULTS, "gold", ("self", "none")).to_dict()
     points = chart["datasets"]["points"]
     assert {p["line"] for p in points} == {"own reference", "none (posterior)", "start"}
     assert [p["beta"] for p in points if p["line"] == "own reference"] == [0.001, 0.1, 1.0]
     assert {p["beta"] for p in chart["datasets"]["peaks"]} == {0.001}
-
-
-def test_a_number_nobody_has() -> None:
-    with pytest.raises(ValueError, match="no row of self has nothing"):
-        against_beta(CURVES, "nothing", refs=("self",))

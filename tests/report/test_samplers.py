@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from pyrite.recipes.samplers.page import over, samplers_charts, samplers_page
+from pyrite.recipes.samplers import RECIPE, figures, over
 
 METHODS = ("offline", "on_policy", "hybrid", "mixed")
 
@@ -16,15 +16,18 @@ def curve(method: str, number: int) -> dict[str, Any]:
     return {"method": method, "round": number, "win_rate": 0.6, "gold_lo": 0.9, "gold_hi": 1.1, **values}
 
 
-def mean(value: float) -> dict[str, float]:
-    return {"mean": value, "lo": value - 0.1, "hi": value + 0.1}
+def end(method: str) -> dict[str, Any]:
+    values = dict.fromkeys(ENDS, 1.0) | {"proxy": 1.0 + (method == "mixed")}
+    bands = {f"{name}_{end}": value + by for name, value in values.items() for end, by in (("lo", -0.1), ("hi", 0.1))}
+    return {"method": method, **values, **bands}
 
 
 def race(samplers: tuple[str, ...], **found: Any) -> dict[str, Any]:
     summary = {"order": 2.0, "step_order": 2.0, "rate": 4.4, "contraction": 0.0, "steps_to_1e-06": 5, "error": 1e-9}
-    summary |= {"diverged": 0.0, "bound": None, "floor": None, **found}
+    summary |= {"diverged": 0.0, "bound": None, "floor": None, "steps_to_0.01": 2, "drift": 0.0, **found}
+    summary |= {name: {"mean": 0.1} for name in ("value_gap", "reward", "kl")}
     curves = [{"sampler": name, "step": t, "error": 0.1**t, "value_gap": 0.1**t} for name in samplers for t in range(3)]
-    return {"options": {"samples": 512}, "samplers": dict.fromkeys(samplers, summary), "curves": curves}
+    return {"config": {"samples": 512}, "samplers": dict.fromkeys(samplers, summary), "curves": curves}
 
 
 ENDS = ("gold", "proxy", "kl", "length", "missing_eos", "win_gold", "win_proxy")
@@ -34,13 +37,11 @@ RESULTS: dict[str, Any] = {
     "races": {
         "orders": race(("uniform", "mix_r")),
         "bounds": race(("uniform",), bound={"constant": 0.588, "order": 1, "holds": 1.0, "closest": 0.1}),
-        "floor 512": race(("uniform",), floor={"measured": mean(0.0912), "predicted": 0.0917}),
+        "floor 512": race(("uniform",), floor={"measured": {"mean": 0.0912}, "predicted": 0.0917}),
     },
     "budget": {"answers": 2688, "couples": 1344, "labels": dict.fromkeys(METHODS, 1343), "rounds": 3},
     "curves": [curve(method, number) for method in METHODS for number in range(4)],
-    "ends": {
-        name: {key: mean(1.0 + (name == "mixed" and key == "proxy")) for key in ENDS} for name in ("start", *METHODS)
-    },
+    "ends": [end(method) for method in ("start", *METHODS)],
     "scorer": [{"seed": 0, "pairs": 700, "accuracy": 0.71, "accuracy_lo": 0.6, "accuracy_hi": 0.8}],
     "claims": [
         {"id": "mixed-over-offline-proxy", "statement": "Mixed first", "holds": True, **CLAIM},
@@ -53,7 +54,7 @@ RESULTS: dict[str, Any] = {
 
 
 def test_the_page_says_what_came_out() -> None:
-    page = samplers_page(RESULTS)
+    page = RECIPE.page(RESULTS)
     assert "1 of 2 comparisons hold" in page
     assert "2,688 answers, 1,344 pairs for every method" in page
     assert "labels the pairs puts mixed first" in page
@@ -63,18 +64,19 @@ def test_the_page_says_what_came_out() -> None:
 
 
 def test_a_line_for_each_method_and_a_dot_for_each_round() -> None:
-    chart = over(RESULTS["curves"], "kl", "gold").to_dict()
+    chart = over(RESULTS, "kl", "gold").to_dict()
     points = chart["datasets"]["points"]
     assert {p["line"] for p in points} == {"offline", "on-policy", "hybrid", "mixed"}
     assert [p["kl"] for p in points if p["line"] == "mixed"] == [0.0, 1.5, 3.0, 4.5]
     assert len(chart["datasets"]["peaks"]) == len(points)
-    assert "peaks" not in over(RESULTS["curves"], "round", "gold").to_dict()["datasets"]
+    assert "peaks" not in over(RESULTS, "round", "gold").to_dict()["datasets"]
 
 
 def test_charts_worth_a_file() -> None:
-    assert list(samplers_charts(RESULTS)) == ["orders", "proxy_over_kl", "gold_over_kl"]
+    assert list(figures(RESULTS)) == ["orders", "proxy_over_kl", "gold_over_kl"]
 
 
 def test_a_number_nobody_has() -> None:
-    with pytest.raises(ValueError, match="no row has both kl and nothing"):
-        over(RESULTS["curves"], "kl", "nothing")
+    curves = [{**row, "gold": None} for row in RESULTS["curves"]]
+    with pytest.raises(ValueError, match="no row has both kl and gold"):
+        over(RESULTS | {"curves": curves}, "kl", "gold")

@@ -3,8 +3,8 @@
 import itertools
 from typing import Any
 
-from pyrite.recipes.soups import claims
-from pyrite.recipes.soups.page import soups_charts, soups_page
+from pyrite.recipes import study
+from pyrite.recipes.soups import CLAIMS, RECIPE, figures
 
 METHODS = ["vb", "pp", "psoups"]
 STRENGTH = {"vb": 0.0, "pp": 1.0, "psoups": 2.0}
@@ -32,6 +32,7 @@ def duels(*, by: str = "gold") -> dict[str, Any]:
         ],
         "pareto": [{"method": m, "front": m == "psoups", **dict.fromkeys(options, STRENGTH[m])} for m in METHODS],
         "calls": 240,
+        "over": "prompts",
     }
 
 
@@ -39,13 +40,22 @@ def results() -> dict[str, Any]:
     costs = {"policies": 6, "combinations": 8, "answers": 9216}
     costs |= {"policies_more": 1, "combinations_more": 12, "answers_more": 1536}
     accuracy = {"accuracy": 0.7, "accuracy_lo": 0.6, "accuracy_hi": 0.8}
-    policy = {"policy": "ppo brief", "kl_k1": -0.01, "kl_k1_se": 0.02, "length": 20.0, "missing_eos": 0.0, "score": 1.0}
+    policy = {
+        "policy": "ppo brief",
+        "kl_k1": -0.01,
+        "kl_k1_lo": -0.05,
+        "kl_k1_hi": 0.03,
+        "length": 20.0,
+        "missing_eos": 0.0,
+        "score": 1.0,
+    }
+    kl = {"pp": (-0.02, -0.12, 0.08), "vb": (2.0, 1.0, 3.0)}
     return {
         **{"recipe": "soups", "scale": "toy", "seeds": [0], "seconds": 12.0},
         **{"duels": duels(), "added": duels(), "general": duels()},
-        "kl": [{"method": "pp", "kl": -0.02, "kl_se": 0.05}, {"method": "vb", "kl": 2.0, "kl_lo": 1.0, "kl_hi": 3.0}],
+        "kl": [{"method": m, "kl": mean, "kl_lo": lo, "kl_hi": hi} for m, (mean, lo, hi) in kl.items()],
         "costs": [{"method": "psoups", **costs}, {"method": "pmorl", **costs, "policies": 1}],
-        "claims": claims.check([claims.Duels(duels(), duels(), duels())]),
+        "claims": study.check(CLAIMS, [{"duels": duels(), "added": duels(), "general": duels()}]),
         "reward_models": [{"seed": 0, "kind": "reward model", **accuracy}],
         "policies": [policy],
         "samples": [{"method": "pp", "combination": "plain", "prompt": "a fox <b>", "response": "the fox ."}],
@@ -54,19 +64,13 @@ def results() -> dict[str, Any]:
 
 
 def test_the_page_says_who_wins_and_what_it_costs() -> None:
-    page = soups_page(results())
+    page = RECIPE.page(results())
     assert "psoups wins most" in page
     assert "9,216" in page and "1,536" in page
-    assert "−0.01 ± 0.02" in page  # a KL below 0 is shown with its error
-    assert "−0.02 ± 0.05" in page and "2.00 [1.00, 3.00]" in page
+    assert "−0.01 [−0.05, 0.03]" in page  # a KL below 0 is shown with its interval
+    assert "−0.02 [−0.12, 0.08]" in page and "2.00 [1.00, 3.00]" in page
     assert "a fox &lt;b&gt;" in page and "a fox <b>" not in page
 
 
-def test_what_was_not_run_has_no_section() -> None:
-    without = results() | {"added": {}, "general": {}, "samples": []}
-    page = soups_page(without)
-    assert "An option added later" not in page and "In general" not in page and "Read the answers" not in page
-
-
 def test_charts_by_name() -> None:
-    assert set(soups_charts(results())) >= {"win_rates", "pareto_technical_brief"}
+    assert set(figures(results())) >= {"win_rates", "pareto_technical_brief"}

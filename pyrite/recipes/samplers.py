@@ -1,0 +1,623 @@
+"""Samplers of preference pairs: raced in an exact world, and in rounds of a language model (arXiv:2409.19605).
+
+Orders, bounds and floors where the optimum is known; then offline, on-policy, hybrid and mixed pairs at equal cost,
+measured by the scorer that labels them and by a gold that does not.
+
+Source: Shi et al. 2024, "The crucial role of samplers in online direct preference optimization". Of the language
+models' results only what the abstracts say (the current one, and the first version's) is claimed here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyrite.core import runs
+from pyrite.core.runs import Run
+from pyrite.jobs import bandit, evaluate, generate, label, online, reward, sft
+from pyrite.math import statistics
+from pyrite.math.seeds import derive
+from pyrite.recipes import study, toy
+from pyrite.recipes.study import Chain, Claim, Row, within
+from pyrite.report.bandit import READING, bounds, convergence, floors, orders
+from pyrite.report.charts import BLUE, BRASS, GREEN, ORANGE, PURPLE, Axis, Chart, curves
+from pyrite.report.page import Part, figure, number, numbers, percent, table, text
+from pyrite.training.evaluation import Evaluation
+from pyrite.training.loop import Training
+
+CAPPED = "mix_p(cap='range')"  # what sampled pairs can be drawn from: no pair weighs without bound
+SHARED = ("mix_r(share=1.0)", "mix_r(share=0.5)", "mix_p(share=1.0)", "mix_p(share=0.5)")
+THEORY = ("uniform", "mix_r", "mix_p")
+DRAWN = {"rate": "best", "scale": 0.1, "instances": 40}
+RACES: dict[str, dict[str, Any]] = {  # options of the job bandit
+    "orders": {},
+    "bounds": {"rewards": "unit", "steps": 8},
+    "best": {"samplers": (*THEORY, *SHARED), "rate": "best"},
+    "fixed": {"rate": "10.0"},  # what the authors' code uses for every sampler
+    **{f"floor {n}": {"samplers": ("uniform", CAPPED), "samples": n, "steps": 120, **DRAWN} for n in (512, 2048, 8192)},
+    "sooner": {"samplers": ("uniform", "mix_r", CAPPED), "samples": 8192, "steps": 20, **DRAWN},
+}
+METHODS = {  # how the pairs of a round are drawn
+    "offline": "reference()",
+    "on_policy": "on_policy()",
+    "hybrid": "hybrid()",
+    "mixed": "mixed(kappa=0.5)",
+    "mixed_in_part": "mixed(kappa=0.5, on_policy=0.3)",
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Races in the exact world; and one chain: a policy, a scorer that stands in for gold, rounds of every method."""
+
+    gold: str = "pyrite.toy:story_quality()"
+    """The held-out gold: it labels the scorer's training pairs and measures, and labels no pair of the rounds."""
+    races: dict[str, dict[str, Any]] = field(default_factory=lambda: RACES)
+    repetitions: int = 5
+    """Of every race; intervals are over them."""
+    toy_demos: int = 24_000
+    sft: Training = toy.SFT
+    scorer_answers: int = 4
+    """Answers to each prompt from which the scorer's training pairs are made."""
+    scorer: Training = Training(
+        lr=5e-4, epochs=2, batch_size=32, optim="adamw(weight_decay=0.01)", micro_batch_tokens=1 << 16
+    )
+    margin: float = 4.0
+    """Log-odds of a label for one standard deviation of the scorer; as published for Safe-RLHF."""
+    methods: dict[str, str] = field(default_factory=lambda: METHODS)
+    loss: str = "soft_dpo(beta=0.1)"
+    rounds: int = 3
+    prompts_per_round: int | None = None
+    """The next ones in every round; all by default."""
+    online: Training = Training(
+        lr=3e-4, epochs=2, batch_size=32, lr_scheduler_type="cosine(warmup_steps=5)", micro_batch_tokens=1 << 16
+    )
+    round_answers: int = 2
+    """Answers to each held-out prompt after every round."""
+    answer_prompts: int = 128
+    answers: int = 4
+    """Answers to each held-out prompt at the end."""
+    max_new_tokens: int = 64
+
+
+SETTINGS = {"toy": Settings()}
+
+
+def races(out: Path, settings: Settings, seed: int) -> dict[str, Run]:
+    """Run every race of the exact world; races whose options agree have the same reward tables."""
+    return {
+        f"race: {name}": bandit.run(
+            bandit.Config(
+                out=out / "races" / name.replace(" ", "_"),
+                seeds=settings.repetitions,
+                seed=derive(seed, "rewards"),
+                **options,
+            )
+        )
+        for name, options in settings.races.items()
+    }
+
+
+def chain(folder: Path, settings: Settings, seed: int) -> dict[str, Run]:
+    """Run every stage of a chain. Prompts, streams and order are the same for all methods: only the arms differ."""
+    world = toy.write(
+        folder / "world", seed=derive(seed, "world"), n_pool=settings.answer_prompts, n_demos=settings.toy_demos
+    )
+    start, asked, held_out = str(folder / "sft" / "model"), str(world.pair_prompts), str(world.pool_prompts)
+
+    def evaluated(name: str) -> Run:
+        return evaluate.run(
+            evaluate.Config(
+                model=str(folder / name / "model"),
+                prompts=held_out,
+                gold=settings.gold,
+                rewards=str(folder / "scorer"),
+                ref=start,
+                k=settings.answers,
+                max_new_tokens=settings.max_new_tokens,
+                out=folder / f"evaluate_{name}",
+                seed=derive(seed, "evaluate"),
+            )
+        )
+
+    found = {
+        "sft": sft.run(
+            sft.Config(
+                model=str(world.model),
+                data=str(world.demos),
+                training=settings.sft,
+                out=folder / "sft",
+                seed=derive(seed, "sft"),
+            )
+        ),
+        "answers": generate.run(
+            generate.Config(
+                model=start,
+                prompts=asked,
+                k=settings.scorer_answers,
+                max_new_tokens=settings.max_new_tokens,
+                out=folder / "answers",
+                seed=derive(seed, "pairs"),
+            )
+        ),
+        "pairs": label.run(
+            label.Config(
+                candidates=str(folder / "answers" / "candidates.parquet"),
+                gold=settings.gold,
+                ties="drop",
+                seed=derive(seed, "labels"),
+                out=folder / "pairs",
+            )
+        ),
+        "scorer": reward.run(
+            reward.Config(
+                model=start,
+                data=str(folder / "pairs" / "pairs.parquet"),
+                held_out=str(folder / "pairs" / "held_out.parquet"),
+                training=settings.scorer,
+                out=folder / "scorer",
+                seed=derive(seed, "scorer"),
+            )
+        ),
+        "evaluate: start": evaluated("sft"),
+    }
+    scorer = f"reward_model(path={str(folder / 'scorer' / 'member_0')!r})"
+    for method, sampler in settings.methods.items():
+        config = online.Config(
+            model=start,
+            prompts=asked,
+            judge=f"bradley_terry(gold={scorer!r}, scale={1 / settings.margin!r})",
+            sampler=sampler,
+            loss=settings.loss,
+            rounds=settings.rounds,
+            prompts_per_round=settings.prompts_per_round,
+            pairing="consecutive",
+            training=settings.online,
+            evaluation=Evaluation(
+                eval_prompts=held_out,
+                gold=settings.gold,
+                rewards=str(folder / "scorer"),
+                eval_limit=None,
+                eval_k=settings.round_answers,
+                max_new_tokens=settings.max_new_tokens,
+            ),
+            out=folder / method,
+            seed=derive(seed, "rounds"),
+        )
+        found[f"rounds: {method}"] = online.run(config)
+        found[f"evaluate: {method}"] = evaluated(method)
+    return found
+
+
+# what is measured ------------------------------------------------------------------------------------------------
+
+NUMBERS = ("gold", "proxy", "kl", "length", "missing_eos", "win_rate", "agreement", "loss")
+ENDS = ("gold", "proxy", "kl_exact", "length", "missing_eos")
+
+
+def collect(chains: Sequence[Chain], settings: Settings, raced: Mapping[str, Run]) -> Row:
+    """Everything the page shows."""
+    rounds = [row for chain in chains for method in settings.methods for row in of_rounds(chain, method)]
+    exact = {name.removeprefix("race: "): runs.read_json(run.folder / "results.json") for name, run in raced.items()}
+    given = [budget(chain, settings) for chain in chains]
+    models = [{"end": _ends(chain, settings), "rounds": _paths(chain, settings)} for chain in chains]
+    every = ["start", *settings.methods]
+    return {
+        "races": exact,
+        "budget": given[0],
+        "curves": study.over_chains(rounds, ("method", "round"), NUMBERS),
+        "ends": [_end(chains, method) for method in every],
+        "scorer": [_accuracy(chain) for chain in chains],
+        "claims": check(exact, models),
+        "samples": study.first_answers(
+            {name: chains[0].runs[f"evaluate: {name}"] for name in every}, ("gold", "proxy"), prompts=4
+        ),
+    }
+
+
+def budget(chain: Chain, settings: Settings) -> Row:
+    """What every method was given. Raises ValueError if one had more than another."""
+    given = {}
+    for method in settings.methods:
+        rows = runs.read_metrics(chain.runs[f"rounds: {method}"].folder)[1:]
+        couples = sum(row["pairs"] + row["ties"] + row["no_verdict"] for row in rows)
+        given[method] = {"answers": rows[-1]["answers"], "couples": couples, "labels": rows[-1]["labels"]}
+    for name in ("answers", "couples"):
+        if len({row[name] for row in given.values()}) > 1:
+            told = ", ".join(f"{method} {row[name]}" for method, row in given.items())
+            raise ValueError(f"seed {chain.seed}: methods differ in {name} ({told}); their rewards do not compare")
+    labels = {method: row["labels"] for method, row in given.items()}  # two equal answers need none
+    return {**next(iter(given.values())), "labels": labels, "rounds": settings.rounds}
+
+
+def of_rounds(chain: Chain, method: str) -> list[Row]:
+    """A row for the start and each round of a method."""
+    found = []
+    for row in runs.read_metrics(chain.runs[f"rounds: {method}"].folder):
+        row = {**row, "kl": row["kl_k1"], "kl_se": row["kl_k1_se"]}
+        errors = [f"{name}_se" for name in ("gold", "proxy", "kl")]
+        kept = {name: row[name] for name in (*NUMBERS, *errors) if name in row}
+        found.append({"seed": chain.seed, "method": method, "round": row["step"], **kept})
+    return found
+
+
+def _paths(chain: Chain, settings: Settings) -> dict[str, dict[str, Tensor]]:
+    """(rounds+1,) means by round for each method."""
+    rows = {method: of_rounds(chain, method) for method in settings.methods}
+    return {
+        method: {name: torch.tensor([row[name] for row in some]).double() for name in ("gold", "proxy", "kl")}
+        for method, some in rows.items()
+    }
+
+
+def _ends(chain: Chain, settings: Settings) -> dict[str, dict[str, Tensor]]:
+    """(Q,) means by held-out prompt of each method's last policy."""
+    found = {}
+    for method in settings.methods:
+        grids = study.by_prompt(chain.runs[f"evaluate: {method}"], ENDS)
+        found[method] = {name.removesuffix("_exact"): grid.mean(1) for name, grid in grids.items()}
+    return found
+
+
+def _end(chains: Sequence[Chain], method: str) -> Row:
+    """The last policy of a method: means, and how often its answers beat the start's.
+
+    Intervals are over the prompts of one chain, or over several chains.
+    """
+    found: dict[str, list[Tensor]] = {}
+    for chain in chains:
+        mine, start = (study.by_prompt(chain.runs[f"evaluate: {name}"], ENDS) for name in (method, "start"))
+        for name, grid in mine.items():
+            found.setdefault(name.removesuffix("_exact"), []).append(grid.mean(1))
+        for name in ("gold", "proxy"):
+            pairs = statistics.wins(mine[name][:, :, None], start[name][:, None, :])
+            found.setdefault(f"win_{name}", []).append(pairs.mean((1, 2)))
+    row: Row = {"method": method}
+    for name, values in found.items():
+        if len(values) > 1:
+            row |= study.spread(name, [value.mean().item() for value in values])
+        else:
+            mean, lo, hi = (value.item() for value in statistics.bootstrap(values[0]))
+            row |= {name: mean, f"{name}_lo": lo, f"{name}_hi": hi}
+    return row
+
+
+def _accuracy(chain: Chain) -> Row:
+    """How well the scorer that labels knows gold."""
+    member = (chain.runs["scorer"].results or {})["members"][0]
+    pairs = (chain.runs["pairs"].results or {})["pairs"]
+    return {"seed": chain.seed, "pairs": pairs, **{k: member[k] for k in ("accuracy", "accuracy_lo", "accuracy_hi")}}
+
+
+# claims ----------------------------------------------------------------------------------------------------------
+# About the exact world a claim is given one repetition of all races: race -> sampler -> figure -> number. About the
+# language model it is given one chain: {"end": method -> gold, proxy, kl (Q,), "rounds": method -> the same by round}.
+
+SOURCE = "arXiv:2409.19605"
+NO_HELD_OUT = f"not in {SOURCE}, where the scorer that labels is also the one that measures"
+Exact = Mapping[str, Mapping[str, Mapping[str, float]]]
+Model = Mapping[str, Mapping[str, Mapping[str, Tensor]]]
+
+
+def _order(sampler: str, order: int, statement: str) -> Claim:
+    return Claim(
+        f"order-{sampler.replace('_', '-')}",
+        f"{SOURCE}, theorems on exact DPO",
+        statement,
+        lambda exact: exact["orders"][sampler]["order"],
+        within(order - 0.1, order + 0.1),
+    )
+
+
+def _sooner(sampler: str) -> Claim:
+    return Claim(
+        f"fewer-updates-{sampler.replace('_', '-')}",
+        f"{SOURCE}, theorems and figure on exact DPO",
+        f"{sampler} needs fewer updates than uniform to an error of 1e-6, each at its best constant rate",
+        lambda exact: exact["best"]["uniform"]["steps_to_1e-06"] - exact["best"][sampler]["steps_to_1e-06"],
+    )
+
+
+def _parts_lose(sampler: str) -> Claim:
+    """The theory's own weights against the second pair of arms alone."""
+    alone = f"{sampler}(share=1.0)"
+    return Claim(
+        f"both-parts-{sampler.replace('_', '-')}",
+        f"{SOURCE}, definition of the samplers",
+        f"{sampler} with the weights of the theory needs fewer updates to 1e-6 than its second pair of arms alone",
+        lambda exact: exact["best"][alone]["steps_to_1e-06"] - exact["best"][sampler]["steps_to_1e-06"],
+    )
+
+
+def _floor_slope(exact: Exact) -> float:
+    """d log error / d log N at the last update, from the fewest pairs to the most, mix_p with its cap."""
+    errors = {int(name.split()[-1]): race[CAPPED]["mean_error"] for name, race in exact.items() if "floor" in name}
+    return math.log(errors[max(errors)] / errors[min(errors)]) / math.log(max(errors) / min(errors))
+
+
+def _early(sampler: str) -> Callable[[Exact], float]:
+    return lambda exact: exact["sooner"]["uniform"]["mean_error"] - exact["sooner"][sampler]["mean_error"]
+
+
+EXACT = [
+    _order("uniform", 1, "DPO with uniform pairs converges linearly (order 1)"),
+    _order("mix_r", 2, "DPO with mix_r converges quadratically (order 2)"),
+    _order("mix_p", 2, "DPO with mix_p converges quadratically (order 2)"),
+    _sooner("mix_r"),
+    _sooner("mix_p"),
+    _parts_lose("mix_r"),
+    _parts_lose("mix_p"),
+    Claim(
+        "fixed-rate",
+        f"{SOURCE}, figure on exact DPO: one learning rate, 10, for every sampler",
+        "At that one rate mix_p converges quadratically on a typical reward table too (order 2)",
+        lambda exact: exact["fixed"]["mix_p"]["order"],
+        within(1.9, 2.1),
+    ),
+    Claim(
+        "floor",
+        f"{SOURCE}, empirical DPO: noise in the gradient ends convergence; the exponent is derived",
+        "With N sampled pairs an update, DPO stops at an error that falls as N^(-1/2) (exponent)",
+        _floor_slope,
+        within(-0.55, -0.45),
+    ),
+    Claim(
+        "sooner-mix-r",
+        f"{SOURCE}, figure on empirical DPO",
+        "With sampled pairs, mix_r has a smaller error than uniform after 20 updates at a tenth of the best rate",
+        _early("mix_r"),
+    ),
+    Claim(
+        "sooner-mix-p",
+        f"{SOURCE}, figure on empirical DPO",
+        "With sampled pairs, mix_p with its cap has a smaller error than uniform after those updates",
+        _early(CAPPED),
+    ),
+]
+BOUNDS = [  # a theorem about every reward table: one that breaks it is enough against it
+    Claim(
+        f"bound-{name.replace('_', '-')}",
+        f"{SOURCE}, theorems on exact DPO",
+        f"{name}: on every reward table the error stays within the bound of the theorem (share of them)",
+        lambda race, name=name: race["samplers"][name]["bound"]["holds"],
+        lambda lo, hi: hi == 1.0,
+    )
+    for name in THEORY
+]
+
+
+def at_equal_kl(chain: Model, name: str, first: str, second: str) -> float:
+    """How far one method's curve of reward over KL is above another's, at the KL where the shorter one ends."""
+    rounds = chain["rounds"]
+    kl = min(rounds[method]["kl"].max().item() for method in (first, second))
+    ours, theirs = (_along(rounds[method]["kl"], rounds[method][name], kl) for method in (first, second))
+    return ours - theirs
+
+
+def _along(kl: Tensor, reward: Tensor, at: float) -> float:
+    """Reward where the curve, round by round, first reaches a KL; linear between rounds."""
+    for i in range(1, len(kl)):
+        if kl[i] >= at:
+            share = (at - kl[i - 1].item()) / max((kl[i] - kl[i - 1]).item(), 1e-12)
+            return reward[i - 1].item() + share * (reward[i] - reward[i - 1]).item()
+    return reward[-1].item()
+
+
+def _ahead(name: str, first: str, second: str, source: str, scorer: str) -> Claim:
+    words = [method.replace("_", "-") for method in (first, second)]
+    return Claim(
+        f"{words[0]}-over-{words[1]}-{name}",
+        source,
+        f"At the last round {words[0]} pairs have brought more reward than {words[1]} ones, by {scorer}",
+        lambda chain: chain["end"][first][name] - chain["end"][second][name],
+    )
+
+
+def _at_equal_kl(other: str) -> Claim:
+    word = other.replace("_", "-")
+    return Claim(
+        f"equal-kl-{word}",
+        f"{SOURCE}, figure of reward over KL",
+        f"At equal KL, where the shorter curve ends, mixed pairs bring more reward than {word} ones, by that scorer",
+        lambda chain: at_equal_kl(chain, "proxy", "mixed", other),
+    )
+
+
+BY_SCORER = {
+    ("mixed", "offline"): f"{SOURCE}, abstract: over 7.4 % above vanilla DPO on Safe-RLHF",
+    ("mixed", "on_policy"): f"{SOURCE}, abstract of the first version: 3.0 % above on-policy on Safe-RLHF",
+    ("mixed", "hybrid"): f"{SOURCE}, abstract of the first version: over 4.2 % above hybrid on Iterative-Prompt",
+    ("on_policy", "offline"): f"{SOURCE}, implied by the abstract of the first version",
+}
+MODEL = [
+    *(_ahead("proxy", *pair, source, "the scorer that labels") for pair, source in BY_SCORER.items()),
+    *(_ahead("gold", *pair, NO_HELD_OUT, "held-out gold") for pair in BY_SCORER),
+    Claim(
+        "farther",
+        f"{SOURCE}, figure of reward over KL",
+        "Mixed pairs lead farther from the start than offline ones (KL, nats)",
+        lambda chain: chain["end"]["mixed"]["kl"] - chain["end"]["offline"]["kl"],
+    ),
+    _at_equal_kl("offline"),
+    _at_equal_kl("on_policy"),
+]
+CLAIMS = [*EXACT, *BOUNDS, *MODEL]
+
+
+def check(races: Mapping[str, Row], models: Sequence[Model]) -> list[Row]:
+    """Every claim. Repetitions of the races stand for chains; prompts of a single chain give an interval."""
+    repetitions = len(races["orders"]["samplers"]["uniform"]["by_repetition"]["order"])
+    exact = [
+        {name: {sampler: _numbers(row, i) for sampler, row in race["samplers"].items()} for name, race in races.items()}
+        for i in range(repetitions)
+    ]
+    return [
+        *study.check(EXACT, exact),
+        *study.check(BOUNDS, [races["bounds"]], alone=_over_tables),
+        *study.check(MODEL, models, alone=_over_prompts),
+    ]
+
+
+def _numbers(summary: Row, repetition: int) -> dict[str, float]:
+    """The figures of one repetition; one that was never reached is no number."""
+    values = {name: values[repetition] for name, values in summary["by_repetition"].items()}
+    return {name: math.nan if value is None else value for name, value in values.items()}
+
+
+def _over_tables(claim: Claim, race: Row) -> tuple[float, float]:
+    """If all of N tables keep a bound, at least 0.05^(1/N) of all that could be drawn do, with 95 % confidence."""
+    share = float(claim.value(race))
+    tables = race["config"]["instances"] * race["config"]["seeds"]
+    return (0.05 ** (1 / tables), 1.0) if share == 1.0 else (share, share)
+
+
+def _over_prompts(claim: Claim, chain: Model) -> tuple[float, float] | None:
+    values = claim.value(chain)
+    if not isinstance(values, Tensor):
+        return None
+    found = statistics.bootstrap(values)
+    return found.lo.item(), found.hi.item()
+
+
+# the page --------------------------------------------------------------------------------------------------------
+
+NAMES = {"on_policy": "on-policy", "mixed_in_part": "mixed, 0.3 on-policy"}
+COLORS = {"offline": ORANGE, "on_policy": BLUE, "hybrid": PURPLE, "mixed": GREEN, "mixed_in_part": BRASS}
+REWARDS = {"proxy": "reward by the scorer that labels", "gold": "held-out gold reward"}
+TITLES = {**REWARDS, "kl": "KL from the start, nats", "round": "rounds"}
+NOTE = (
+    "Intervals of the exact world are over repetitions, each with its own reward tables. Those of the language model "
+    "are over chains; with one chain, over prompts, and then they do not know what another seed would have brought."
+)
+TOLD = {
+    "orders": "Each sampler at the rate matched to it: uniform pairs are a straight line, the others bend down.",
+    "best": "Each at its best constant rate. `share=1.0` draws only pairs far apart in reward, `share=0.5` half.",
+    "fixed": "One rate, 10, for every sampler, as in the authors' code: matched to it by luck or not at all.",
+}
+
+
+def figures(results: Row) -> dict[str, Chart]:
+    """The charts worth a file of their own."""
+    races = {name: convergence(results["races"][name]["curves"]) for name in TOLD if name in results["races"]}
+    return races | {f"{reward}_over_kl": over(results, "kl", reward) for reward in REWARDS}
+
+
+def over(results: Row, x: str, y: str) -> Chart:
+    """Reward or KL against KL or rounds, a line for each method. A curve over KL may turn back, so it has no band."""
+    return curves(
+        results["curves"],
+        Axis(x, TITLES[x], whole=x == "round"),
+        Axis(y, TITLES[y]),
+        by="method",
+        names=NAMES,
+        colors=COLORS,
+        tooltip={"round": "round"},
+        dot=lambda row: x == "kl",
+        bands=x != "kl",
+        height=300,
+    )
+
+
+def story(results: Row) -> tuple[str, str, list[Part]]:
+    """Title, lead and sections."""
+    verdicts = [row["holds"] for row in results["claims"] if row["id"].startswith("mixed-over-")]
+    title = f"Mixed pairs against others: {sum(v is True for v in verdicts)} of {len(verdicts)} comparisons hold."
+    given, ends = results["budget"], results["ends"]
+    best = {name: _named(max(ends[1:], key=lambda row: row[name])["method"]) for name in REWARDS}
+    lead = (
+        "A direct loss learns from pairs of answers; a sampler says which two. In a world of twenty answers the right "
+        "sampler makes convergence quadratic. Here the same samplers also draw the pairs of a language model, for "
+        f"{given['rounds']} rounds: **{given['answers']:,} answers, {given['couples']:,} pairs for every method**. The "
+        f"scorer that labels the pairs puts {best['proxy']} first, the gold that never labels one {best['gold']}."
+    )
+    short = {"scorer": "proxy", "gold": "gold", "KL, nats": "kl"}
+    headline = numbers([(_named(r["method"]), [(told, number(r[key])) for told, key in short.items()]) for r in ends])
+    answers = study.answer_tables(results["samples"], {"proxy": "scorer", "gold": "gold"}, NAMES)
+    return title, lead, [headline, *_language_model(results), *_exact_world(results["races"]), *answers]
+
+
+def _named(method: str) -> str:
+    return NAMES.get(method, method)
+
+
+def _language_model(results: Row) -> list[Part]:
+    known = ", ".join(percent(row["accuracy"]) for row in results["scorer"])
+    units = "prompts" if len(results["seeds"]) == 1 else "chains"
+    labels = ", ".join(f"{_named(name)} {n:,}" for name, n in results["budget"]["labels"].items())
+    return [
+        text(
+            "**Two rewards.** Pairs are labeled by a reward model that was trained on pairs of the first policy's own "
+            f"answers and ranks {known} of held-out pairs right; a label is its Bradley-Terry probability. What it is "
+            "worth to please that scorer is said by the exact gold reward of the toy world, which labels no pair of "
+            "the rounds. In the first round policy and reference are the same, and so are all methods. Labels paid "
+            f"for by each method (two equal answers need none): {labels}.",
+            title="Rounds of a language model",
+        ),
+        figure(
+            [over(results, "kl", reward) for reward in REWARDS],
+            "Reward against KL from the start, a dot a round: what a method pays for its reward.",
+            names=("By the scorer", "By gold"),
+        ),
+        figure(
+            [over(results, "round", y) for y in (*REWARDS, "kl")],
+            f"Round by round; bands are 95 % over {units}.",
+            names=("Scorer", "Gold", "KL"),
+        ),
+        _ends_table(results["ends"]),
+        _rounds_table(results["curves"]),
+    ]
+
+
+def _ends_table(ends: Sequence[Row]) -> Part:
+    columns = ("method", "scorer", "gold", "KL, nats", "beats start: scorer", "beats start: gold", "tokens")
+    rows = [
+        (
+            _named(row["method"]),
+            *(f"{number(row[k])} [{number(row[f'{k}_lo'])}, {number(row[f'{k}_hi'])}]" for k in ("proxy", "gold")),
+            number(row["kl"]),
+            *(percent(row[key]) for key in ("win_proxy", "win_gold")),
+            number(row["length"]),
+        )
+        for row in ends
+    ]
+    caption = "Answers to held-out prompts after the last round, with 95 % intervals; ties count half."
+    return table(columns, rows, caption)
+
+
+def _rounds_table(rows: Sequence[Row]) -> Part:
+    columns = ("method", "round", "scorer", "gold", "KL, nats", "tokens", "beats start: gold", "labels agree with gold")
+    cells = [
+        (
+            *(_named(row["method"]), row["round"]),
+            *(row.get(name) for name in ("proxy", "gold", "kl", "length")),
+            *(percent(row.get(name)) for name in ("win_rate", "agreement")),
+        )
+        for row in rows
+        if row["round"]
+    ]
+    return table(columns, cells, "Every round: agreement is of the round's labels, before it is learned from.")
+
+
+def _exact_world(races: Mapping[str, Row]) -> list[Part]:
+    parts: list[Part] = [text(READING, title="The exact world")]
+    for name, told in TOLD.items():
+        if name in races:
+            caption = f"{told} Medians over reward tables; the bands hold the middle 90 %."
+            parts += [figure(convergence(races[name]["curves"]), caption), orders(races[name]["samplers"].items())]
+    drawn = [
+        (f"{sampler}, {race['config']['samples']:,} pairs an update", row)
+        for name, race in races.items()
+        for sampler, row in race["samplers"].items()
+        if name.startswith("floor")
+    ]
+    promised = races["bounds"]["samplers"].items() if "bounds" in races else []
+    return [*parts, *bounds(promised), *floors(drawn)]
+
+
+RECIPE = study.Recipe("samplers", SETTINGS, chain, collect, story, figures, races, NOTE)
