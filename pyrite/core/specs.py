@@ -48,6 +48,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -83,6 +84,13 @@ def line(error: BaseException) -> str:
     return f"{said or type(error).__name__} (in {library} at {file.name}:{number}; --debug shows the traceback)"
 
 
+def _last_line(error: BaseException | None, file: str | Path) -> str:
+    """ ":12", the last line of a file that an error passed; "" if it passed none."""
+    frames = traceback.walk_tb(error.__traceback__ if error else None)
+    lines = [line for frame, line in frames if Path(frame.f_code.co_filename).absolute() == Path(file).absolute()]
+    return f":{lines[-1]}" if lines else ""
+
+
 def _raised(error: BaseException) -> bool:
     """Whether the last line of an error's traceback is a `raise`, not a call that Python refused."""
     trace = error.__traceback__
@@ -99,8 +107,7 @@ def _library(file: Path) -> str | None:
     return str(file) if str(file).startswith("<frozen") else None
 
 
-# contracts: What a part of one's own is given and must return, kind by kind; it is held to that at every call.
-
+# Parts of the user's own ----------------------------------------------------------------------------------------------
 
 Function = Callable[..., Any]
 EXACT = 2**24  # whole numbers up to here are float32 numbers
@@ -128,9 +135,8 @@ class Own:
 
     def fault(self, what: str, *, error: BaseException | None = None) -> PartError:
         """An error that names the part and the line: of the error if it arose in the part's file, else of the part."""
-        lines = [number for frame, number in _frames(error) if frame.f_code.co_filename == self.file]
-        line = lines[-1] if lines else self.line
-        return PartError(f"{self.where}{f':{line}' if line else ''}, {self.name}(): {what}")
+        line = _last_line(error, self.file) or (f":{self.line}" if self.line else "")
+        return PartError(f"{self.where}{line}, {self.name}(): {what}")
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
@@ -371,37 +377,32 @@ def _called(value: Any) -> str:
     return f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"
 
 
-# Trials -------------------------------------------------------------------------------------------------------------
+# The kinds of parts -------------------------------------------------------------------------------------------------
 
 
-def _pairs() -> tuple[tuple[Any, ...], dict[str, Any]]:
-    return (toy_pairs(learning=True),), {}
-
-
-def _scored() -> tuple[tuple[Any, ...], dict[str, Any]]:
-    g = torch.Generator().manual_seed(0)
-    return tuple(torch.randn(6, generator=g).requires_grad_() for _ in range(2)), {}
-
-
-def _members() -> tuple[tuple[Any, ...], dict[str, Any]]:
-    return (torch.randn(3, 6, generator=torch.Generator().manual_seed(0)),), {}
-
-
-def _margins() -> tuple[tuple[Any, ...], dict[str, Any]]:
-    return _members()[0], {"generator": torch.Generator().manual_seed(0)}
+def _random(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
 
 
 PAIR = "return one value a pair, shape (B,)"
 CONTRACTS = {
-    "losses": Contract(("pair",), PAIR, _loss, _pairs),
-    "reward_losses": Contract(("chosen", "rejected"), PAIR, _loss, _scored),
-    "ensembles": Contract(("scores",), "one score an answer, shape (N,)", _score_a_column, _members),
+    "losses": Contract(("pair",), PAIR, _loss, lambda: ((toy_pairs(learning=True),), {})),
+    "reward_losses": Contract(
+        ("chosen", "rejected"), PAIR, _loss, lambda: ((_random(6).requires_grad_(), _random(6).requires_grad_()), {})
+    ),
+    "ensembles": Contract(
+        ("scores",), "one score an answer, shape (N,)", _score_a_column, lambda: ((_random(3, 6),), {})
+    ),
     "lr_schedulers": Contract(
         ("lr", "step", "total"), "the learning rate of a step", _rate, lambda: ((1e-3, 0, 10), {})
     ),
     "optimizers": Contract(("parameters",), "a torch.optim.Optimizer", _optimizer),
     "selectors": Contract(
-        ("margins",), "one priority a pair, shape (B,)", _score_a_column, _margins, late=("generator",)
+        ("margins",),
+        "one priority a pair, shape (B,)",
+        _score_a_column,
+        lambda: ((_random(3, 6),), {"generator": torch.Generator().manual_seed(0)}),
+        late=("generator",),
     ),
     "scorers": Contract(("prompts", "responses"), "one score a response", _score_a_row),
     "judges": Contract(("prompts", "a", "b"), "P(a beats b) of each pair", _score_a_row),
@@ -433,41 +434,29 @@ def undisturbed(state: dict[str, Any], name: str) -> Iterator[None]:
         os.chdir(folder)
 
 
-def _frames(error: BaseException | None) -> list[Any]:
-    return list(traceback.walk_tb(error.__traceback__)) if error else []
-
-
 def _random_state() -> dict[str, Any]:
-    state: dict[str, Any] = {"python": random.getstate(), "torch": torch.get_rng_state()}
-    if torch.cuda.is_initialized():
-        state["cuda"] = torch.cuda.get_rng_state_all()
-    numpy = sys.modules.get("numpy")
-    if numpy is not None:
-        state["numpy"] = numpy.random.get_state()
-    return state
+    state = {"python": random.getstate(), "torch": torch.get_rng_state(), "numpy": np.random.get_state()}
+    return state | ({"cuda": torch.cuda.get_rng_state_all()} if torch.cuda.is_initialized() else {})
 
 
 def _set_random_state(state: Mapping[str, Any]) -> None:
     random.setstate(state["python"])
     torch.set_rng_state(state["torch"])
+    np.random.set_state(state["numpy"])
     if "cuda" in state:
         torch.cuda.set_rng_state_all(state["cuda"])
-    if "numpy" in state:
-        sys.modules["numpy"].random.set_state(state["numpy"])
 
 
 def _seeded(seed: int) -> dict[str, Any]:
     """The random numbers that a part begins with."""
-    state: dict[str, Any] = {"python": random.Random(seed).getstate()}
-    state["torch"] = torch.Generator().manual_seed(seed % 2**63).get_state()
-    numpy = sys.modules.get("numpy")
-    if numpy is not None:
-        state["numpy"] = numpy.random.RandomState(seed % 2**32).get_state()
-    return state
+    return {
+        "python": random.Random(seed).getstate(),
+        "torch": torch.Generator().manual_seed(seed % 2**63).get_state(),
+        "numpy": np.random.RandomState(seed % 2**32).get_state(),
+    }
 
 
-# parts: Spec strings: "dpo(beta=0.3)", "mine.py:my_loss(tau=2)", "package.module:fn()" -> a ready function.
-
+# Spec strings -------------------------------------------------------------------------------------------------------
 
 Registry = ModuleType | Mapping[str, Function]
 
@@ -543,15 +532,12 @@ def part(spec: str, registry: Registry) -> Part:
 
 def members(registry: Registry) -> list[Member]:
     """What can be named: the functions of a module's `__all__`, or its own public ones; sorted by name."""
-    functions = _functions(registry)
-    return [_member(name, functions[name]) for name in sorted(functions)]
-
-
-def _member(name: str, function: Function) -> Member:
-    hints = ranges.hints(function)
-    known = {option: ranges.words(hints.get(option, Any)) for option in _defaults(function)}
-    said = {option: words for option, words in known.items() if words}
-    return Member(name, _defaults(function), _summary(function), said)
+    found = []
+    for name, function in sorted(_functions(registry).items()):
+        options, hints = _defaults(function), ranges.hints(function)
+        said = {option: words for option in options if (words := ranges.words(hints.get(option, Any)))}
+        found.append(Member(name, options, (inspect.getdoc(function) or "").partition("\n")[0], said))
+    return found
 
 
 def signature(function: Function) -> str:
@@ -576,18 +562,14 @@ def _options(spec: str, call: str, start: int) -> dict[str, Any]:
     for keyword in node.keywords:
         if keyword.arg is None or keyword.arg in options:
             raise ValueError(f"{spec!r}: give every option once, by its name, not {ast.unparse(keyword)!r}")
-        options[keyword.arg] = _literal(spec, keyword.arg, keyword.value)
+        try:
+            options[keyword.arg] = ast.literal_eval(keyword.value)
+        except (ValueError, TypeError, SyntaxError):
+            raise ValueError(
+                f"{spec!r}: {ast.unparse(keyword)} is no plain value; "
+                "give a number, True, False, None, a list, or text in quotes"
+            ) from None
     return options
-
-
-def _literal(spec: str, name: str, value: ast.expr) -> Any:
-    try:
-        return ast.literal_eval(value)
-    except (ValueError, TypeError, SyntaxError):
-        raise ValueError(
-            f"{spec!r}: {name}={ast.unparse(value)} is no plain value; "
-            "give a number, True, False, None, a list, or text in quotes"
-        ) from None
 
 
 def _load(where: str) -> ModuleType:
@@ -600,10 +582,16 @@ def _load(where: str) -> ModuleType:
             return _load_file(path) if path.suffix == ".py" else _import(where)
     except ModuleNotFoundError as error:
         hint = "" if error.name != where else f'; for a file of yours write "{where}.py:name()"'
-        raise ValueError(f"cannot import {where}: no module named {error.name!r}{_line(error, path)}{hint}") from None
+        raise ValueError(f"cannot import {where}: no module named {error.name!r}{_place(error, path)}{hint}") from None
     except (Exception, SystemExit) as error:
         said = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ValueError(f"cannot import {where}: {said}{_line(error, path)}") from error
+        raise ValueError(f"cannot import {where}: {said}{_place(error, path)}") from error
+
+
+def _place(error: BaseException, path: Path) -> str:
+    """ " (mine.py, line 5)": where the import of a file stopped; a SyntaxError says it itself."""
+    line = "" if isinstance(error, SyntaxError) else _last_line(error, path)
+    return f" ({path.name}, line {line[1:]})" if line else ""
 
 
 def _import(where: str) -> ModuleType:
@@ -618,13 +606,6 @@ def _import(where: str) -> ModuleType:
         if not isinstance(offered, ModuleType):
             raise
         return offered
-
-
-def _line(error: BaseException, path: Path) -> str:
-    """The line of a file at which its import stopped; a SyntaxError names its own."""
-    frames = traceback.walk_tb(error.__traceback__)
-    lines = [n for frame, n in frames if Path(frame.f_code.co_filename).absolute() == path.absolute()]
-    return f" ({path.name}, line {lines[-1]})" if lines and not isinstance(error, SyntaxError) else ""
 
 
 def _load_file(path: Path) -> ModuleType:
@@ -667,10 +648,6 @@ def _functions(registry: Registry) -> dict[str, Function]:
 def _defaults(function: Function) -> dict[str, Any]:
     parameters = inspect.signature(function).parameters.values()
     return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
-
-
-def _summary(function: Function) -> str:
-    return (inspect.getdoc(function) or "").partition("\n")[0]
 
 
 def _ready(function: Function, options: dict[str, Any]) -> Function:

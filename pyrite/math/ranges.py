@@ -146,7 +146,7 @@ def words(hint: Any) -> str:
     """The range an annotation declares, "" if it declares none: "above 0", "0 to 1"."""
     if get_origin(hint) is Annotated:
         inner, *rules = get_args(hint)
-        return " and ".join(filter(None, [words(inner), *map(_range, rules)]))
+        return " and ".join(filter(None, [words(inner), *(_rule(rule)[0] for rule in rules)]))
     if get_origin(hint) is Literal:
         return " or ".join(repr(choice) for choice in get_args(hint))
     kinds = [kind for kind in get_args(hint) if kind not in (types.NoneType, ...)]
@@ -183,7 +183,11 @@ def _fault(value: Any, hint: Any) -> Fault | None:
         inner, *rules = get_args(hint)
         if inner is str and isinstance(value, str) and any(isinstance(rule, Len) for rule in rules):
             inner = Any  # how long a text is, its own rule says
-        return _fault(value, inner) or next((f for rule in rules if (f := _broken(value, rule))), None)
+        if wrong := _fault(value, inner):
+            return wrong
+        broken = [said for said, holds in map(_rule, rules) if not holds(value)]
+        number = "a number " if broken and broken[0].startswith(("above", "below")) else ""
+        return (True, f"give {number}{broken[0]}") if broken else None
     if get_origin(hint) in (Union, types.UnionType):
         return _of_several(value, get_args(hint))
     if get_origin(hint) is Literal:
@@ -242,49 +246,30 @@ def _anything(value: Any) -> Fault | None:
     return next((found for item in inner if (found := _anything(item))), None)
 
 
-def _broken(value: Any, rule: Any) -> Fault | None:
-    """What a value of the right type breaks of one rule of annotated_types."""
-    if isinstance(rule, Len):
-        few, many = rule.min_length, rule.max_length
-        right = few <= len(value) and (many is None or len(value) <= many)
-        return None if right else (True, f"give {_range(rule)}")
-    right = {
-        Gt: lambda: value > rule.gt,
-        Ge: lambda: value >= rule.ge,
-        Lt: lambda: value < rule.lt,
-        Le: lambda: value <= rule.le,
-        Interval: lambda: all(_broken(value, part) is None for part in rule),
-        Predicate: lambda: bool(rule.func(value)),
-    }.get(type(rule), lambda: True)
-    if right():
-        return None
-    said = _range(rule)
-    return True, f"give a number {said}" if said.startswith(("above", "below")) else f"give {said}"
-
-
-def _range(rule: Any) -> str:
-    """One rule in words."""
-    if isinstance(rule, Interval):
-        if rule.ge is not None and rule.le is not None:
-            return f"{rule.ge} to {rule.le}"
-        return " and ".join(_range(part) for part in rule)
-    if isinstance(rule, Len):
-        upper = "" if rule.max_length is None else f" and at most {rule.max_length}"
-        return f"at least {'one' if rule.min_length == 1 else rule.min_length}{upper}"
-    if isinstance(rule, Predicate):
-        return "any finite number" if rule.func is math.isfinite else _said(rule.func)
-    bounds: dict[type, Callable[[], str]] = {
-        Gt: lambda: f"above {rule.gt}",
-        Ge: lambda: f"at least {rule.ge}",
-        Lt: lambda: f"below {rule.lt}",
-        Le: lambda: f"at most {rule.le}",
-    }
-    return bounds.get(type(rule), lambda: "")()
-
-
-def _said(function: Callable[..., Any]) -> str:
-    """The first line of a predicate's docstring says what must hold."""
-    return (function.__doc__ or function.__name__).splitlines()[0].rstrip(".")
+def _rule(rule: Any) -> tuple[str, Callable[[Any], bool]]:
+    """A rule of annotated_types in words, and whether a value keeps it."""
+    match rule:
+        case Interval(ge=low, le=high) if low is not None and high is not None:
+            return f"{low} to {high}", lambda value: low <= value <= high
+        case Interval():
+            parts = [_rule(part) for part in rule]
+            return " and ".join(said for said, _ in parts), lambda value: all(holds(value) for _, holds in parts)
+        case Gt(gt=low):
+            return f"above {low}", lambda value: value > low
+        case Ge(ge=low):
+            return f"at least {low}", lambda value: value >= low
+        case Lt(lt=high):
+            return f"below {high}", lambda value: value < high
+        case Le(le=high):
+            return f"at most {high}", lambda value: value <= high
+        case Len(min_length=few, max_length=many):
+            upper = "" if many is None else f" and at most {many}"
+            said = f"at least {'one' if few == 1 else few}{upper}"
+            return said, lambda value: few <= len(value) and (many is None or len(value) <= many)
+        case Predicate(func=holds):
+            said = (holds.__doc__ or holds.__name__).splitlines()[0].rstrip(".")  # its docstring says what must hold
+            return "any finite number" if holds is math.isfinite else said, holds
+    return "", lambda value: True
 
 
 def _name(hint: Any) -> str:
