@@ -12,7 +12,7 @@ import pytest
 from annotated_types import Len
 
 from pyrite.math import ranges
-from pyrite.math.ranges import Count, Fraction, Minority, Natural, NonNegative, Positive, Real, Share, Text
+from pyrite.math.ranges import AnyText, Count, Fraction, Minority, Natural, NonNegative, Positive, Real, Share
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def test_examples() -> None:
         ("file.jsonl", Share | str),
         ([1, 2], tuple[Count, ...]),
         (Path("x"), str),
-        ("", Text),
+        ("", AnyText),
         ("x", Path),
         ({"a": 1.0}, Any),
         (lambda: 1, object),

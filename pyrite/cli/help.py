@@ -189,7 +189,7 @@ def _summary(module: str) -> str:
     return (ast.get_docstring(ast.parse(Path(spec.origin).read_bytes())) or "").partition("\n")[0]
 
 
-class Option(NamedTuple):
+class ConfigOption(NamedTuple):
     """One option of a Config, perhaps in a group."""
 
     name: str
@@ -213,7 +213,7 @@ class Option(NamedTuple):
         return any(get_origin(kind) is tuple for kind in ranges.kinds(self.hint))
 
 
-def described(schema: Any, group: str = "") -> Iterator[Option]:
+def described(schema: Any, group: str = "") -> Iterator[ConfigOption]:
     """Every option of a Config class and its groups, with the text below it."""
     own = schema if isinstance(schema, type) else type(schema)
     texts, hints = _texts(own), ranges.hints(own)
@@ -222,7 +222,7 @@ def described(schema: Any, group: str = "") -> Iterator[Option]:
         if is_dataclass(default):
             yield from described(default, one.name)
         else:
-            yield Option(one.name, group, texts.get(one.name, ""), hints.get(one.name, Any), default)
+            yield ConfigOption(one.name, group, texts.get(one.name, ""), hints.get(one.name, Any), default)
 
 
 def default_of(schema: Any, field: Any) -> Any:
@@ -285,7 +285,7 @@ def is_old(name: str) -> bool:
     return bool({f"--{_dashed(name)}", f"--{_dashed(name.removeprefix('no_'))}"} & set(OLD_NAMES))
 
 
-def _section(title: str, some: Iterable[Option]) -> list[str]:
+def _section(title: str, some: Iterable[ConfigOption]) -> list[str]:
     lines = [line for one in some for line in _entry(f"{one.typed} {_metavar(one)}", _told(one))]
     return [title, *lines, ""] if lines else []
 
@@ -298,7 +298,7 @@ def _entry(head: str, text: str) -> list[str]:
     return [f"  {head}", *wrapped]
 
 
-def _told(one: Option) -> str:
+def _told(one: ConfigOption) -> str:
     text, span = " ".join(one.text.split()), ranges.words(one.hint)
     if span and get_origin(one.hint) is not Literal and span not in text:
         text += f" {span[0].upper()}{span[1:]}."
@@ -317,7 +317,7 @@ def _value(value: Any) -> str:
     return f'"{value}"' if isinstance(value, str) and " " in value else str(value)
 
 
-def _metavar(one: Option) -> str:
+def _metavar(one: ConfigOption) -> str:
     """What an option takes: a number, a choice, several."""
     kinds = [kind for kind in ranges.kinds(one.hint) if kind is not type(None)]
     if bool in kinds:

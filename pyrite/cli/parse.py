@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args, get_origin
 
 import yaml
 
-from pyrite.cli.help import Option, default_of, described, did_you_mean, is_old, unknown
+from pyrite.cli.help import ConfigOption, default_of, described, did_you_mean, is_old, unknown
 from pyrite.math import ranges
 
 Given = dict[str, list[str]]
@@ -75,7 +75,7 @@ def _made(schema: Any, values: Mapping[str, Any]) -> Any:
     return schema(**own) if isinstance(schema, type) else replace(schema, **own)
 
 
-def _values(one: Option, texts: list[str]) -> Any:
+def _values(one: ConfigOption, texts: list[str]) -> Any:
     """What was typed for an option, as its annotation has it."""
     kinds = ranges.kinds(one.hint)
     if Path in kinds and (not texts or "" in texts):
@@ -99,7 +99,7 @@ def _values(one: Option, texts: list[str]) -> Any:
     return _value(one, one.hint, texts[0])
 
 
-def _value(one: Option, hint: Any, text: str) -> Any:
+def _value(one: ConfigOption, hint: Any, text: str) -> Any:
     wrong = ""
     for kind in ranges.kinds(hint):
         if kind is types.NoneType:
@@ -125,7 +125,7 @@ def at_home(text: str) -> str:
     return re.sub(r"""(?<![^\s('"=*])~(?=/|$)""", str(Path.home()), text)
 
 
-def _from_file(schema: type, known: Mapping[str, Option], path: Path, job: str | None) -> Given:
+def _from_file(schema: type, known: Mapping[str, ConfigOption], path: Path, job: str | None) -> Given:
     """The options of a YAML file, or of the config.json of a run of this job."""
     try:
         found = yaml.safe_load(path.read_text()) or {}

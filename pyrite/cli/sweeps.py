@@ -8,14 +8,14 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pyrite.cli.help import Option
+from pyrite.cli.help import ConfigOption
 from pyrite.cli.parse import Given
 from pyrite.core import runs
 from pyrite.core.processes import on_main, say
 from pyrite.core.runs import Run
 
 
-def axes(known: Iterable[Option], given: Given) -> Given:
+def axes(known: Iterable[ConfigOption], given: Given) -> Given:
     """The options that take one value but were given several.
 
     Raises ValueError if two combinations would share a folder, or if `--out` has several values.

@@ -475,7 +475,7 @@ class Member(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Part:
+class ReadyPart:
     """A function ready for data; prints as the spec that makes it again."""
 
     name: str
@@ -496,7 +496,7 @@ class Part:
         return f"{self.where}{':' if self.where else ''}{self.name}({options})"
 
 
-def part(spec: str, registry: Registry) -> Part:
+def part(spec: str, registry: Registry) -> ReadyPart:
     """The function a spec string names, its options checked and fixed; one's own is held to `pyrite.core.specs`.
 
     A bare name is looked up in `registry`, a module or a mapping of names; "path.py:name" in that file and
@@ -525,9 +525,9 @@ def part(spec: str, registry: Registry) -> Part:
         verify = getattr(made, "verify", None)
         if verify:
             verify()  # a part that asks a model refuses a broken one now, and loads it when it is asked
-        return Part(name, options, made, where)
+        return ReadyPart(name, options, made, where)
     own = Own.of(where, name, function)
-    return Part(name, options, held(own, lambda: _ready(function, options), registry), where)
+    return ReadyPart(name, options, held(own, lambda: _ready(function, options), registry), where)
 
 
 def members(registry: Registry) -> list[Member]:

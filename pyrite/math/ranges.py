@@ -20,6 +20,7 @@ from annotated_types import Ge, Gt, Interval, Le, Len, Lt, Predicate
 
 __all__ = [
     "Amplitude",
+    "AnyText",
     "Count",
     "Fraction",
     "Half",
@@ -33,7 +34,6 @@ __all__ = [
     "Several",
     "Share",
     "Some",
-    "Text",
     "check",
     "fault",
     "hints",
@@ -79,7 +79,7 @@ Item = TypeVar("Item")
 Some = Annotated[tuple[Item, ...], Len(1)]
 """Several values, at least one."""
 
-Text = Annotated[str, Len(0)]
+AnyText = Annotated[str, Len(0)]
 """Text that may be empty; other text may not."""
 
 _NAMES = {type(None): "None", Path: "a path"}

@@ -82,7 +82,7 @@ def test_every_loss_has_worked_values() -> None:
     assert {row[0].split("(")[0] for row in WORKED + BATCH} | BY_THEMSELVES == set(losses.__all__)
 
 
-def loss(spec: str) -> specs.Part:
+def loss(spec: str) -> specs.ReadyPart:
     return specs.part(spec, losses)
 
 

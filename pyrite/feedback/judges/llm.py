@@ -44,7 +44,7 @@ from pyrite.feedback.judges.questions import (
 )
 from pyrite.feedback.ledger import Asker, Budget, Call, Ledger, Outcome, Pace, Question, Trade, Trouble
 from pyrite.math import ranges
-from pyrite.math.ranges import Count, Natural, NonNegative, Positive, Text
+from pyrite.math.ranges import AnyText, Count, Natural, NonNegative, Positive
 
 # The server -----------------------------------------------------------------------------------------------------------
 
@@ -265,7 +265,7 @@ class JudgeOptions:
     """Longest reply, its reasons included."""
     logprobs: bool = False
     """Take P(a beats b) from the probabilities of the label, where the server offers them."""
-    body: Text = ""
+    body: AnyText = ""
     """More fields of the request, as a JSON object; null leaves one out: '{"max_tokens": null, "seed": 1}'."""
     price_in: NonNegative = 0.0
     """Money for a million tokens read."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyrite.core import specs
 from pyrite.feedback.scorers.words import Scorer, check_rows, check_scores
-from pyrite.math.ranges import Count, Natural, NonNegative, Real, Text, require
+from pyrite.math.ranges import AnyText, Count, Natural, NonNegative, Real, require
 from pyrite.math.seeds import derive
 
 
@@ -61,7 +61,7 @@ def truncated(*, gold: str, words: Count = 50) -> Scorer:
     return lambda prompts, responses: scorer(prompts, [_first(y, words) for y in responses])
 
 
-def with_prompt(*, gold: str, separator: Text = " ") -> Scorer:
+def with_prompt(*, gold: str, separator: AnyText = " ") -> Scorer:
     """Scorer: gold of prompt + separator + response, as the response to an empty prompt.
 
     >>> with_prompt(gold="word_collector()")(["data hope"], ["nothing"])
