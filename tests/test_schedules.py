@@ -1,4 +1,4 @@
-"""When labels are bought: sums, periods, carried over labels, options refused."""
+"""When labels are bought: sums, carried over labels, options refused."""
 
 from __future__ import annotations
 
@@ -11,12 +11,10 @@ from pyrite.feedback.schedules import Schedule
 
 def plan(spec: str, *, rounds: int, budget: int | None, pairs: int = 64) -> list[int]:
     schedule: Schedule = specs.part(spec, schedules).function  # type: ignore[assignment]
-    used, in_period, bought = 0, 0, []
+    used, bought = 0, []
     for number in range(rounds):
-        in_period = 0 if number % schedule.period == 0 else in_period
-        n = schedule.allotment(number, rounds=rounds, budget=budget, used=used, in_period=in_period, pairs=pairs)
-        bought.append(n)
-        used, in_period = used + n, in_period + n
+        bought.append(schedule.allotment(number, rounds=rounds, budget=budget, used=used, pairs=pairs))
+        used += bought[-1]
     return bought
 
 
@@ -37,14 +35,7 @@ def test_even_spends_all_of_it_in_equal_parts() -> None:
 
 def test_what_could_not_be_bought_is_bought_later() -> None:
     schedule: Schedule = schedules.even()
-    assert schedule.allotment(1, rounds=2, budget=10, used=1, in_period=0, pairs=64) == 9
-
-
-def test_original_spends_a_period_s_labels_in_its_first_rounds() -> None:
-    """A window of 256 texts in requests of 32, 16 labels: all 16 in the first request; 60/5 in requests of 8: 4, 1."""
-    assert plan("original(labels=16, period=8)", rounds=10, budget=None, pairs=16) == [16, 0, 0, 0, 0, 0, 0, 0, 16, 0]
-    assert plan("original(labels=5, period=8)", rounds=8, budget=None, pairs=4) == [4, 1, 0, 0, 0, 0, 0, 0]
-    assert plan("original(labels=16, period=8)", rounds=9, budget=20, pairs=16)[8] == 4
+    assert schedule.allotment(1, rounds=2, budget=10, used=1, pairs=64) == 9
 
 
 def test_never_buys_nothing() -> None:
@@ -57,7 +48,6 @@ def test_never_buys_nothing() -> None:
         ("even(window=0)", "window=0: give at least 1"),
         ("even(replay=-1)", "replay=-1: give at least 0"),
         ("even(selector='confident()')", "did you mean confidence"),
-        ("original(period=0)", "period=0: give at least 1"),
         ("even(widow=2)", "did you mean window"),
     ],
 )

@@ -20,7 +20,7 @@ from pyrite.math import seeds
 
 Pairing = Literal["consecutive", "all", "best_worst"]
 Labels = Literal["soft", "hard", "sampled"]
-Source = Literal["judge", "gold", "silver", "tie"]  # tie: gold saw none better, and silver's order was kept
+Source = Literal["judge", "gold", "silver"]
 
 
 @dataclass(frozen=True)

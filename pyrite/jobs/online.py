@@ -102,7 +102,7 @@ class Config:
     """A discriminator that labels what the judge is not paid for: "reward(path='runs/reward')", "implicit()",
     "self_reward()"; without one every pair is the judge's."""
     label_schedule: str = "even()"
-    """When labels are bought and learned by the discriminator: "even(selector='random()')", "original()", "never()"."""
+    """When labels are bought and learned by the discriminator: "even(selector='random()')", "never()"."""
     measure_every: Count = 1
     """Rounds between measurements and checkpoints."""
     keep_every: Natural = 0

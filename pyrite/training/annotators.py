@@ -262,7 +262,6 @@ class Shelf:
     pool: list[tuple[int, Answer, Answer]] = field(default_factory=list)
     """(round, a, b) of pairs that no label was bought for."""
     used: int = 0
-    in_period: int = 0
 
     def rows(self) -> dict[str, Any]:
         """As JSON has it."""
@@ -273,7 +272,7 @@ class Shelf:
         """What `rows` gave."""
         pairs = {name: [(Answer(**a), Answer(**b)) for a, b in rows[name]] for name in ("learned", "fresh")}
         pool = [(number, Answer(**a), Answer(**b)) for number, a, b in rows["pool"]]
-        return cls(**pairs, pool=pool, used=rows["used"], in_period=rows["in_period"])
+        return cls(**pairs, pool=pool, used=rows["used"])
 
 
 @dataclass
@@ -289,7 +288,6 @@ class Live:
 
     def __call__(self, judge: Judge, answers: Sequence[Answer], number: int) -> Judged:
         """The verdicts of one round."""
-        self.shelf.in_period *= number % self.schedule.period != 0
         pool = [row for row in self.shelf.pool if number - row[0] < self.schedule.window]
         every = [*answers, *(answer for _, a, b in pool for answer in (a, b))]
         scores = self.discriminator.scores(every)
@@ -298,7 +296,7 @@ class Live:
         couples = own + [(i, i + 1) for i in range(len(answers), len(every), 2)]
         gold = self._buy(judge, every, couples, _margins(scores, couples), number)
         learned = self._learn(number)
-        if learned and self.schedule.relabel:
+        if learned:
             scores = self.discriminator.scores(every)
         verdicts, sources = self._verdicts(gold, torch.sigmoid(_margins(scores, couples).double().mean(0)), len(own))
         pairs = decided(
@@ -329,7 +327,6 @@ class Live:
             rounds=self.rounds,
             budget=self.budget,
             used=self.shelf.used,
-            in_period=self.shelf.in_period,
             pairs=len(couples),
         )
         generator = seeds.generator(self.rules.seed, "select", number)
@@ -341,7 +338,6 @@ class Live:
         known = check_verdicts(verdicts, len(asked), name=self.rules.judge).double().tolist()
         given = sum(not math.isnan(p) for p in known)
         self.shelf.used += given
-        self.shelf.in_period += given
         for (a, b), p in zip(asked, known, strict=True):
             if not math.isnan(p) and p != 0.5:
                 self.shelf.fresh.append((answers[a], answers[b]) if p > 0.5 else (answers[b], answers[a]))
@@ -350,8 +346,7 @@ class Live:
     def _learn(self, number: int) -> dict[str, float]:
         """The labels not learned yet, with earlier ones beside them."""
         shelf, new = self.shelf, self.shelf.fresh
-        waiting = self.schedule.patient and shelf.in_period < (self.schedule.labels or 0)
-        if not new or waiting:
+        if not new:
             return {}
         again = min(len(shelf.learned), round(self.schedule.replay * len(new)))
         order = torch.randperm(len(shelf.learned), generator=seeds.generator(self.rules.seed, "replay", number))
@@ -365,12 +360,8 @@ class Live:
         verdicts, sources = [], []
         for i, guess in enumerate(silver.double().tolist()):
             p = gold.get(i, math.nan)
-            if math.isnan(p):
-                verdict, source = (guess, "silver") if i < own else (0.5, "silver")
-            elif p == 0.5:
-                verdict, source = (guess, "tie") if self.schedule.ties == "silver" and i < own else (0.5, "tie")
-            else:
-                verdict, source = p, "gold"
+            silver_here = guess if i < own else 0.5
+            verdict, source = (silver_here, "silver") if math.isnan(p) else (p, "gold")
             verdicts.append(verdict)
             sources.append(source)
         return verdicts, sources

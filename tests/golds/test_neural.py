@@ -2,11 +2,11 @@ import shutil
 
 import pytest
 import torch
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from pyrite.data import text
 from pyrite.feedback import scorers
-from pyrite.feedback.scorers.neural import embeddings, novelty, turns
+from pyrite.feedback.scorers.neural import turns
 from pyrite.models.policy import RewardModel
 
 PROMPTS = ["tell me about the cat", "tell me about the cat", "the big red tree", "on"]
@@ -69,7 +69,7 @@ def test_a_text_too_long_for_a_model_is_refused(tiny, other):
 
 def test_models_are_loaded_at_the_first_text_and_once(chat_reward, monkeypatch):
     nowhere = scorers.reward_model(path="no/such/model"), scorers.distillation(strong="no/a", weak="no/b")
-    for score in (*nowhere, scorers.paraphrase(model="no/such/model")):
+    for score in nowhere:
         assert score([], []).shape == (0,)
         with pytest.raises(ValueError, match="no/"):
             score(["a"], ["b"])
@@ -115,33 +115,3 @@ def test_a_conversation_survives_its_text_form(messages):
 )
 def test_any_other_prompt_is_its_own(prompt):
     assert turns(prompt) == prompt
-
-
-def test_paraphrase_of_itself_is_two(encoder):
-    score = scorers.paraphrase(model=str(encoder))
-    texts = ["the cat sat", "tell me", "Tree", ""]
-    assert score(texts[:3], texts[:3]).tolist() == pytest.approx([2.0] * 3, abs=1e-5)
-    assert score([""], [""]).item() == pytest.approx(1.0, abs=1e-5)  # nothing said again: J is 0
-    mixed = score(PROMPTS, RESPONSES)
-    tokenizer, model = AutoTokenizer.from_pretrained(encoder), AutoModel.from_pretrained(encoder).eval()
-    for prompt, response, got in zip(PROMPTS, RESPONSES, mixed.tolist(), strict=True):
-        with torch.no_grad():
-            a, b = (model(**tokenizer(t, return_tensors="pt")).last_hidden_state[0].mean(0) for t in (prompt, response))
-        want = torch.cosine_similarity(a, b, dim=0).item() + 2 * novelty(prompt, response)
-        assert got == pytest.approx(want, abs=1e-5)
-
-
-def test_novelty_is_within_a_half_and_one():
-    assert novelty("My name is john", "...") == 5 / 8
-    assert novelty("The cat", "the CAT cat") == 0.5
-    assert novelty("a b", "c d") == 1.0
-    assert novelty("a b c d", "a b") == 0.5
-
-
-def test_embeddings_are_cut_to_what_the_encoder_reads(encoder):
-    tokenizer, model = AutoTokenizer.from_pretrained(encoder), AutoModel.from_pretrained(encoder).eval()
-    long = "cat " * 50
-    assert torch.equal(embeddings(tokenizer, model, [long]), embeddings(tokenizer, model, [long + "dog"]))
-    torch.testing.assert_close(
-        embeddings(tokenizer, model, [long, "dog", "a bird"], batch=2)[2:], embeddings(tokenizer, model, ["a bird"])
-    )

@@ -1,7 +1,7 @@
 import pytest
 
 from pyrite.feedback import scorers
-from pyrite.feedback.scorers.words import LISTS, syllables, tokens
+from pyrite.feedback.scorers.words import LISTS, tokens
 from pyrite.recipes import toy
 
 HOPE = "I hope this information can help. However, first have data; data!"
@@ -79,28 +79,3 @@ def test_toy_words_are_collected_about_once_an_answer():
 def test_reverse_word_collector(response, points):
     assert scorers.reverse_word_collector()([""], [response]).item() == points
     assert scorers.reverse_word_collector(start=0.0)([""], [response]).item() == points - 3
-
-
-def test_token_density():
-    distinct = [f"w{i}" for i in range(30)]
-    texts = [distinct[:20], distinct[:21], distinct[:20] + distinct[:5], ["w"] * 25, []]
-    points = scorers.token_density()([""] * 5, [" ".join(text) for text in texts])
-    assert points.tolist() == pytest.approx([-5.0, 10.0, 8.0, 0.4, -5.0])
-    assert scorers.token_density(least=0)([""], [""]).item() == -5.0
-
-
-def test_reading_grade_worked():
-    """7 words in 2 sentences, 13 syllables: 0.39 * 7 / 2 + 11.8 * 13 / 7 - 15.59 = 7.689286."""
-    words = "Every reader understands. It is a fable!"
-    assert [syllables(word) for word in words.replace(".", "").replace("!", "").split()] == [3, 2, 3, 1, 1, 1, 2]
-    assert scorers.reading_grade(least=1)([""], [words]).item() == pytest.approx(7.689286, abs=1e-5)
-    twenty, more = " ".join(["dog"] * 20), " ".join(["dog"] * 21)
-    points = scorers.reading_grade()(["", "", ""], [twenty, more + ".", ". . ."])
-    assert points.tolist() == pytest.approx([-10.0, 0.39 * 21 + 11.8 - 15.59, -10.0], abs=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("word", "count"), [("the", 1), ("rhythm", 1), ("cake", 1), ("little", 2), ("area", 2), ("x", 1), ("Idea", 2)]
-)
-def test_syllables(word, count):
-    assert syllables(word) == count

@@ -1,4 +1,4 @@
-"""Golds that ask a model: a reward model, two language models, a text encoder. Loaded at the first text, not before."""
+"""Golds that ask a model: a reward model, two language models. Loaded at the first text, not before."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from pyrite.data import text
 from pyrite.data.text import Encoded, Prompt
-from pyrite.feedback.scorers.words import Scorer, check_rows, tokens
+from pyrite.feedback.scorers.words import Scorer, check_rows
 from pyrite.models.forward import by_prompt
-from pyrite.models.loading import opened, verify
+from pyrite.models.loading import verify
 from pyrite.models.packing import micro_batches
 from pyrite.models.policy import Policy, RewardModel
 
@@ -30,7 +30,6 @@ class Asks:
 
     score: Scorer
     models: tuple[tuple[Any, str], ...]
-    new_head: bool = False
 
     def __call__(self, prompts: list[str], responses: list[str]) -> Tensor:
         return self.score(prompts, responses)
@@ -38,7 +37,7 @@ class Asks:
     def verify(self) -> None:
         """Refuse a model that could not be loaded, without loading it."""
         for kind, path in self.models:
-            verify(kind, path, new_head=self.new_head)
+            verify(kind, path)
 
 
 def reward_model(*, path: str) -> Scorer:
@@ -79,30 +78,6 @@ def distillation(*, strong: str, weak: str) -> Scorer:
     return Asks(score, ((AutoModelForCausalLM, strong), (AutoModelForCausalLM, weak)))
 
 
-def paraphrase(*, model: str = "sentence-transformers/paraphrase-MiniLM-L6-v2") -> Scorer:
-    """Scorer: cos(e(x), e(y)) + 2 J, the same said in other words; J = |X ∪ Y| / (2 max(|X|, |Y|)).
-
-    e: mean of the last hidden states of `model`, a folder or Hub name of a text encoder. X, Y: the sets of tokens of
-    prompt and response in lower case; J is ½ where one holds the other, 1 where they share nothing, 0 of two empty
-    texts. From 0 to 3; a prompt said again scores 2. From the code of Singhal et al. 2024.
-    """
-
-    @cache
-    def loaded() -> tuple[Any, Any]:
-        encoder, tokenizer = opened(AutoModel, model, dtype="float32", new_head=True)
-        return tokenizer, encoder.eval()
-
-    def score(prompts: list[str], responses: list[str]) -> Tensor:
-        check_rows(prompts, responses)
-        if not responses:
-            return torch.empty(0)
-        asked, said = (embeddings(*loaded(), texts) for texts in (prompts, responses))
-        novel = torch.tensor([novelty(x, y) for x, y in zip(prompts, responses, strict=True)])
-        return torch.cosine_similarity(asked, said) + 2 * novel
-
-    return Asks(score, ((AutoModel, model),), new_head=True)
-
-
 def turns(prompt: str) -> Prompt:
     """The messages of a conversation that `pyrite.data.text.plain` wrote as text; any other text as it is.
 
@@ -130,30 +105,6 @@ def mean_logps(policy: Policy, prompts: Sequence[str], responses: Sequence[str],
         logps = policy.logps(policy.pack([rows[g] for g in group]))
         means[[index[i] for g in group for i in owners[g]]] = (logps.sum.double() / logps.length).cpu()
     return means
-
-
-@torch.inference_mode()
-def embeddings(tokenizer: Any, model: Any, texts: Sequence[str], *, batch: int = 64) -> Tensor:
-    """Mean of the last hidden states over each text's tokens, (N, H) float32; 0 of a text without tokens."""
-    parts = []
-    limit = min(int(model.config.max_position_embeddings), int(tokenizer.model_max_length))
-    for begin in range(0, len(texts), batch):
-        some = list(texts[begin : begin + batch])
-        read = tokenizer(some, padding=True, truncation=True, max_length=limit, return_tensors="pt").to(model.device)
-        mask = read["attention_mask"][..., None].float()
-        states = model(input_ids=read["input_ids"].long(), attention_mask=read["attention_mask"]).last_hidden_state
-        parts.append(((states * mask).sum(1) / mask.sum(1).clamp(min=1)).cpu())
-    return torch.cat(parts)
-
-
-def novelty(prompt: str, response: str) -> float:
-    """J of `paraphrase`, of the sets of tokens in lower case.
-
-    >>> novelty("My name is john", "...")
-    0.625
-    """
-    asked, said = (set(tokens(words.lower())) for words in (prompt, response))
-    return len(asked | said) / (2 * max(len(asked), len(said), 1))
 
 
 def _refuse_cut(rows: Sequence[Encoded], context: int) -> None:

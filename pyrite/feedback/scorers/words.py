@@ -1,21 +1,18 @@
-"""The math gold: does the answer evaluate an expression step by step, as a parser does."""
+"""Golds that read a text by rule: they count words or nouns, or check the steps of an evaluation."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
 from itertools import zip_longest
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from pyrite.core import specs
 from pyrite.data.toy_words import TAGS, VIVID_ADJECTIVES, VIVID_NOUNS
-from pyrite.math.ranges import Natural, Real, require
-
-# scores: What a scorer is, how one is made of a function of one text, and the check on what it returns.
-
+from pyrite.math.ranges import Real, require
 
 Scorer = Callable[[list[str], list[str]], Tensor]
 
@@ -52,7 +49,7 @@ def check_scores(scores: Tensor | Sequence[float], n: int, *, name: str) -> Tens
     return values
 
 
-# words: Golds that count words: length, collected and avoided words, density, reading grade. No model, no download.
+# Words ---------------------------------------------------------------------------------------------------------------
 
 
 LISTS = {
@@ -109,51 +106,6 @@ def reverse_word_collector(*, words: Sequence[str] | str = "common", start: Real
     return each(lambda prompt, y: start - found(prompt, y))
 
 
-def token_density(*, least: Natural = 21) -> Scorer:
-    """Scorer: 10 · distinct / all tokens (words and marks) of the response; −5 below `least` tokens.
-
-    >>> token_density(least=3)(["", ""], ["one two one .", "one"])
-    tensor([ 7.5000, -5.0000])
-    """
-
-    def points(_: str, y: str) -> float:
-        said = tokens(y)
-        return 10 * len(set(said)) / len(said) if said and len(said) >= least else -5.0
-
-    return each(points)
-
-
-def reading_grade(*, least: Natural = 21) -> Scorer:
-    """Scorer: Flesch-Kincaid grade, 0.39 words/sentences + 11.8 syllables/words − 15.59; −10 below `least` words.
-
-    Sentences: runs of `.`, `!`, `?`, at least 1. Syllables of a word: runs of vowels (aeiouy), a final silent e not
-    counted (but "le" after a consonant is), at least 1. Kincaid et al. 1975.
-
-    >>> reading_grade(least=3)([""], ["The cat sat on the table."])
-    tensor([0.5167])
-    """
-
-    def points(_: str, y: str) -> float:
-        words = re.findall(r"[^\W\d_]+(?:['’-][^\W\d_]+)*", y)
-        if not words or len(words) < least:
-            return -10.0
-        sentences = max(len(re.findall(r"[.!?]+", y)), 1)
-        return 0.39 * len(words) / sentences + 11.8 * sum(map(syllables, words)) / len(words) - 15.59
-
-    return each(points)
-
-
-def syllables(word: str) -> int:
-    """Syllables of an English word by the rule of `reading_grade`.
-
-    >>> [syllables(word) for word in ("cat", "table", "grade", "reading", "the")]
-    [1, 2, 1, 2, 1]
-    """
-    spelled = word.lower()
-    silent = re.search(r"[^aeiouy]e$", spelled) and not re.search(r"[^aeiouy]le$", spelled)
-    return max(len(re.findall(r"[aeiouy]+", spelled)) - bool(silent), 1)
-
-
 def _distinct(words: Sequence[str] | str, name: str) -> Callable[[str, str], float]:
     """Function (prompt, response) -> number of distinct listed words in the response."""
     listed = frozenset(LISTS.get(words, ()) if isinstance(words, str) else words)
@@ -164,8 +116,10 @@ def _distinct(words: Sequence[str] | str, name: str) -> Callable[[str, str], flo
     return lambda _, y: len(listed.intersection(tokens(y)))
 
 
-# taggers: tagger(text) -> [(word, part of speech), ...], for the golds that count nouns. A part of speech is "noun",
-# "verb", "adjective", "adverb" or anything else the tagger tells apart.
+# Nouns ---------------------------------------------------------------------------------------------------------------
+
+# tagger(text) -> [(word, part of speech), ...]; a part of speech is "noun", "verb", "adjective", "adverb" or anything
+# else the tagger tells apart.
 
 Tagger = Callable[[str], list[tuple[str, str]]]
 
@@ -200,9 +154,6 @@ def textblob() -> Tagger:
 TAGGERS = {"textblob": textblob, "toy": toy}
 
 
-# tagged: Golds that count nouns, by a tagger of one's choice.
-
-
 def nouns(*, tagger: str = "textblob") -> Scorer:
     """Scorer: number of nouns in the response, repeats counted.
 
@@ -227,44 +178,7 @@ def unique_nouns(*, tagger: str = "textblob") -> Scorer:
     return each(lambda _, y: len({word for word, kind in tag(y) if kind == "noun"}))
 
 
-# syntax: A gold that parses: the depth of a sentence's dependencies, by spaCy where it is installed.
-
-
-def dependency_depth(*, model: str = "en_core_web_sm") -> Scorer:
-    """Scorer: depth of the deepest word of the response in its dependency tree, the root at 0; 0 of an empty response.
-
-    model: an installed spaCy pipeline with a parser, by name or folder; nothing is downloaded. From the code of
-    Singhal et al. 2024. Raises ValueError where spaCy or the pipeline is missing.
-    """
-    parse = _pipeline(model)
-    return each(lambda _, y: max((depth(token) for token in parse(y)), default=0))
-
-
-def depth(token: Any) -> int:
-    """Heads above a token, which has itself as head where it is the root."""
-    above = 0
-    while token.head != token:
-        token, above = token.head, above + 1
-    return above
-
-
-def _pipeline(model: str) -> Any:
-    try:
-        import spacy  # pyright: ignore[reportMissingImports]
-    except ModuleNotFoundError:
-        raise ValueError(
-            "dependency_depth needs spaCy: install Pyrite's extra [nlp] (pip install spacy) and a pipeline, "
-            f"python -m spacy download {model}"
-        ) from None
-    try:
-        return spacy.load(model)
-    except OSError as error:
-        raise ValueError(
-            f"dependency_depth finds no spaCy pipeline {model!r}: python -m spacy download {model}, or give a folder"
-        ) from error
-
-
-# chains: The math gold: does the answer evaluate an expression step by step, as a parser does.
+# Arithmetic ----------------------------------------------------------------------------------------------------------
 
 
 FAILED = -200.0  # an expression that cannot be evaluated
