@@ -1,6 +1,7 @@
 """Candidates to preference pairs: who is asked about which two answers, and what is made of the verdicts.
 
-No label is invented: a tie or a missing verdict makes no pair, and each is counted.
+No label is invented: a cut or empty answer, equal answers, a tie or a missing verdict makes no pair, and each is
+counted.
 """
 
 from __future__ import annotations
@@ -9,11 +10,15 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from pyrite.core import runs
+from pyrite.core.processes import progress
+from pyrite.data.files import Row
 from pyrite.data.rows import PROBABILITY_FLOOR
 from pyrite.feedback.judges import Judge, check_verdicts
 from pyrite.math import seeds
@@ -141,3 +146,46 @@ def _decided(a: int, b: int, p: float, uniform: float, source: Source) -> Pair |
     sure = min(max(p, PROBABILITY_FLOOR), 1 - PROBABILITY_FLOOR)
     odds = math.log(sure / (1 - sure))
     return Pair(a, b, odds, source) if a_wins else Pair(b, a, -odds, source)
+
+
+# Rows of candidates ---------------------------------------------------------------------------------------------------
+
+
+def by_prompt(rows: Sequence[Row]) -> list[list[Row]]:
+    """Candidates by their prompt."""
+    groups: dict[Any, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row["prompt_id"], []).append(row)
+    return list(groups.values())
+
+
+def why_not(a: Row, b: Row) -> str | None:
+    """Why two candidates can carry no preference; None if they can."""
+    if not (a["finished"] and b["finished"]):
+        return "cut"  # an answer cut before its end says nothing about how it would end
+    if a["response"] == b["response"]:
+        return "equal"
+    return None if a["response"] and b["response"] else "empty"
+
+
+def judged(
+    folder: Path, judge: Judge, prompts: Sequence[str], couples: Sequence[tuple[Row, Row]], *, name: str, title: str
+) -> list[float]:
+    """P(a beats b) of couples of candidates, NaN without a verdict; in parts in `folder` that survive an interruption.
+
+    Raises ValueError if the verdicts are no probabilities.
+    """
+    with progress(title, len(couples), unit="pairs") as advance:
+
+        def ask(begin: int, end: int) -> dict[str, list]:
+            sides = ([couple[side]["response"] for couple in couples[begin:end]] for side in (0, 1))
+            given = judge(list(prompts[begin:end]), *sides)
+            advance(end - begin)
+            return {"verdict": check_verdicts(given, end - begin, name=name).tolist()}
+
+        return runs.in_parts(folder, len(couples), ask, size=64)["verdict"].to_pylist()
+
+
+def log_odds(verdicts: Sequence[float]) -> Tensor:
+    """ln(p / (1 − p)) in nats, (N,) float64, of verdicts kept away from 0 and 1."""
+    return torch.logit(torch.tensor(verdicts, dtype=torch.float64), eps=PROBABILITY_FLOOR)

@@ -6,24 +6,41 @@ soon as it is there, so an interrupted run goes on where it stopped, and a secon
 
 from __future__ import annotations
 
+import csv
+import io
+import json
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
 
 from pyrite.core import runs
 from pyrite.core.processes import progress, say, world
 from pyrite.core.runs import Run
 from pyrite.data import rows as data
-from pyrite.data.files import Row, read
+from pyrite.data.files import DataError, Row, Source, read
+from pyrite.data.rows import prompt_id
 from pyrite.data.text import plain
 from pyrite.feedback import pairing
-from pyrite.feedback.judges import agreement as agreeing
-from pyrite.feedback.judges import people
 from pyrite.feedback.judges.llm import JudgeOptions, LanguageJudge, by_characters, by_tokenizer
-from pyrite.feedback.judges.questions import Shown, request, verdict_row
+from pyrite.feedback.judges.questions import (
+    WINS,
+    Label,
+    Said,
+    Shown,
+    Verdict,
+    combined,
+    pair_id,
+    request,
+    shown,
+    verdict_row,
+)
 from pyrite.feedback.ledger import Books, Ledger, Question
-from pyrite.math import seeds
+from pyrite.math import seeds, winrates
 from pyrite.math.ranges import Count, Inside, Natural, check
 
 ANSWER = ("response", "sample", "finished", "length", "logp")  # what a candidate has of its own
@@ -197,12 +214,12 @@ def export(config: Export) -> Run:
     if run.done:
         return run
     rows = _pairs(config)
-    sheet = people.blinded(rows, criterion=config.criterion, seed=config.seed)
+    sheet = blinded(rows, criterion=config.criterion, seed=config.seed)
     run.open()
     path = run.folder / f"pairs.{config.format}"
     if run.writes:
         data.write(rows, run.folder / "pairs.parquet")
-        people.write_sheet(sheet, path)
+        write_sheet(sheet, path)
     say(
         f"judge: {len(sheet)} pairs in {path}; fill in `better` with A, B or TIE, and leave blank what cannot be judged"
     )
@@ -218,7 +235,7 @@ def import_(config: Import) -> Run:
         raise ValueError(f"{config.exported}: no export there; give the --out folder of `pyrite judge export`")
     made = runs.read_json(config.exported / "config.json")
     rows = read(str(config.exported / "pairs.parquet")).rows
-    verdicts = people.filled(config.file, rows, seed=made["seed"])
+    verdicts = filled(config.file, rows, seed=made["seed"])
     run.open()
     table = [
         verdict_row(row, verdict, criterion=made["criterion_id"] or made["criterion"], model=config.annotator)
@@ -234,12 +251,12 @@ def agreement(config: Agreement) -> Run:
     run = runs.start("judge", config, inputs=inputs)
     if run.done:
         return run
-    judges = {name: agreeing.opinions(str(path)) for name, path in inputs(config).items()}
+    judges = {name: opinions(str(path)) for name, path in inputs(config).items()}
     generator = seeds.generator(config.seed, "agreement")
     options: dict[str, Any] = {"n_boot": config.n_boot, "level": config.level, "generator": generator}
-    found = {name: agreeing.leaning(judged, **options) for name, judged in judges.items()}
+    found = {name: leaning(judged, **options) for name, judged in judges.items()}
     if "second" in judges:
-        found["both"] = agreeing.agreement(judges["first"], judges["second"], **options)
+        found["both"] = agreed(judges["first"], judges["second"], **options)
     run.open()
     for name, values in found.items():
         say(f"judge: {name}: {', '.join(f'{key} {_shown(value)}' for key, value in values.items())}")
@@ -247,6 +264,9 @@ def agreement(config: Agreement) -> Run:
     if run.writes:
         runs.write_json(run.folder / "agreement.json", whole)
     return run.finish(**whole)
+
+
+# Pairs ----------------------------------------------------------------------------------------------------------------
 
 
 def _asked(config: Ask) -> tuple[LanguageJudge, list[Row], tuple[list[str], list[str], list[str]]]:
@@ -272,11 +292,9 @@ def _pairs(config: Ask | Export) -> list[Row]:
         sides = [{"a": row.pop("chosen"), "b": row.pop("rejected")} for row in rows]
         return [{**row, **side} for row, side in zip(rows, sides, strict=True)]
     rows = data.load(str(config.candidates), "candidates", columns=config.columns)
-    by_prompt: dict[Any, list[int]] = {}
-    for i, row in enumerate(rows):
-        by_prompt.setdefault(row["prompt_id"], []).append(i)
-    couples = [(rows[i], rows[j]) for i, j in pairing.paired(list(by_prompt.values()), "consecutive")]
-    sound = [couple for couple in couples if _sound(*couple)]
+    groups = pairing.by_prompt(rows)
+    couples = [couple for group in groups for couple in zip(group[::2], group[1::2], strict=False)]
+    sound = [couple for couple in couples if not pairing.why_not(*couple)]
     hint = data.cut_hint(rows)
     lost = f"{len(couples) - len(sound)} with an answer cut, empty or twice the same left out{hint}"
     if not sound:
@@ -349,10 +367,6 @@ def _comparisons(table: list[Row]) -> list[Row]:
     ]
 
 
-def _sound(a: Row, b: Row) -> bool:
-    return bool(a["finished"] and b["finished"] and a["response"] and b["response"] and a["response"] != b["response"])
-
-
 def _couple(a: Row, b: Row) -> Row:
     others = {name: value for name, value in a.items() if name not in ANSWER}
     return {**others, "a": a["response"], "b": b["response"], "sample_a": a["sample"], "sample_b": b["sample"]}
@@ -389,12 +403,260 @@ def _counted(table: list[Row]) -> dict[str, int]:
 
 
 def _shown(value: Any) -> str:
-    if not isinstance(value, agreeing.Measured):
+    if not isinstance(value, Measured):
         return str(value)
     return f"{value.value:.3f} [{value.lo:.3f}, {value.hi:.3f}] of {value.n}"
 
 
 def _plain(value: Any) -> Any:
-    if not isinstance(value, agreeing.Measured):
+    if not isinstance(value, Measured):
         return value
     return {name: None if number != number else number for name, number in value._asdict().items()}
+
+
+# Sheets for people ----------------------------------------------------------------------------------------------------
+
+
+COLUMNS: tuple[str, ...] = ("pair_id", "criterion", "request", "answer_A", "answer_B", "better")
+LABELS: dict[str, Label] = {"A": "A", "B": "B", "TIE": "TIE", "T": "TIE", "1": "A", "2": "B", "0": "TIE"}
+
+
+def blinded(rows: Sequence[Row], *, criterion: str, seed: int) -> list[Row]:
+    """Rows {prompt, a, b} as a person gets them: which answer is A, and the order of the pairs, drawn by the seed.
+
+    Nothing else of the rows is shown. Raises DataError for a pair that is there twice.
+    """
+    sheet: dict[str, Row] = {}
+    for row in rows:
+        asked, a, b = request(row), row["a"], row["b"]
+        first, second = (a, b) if shown(asked, a, b, seed=seed) == "ab" else (b, a)
+        name = pair_id(row["prompt"], a, b)
+        if name in sheet:
+            raise DataError(f"the pair {name} is there twice, its prompt beginning {asked!r:.60}; remove one")
+        sheet[name] = dict(zip(COLUMNS, (name, criterion, asked, first, second, ""), strict=True))
+    order = torch.randperm(len(sheet), generator=seeds.generator(seed, "order of pairs")).tolist()
+    names = list(sheet)
+    return [sheet[names[i]] for i in order]
+
+
+def write_sheet(sheet: Sequence[Row], path: Path) -> None:
+    """The pairs to be filled in, .csv (with a mark by which spreadsheets know UTF-8) or .jsonl."""
+    if path.suffix == ".jsonl":
+        runs.write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in sheet))
+        return
+    written = io.StringIO()
+    writer = csv.DictWriter(written, [*COLUMNS], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(sheet)
+    runs.write_text(path, "\ufeff" + written.getvalue())
+
+
+def filled(path: str | Path, rows: Sequence[Row], *, seed: int) -> list[Verdict]:
+    """The verdicts of a filled sheet on the rows {prompt, a, b} it was made of; none where it was left blank.
+
+    By id alone: rows of the sheet may be in any order, and its texts are not read. Raises DataError, naming the file
+    and the row, for an unknown or repeated id, or a label other than A, B, TIE.
+    """
+    source = _read(str(path))
+    wanted = {pair_id(row["prompt"], row["a"], row["b"]): row for row in rows}
+    found: dict[str, Said] = {}
+    seen: set[str] = set()
+    for i, given in enumerate(source.rows):
+        name, said = str(given.get("pair_id") or "").strip(), str(given.get("better") or "").strip().upper()
+        if name not in wanted:
+            raise DataError(f"{source.at(i)}: no pair was sent out as {name!r:.40}; leave the column pair_id as it is")
+        if name in seen:
+            raise DataError(f"{source.at(i)}: a second label for the pair {name}; keep one of them")
+        if said and said not in LABELS:
+            raise DataError(f"{source.at(i)}: better is {given['better']!r:.40}; write A, B, TIE, or nothing")
+        seen.add(name)
+        if said:
+            found[name] = Said(LABELS[said], WINS[LABELS[said]])
+    verdicts = []
+    for name, row in wanted.items():
+        order = shown(request(row), row["a"], row["b"], seed=seed)
+        verdicts.append(combined({order: found.get(name)}))
+    return verdicts
+
+
+def _read(path: str) -> Source:
+    """The rows of a sheet; CSV as spreadsheets save it, with commas, semicolons or tabs."""
+    source = _read_csv(path) if path.endswith(".csv") else read(path)
+    missing = [name for name in ("pair_id", "better") if name not in (source.rows[0] if source.rows else ())]
+    if missing:
+        raise DataError(f"{path}: no column {' and no column '.join(missing)}; give a sheet of `pyrite judge export`")
+    return source
+
+
+def _read_csv(path: str) -> Source:
+    try:
+        text = Path(path).read_text("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read {path}: {error}; save it as CSV in UTF-8") from error
+    header = text.partition("\n")[0]
+    delimiter = max(",;\t", key=header.count)
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
+    try:
+        rows = list(reader)
+        return Source(path, rows, "row", range(2, len(rows) + 2))  # as a spreadsheet counts, below the header
+    except csv.Error as error:
+        raise DataError(f"{path}, line {reader.line_num}: not CSV: {error}") from error
+
+
+# Agreement ------------------------------------------------------------------------------------------------------------
+
+
+# Axes: Q prompts, B resamples. Pairs of one prompt are not independent, so prompts are resampled whole.
+
+NEEDED = ("prompt", "a", "b", "preference")
+
+
+class Measured(NamedTuple):
+    """A share or coefficient with its interval over prompts, and on how many verdicts it rests."""
+
+    value: float
+    lo: float
+    hi: float
+    n: int
+
+
+class Opinion(NamedTuple):
+    """A verdict as it counts here: prompt; pair and criterion; preference 1 for the answer whose text sorts first, 2
+    for the other, 0 for a tie; P(a beats b) by the order in which the answers were shown."""
+
+    prompt: str
+    pair: tuple[str, str]
+    preference: int | None
+    p_ab: float | None
+    p_ba: float | None
+
+
+def opinions(path: str) -> list[Opinion]:
+    """The verdicts of a file as `pyrite judge` writes it. Raises DataError, naming file and row."""
+    source = read(path)
+    found = [_opinion(row, source, i) for i, row in enumerate(source.rows)]
+    seen: dict[tuple[str, str], int] = {}
+    for i, one in enumerate(found):
+        if seen.setdefault(one.pair, i) != i:
+            first = source.at(seen[one.pair])
+            raise DataError(f"{source.at(i)}: the pair has a verdict already, in {first}; give one judge's file")
+    return found
+
+
+def agreed(
+    first: Sequence[Opinion], second: Sequence[Opinion], *, n_boot: int, level: float, generator: torch.Generator
+) -> dict[str, Any]:
+    """How two judges agree on the pairs that both have a verdict on, joined by texts and criterion, never by place.
+
+    agreement: share of equal verdicts of three, A, B or tie. kappa: (agreement − chance) / (1 − chance), chance =
+    Σ_c p₁(c) p₂(c) of their own shares (Cohen 1960); NaN where chance is 1. decided: agreement where neither sees a
+    tie. Raises ValueError where no pair has both verdicts.
+    """
+    theirs = {one.pair: one for one in second}
+    both = [(one, theirs[one.pair]) for one in first if one.pair in theirs]
+    judged = [(mine, other) for mine, other in both if mine.preference is not None and other.preference is not None]
+    if not judged:
+        common = f"{len(both)} of {len(first)} and {len(second)} pairs are the same texts by the same criterion"
+        raise ValueError(f"no pair has a verdict of both judges: {common}")
+    table = torch.zeros(len(judged), 3, 3, dtype=torch.float64)
+    for i, (mine, other) in enumerate(judged):
+        table[i, mine.preference or 0, other.preference or 0] = 1
+    boot = _Boot([mine.prompt for mine, _ in judged], n_boot, level, generator)
+    return {
+        "pairs": len(judged),
+        "only_first": len(first) - len(both),
+        "only_second": len(second) - len(both),
+        "without_a_verdict": len(both) - len(judged),
+        "agreement": boot(table, _equal, len(judged)),
+        "kappa": boot(table, kappa, len(judged)),
+        "decided": boot(table[:, 1:, 1:], _equal, int(table[:, 1:, 1:].sum())),
+        "confusion": table.sum(0).int().tolist(),
+    }
+
+
+def kappa(table: Tensor) -> Tensor:
+    """Cohen's kappa of confusion tables, (..., C, C) counts -> (...).
+
+    >>> round(kappa(torch.tensor([[20.0, 5.0], [10.0, 15.0]])).item(), 6)
+    0.4
+    """
+    share = table / table.sum((-2, -1), keepdim=True)
+    chance = (share.sum(-1) * share.sum(-2)).sum(-1)
+    return (_equal(table) - chance) / (1 - chance)
+
+
+def _equal(table: Tensor) -> Tensor:
+    """Share of equal verdicts."""
+    return table.diagonal(dim1=-2, dim2=-1).sum(-1) / table.sum((-2, -1))
+
+
+def leaning(judged: Sequence[Opinion], *, n_boot: int, level: float, generator: torch.Generator) -> dict[str, Any]:
+    """How one judge leans.
+
+    first_shown: share of decided answers that went to the answer shown first, ½ without position bias. consistency:
+    share of pairs asked in both orders on which both said the same. ties and no_verdict: shares of pairs.
+    """
+    boot = _Boot([one.prompt for one in judged], n_boot, level, generator)
+    rows = torch.tensor([_counts(one) for one in judged], dtype=torch.float64)
+
+    def share(part: int, whole: int) -> Measured:
+        return boot(rows, lambda t: t[..., part] / t[..., whole], int(rows[:, whole].sum()))
+
+    return {
+        "pairs": len(judged),
+        "first_shown": share(0, 1),
+        "consistency": share(2, 3),
+        "ties": share(4, 5),
+        "no_verdict": share(6, 7),
+    }
+
+
+class _Boot:
+    """Statistics of sums over pairs, with percentile intervals from resampled prompts."""
+
+    def __init__(self, prompts: Sequence[str], n_boot: int, level: float, generator: torch.Generator) -> None:
+        names = {name: i for i, name in enumerate(dict.fromkeys(prompts))}
+        self.of = torch.tensor([names[prompt] for prompt in prompts], dtype=torch.long)
+        self.counts = winrates.resamples(len(names), n_boot=n_boot, generator=generator)
+        self.level = level
+
+    def __call__(self, rows: Tensor, statistic: Callable[[Tensor], Tensor], n: int) -> Measured:
+        """Rows (N, ...) of N pairs; the statistic is of their sum (..., ...)."""
+        flat = rows.flatten(1)
+        sums = torch.zeros(self.counts.shape[1], flat.shape[1], dtype=flat.dtype).index_add_(0, self.of, flat)
+        value = statistic(rows.sum(0))
+        boot = statistic((self.counts @ sums).unflatten(1, rows.shape[1:]))
+        found = winrates.interval(value, boot, level=self.level)
+        return Measured(found.mean.item(), found.lo.item(), found.hi.item(), n)
+
+
+def _counts(one: Opinion) -> tuple[float, ...]:
+    """(first shown won, decided), (same in both orders, asked in both), (tie, verdict), (none, pair)."""
+    wins = [one.p_ab] if one.p_ab is not None else []
+    wins += [1 - one.p_ba] if one.p_ba is not None else []
+    decided = [p for p in wins if p != 0.5]
+    both = one.p_ab is not None and one.p_ba is not None
+    same = both and _side(one.p_ab) == _side(one.p_ba)
+    verdict = one.preference is not None
+    leaning = (sum(p > 0.5 for p in decided), len(decided), float(same), float(both))
+    return (*leaning, float(one.preference == 0), float(verdict), float(not verdict), 1.0)
+
+
+def _side(p: float | None) -> int:
+    return 0 if p is None or p == 0.5 else 1 if p > 0.5 else -1
+
+
+def _opinion(row: Row, source: Source, i: int) -> Opinion:
+    missing = [name for name in NEEDED if name not in row]
+    if missing:
+        raise DataError(f"{source.at(i)}: verdicts need {', '.join(NEEDED)}; missing {', '.join(missing)}")
+    preference = row["preference"]
+    if preference not in (0, 1, 2, None):
+        raise DataError(f"{source.at(i)}: preference is {preference!r:.40}; it must be 1, 2, 0 for a tie, or null")
+    if row["a"] > row["b"] and preference:
+        preference = 3 - preference
+    named = pair_id(row["prompt"], row["a"], row["b"])
+    place = (named, str(row.get("criterion") or ""))
+    return Opinion(
+        str(row.get("prompt_id") or prompt_id(row["prompt"])), place, preference, row.get("p_ab"), row.get("p_ba")
+    )

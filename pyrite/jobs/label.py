@@ -22,7 +22,8 @@ from pyrite.core.processes import progress, say
 from pyrite.core.runs import Run
 from pyrite.data import rows as data
 from pyrite.data import text
-from pyrite.feedback import judges, scorers
+from pyrite.data.files import Row
+from pyrite.feedback import judges, pairing, scorers
 from pyrite.math import seeds
 from pyrite.math.ranges import Fraction, Half, Natural
 
@@ -31,7 +32,7 @@ OUTPUTS = {
     "pairs.parquet": "training pairs: prompt, chosen, rejected, strength, flipped",
     "held_out.parquet": "clean pairs of held-out prompts",
 }
-Answer = dict[str, Any]
+Couple = tuple[Row, Row]
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,8 @@ def run(config: Config) -> Run:
     run = runs.start("label", config, inputs=inputs)
     if run.done:
         return run
-    _refuse(config)
+    if not (config.gold or (config.judge and config.pairs)):
+        raise ValueError("label needs --gold, or --judge for pairs; `pyrite list golds` shows what there is")
     scorer = specs.part(config.gold, scorers) if config.gold else None
     judge = specs.part(config.judge, judges) if config.judge else None
     rows = data.load(config.candidates, "candidates")
@@ -87,26 +89,28 @@ def run(config: Config) -> Run:
     if config.pairs and not couples:
         raise ValueError(f"{config.candidates}: no pair could be made (0 ties; left out: {_counted(left_out)}){hint}")
     if judge and judge.own and config.pairs:  # likewise
-        _verdicts(judge, couples[:2], str(config.judge))
+        some = [[row["response"] for row in side] for side in zip(*couples[:2], strict=True)]
+        judges.check_verdicts(judge(_prompts(couples[:2]), *some), len(some[0]), name=str(config.judge))
     run.open()
     if scorer:
         for row, gold in zip(rows, _scored(run, rows, scorer, str(config.gold)), strict=True):
             row["gold"] = gold
     found: dict[str, Any] = {}
     if config.pairs:
-        strengths = _judged(run, couples, judge, str(config.judge)) if judge else _differences(couples)
+        if judge:
+            folder, name = run.folder / "parts" / "judge", str(config.judge)
+            strengths = pairing.log_odds(
+                pairing.judged(folder, judge, _prompts(couples), couples, name=name, title="judge")
+            )
+        else:
+            strengths = torch.tensor([a["gold"] - b["gold"] for a, b in couples], dtype=torch.float64)
         found = _write_pairs(run, couples, strengths, left_out, hint, config)
     if run.writes:
         data.write(rows, run.folder / "candidates.parquet")
     return run.finish(answers=len(rows), **found)
 
 
-def _refuse(config: Config) -> None:
-    if not (config.gold or (config.judge and config.pairs)):
-        raise ValueError("label needs --gold, or --judge for pairs; `pyrite list golds` shows what there is")
-
-
-def _scored(run: Run, rows: list[Answer], scorer: Callable, name: str) -> list[float]:
+def _scored(run: Run, rows: list[Row], scorer: Callable, name: str) -> list[float]:
     """Gold of every answer, in parts that survive an interruption."""
     with progress("label", len(rows), unit="answers") as advance:
 
@@ -119,48 +123,22 @@ def _scored(run: Run, rows: list[Answer], scorer: Callable, name: str) -> list[f
         return runs.in_parts(run.folder / "parts" / "gold", len(rows), score, size=4096)["gold"].to_pylist()
 
 
-def _verdicts(judge: Callable, couples: list[tuple[Answer, Answer]], name: str) -> list[float]:
-    prompts = [text.plain(a["prompt"]) for a, _ in couples]
-    given = judge(prompts, [a["response"] for a, _ in couples], [b["response"] for _, b in couples])
-    return judges.check_verdicts(given, len(couples), name=name).tolist()
+def _prompts(couples: list[Couple]) -> list[str]:
+    return [text.plain(a["prompt"]) for a, _ in couples]
 
 
-def _judged(run: Run, couples: list[tuple[Answer, Answer]], judge: Callable, name: str) -> Tensor:
-    """Log-odds that the first answer of a couple beats the second, nats; NaN without a verdict."""
-    with progress("judge", len(couples), unit="pairs") as advance:
-
-        def ask(begin: int, end: int) -> dict[str, list]:
-            verdicts = _verdicts(judge, couples[begin:end], name)
-            advance(end - begin)
-            return {"verdict": verdicts}
-
-        verdicts = runs.in_parts(run.folder / "parts" / "judge", len(couples), ask, size=64)["verdict"].to_pylist()
-    return torch.logit(torch.tensor(verdicts, dtype=torch.float64), eps=1e-4)
-
-
-def _differences(couples: list[tuple[Answer, Answer]]) -> Tensor:
-    return torch.tensor([a["gold"] - b["gold"] for a, b in couples], dtype=torch.float64)
-
-
-def _couples(rows: list[Answer], config: Config) -> tuple[list[tuple[Answer, Answer]], Counter[str]]:
-    """Consecutive answers to each prompt, and how many couples (answers, where cut ones are passed over) cannot carry a
+def _couples(rows: list[Row], config: Config) -> tuple[list[Couple], Counter[str]]:
+    """Consecutive answers to each prompt, and how many couples (answers, if cut ones are passed over) cannot carry a
     preference, by reason."""
-    by_prompt: dict[Any, list[Answer]] = {}
-    for row in rows:
-        by_prompt.setdefault(row["prompt_id"], []).append(row)
     couples, left_out = [], Counter(cut=0, equal=0, empty=0)
-    for every in by_prompt.values():
+    for every in pairing.by_prompt(rows):
         answers = [row for row in every if row["finished"] or config.on_cut == "drop"]
         left_out["cut"] += len(every) - len(answers)
-        for a, b in zip(answers[::2], answers[1::2], strict=False):
-            if not (a["finished"] and b["finished"]):
-                left_out["cut"] += 1  # an answer cut before its end says nothing about how it would end
-            elif a["response"] == b["response"]:
-                left_out["equal"] += 1
-            elif not (a["response"] and b["response"]):
-                left_out["empty"] += 1
+        for couple in zip(answers[::2], answers[1::2], strict=False):
+            if reason := pairing.why_not(*couple):
+                left_out[reason] += 1
             else:
-                couples.append((a, b))
+                couples.append(couple)
     return couples, left_out
 
 
@@ -168,7 +146,7 @@ def _counted(left_out: Counter[str]) -> str:
     return ", ".join(f"{count} {reason}" for reason, count in left_out.items() if count) or "none"
 
 
-def _hint(rows: list[Answer], config: Config) -> str:
+def _hint(rows: list[Row], config: Config) -> str:
     """What to do about cut answers."""
     hint = data.cut_hint(rows)
     several = len(rows) > 2 * len({row["prompt_id"] for row in rows}) and config.on_cut == "drop"
@@ -177,7 +155,7 @@ def _hint(rows: list[Answer], config: Config) -> str:
 
 def _write_pairs(
     run: Run,
-    couples: list[tuple[Answer, Answer]],
+    couples: list[Couple],
     strengths: Tensor,
     left_out: Counter[str],
     hint: str,
@@ -201,7 +179,7 @@ def _write_pairs(
     return counts | {f"left_out_{reason}": left_out[reason] for reason in ("cut", "equal", "empty", "no_verdict")}
 
 
-def _pairs(couples: list[tuple[Answer, Answer]], strengths: Tensor, config: Config) -> list[Answer]:
+def _pairs(couples: list[Couple], strengths: Tensor, config: Config) -> list[Row]:
     """The rows of pairs; no verdict makes no pair, nor does a tie unless it is kept, with strength 0."""
     pairs = []
     for (a, b), strength in zip(couples, strengths.tolist(), strict=True):

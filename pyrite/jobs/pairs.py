@@ -20,15 +20,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from pyrite.core import runs, specs
-from pyrite.core.processes import progress, say
+from pyrite.core.processes import say
 from pyrite.core.runs import Run
 from pyrite.data import rows as data
 from pyrite.data import text
 from pyrite.data.conditioning import Dimensions, Option, Turn, conditioned, files, filled
-from pyrite.feedback import judges
+from pyrite.feedback import judges, pairing
 from pyrite.math import seeds
 from pyrite.math.ranges import Fraction, Natural, Some
 
@@ -214,14 +212,9 @@ def _sound(couples: Iterable[Couple], left_out: Counter[str]) -> list[Couple]:
     """Those of one option that can carry a preference; the others are counted by reason."""
     seen, kept = set(), []
     for couple in couples:
-        texts = (couple.a["response"], couple.b["response"])
-        key = (couple.a["asked_id"], frozenset(texts))
-        if not (couple.a["finished"] and couple.b["finished"]):
-            left_out["cut"] += 1  # an answer cut before its end says nothing about how it would end
-        elif texts[0] == texts[1]:
-            left_out["equal"] += 1
-        elif not all(texts):
-            left_out["empty"] += 1
+        key = (couple.a["asked_id"], frozenset((couple.a["response"], couple.b["response"])))
+        if reason := pairing.why_not(couple.a, couple.b):
+            left_out[reason] += 1
         elif key in seen:
             left_out["duplicate"] += 1
         else:
@@ -240,17 +233,9 @@ def _verdicts(run: Run, couples: Sequence[Couple], task: Task) -> list[float]:
     judge, name = task.judge, f"the judge of {task.option.id}"
     if judge is None or not asked:
         return [1.0] * len(couples)
-    with progress(f"judge {task.option.id}", len(asked), unit="pairs") as advance:
-
-        def ask(begin: int, end: int) -> dict[str, list]:
-            some = asked[begin:end]
-            prompts = [text.plain(couple.a["asked"]) for couple in some]
-            given = judge(prompts, [c.a["response"] for c in some], [c.b["response"] for c in some])
-            advance(end - begin)
-            return {"verdict": judges.check_verdicts(given, len(some), name=name).tolist()}
-
-        table = runs.in_parts(run.folder / "parts" / task.option.id, len(asked), ask, size=64)
-    verdicts = iter(table["verdict"].to_pylist())
+    prompts, sides = [text.plain(couple.a["asked"]) for couple in asked], [(couple.a, couple.b) for couple in asked]
+    folder, title = run.folder / "parts" / task.option.id, f"judge {task.option.id}"
+    verdicts = iter(pairing.judged(folder, judge, prompts, sides, name=name, title=title))
     return [next(verdicts) if couple.judged else 1.0 for couple in couples]
 
 
@@ -268,14 +253,10 @@ def _pairs(
             better, worse = (couple.a, couple.b) if p >= 0.5 else (couple.b, couple.a)
             raw = {"prompt_id": couple.a["asked_id"], "prompt": couple.a["asked"]}
             answers = {"chosen": better["response"], "rejected": worse["response"]}
-            strength = {"strength": abs(_log_odds(p))} if couple.judged else {}
+            strength = {"strength": pairing.log_odds([p]).abs().item()} if couple.judged else {}
             made = conditioned(raw, task.options, turn=config.preference_turn)
             pairs.append({**made, "kind": couple.kind, **answers, **strength})
     return pairs
-
-
-def _log_odds(p: float) -> float:
-    return torch.logit(torch.tensor(p, dtype=torch.float64), eps=data.PROBABILITY_FLOOR).item()
 
 
 def _written(

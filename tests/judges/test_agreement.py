@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-import pyrite.feedback.judges.agreement
+import pyrite.jobs.judge
 from pyrite.data import rows as data
 from pyrite.data.files import DataError
-from pyrite.feedback.judges.agreement import Opinion, agreement, kappa, leaning, opinions
 from pyrite.feedback.judges.questions import Said, combined, verdict_row
+from pyrite.jobs.judge import Opinion, agreed, kappa, leaning, opinions
 
 SAID = {"A": Said("A", 1.0), "B": Said("B", 0.0), "T": Said("TIE", 0.5), "-": None}
 
@@ -41,7 +41,7 @@ def test_worked_agreement(tmp_path: Path) -> None:
     """20, 5, 10, 15 of 50, in the four cells: agreement 0.7, chance 0.5, kappa 0.4 (Cohen)."""
     first = judged(tmp_path / "1.jsonl", "A" * 25 + "B" * 25)
     second = judged(tmp_path / "2.jsonl", "A" * 20 + "B" * 5 + "A" * 10 + "B" * 15)
-    found = agreement(first, second, **options())
+    found = agreed(first, second, **options())
     assert found["agreement"].value == pytest.approx(0.7)
     assert found["kappa"].value == pytest.approx(0.4)
     assert found["confusion"] == [[0, 0, 0], [0, 20, 5], [0, 10, 15]]
@@ -65,12 +65,12 @@ def test_kappa_against_its_definition() -> None:
 def test_ties_and_missing_verdicts(tmp_path: Path) -> None:
     first = judged(tmp_path / "1.jsonl", "AABT-A")
     second = judged(tmp_path / "2.jsonl", "ATBTB")
-    found = agreement(first, second, **options())
+    found = agreed(first, second, **options())
     assert (found["pairs"], found["only_first"], found["only_second"], found["without_a_verdict"]) == (4, 1, 0, 1)
     assert found["agreement"].value == 0.75
     assert (found["decided"].value, found["decided"].n) == (1.0, 2)
     with pytest.raises(ValueError, match="0 of 6 and 6 pairs"):
-        agreement(first, [one._replace(pair=("z", "c")) for one in first], **options())
+        agreed(first, [one._replace(pair=("z", "c")) for one in first], **options())
 
 
 def test_joined_by_texts_not_by_place_or_side(tmp_path: Path) -> None:
@@ -78,9 +78,9 @@ def test_joined_by_texts_not_by_place_or_side(tmp_path: Path) -> None:
     labels = "AABBT" * 4
     first = judged(tmp_path / "1.jsonl", labels)
     same = judged(tmp_path / "2.jsonl", labels, turned=True)
-    assert agreement(first, same[::-1], **options())["agreement"].value == 1.0
+    assert agreed(first, same[::-1], **options())["agreement"].value == 1.0
     exchanged = judged(tmp_path / "3.jsonl", labels.translate(str.maketrans("AB", "BA")), turned=True)
-    assert agreement(first, exchanged[::-1], **options())["decided"].value == 0.0
+    assert agreed(first, exchanged[::-1], **options())["decided"].value == 0.0
 
 
 def test_leaning_worked(tmp_path: Path) -> None:
@@ -126,4 +126,4 @@ def test_wrong_files(tmp_path: Path) -> None:
 
 
 def test_examples() -> None:
-    assert doctest.testmod(pyrite.feedback.judges.agreement).failed == 0
+    assert doctest.testmod(pyrite.jobs.judge).failed == 0

@@ -13,8 +13,9 @@ from pyrite.core import specs
 from pyrite.data import rows as data
 from pyrite.data.files import DataError, Row
 from pyrite.feedback import judges
-from pyrite.feedback.judges.people import blinded, filled, human, write_sheet
+from pyrite.feedback.judges.basic import human
 from pyrite.feedback.judges.questions import verdict_row
+from pyrite.jobs.judge import blinded, filled, write_sheet
 
 ROWS: list[Row] = [
     {"prompt_id": str(i), "prompt": f'say "{i}",\nplease; now', "a": f"=a{i}; ü\n", "b": f"b{i},\tx", "model": "secret"}

@@ -20,9 +20,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from judges.conftest import pairs
-from pyrite.feedback.judges.agreement import Opinion, leaning
 from pyrite.feedback.judges.llm import JudgeOptions, LanguageJudge, by_tokenizer
 from pyrite.feedback.ledger import GoldStopped, Ledger
+from pyrite.jobs.judge import Opinion, leaning
 
 MISSING = [name for name in ("openai", "fastapi", "uvicorn") if importlib.util.find_spec(name) is None]
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"transformers serve needs {', '.join(MISSING)}")

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from pyrite.core.processes import say
 from pyrite.data.text import load_tokenizer
-from pyrite.feedback.judges.people import Judge
+from pyrite.feedback.judges.basic import Judge
 from pyrite.feedback.judges.questions import (
     EQUAL,
     SHOWN,
