@@ -50,7 +50,7 @@ WAYS: dict[str, list[str]] = {
     "online": ["online", "--model", "{tiny}", "--prompts", "{demos}", *JUDGE, "--rounds", "2", "--lr", "1e-3"],
     "live_reward": [
         *("online", "--model", "{tiny}", "--prompts", "{demos}", *JUDGE, "--rounds", "2", "--lr", "1e-3"),
-        *("--silver", "reward(path='{reward}')", "--budget", "24", *MEASURE, *ONE),
+        *("--silver", "reward(path='{reward}')", "--gold-budget", "24", *MEASURE, *ONE),
     ],
     "ppo": [
         *("ppo", "--model", "{tiny}", "--prompts", "{demos}", "--reward", "{reward}", "--steps", "3"),
