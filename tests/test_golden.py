@@ -25,7 +25,7 @@ MODE = os.environ.get("PYRITE_GOLDEN", "near")
 
 GOLD = ["--gold", "length()"]
 JUDGE = ["--judge", "bradley_terry(gold='length()')"]
-ONE = ["--log-every", "1", "--batch-size", "8"]
+ONE = ["--logging-steps", "1", "--batch-size", "8"]
 NEW = ["--max-new-tokens", "40"]
 MEASURE = ["--eval-limit", "16", "--rewards", "{reward}", *GOLD, *NEW]
 

@@ -1,5 +1,6 @@
 import pytest
 
+from pyrite.data.toy_words import VIVID
 from pyrite.feedback import scorers
 from pyrite.feedback.scorers.words import LISTS, tokens
 from pyrite.recipes import toy
@@ -57,7 +58,7 @@ def test_the_published_list(response, points):
 
 def test_word_lists():
     assert {name: len(set(words)) for name, words in LISTS.items()} == {"d2po": 30, "toy": 30, "common": 9}
-    assert set(LISTS["toy"]) == toy.VIVID
+    assert set(LISTS["toy"]) == VIVID
 
 
 def test_word_collector_reads_the_response_alone_unless_told_otherwise():

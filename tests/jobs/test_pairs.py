@@ -220,7 +220,7 @@ def test_an_interruption_asks_nothing_twice(mine: Dimensions, tmp_path: Path, mo
     rows = [row for p in range(70) for id in ("long", "short") for row in answers(mine, [id], ["x", "y y"], prompt=p)]
     want = run(rows, tmp_path, options=("long", "short"), kinds=("labelled",), out=tmp_path / "whole")
     asked: list[int] = []
-    real = pairs.judges.check_verdicts
+    real = pairs.pairing.check_verdicts
 
     def check(verdicts, n: int, *, name: str):
         if len(asked) == 2:
@@ -229,7 +229,7 @@ def test_an_interruption_asks_nothing_twice(mine: Dimensions, tmp_path: Path, mo
         asked.append(n)
         return real(verdicts, n, name=name)
 
-    monkeypatch.setattr(pairs.judges, "check_verdicts", check)
+    monkeypatch.setattr(pairs.pairing, "check_verdicts", check)
     with pytest.raises(KeyboardInterrupt):
         run(rows, tmp_path, options=("long", "short"), kinds=("labelled",))
     got = run(rows, tmp_path, options=("long", "short"), kinds=("labelled",))
