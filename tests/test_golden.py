@@ -25,7 +25,8 @@ MODE = os.environ.get("PYRITE_GOLDEN", "near")
 
 GOLD = ["--gold", "length()"]
 JUDGE = ["--judge", "bradley_terry(gold='length()')"]
-ONE = ["--logging-steps", "1", "--batch-size", "8"]
+EIGHT = ["--batch-size", "8"]
+ONE = ["--logging-steps", "1", *EIGHT]
 NEW = ["--max-new-tokens", "40"]
 MEASURE = ["--eval-limit", "16", "--rewards", "{reward}", *GOLD, *NEW]
 
@@ -50,14 +51,14 @@ WAYS: dict[str, list[str]] = {
     "online": ["online", "--model", "{tiny}", "--prompts", "{demos}", *JUDGE, "--rounds", "2", "--lr", "1e-3"],
     "live_reward": [
         *("online", "--model", "{tiny}", "--prompts", "{demos}", *JUDGE, "--rounds", "2", "--lr", "1e-3"),
-        *("--silver", "reward(path='{reward}')", "--gold-budget", "24", *MEASURE, *ONE),
+        *("--silver", "reward(path='{reward}')", "--gold-budget", "24", *MEASURE, *EIGHT),
     ],
     "ppo": [
         *("ppo", "--model", "{tiny}", "--prompts", "{demos}", "--reward", "{reward}", "--steps", "3"),
-        *("--prompts-per-step", "8", "--measure-every", "1", "--lr", "1e-3", *MEASURE, *ONE),
+        *("--prompts-per-step", "8", "--measure-every", "1", "--lr", "1e-3", *MEASURE, *EIGHT),
     ],
 }
-WAYS["online"] += [*MEASURE, *ONE]
+WAYS["online"] += [*MEASURE, *EIGHT]
 
 
 @pytest.fixture(scope="module")
