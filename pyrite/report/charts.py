@@ -6,13 +6,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeGuard
 
 import altair as alt
 import vl_convert
-
-# marks: What the line charts share: one look, bands, labels that do not overlap, dots under the pointer.
-
 
 Row = Mapping[str, Any]
 Chart = alt.Chart | alt.LayerChart
@@ -74,7 +71,7 @@ def draw(
     width = 2.5 if max(map(len, split(points))) <= 60 else 1.25
     layers = [layer for name, layer in _layers(x, tooltip, width, order) if name in tables]
     color = alt.Color("color:N", scale=None)
-    chart = alt.layer(*layers).encode(_across(x), _up(y, domain), color, detail="line:N")
+    chart = alt.layer(*layers).encode(_across(x, points), _up(y, domain), color, detail="line:N")
     return styled(chart, tables, describe(points, x), height=height)
 
 
@@ -100,12 +97,13 @@ def _layers(x: Axis, tooltip: Mapping[str, str], width: float, order: str) -> li
     return [*drawn, ("points", _hover(x, tooltip))]
 
 
-def _across(x: Axis) -> alt.X:
+def _across(x: Axis, points: Iterable[Row]) -> alt.X:
     scale = alt.Scale(type="log", base=x.base, nice=False) if x.log else alt.Scale(nice=False, zero=False)
     axis = alt.Axis(
         format="d" if x.whole else x.format or alt.Undefined,
         labelFlush=False,
         tickMinStep=1 if x.whole else alt.Undefined,
+        values=sorted({point[x.field] for point in points}) if x.log else alt.Undefined,
     )
     return alt.X(f"{x.field}:Q", title=x.title, scale=scale, axis=axis)
 
@@ -220,8 +218,7 @@ def spread(wanted: Sequence[float], step: float, low: float, high: float) -> lis
     return placed
 
 
-# charts: Charts: rows in, one Vega-Lite definition out, for the interactive page and for SVG and PNG files alike.
-
+# Gold and proxy by objective -----------------------------------------------------------------------------------------
 
 OBJECTIVES = ("single", "mean", "wco", "uwo")
 NAMES = {"single": "single", "mean": "mean", "wco": "WCO", "uwo": "UWO", "member": "member"}
@@ -289,15 +286,20 @@ def reward_points(rows: Iterable[Row], objectives: Sequence[str], quantities: Se
 def _point(row: Row, quantity: str, objectives: Sequence[str], *, both: bool) -> Row:
     name = NAMES[row["objective"]] + (f" {row['member']}" if row.get("member") is not None else "")
     low, high = row.get(f"{quantity}_lo"), row.get(f"{quantity}_hi")
-    band = "" if low is None or high is None else f"  [{low:.2f}, {high:.2f}]"
     effective = row.get("effective_samples")
     return {
-        **{key: row[key] for key in ("n", "sqrt_kl")},
-        **{"value": row[quantity], "lo": low, "hi": high, "quantity": quantity, "line": f"{name} {quantity}"},
-        **{"color": COLORS[row["objective"]], "dash": SOLID if quantity == "gold" else DASHED},
+        "n": row["n"],
+        "sqrt_kl": row["sqrt_kl"],
+        "value": row[quantity],
+        "lo": low,
+        "hi": high,
+        "quantity": quantity,
+        "line": f"{name} {quantity}",
+        "color": COLORS[row["objective"]],
+        "dash": SOLID if quantity == "gold" else DASHED,
         "label": quantity if len(objectives) == 1 else f"{name} {quantity}" if both else name,
         "KL": f"{row['kl']:.2f}",
-        "shown": f"{row[quantity]:.2f}{band}",
+        "shown": f"{row[quantity]:.2f}" + ("" if low is None or high is None else f"  [{low:.2f}, {high:.2f}]"),
         "effective": "–" if effective is None else f"{effective:,.0f}",
     }
 
@@ -310,33 +312,29 @@ def peak(line: Sequence[Row]) -> Row | None:
 
 def _gap(rows: Iterable[Row], objectives: Sequence[str]) -> list[Row]:
     """From gold up to proxy, for the one objective of a chart: reward that is believed and not there."""
-    if len(objectives) != 1:
-        return []
-    known = [r for r in rows if r["objective"] == objectives[0] and r["gold"] is not None and r["proxy"] is not None]
     return [
         {
-            "n": r["n"],
-            "sqrt_kl": r["sqrt_kl"],
-            "lo": r["gold"],
-            "hi": max(r["gold"], r["proxy"]),
+            "n": row["n"],
+            "sqrt_kl": row["sqrt_kl"],
+            "lo": row["gold"],
+            "hi": max(row["gold"], row["proxy"]),
             "color": BRASS,
             "line": "gap",
         }
-        for r in known
+        for row in rows
+        if [row["objective"]] == list(objectives) and row["gold"] is not None and row["proxy"] is not None
     ]
 
 
 def _counts(line: Sequence[Row]) -> list[Row]:
     """Values of n to write along a √KL axis: the first, the last, and those with room around them."""
-    ends = [line[0], line[-1]]
-    room = (ends[1]["sqrt_kl"] - ends[0]["sqrt_kl"]) / 8
-    kept = ends[:1]
+    first, last = line[0]["sqrt_kl"], line[-1]["sqrt_kl"]
+    kept = [line[0]]
     for point in line[1:-1]:
-        if min(point["sqrt_kl"] - kept[-1]["sqrt_kl"], ends[1]["sqrt_kl"] - point["sqrt_kl"]) >= room:
+        if min(point["sqrt_kl"] - kept[-1]["sqrt_kl"], last - point["sqrt_kl"]) >= (last - first) / 8:
             kept.append(point)
-    kept += ends[1:] if len(line) > 1 else []
-    texts = [f"n = {kept[0]['n']:,}", *(f"{point['n']:,}" for point in kept[1:])]
-    return [{**point, "note": text, "color": FAINT} for point, text in zip(kept, texts, strict=True)]
+    kept += line[1:][-1:]
+    return [{**point, "note": f"{'' if i else 'n = '}{point['n']:,}", "color": FAINT} for i, point in enumerate(kept)]
 
 
 def mechanism(
@@ -364,20 +362,21 @@ def mechanism(
 
 
 def _share(row: Row, key: str, share: float) -> Row:
-    name, color = NAMES.get(key, "all answers"), COLORS.get(key, FAINT)
-    dash = DASHED if key == "base" else SOLID
+    name = NAMES.get(key, "all answers")
     return {
-        **{
-            "n": row["n"],
-            "value": share,
-            "lo": None,
-            "hi": None,
-            "line": name,
-            "label": name,
-            "color": color,
-        },
-        **{"dash": dash, "shown": f"{share:.1%}"},
+        "n": row["n"],
+        "value": share,
+        "lo": None,
+        "hi": None,
+        "line": name,
+        "label": name,
+        "color": COLORS.get(key, FAINT),
+        "dash": DASHED if key == "base" else SOLID,
+        "shown": f"{share:.1%}",
     }
+
+
+# Any rows -------------------------------------------------------------------------------------------------------------
 
 
 def stages(timing: Iterable[Row]) -> alt.LayerChart:
@@ -397,7 +396,7 @@ def stages(timing: Iterable[Row]) -> alt.LayerChart:
 
 
 def lines(
-    rows: Iterable[Row],
+    rows: Sequence[Row],
     x: str,
     y: str | Sequence[str],
     *,
@@ -410,17 +409,26 @@ def lines(
     the horizontal and the vertical axis.
     """
     columns = [y] if isinstance(y, str) else list(y)
-    rows = [row for row in rows if _finite(row.get(x))]
-    points = [
-        {
-            **{x: row[x], "value": row[column], "line": column, "dash": SOLID},
-            **_spread(row, column),
-            **{"label": column if len(columns) > 1 else "", "color": SERIES[i % len(SERIES)]},
-        }
-        for i, column in enumerate(columns)
-        for row in rows
-        if _finite(row.get(column))
-    ]
+    points = []
+    for i, column in enumerate(columns):
+        for row in rows:
+            if not (finite(row.get(x)) and finite(row.get(column))):
+                continue
+            value, error = row[column], row.get(f"{column}_se")
+            known = finite(error)
+            points.append(
+                {
+                    x: row[x],
+                    "value": value,
+                    "lo": value - error if known else None,
+                    "hi": value + error if known else None,
+                    "shown": f"{value:.5g} ± {error:.2g}" if known else f"{value:.5g}",
+                    "line": column,
+                    "label": column if len(columns) > 1 else "",
+                    "color": SERIES[i % len(SERIES)],
+                    "dash": SOLID,
+                }
+            )
     if not points:
         raise ValueError(f"lines: no row has finite {x} and {' or '.join(columns)}")
     across, up = Axis(x, titles[0] or x), Axis("value", titles[1])
@@ -447,7 +455,7 @@ def curves(
     columns. dot: which rows get a dot. bands: whether to draw the intervals, y_lo to y_hi. level: a dashed line.
     Raises ValueError if no row has both columns.
     """
-    rows = [row for row in rows if _finite(row.get(x.field)) and _finite(row.get(y.field))]
+    rows = [row for row in rows if finite(row.get(x.field)) and finite(row.get(y.field))]
     if not rows:
         raise ValueError(f"curves: no row has both {x.field} and {y.field}")
     lines = list(dict.fromkeys(row[by] for row in rows))
@@ -481,15 +489,8 @@ def curves(
     return draw(points, x, Axis("value", y.title, format=y.format), tooltip=hover, height=height, peaks=dots)
 
 
-def _spread(row: Row, column: str) -> dict[str, Any]:
-    """A value as text, and the ends of its band, where its standard error is known."""
-    value, error = row[column], row.get(f"{column}_se")
-    if not _finite(error):
-        return {"lo": None, "hi": None, "shown": f"{value:.5g}"}
-    return {"lo": value - error, "hi": value + error, "shown": f"{value:.5g} ± {error:.2g}"}
-
-
-def _finite(value: object) -> bool:
+def finite(value: object) -> TypeGuard[float]:
+    """Whether a value is a number that can be drawn."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 

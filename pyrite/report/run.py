@@ -7,10 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from pyrite.core.runs import read_metrics
-from pyrite.report.charts import NAMES, OBJECTIVES, Row, lines, overoptimization, reach
-from pyrite.report.page import Chart, Figure, Keys, Numbers, Part, Table, Text, Views, number, page
+from pyrite.report.charts import NAMES, OBJECTIVES, Chart, Row, finite, lines, overoptimization, reach
+from pyrite.report.page import Part, details, figure, number, numbers, page, table, tabs, text
 
 MOST = 600  # points in a line: more cannot be seen, and a browser would feel them
+
+
+BANDS = (
+    "Gold is solid, proxy dashed, both in standard deviations of all answers. Bands are 95 % intervals over prompts; "
+    "KL = ln n − (n − 1)/n."
+)
 
 
 def run_page(folder: Path | str) -> str:
@@ -31,11 +37,11 @@ def run_page(folder: Path | str) -> str:
         *_best_of_n(_read(folder / "curves.json") or []),
         *_way(rows),
         *_curves(rows),
-        *_rest(done),
-        Keys(config, "Full configuration", title="The run"),
+        *([details(done, "All results")] if done else []),
+        details(config, "Full configuration", title="The run"),
     ]
     if manifest:
-        parts.append(Keys(manifest, "Versions, hardware and inputs"))
+        parts.append(details(manifest, "Versions, hardware and inputs"))
     state = "done" if done is not None else "not finished"
     lead = f"{state}, {number(done['seconds'])} seconds" if done and "seconds" in done else state
     job = config.get("job", "run")
@@ -44,9 +50,9 @@ def run_page(folder: Path | str) -> str:
 
 def _results(done: Mapping[str, Any] | None) -> list[Part]:
     """The first few plain numbers of done.json, and what its measurements have with a standard error."""
-    plain = [(k, number(v)) for k, v in (done or {}).items() if _numeric(v) and k != "seconds"]
-    numbers: Part = Text("No results yet." if done is None else "")
-    return [Numbers([("Results", plain[:6])]) if plain else numbers, *_measured(done or {})]
+    plain = [(k, number(v)) for k, v in (done or {}).items() if finite(v) and k != "seconds"]
+    first = numbers([("Results", plain[:6])]) if plain else text("No results yet." if done is None else "")
+    return [first, *_measured(done or {})]
 
 
 def _measured(done: Mapping[str, Any]) -> list[Part]:
@@ -57,13 +63,13 @@ def _measured(done: Mapping[str, Any]) -> list[Part]:
     if means:
         rows["mean"] = {key: row["mean"] for key, row in means.items()} | {f"{k}_se": v["se"] for k, v in means.items()}
     names = dict.fromkeys(name for row in rows.values() for name in row if f"{name}_se" in row)
-    table = [[name, *(_with_error(row, name) for row in rows.values())] for name in names]
-    return [Table(["", *rows], table, caption="Measured, ± one standard error.")] if table else []
+    cells = [[name, *(_with_error(row, name) for row in rows.values())] for name in names]
+    return [table(["", *rows], cells, caption="Measured, ± one standard error.")] if cells else []
 
 
 def _with_error(row: Mapping[str, Any], name: str) -> str:
     value, error = row.get(name), row.get(f"{name}_se")
-    known = _numeric(value) and _numeric(error)
+    known = finite(value) and finite(error)
     return f"{value:.3g} ± {error:.2g}".replace("-", "−") if known else number(None)
 
 
@@ -82,27 +88,21 @@ def _best_of_n(curves: Sequence[Row]) -> list[Part]:
         across: list[Chart] = [
             overoptimization(rows, x=x, objectives=[rows[0]["objective"]], domain=shared) for x in ("sqrt_kl", "n")
         ]
-        views[(_called(name),)] = Figure(across, _BANDS, names=("Against the KL", "Against n"))
+        views[(_called(name),)] = figure(across, BANDS, names=("Against the KL", "Against n"))
     told = (
         "Of n answers to a prompt, the one is taken that the proxy likes best. Where the proxy goes on rising and gold "
         "does not, the proxy promises reward that is not there; the gap between the two is shaded."
     )
-    ends = [rows[-1] for rows in found.values()]
-    table = Table(
-        ["", "n", "KL, nats", "gold", "proxy"],
-        [
-            [_called(name), end["n"], end["kl"], _band(end, "gold"), _band(end, "proxy")]
-            for name, end in zip(found, ends, strict=True)
-        ],
-        caption="At the largest n, with 95 % intervals over prompts.",
-    )
-    return [Text(told, title="Gold and proxy of the best of n"), Views(("chosen by",), views), table]
-
-
-_BANDS = (
-    "Gold is solid, proxy dashed, both in standard deviations of all answers. Bands are 95 % intervals over prompts; "
-    "KL = ln n − (n − 1)/n."
-)
+    cells = [
+        [_called(name), end["n"], end["kl"], _band(end, "gold"), _band(end, "proxy")]
+        for name, end in ((name, rows[-1]) for name, rows in found.items())
+    ]
+    caption = "At the largest n, with 95 % intervals over prompts."
+    return [
+        text(told, title="Gold and proxy of the best of n"),
+        tabs(("chosen by",), views),
+        table(["", "n", "KL, nats", "gold", "proxy"], cells, caption),
+    ]
 
 
 def _called(objective: str) -> str:
@@ -111,7 +111,7 @@ def _called(objective: str) -> str:
 
 def _band(row: Row, name: str) -> str:
     low, high = row.get(f"{name}_lo"), row.get(f"{name}_hi")
-    interval = f" [{number(low)}, {number(high)}]" if _numeric(low) and _numeric(high) else ""
+    interval = f" [{number(low)}, {number(high)}]" if finite(low) and finite(high) else ""
     return f"{number(row[name])}{interval}"
 
 
@@ -120,9 +120,9 @@ def _way(rows: Sequence[Row]) -> list[Part]:
     points = []
     for row in rows:
         kl = row.get("kl_exact", row.get("kl_k1"))
-        if _numeric(kl) and (_numeric(row.get("gold")) or _numeric(row.get("proxy"))):
+        if finite(kl) and (finite(row.get("gold")) or finite(row.get("proxy"))):
             points.append({**row, "sqrt_kl": math.sqrt(max(kl, 0.0))})
-    measured = [name for name in ("gold", "proxy") if sum(_numeric(row.get(name)) for row in points) > 1]
+    measured = [name for name in ("gold", "proxy") if sum(finite(row.get(name)) for row in points) > 1]
     if not measured:
         return []
     chart = lines(points, "sqrt_kl", measured, titles=("√KL from the reference (√nats)", "reward"), height=280)
@@ -130,17 +130,13 @@ def _way(rows: Sequence[Row]) -> list[Part]:
         "Each point is a measurement on held-out prompts; bands are one standard error either way. A KL that is "
         "estimated below 0 is drawn at 0."
     )
-    return [Figure(chart, caption, title="Gold and proxy on the way from the reference")]
-
-
-def _rest(done: Mapping[str, Any] | None) -> list[Part]:
-    return [Keys(done, "All results")] if done else []
+    return [figure(chart, caption, title="Gold and proxy on the way from the reference")]
 
 
 def _curves(rows: Sequence[Row]) -> list[Part]:
     """One small chart a metric, with a line for each part of the run that logged it at least twice, and its error."""
     found = [{"step": i, **row} for i, row in enumerate(rows)]
-    names = dict.fromkeys(key for row in found for key, value in row.items() if _numeric(value) and key != "step")
+    names = dict.fromkeys(key for row in found for key, value in row.items() if finite(value) and key != "step")
     errors = {f"{name}_se" for name in names}  # drawn as bands
     logged = {name: _by_part(found, name) for name in names if name not in errors}
     logged = {name: parts for name, parts in logged.items() if parts}
@@ -152,22 +148,18 @@ def _curves(rows: Sequence[Row]) -> list[Part]:
         for parts in logged.values()
     ]
     caption = "Every numeric metric, as logged" + (f"; one value in {every} is drawn." if every > 1 else ".")
-    return [Figure(charts, caption, names=list(logged), title="Metrics")]
+    return [figure(charts, caption, names=list(logged), title="Metrics")]
 
 
 def _by_part(rows: Sequence[Row], name: str) -> dict[str, list[Row]]:
     """The values of one metric by the part of the run that logged them, as rows {step, part: value, part_se: error}."""
     parts: dict[str, list[Row]] = {}
     for row in rows:
-        if _numeric(row.get(name)):
+        if finite(row.get(name)):
             label = str(row.get("part", name))
             point = {"step": row["step"], label: row[name], f"{label}_se": row.get(f"{name}_se")}
             parts.setdefault(label, []).append(point)
     return {label: found for label, found in parts.items() if len(found) > 1}
-
-
-def _numeric(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _read(path: Path) -> Any:
