@@ -104,7 +104,7 @@ def test_gradient_is_the_closed_form_and_sums_to_zero(sampler: Sampler) -> None:
     torch.testing.assert_close(found.sum(-1), torch.zeros(5, dtype=F64), rtol=0, atol=1e-12)
 
 
-def usable() -> list[tuple[str, tabular.Loss]]:
+def usable() -> list[tuple[str, tabular.PairLoss]]:
     found = []
     for member in specs.members(losses):
         try:
@@ -116,7 +116,7 @@ def usable() -> list[tuple[str, tabular.Loss]]:
 
 
 @pytest.mark.parametrize("name, loss", usable(), ids=[name for name, _ in usable()])
-def test_gradient_of_every_loss_against_its_objective(name: str, loss: tabular.Loss) -> None:
+def test_gradient_of_every_loss_against_its_objective(name: str, loss: tabular.PairLoss) -> None:
     """Σ_ab shares_ab ℓ(a, b), pair by pair, differentiated through the softmax."""
     here = drawn(1, 4)
     logits = torch.randn(1, 4, dtype=F64, generator=stream(2)).requires_grad_()

@@ -35,8 +35,6 @@ PAIRS = 1 << 16  # worked on at once: bounds memory, and stays near the cache
 LEVELS = (1e-2, 1e-6)  # errors whose first step is noted
 STILL = 1e-9  # a loss whose step from the optimum leaves no larger error has that optimum
 
-Row = dict[str, Any]
-
 
 @dataclass(frozen=True)
 class Config:
@@ -126,7 +124,7 @@ def _samplers(config: Config) -> dict[str, Sampler]:
     return zoo
 
 
-def _loss(config: Config) -> tabular.Loss:
+def _loss(config: Config) -> tabular.PairLoss:
     """The loss, with the world's beta if it takes one."""
     loss = specs.part(config.loss, losses)
     own = loss.options.get("beta", config.beta)
@@ -164,7 +162,7 @@ def _race(
     name: str,
     sampler: Sampler,
     config: Config,
-    loss: tabular.Loss,
+    loss: tabular.PairLoss,
     rate: tabular.Rate,
     advance: Callable[[int], None],
 ) -> dict[str, Tensor]:
@@ -215,7 +213,7 @@ def _first_below(error: Tensor, level: float) -> Tensor:
     return torch.where(below.any(0), below.int().argmax(0).double(), math.inf)
 
 
-def _summary(name: str, race: dict[str, Tensor], config: Config) -> Row:
+def _summary(name: str, race: dict[str, Tensor], config: Config) -> data.Row:
     """The figures of one sampler: medians over instances, means with intervals over repetitions."""
     home = bool((race["drift"] < STILL).all())  # else an error is no error
     tail = home and config.samples is None
@@ -243,7 +241,7 @@ def _summary(name: str, race: dict[str, Tensor], config: Config) -> Row:
     }
 
 
-def _bound(error: Tensor, name: str, config: Config) -> Row | None:
+def _bound(error: Tensor, name: str, config: Config) -> data.Row | None:
     """How the theorem's bound fares, if its assumptions hold."""
     plain = config.rate == "matched" and config.scale == 1 and config.loss in ("dpo", "dpo()")
     world = config.rewards == "unit" and config.ref_spread == 0 and config.samples is None and config.noise == 0
@@ -256,7 +254,7 @@ def _bound(error: Tensor, name: str, config: Config) -> Row | None:
     return {"constant": constant, "order": order, "holds": holds, "closest": (error[1] / limit[1]).max()}
 
 
-def _floor(race: dict[str, Tensor], config: Config) -> Row | None:
+def _floor(race: dict[str, Tensor], config: Config) -> data.Row | None:
     """The mean error of the second half against what noise alone would leave."""
     if config.samples is None:
         return None
@@ -265,9 +263,9 @@ def _floor(race: dict[str, Tensor], config: Config) -> Row | None:
     return {"measured": _over_seeds(measured, config.seeds), "predicted": race["floor"].mean() if clean else None}
 
 
-def _curve(name: str, race: dict[str, Tensor]) -> list[Row]:
+def _curve(name: str, race: dict[str, Tensor]) -> list[data.Row]:
     """One row a step: medians of error and value gap with the middle 90 % of the instances, means of the rest."""
-    columns: Row = {key: race[key].mean(1).tolist() for key in ("mean_error", "reward", "kl")}
+    columns: data.Row = {key: race[key].mean(1).tolist() for key in ("mean_error", "reward", "kl")}
     for key in ("error", "value_gap"):
         low, high = _range(race[key])
         columns |= {key: race[key].median(1).values.tolist(), f"{key}_lo": low, f"{key}_hi": high}
@@ -275,7 +273,7 @@ def _curve(name: str, race: dict[str, Tensor]) -> list[Row]:
     return _plain([{"sampler": name, "step": i} | {key: values[i] for key, values in columns.items()} for i in steps])
 
 
-def _instances(name: str, race: dict[str, Tensor], n: int) -> list[Row]:
+def _instances(name: str, race: dict[str, Tensor], n: int) -> list[data.Row]:
     """One row an instance, n of them a repetition."""
     columns = {
         f"last_{key}" if values.dim() == 2 else key: torch.atleast_2d(values)[-1].tolist()
@@ -290,7 +288,7 @@ def _range(values: Tensor) -> list[Any]:
     return values.nanquantile(torch.tensor([0.05, 0.95], dtype=values.dtype), dim=-1).tolist()
 
 
-def _over_seeds(values: Tensor, repetitions: int) -> Row:
+def _over_seeds(values: Tensor, repetitions: int) -> data.Row:
     """The mean over instances, and its interval over repetitions if there are at least 2."""
     means = values.view(repetitions, -1).mean(1)
     if repetitions < 2:

@@ -26,7 +26,7 @@ F64 = torch.float64
 ROUNDING = 3e-15  # of max |δ|, where rewards and implied rewards are a few nats
 BOUNDS = {"uniform": (0.588, 1), "mix_r": (0.5, 2), "mix_p": (0.611, 2)}  # constant, order
 
-Loss = Callable[[PairLogps], Tensor]
+PairLoss = Callable[[PairLogps], Tensor]
 Rate = Positive | Literal["matched", "best"]
 
 
@@ -89,7 +89,7 @@ def descend(
     sampler: Sampler,
     *,
     steps: Natural,
-    loss: Loss | None = None,
+    loss: PairLoss | None = None,
     rate: Rate = "matched",
     scale: Positive = 1.0,
     samples: Count | None = None,
@@ -145,7 +145,7 @@ def every_pair(world: World) -> PairLogps:
     return pair_logps((chosen, rejected), (chosen, rejected), reward - other)
 
 
-def gradient(pairs: PairLogps, logps: Tensor, shares: Tensor, loss: Loss) -> Tensor:
+def gradient(pairs: PairLogps, logps: Tensor, shares: Tensor, loss: PairLoss) -> Tensor:
     """∂/∂logits of Σ_ab shares_ab ℓ(chosen a, rejected b) at log-probabilities (I, n): shares (I, n, n) -> (I, n).
 
     pairs: `every_pair`. The shares are constants: a sampler is held fixed. The gradient sums to 0 over the responses.
@@ -269,7 +269,7 @@ def order_test(
     *,
     rate: Rate = "matched",
     scale: float = 1.0,
-    loss: Loss | None = None,
+    loss: PairLoss | None = None,
     distances: tuple[float, ...] = (1e-1, 1e-2, 1e-3, 1e-4),
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -289,7 +289,7 @@ def order_test(
     return (x[:, None] * left.log()).sum(0) / x.square().sum(), left
 
 
-def check_loss(loss: Loss) -> None:
+def check_loss(loss: PairLoss) -> None:
     """Refuse a loss that needs more than sums, a reference and a strength, or that mixes the pairs of a batch.
 
     Raises ValueError with the loss's own reason.

@@ -33,7 +33,7 @@ from pyrite.training.loop import Training
 
 
 @dataclass(frozen=True)
-class Settings:
+class ReferencesSettings:
     """One chain: a policy, preference pairs, stronger models, and direct optimization against each reference."""
 
     gold: str = "pyrite.toy:story_quality()"
@@ -63,18 +63,18 @@ class Settings:
     max_new_tokens: int = 64
 
 
-SETTINGS = {"toy": Settings()}
+SETTINGS = {"toy": ReferencesSettings()}
 OWN, STRONG = ("self", "none", "prior"), ("family", "stranger", "tokenizer")
 
 
-def policies(settings: Settings) -> Iterator[tuple[str, float]]:
+def policies(settings: ReferencesSettings) -> Iterator[tuple[str, float]]:
     """Reference and beta of every policy."""
     for ref in (*OWN, *STRONG):
         for beta in settings.betas if ref == "self" else settings.other_betas:
             yield ref, beta
 
 
-def chain(folder: Path, settings: Settings, seed: int) -> dict[str, Run]:
+def chain(folder: Path, settings: ReferencesSettings, seed: int) -> dict[str, Run]:
     """Run every stage of a chain."""
     world = toy.write(
         folder / "world", seed=derive(seed, "world"), n_pool=settings.answer_prompts, n_demos=settings.toy_demos
@@ -158,7 +158,7 @@ def chain(folder: Path, settings: Settings, seed: int) -> dict[str, Run]:
     return found
 
 
-def _better(path: Path, world: toy.ToyFiles, settings: Settings, seed: int) -> Path:
+def _better(path: Path, world: toy.ToyFiles, settings: ReferencesSettings, seed: int) -> Path:
     """Demonstrations of a better style."""
     if not path.exists():
         asked = [row["prompt"] for row in data.load(world.pair_prompts, "prompts")]
@@ -172,7 +172,7 @@ def _better(path: Path, world: toy.ToyFiles, settings: Settings, seed: int) -> P
 NUMBERS = ("gold", "kl", "length", "missing_eos", "repetition", "accuracy", "policy_accuracy", "best_gold")
 
 
-def collect(chains: Sequence[Chain], settings: Settings) -> Row:
+def collect(chains: Sequence[Chain], settings: ReferencesSettings) -> Row:
     """Everything the page shows."""
     trained = [_policy(chain, ref, beta) for chain in chains for ref, beta in policies(settings)]
     starts = [{"model": name, **_evaluated(chain, name)} for chain in chains for name in ("start", *STRONG)]
@@ -250,7 +250,7 @@ Values = Mapping[tuple[str, str], Tensor]  # (gold or length, reference) -> (M, 
 
 
 @dataclass(frozen=True)
-class Measured:
+class BetaCurves:
     """One chain: betas of each reference, falling; curves of gold and length over them; the policies' accuracy (M,)."""
 
     betas: Mapping[str, Sequence[float]]
@@ -272,7 +272,7 @@ class Measured:
         return torch.tensor(self.betas[ref], dtype=torch.float64).log10()[chosen]
 
 
-def measure(chain: Chain, settings: Settings) -> Measured:
+def measure(chain: Chain, settings: ReferencesSettings) -> BetaCurves:
     """What the claims read of a chain."""
     betas: dict[str, list[float]] = {}
     accuracy: dict[str, list[float]] = {}
@@ -284,10 +284,10 @@ def measure(chain: Chain, settings: Settings) -> Measured:
         for name, grid in study.by_prompt(chain.runs[f"evaluate: {ref} {beta:g}"], ("gold", "length")).items():
             grids.setdefault((name, ref), []).append(grid.mean(1))
     values = {key: torch.stack(rows) for key, rows in grids.items()}
-    return Measured(betas, values, accuracy, study.halves(values))
+    return BetaCurves(betas, values, accuracy, study.halves(values))
 
 
-def _accuracy_rises(chain: Measured) -> float:
+def _accuracy_rises(chain: BetaCurves) -> float:
     """Policy accuracy at the smallest beta less that at 0.1."""
     accuracy = chain.accuracy["self"]
     return accuracy[-1] - accuracy[chain.betas["self"].index(0.1)]
@@ -357,11 +357,11 @@ CLAIMS = [
 ]
 
 
-def check(chains: Sequence[Measured]) -> list[Row]:
+def check(chains: Sequence[BetaCurves]) -> list[Row]:
     """Every claim; the interval of one chain is over prompts, drawn again within each half."""
     drawn = replace(chains[0], curves=study.halves(chains[0].values, resamples=2000)) if len(chains) == 1 else None
 
-    def alone(claim: Claim, _: Measured) -> tuple[float, float] | None:
+    def alone(claim: Claim, _: BetaCurves) -> tuple[float, float] | None:
         return None if claim.value is _accuracy_rises else study.bootstrap(claim, drawn)
 
     return study.check(CLAIMS, chains, alone=alone)

@@ -53,7 +53,7 @@ METHODS = {  # how the pairs of a round are drawn
 
 
 @dataclass(frozen=True)
-class Settings:
+class SamplersSettings:
     """Races in the exact world; and one chain: a policy, a scorer that stands in for gold, rounds of every method."""
 
     gold: str = "pyrite.toy:story_quality()"
@@ -86,10 +86,10 @@ class Settings:
     max_new_tokens: int = 64
 
 
-SETTINGS = {"toy": Settings()}
+SETTINGS = {"toy": SamplersSettings()}
 
 
-def races(out: Path, settings: Settings, seed: int) -> dict[str, Run]:
+def races(out: Path, settings: SamplersSettings, seed: int) -> dict[str, Run]:
     """Run every race of the exact world; races whose options agree have the same reward tables."""
     return {
         f"race: {name}": bandit.run(
@@ -104,7 +104,7 @@ def races(out: Path, settings: Settings, seed: int) -> dict[str, Run]:
     }
 
 
-def chain(folder: Path, settings: Settings, seed: int) -> dict[str, Run]:
+def chain(folder: Path, settings: SamplersSettings, seed: int) -> dict[str, Run]:
     """Run every stage of a chain. Prompts, streams and order are the same for all methods: only the arms differ."""
     world = toy.write(
         folder / "world", seed=derive(seed, "world"), n_pool=settings.answer_prompts, n_demos=settings.toy_demos
@@ -201,7 +201,7 @@ NUMBERS = ("gold", "proxy", "kl", "length", "missing_eos", "win_rate", "agreemen
 ENDS = ("gold", "proxy", "kl_exact", "length", "missing_eos")
 
 
-def collect(chains: Sequence[Chain], settings: Settings, raced: Mapping[str, Run]) -> Row:
+def collect(chains: Sequence[Chain], settings: SamplersSettings, raced: Mapping[str, Run]) -> Row:
     """Everything the page shows."""
     rounds = [row for chain in chains for method in settings.methods for row in of_rounds(chain, method)]
     exact = {name.removeprefix("race: "): runs.read_json(run.folder / "results.json") for name, run in raced.items()}
@@ -221,7 +221,7 @@ def collect(chains: Sequence[Chain], settings: Settings, raced: Mapping[str, Run
     }
 
 
-def budget(chain: Chain, settings: Settings) -> Row:
+def budget(chain: Chain, settings: SamplersSettings) -> Row:
     """What every method was given. Raises ValueError if one had more than another."""
     given = {}
     for method in settings.methods:
@@ -247,7 +247,7 @@ def of_rounds(chain: Chain, method: str) -> list[Row]:
     return found
 
 
-def _paths(chain: Chain, settings: Settings) -> dict[str, dict[str, Tensor]]:
+def _paths(chain: Chain, settings: SamplersSettings) -> dict[str, dict[str, Tensor]]:
     """(rounds+1,) means by round for each method."""
     rows = {method: of_rounds(chain, method) for method in settings.methods}
     return {
@@ -256,7 +256,7 @@ def _paths(chain: Chain, settings: Settings) -> dict[str, dict[str, Tensor]]:
     }
 
 
-def _ends(chain: Chain, settings: Settings) -> dict[str, dict[str, Tensor]]:
+def _ends(chain: Chain, settings: SamplersSettings) -> dict[str, dict[str, Tensor]]:
     """(Q,) means by held-out prompt of each method's last policy."""
     found = {}
     for method in settings.methods:
@@ -301,7 +301,7 @@ def _accuracy(chain: Chain) -> Row:
 
 SOURCE = "arXiv:2409.19605"
 NO_HELD_OUT = f"not in {SOURCE}, where the scorer that labels is also the one that measures"
-Exact = Mapping[str, Mapping[str, Mapping[str, float]]]
+Races = Mapping[str, Mapping[str, Mapping[str, float]]]
 Model = Mapping[str, Mapping[str, Mapping[str, Tensor]]]
 
 
@@ -335,13 +335,13 @@ def _parts_lose(sampler: str) -> Claim:
     )
 
 
-def _floor_slope(exact: Exact) -> float:
+def _floor_slope(exact: Races) -> float:
     """d log error / d log N at the last update, from the fewest pairs to the most, mix_p with its cap."""
     errors = {int(name.split()[-1]): race[CAPPED]["mean_error"] for name, race in exact.items() if "floor" in name}
     return math.log(errors[max(errors)] / errors[min(errors)]) / math.log(max(errors) / min(errors))
 
 
-def _early(sampler: str) -> Callable[[Exact], float]:
+def _early(sampler: str) -> Callable[[Races], float]:
     return lambda exact: exact["sooner"]["uniform"]["mean_error"] - exact["sooner"][sampler]["mean_error"]
 
 

@@ -41,7 +41,7 @@ def _fast(lr: float, epochs: int) -> Training:
 
 
 @dataclass(frozen=True)
-class Settings:
+class SoupsSettings:
     """One chain: a world that half follows preferences, pairs along them, reward models, every method, duels."""
 
     dimensions: str = "toy"
@@ -76,7 +76,7 @@ class Settings:
     missing_eos: float = 3.0
 
 
-SETTINGS = {"toy": Settings()}
+SETTINGS = {"toy": SoupsSettings()}
 METHODS = {
     "vb": "the policy as it is",
     "pp": "prompting",
@@ -112,11 +112,11 @@ NEUTRAL = Shares(drift=0.0, technical=0.1)
 
 
 @dataclass(frozen=True)
-class Place:
+class SoupsChain:
     """The folder, settings and seed of a chain, and what follows from them."""
 
     folder: Path
-    settings: Settings
+    settings: SoupsSettings
     seed: int
 
     @cached_property
@@ -145,9 +145,9 @@ class Place:
         return str(self.folder / "world" / f"{name}_prompts.parquet")
 
 
-def chain(folder: Path, settings: Settings, seed: int) -> dict[str, Run]:
+def chain(folder: Path, settings: SoupsSettings, seed: int) -> dict[str, Run]:
     """Run every stage of a chain."""
-    place = Place(folder, settings, seed)
+    place = SoupsChain(folder, settings, seed)
     found = start(place) | _feedback(place) | _policies(place)
     answers = _answers(place, list(METHODS), place.combinations, "answers")
     later = _answers(place, AFTER, place.added, "answers after an addition")
@@ -158,7 +158,7 @@ def chain(folder: Path, settings: Settings, seed: int) -> dict[str, Run]:
     return found
 
 
-def start(place: Place) -> dict[str, Run]:
+def start(place: SoupsChain) -> dict[str, Run]:
     """The world, and a policy that has learned its demonstrations: it reads preferences and half follows them."""
     settings, seed = place.settings, place.seed
     words = sorted({word for option in place.dimensions.options for word in option.sentence.split()})
@@ -193,7 +193,7 @@ def _leaning(options: Sequence[Option]) -> Shares:
     return replace(NEUTRAL, **{name: value for option in options for name, value in FOLLOWED[option.id].items()})
 
 
-def _feedback(place: Place) -> dict[str, Run]:
+def _feedback(place: SoupsChain) -> dict[str, Run]:
     """Answers, pairs and a reward model: along every option, and in general."""
     settings, options = place.settings, place.options
     found = {}
@@ -235,7 +235,7 @@ def _feedback(place: Place) -> dict[str, Run]:
     return found
 
 
-def _policies(place: Place) -> dict[str, Run]:
+def _policies(place: SoupsChain) -> dict[str, Run]:
     """What the methods train. P-MORL gets as many steps as all policies of the soups together."""
     settings, options = place.settings, place.options
     multitask = sft.Config(
@@ -270,7 +270,7 @@ def _policies(place: Place) -> dict[str, Run]:
     return found
 
 
-def _ppo(place: Place, name: str, wanted: Sequence[str]) -> ppo.Config:
+def _ppo(place: SoupsChain, name: str, wanted: Sequence[str]) -> ppo.Config:
     """A policy trained by PPO on prompts under these preferences, rewarded by the model of all options."""
     settings = place.settings
     return ppo.Config(
@@ -295,7 +295,7 @@ def _ppo(place: Place, name: str, wanted: Sequence[str]) -> ppo.Config:
     )
 
 
-def _answers(place: Place, methods: Sequence[str], combinations: Sequence[str], stage: str) -> dict[str, Run]:
+def _answers(place: SoupsChain, methods: Sequence[str], combinations: Sequence[str], stage: str) -> dict[str, Run]:
     """Answers of methods to the test prompts under combinations, with the same random streams; a soup for each."""
     models = {"vb": "sft", "pp": "sft", "mt": "mt", "rlhf": "rlhf", "pmorl": "pmorl"}
     after = "" if stage == "answers" else f"_after_{place.settings.added}"
@@ -314,7 +314,7 @@ def _answers(place: Place, methods: Sequence[str], combinations: Sequence[str], 
     return found
 
 
-def _answered(place: Place, model: str, wanted: Sequence[str], name: str) -> Run:
+def _answered(place: SoupsChain, model: str, wanted: Sequence[str], name: str) -> Run:
     config = generate.Config(
         model=place.model(model),
         prompts=place.prompts("pool"),
@@ -337,7 +337,7 @@ def _files(found: Mapping[str, Run], stage: str = "answers") -> dict[str, list[P
     return files
 
 
-def _duels(place: Place, answers: Mapping[str, Run], name: str) -> duel.Config:
+def _duels(place: SoupsChain, answers: Mapping[str, Run], name: str) -> duel.Config:
     stage = next(iter(answers)).split(":")[0]
     given = tuple(f"{method}={file}" for method, files in _files(answers, stage).items() for file in files)
     seed = derive(place.seed, name)
@@ -357,7 +357,7 @@ KEYS = {  # of the tables of the job duel
 }
 
 
-def collect(chains: Sequence[Chain], settings: Settings) -> Row:
+def collect(chains: Sequence[Chain], settings: SoupsSettings) -> Row:
     """Everything the page shows."""
     fought = [{name: one.runs[stage].results or {} for name, stage in STAGES.items()} for one in chains]
     kl = [row for one in chains for row in divergence(one.folder / "sft" / "model", _files(one.runs))]
@@ -407,12 +407,12 @@ def divergence(base: Path, files: Mapping[str, Sequence[Path]]) -> list[Row]:
     return found
 
 
-def costs(settings: Settings) -> list[Row]:
+def costs(settings: SoupsSettings) -> list[Row]:
     """What has to be trained for all combinations, and for one more option: policies, and answers drawn to learn from.
 
     P-MORL gets as many answers for each option as the soups' policies do; for one more option it is trained again.
     """
-    place = Place(Path(), settings, 0)
+    place = SoupsChain(Path(), settings, 0)
     options, each = len(place.options), settings.steps * settings.prompts_per_step
     more = {"policies_more": 1, "combinations_more": len(place.combinations) + len(place.added)}
     both = {"combinations": len(place.combinations), "answers": each * options, **more}

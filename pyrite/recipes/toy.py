@@ -21,7 +21,7 @@ small model fine-tuned on such answers has the form at once and the arithmetic l
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
@@ -36,12 +36,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from pyrite.data import rows as data
 from pyrite.data import toy_words as lexicon
 from pyrite.data.toy_words import BELONGINGS, CONTENT, LEXICONS, ODD, PATTERNS, TEMPLATES
-from pyrite.feedback.scorers.words import chain
+from pyrite.feedback.scorers.words import Scorer, chain
 from pyrite.math.seeds import derive
 from pyrite.training.loop import Training
 
 Size = Literal["small", "base"]
-Scorer = Callable[[list[str], list[str]], Tensor]
 
 PAD, BOS, EOS, UNK, USER, ASSISTANT = SPECIALS = ("<pad>", "<bos>", "<eos>", "<unk>", "<user>", "<assistant>")
 CHAT_TEMPLATE = (

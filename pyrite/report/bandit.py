@@ -1,13 +1,11 @@
 """What the job bandit found, as charts, tables and a page."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from math import log10
-from typing import Any
 
 from pyrite.report.charts import Axis, Chart, Row, curves
 from pyrite.report.page import Part, details, figure, number, page, percent, table, text
 
-Results = Mapping[str, Any]
 Named = Iterable[tuple[str, Row]]  # names of samplers, and their summaries
 LEAST = 1e-16  # what is smaller is rounding: drawn here
 
@@ -20,7 +18,7 @@ READING = (
 )
 
 
-def bandit_page(results: Results) -> str:
+def bandit_page(results: Row) -> str:
     """The whole page from `results.json`. Raises ValueError if it holds no curve."""
     config, samplers = results["config"], results["samplers"].items()
     gradients = "exact gradients" if config["samples"] is None else f"{config['samples']:,} pairs drawn a step"

@@ -11,10 +11,10 @@ import torch
 
 from pyrite.recipes import references as recipe
 from pyrite.recipes import study
-from pyrite.recipes.references import RECIPE, Measured, Settings
+from pyrite.recipes.references import RECIPE, BetaCurves, ReferencesSettings
 from pyrite.training.loop import Training
 
-SMALL = Settings(
+SMALL = ReferencesSettings(
     toy_demos=400,
     better_demos=100,
     sft=Training(lr=4e-3, epochs=1, batch_size=32),
@@ -31,13 +31,13 @@ SMALL = Settings(
 
 
 @pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch) -> Settings:
+def small(monkeypatch: pytest.MonkeyPatch) -> ReferencesSettings:
     monkeypatch.setitem(recipe.SETTINGS, "toy", SMALL)
     return SMALL
 
 
 def test_recipe_runs_once_and_is_returned_when_done(
-    small: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    small: ReferencesSettings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = study.Config(out=tmp_path / "run")
     page = RECIPE.run(config)
@@ -73,7 +73,7 @@ TRUTH = {  # mean gold by beta
 }
 
 
-def simulated(seed: int, *, noise: float = 1.0, truth: dict[str, list[float]] = TRUTH) -> Measured:
+def simulated(seed: int, *, noise: float = 1.0, truth: dict[str, list[float]] = TRUTH) -> BetaCurves:
     g = torch.Generator().manual_seed(seed)
 
     def drawn(means: list[float]) -> torch.Tensor:
@@ -82,10 +82,10 @@ def simulated(seed: int, *, noise: float = 1.0, truth: dict[str, list[float]] = 
     values = {("length", ref): drawn([30.0 if ref == "none" else 20.0] * 4) for ref in truth}
     values |= {("gold", ref): drawn(means) for ref, means in truth.items()}
     accuracy = dict.fromkeys(truth, (0.45, 0.5, 0.6, 0.62))
-    return Measured(dict.fromkeys(truth, BETAS), values, accuracy, study.halves(values))
+    return BetaCurves(dict.fromkeys(truth, BETAS), values, accuracy, study.halves(values))
 
 
-def verdicts(chains: list[Measured]) -> dict[str, bool | None]:
+def verdicts(chains: list[BetaCurves]) -> dict[str, bool | None]:
     return {row["id"]: row["holds"] for row in recipe.check(chains)}
 
 

@@ -14,10 +14,10 @@ import torch
 from pyrite.core.runs import Run
 from pyrite.recipes import samplers as recipe
 from pyrite.recipes import study
-from pyrite.recipes.samplers import CAPPED, RACES, RECIPE, Settings
+from pyrite.recipes.samplers import CAPPED, RACES, RECIPE, SamplersSettings
 from pyrite.training.loop import Training
 
-SMALL = Settings(
+SMALL = SamplersSettings(
     races={name: {**race, "instances": 2, "steps": min(race.get("steps", 60), 30)} for name, race in RACES.items()},
     repetitions=2,
     toy_demos=400,
@@ -36,12 +36,12 @@ SMALL = Settings(
 
 
 @pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch) -> Settings:
+def small(monkeypatch: pytest.MonkeyPatch) -> SamplersSettings:
     monkeypatch.setitem(recipe.SETTINGS, "toy", SMALL)
     return SMALL
 
 
-def test_recipe_runs_once_and_is_returned_when_done(small: Settings, tmp_path: Path) -> None:
+def test_recipe_runs_once_and_is_returned_when_done(small: SamplersSettings, tmp_path: Path) -> None:
     config = study.Config(out=tmp_path / "run")
     page = RECIPE.run(config)
     found = json.loads((tmp_path / "run" / "results.json").read_text())

@@ -14,12 +14,12 @@ from pyrite.models.packing import Row
 from pyrite.models.policy import Policy
 from pyrite.recipes import soups as recipe
 from pyrite.recipes import study, toy
-from pyrite.recipes.soups import FOLLOWED, METHODS, PUBLISHED, RECIPE, Place, Settings
+from pyrite.recipes.soups import FOLLOWED, METHODS, PUBLISHED, RECIPE, SoupsChain, SoupsSettings
 from pyrite.training.evaluation import response_logps
 from pyrite.training.loop import Training
 
 FAST = Training(lr=1e-3, batch_size=16)
-SMALL = Settings(
+SMALL = SoupsSettings(
     demos=200,
     test_prompts=4,
     train_prompts=16,
@@ -36,12 +36,12 @@ KNOWN = Dimensions.load("toy")
 
 
 @pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch) -> Settings:
+def small(monkeypatch: pytest.MonkeyPatch) -> SoupsSettings:
     monkeypatch.setitem(recipe.SETTINGS, "toy", SMALL)
     return SMALL
 
 
-def test_recipe_runs_once_and_is_returned_when_done(small: Settings, tmp_path: Path) -> None:
+def test_recipe_runs_once_and_is_returned_when_done(small: SoupsSettings, tmp_path: Path) -> None:
     config = study.Config(out=tmp_path / "run")
     page = RECIPE.run(config)
     found = json.loads((tmp_path / "run" / "results.json").read_text())
@@ -61,7 +61,7 @@ def test_recipe_runs_once_and_is_returned_when_done(small: Settings, tmp_path: P
 
 
 def test_test_prompts_are_never_learned_from(tmp_path: Path) -> None:
-    place = Place(tmp_path, SMALL, 0)
+    place = SoupsChain(tmp_path, SMALL, 0)
     recipe.start(place)
     files = (place.prompts("pair"), place.prompts("pool"))
     train, test = ({row["prompt_id"] for row in data.load(path, "prompts")} for path in files)
@@ -81,14 +81,14 @@ def test_demonstrations_lean_to_what_their_prompts_name() -> None:
 
 
 def test_combinations_after_an_addition_are_those_with_it(tmp_path: Path) -> None:
-    place = Place(tmp_path, Settings(), 0)
+    place = SoupsChain(tmp_path, SoupsSettings(), 0)
     assert len(place.combinations) == 8 and len(place.added) == 4
     assert all("lively" in combination for combination in place.added)
 
 
 def test_kl_is_read_off_the_judged_answers(tmp_path: Path) -> None:
     """The start's own answers are at 0; others at the mean of what their policy and the start make of them."""
-    place = Place(tmp_path, SMALL, 0)
+    place = SoupsChain(tmp_path, SMALL, 0)
     recipe.start(place)
     start = Policy.load(place.model("sft"))
     asked = data.load(place.prompts("pool"), "prompts")
@@ -134,9 +134,9 @@ def test_the_best_method_has_the_highest_mean_over_the_published_ones() -> None:
 
 
 def test_costs_count_policies_and_answers() -> None:
-    soups, morl = recipe.costs(Settings())
+    soups, morl = recipe.costs(SoupsSettings())
     assert (soups["policies"], soups["combinations"], soups["combinations_more"]) == (6, 8, 12)
-    assert soups["answers"] == morl["answers"] == 6 * Settings().steps * Settings().prompts_per_step
+    assert soups["answers"] == morl["answers"] == 6 * SoupsSettings().steps * SoupsSettings().prompts_per_step
     assert morl["answers_more"] == 7 * soups["answers_more"]
 
 
