@@ -84,17 +84,18 @@ def _run(side: Side, line: Connection, case: Case) -> None:
     line.send({"peak": peak})
 
 
-def train(turn: Turn, case: Case, model: Any, rows: list, loss: Any) -> None:
-    """Our side: `pyrite.training.loop.fit` over the rows in this order, held after every step."""
+def train(turn: Turn, case: Case, model: Any, read: Any, loss: Any) -> None:
+    """Our side: `pyrite.training.loop.fit` over the pairs in this order, held after every step."""
     from pyrite.core.runs import Run
     from pyrite.training.loop import Training, fit, order
 
-    ordered = [0] * len(rows)
-    for place, index in enumerate(order(len(rows), 0, seed=0)):
-        ordered[index] = place  # the loop visits row `index` at `place`
+    pairs = read.groups()
+    ordered = [0] * len(pairs)
+    for place, index in enumerate(order(len(pairs), 0, seed=0)):
+        ordered[index] = place  # the loop visits pair `index` at `place`
 
-    def of(model: Any, some: list, indices: list[int]) -> Any:
-        return loss(model, some, [ordered[i] for i in indices])
+    def of(model: Any, batch: Any, indices: list[int]) -> Any:
+        return loss(model, batch, [ordered[i] for i in indices])
 
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):  # no lines of progress
         run = Run(Path(folder), {}, {})
@@ -102,9 +103,9 @@ def train(turn: Turn, case: Case, model: Any, rows: list, loss: Any) -> None:
         turn.ready()
         fit(
             model,
-            [rows[place] for place in ordered],
+            read,
+            [pairs[place] for place in ordered],
             of,
-            weights=[1.0] * len(rows),
             training=Training(
                 lr=1e-6, batch_size=PAIRS, precision=case.precision, lr_scheduler_type="constant(warmup_steps=0)"
             ),

@@ -70,32 +70,35 @@ def peer(turn: Turn, case: Case) -> None:
         peer_trainer(case, make_pairs(case), ref, folder, [held(turn)]).train()
 
 
-def learner(case: Case, pairs: list[Pair], ref: Any | None = None) -> tuple[Any, list, Any]:
-    """Our policy, rows and batch loss; `ref` runs along, or once and beforehand where the peer's does."""
+def learner(case: Case, pairs: list[Pair], ref: Any | None = None) -> tuple[Any, Any, Any]:
+    """Our policy, pairs as tokens, and batch loss; `ref` runs along, or once and beforehand as the peer's does."""
     from transformers import AutoModelForCausalLM
 
+    from pyrite.data.responses import Responses
     from pyrite.math.losses import dpo
-    from pyrite.models.packing import Row
     from pyrite.models.policy import Policy
     from pyrite.training.pairs import Preferences, batch_loss
 
     words_of = tokenizer(case)
     policy = Policy(make_model(case, AutoModelForCausalLM), words_of)
     policy.to("cuda" if torch.cuda.is_available() else "cpu")
-    rows = [Row(pair.prompt, [pair.chosen, pair.rejected]) for pair in pairs]
+    read = Responses.of([(pair.prompt, [pair.chosen, pair.rejected]) for pair in pairs])
+    places = torch.arange(len(read))
+    prefs = Preferences(read, places[::2], places[1::2])
     scorer = policy if ref is None else Policy(ref, words_of).to(policy.device)
     if case.peer == "default":
         live = copy.deepcopy(policy).eval() if ref is None else scorer
-        return policy, rows, batch_loss(policy, dpo, Preferences(rows), live=live)
-    return policy, rows, batch_loss(policy, dpo, Preferences(rows, scored(scorer, rows)))
+        return policy, read, batch_loss(policy, dpo, prefs, live=live)
+    return policy, read, batch_loss(policy, dpo, replace(prefs, ref=scored(scorer, read)))
 
 
 @torch.no_grad()
-def scored(policy: Any, rows: list) -> Any:
+def scored(policy: Any, read: Any) -> Any:
     """Log-probabilities of all answers, in order."""
     from pyrite.math.logps import Logps
 
-    parts = [policy.logps(policy.pack(rows[i : i + PAIRS])) for i in range(0, len(rows), PAIRS)]
+    pairs = read.groups()
+    parts = [policy.logps(policy.pack(read, pairs[i : i + PAIRS])) for i in range(0, len(pairs), PAIRS)]
     return Logps.from_sums(*(torch.cat([getattr(p, name).cpu() for p in parts]) for name in ("sum", "length")))
 
 
@@ -113,8 +116,8 @@ def equality(case: Case) -> dict[str, float]:
         trainer = peer_trainer(case, pairs, make_model(case, AutoModelForCausalLM, seed=1), folder)
         inputs = trainer.data_collator([trainer.train_dataset[i] for i in range(PAIRS)])
         loss = trainer.compute_loss(trainer.model, trainer._prepare_inputs(inputs))
-    policy, rows, of = learner(case, pairs, make_model(case, AutoModelForCausalLM, seed=1))
-    value, _ = of(policy, rows, list(range(PAIRS)))
+    policy, read, of = learner(case, pairs, make_model(case, AutoModelForCausalLM, seed=1))
+    value, _ = of(policy, policy.pack(read), list(range(PAIRS)))
     return differences(trainer.model, loss, policy.model, value / PAIRS)
 
 

@@ -92,6 +92,7 @@ def times(folder: Path, case: Case) -> dict[str, Any]:
     """Median seconds of each, in turns, and how far our scores are from those of the stock models."""
     from transformers import AutoModelForSequenceClassification
 
+    from pyrite.data.responses import Responses
     from pyrite.models.policy import RewardEnsemble, RewardModel
 
     if case.threads:
@@ -100,7 +101,10 @@ def times(folder: Path, case: Case) -> dict[str, Any]:
     runs = {kind: RewardEnsemble.load(folder / kind) for kind in KINDS}
     load = AutoModelForSequenceClassification.from_pretrained
     models = [load(folder / "heads" / f"member_{member}").eval() for member in range(MEMBERS)]
-    encoded = [text.ids for text in runs["head"].members[0].encode(*texts)]
+    said = Responses.said([{"prompt": prompt} for prompt in texts[0]], texts[1])
+    read = runs["heads"].members[0].encode(said)
+    prompts = [list(read.prompt_ids[p]) for p in read.prompt.tolist()]
+    encoded = [[*prompt, *ids] for prompt, ids in zip(prompts, read.tokens(), strict=True)]
     gap = (runs["heads"].scores(*texts) - stock(models, encoded)).abs().max().item()
     apart = [RewardModel.load(folder / "loras" / f"member_{member}") for member in range(MEMBERS)]
     lora_gap = (runs["loras"].scores(*texts) - torch.stack([one.scores(*texts) for one in apart])).abs().max().item()

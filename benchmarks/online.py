@@ -208,7 +208,9 @@ def equality(case: Case) -> dict[str, float]:
     side, ids = Ours.make(case, ref=talker(case, seed=1)[0]), [pair.prompt for pair in pairs]
     prefs = side.preferences(ids, seen, side.label(ids, seen))
     policy = side.players.policy
-    value, _ = batch_loss(policy, side.learner.loss, prefs)(policy, prefs.rows, list(range(PAIRS)))
+    value, _ = batch_loss(policy, side.learner.loss, prefs)(
+        policy, policy.pack(prefs.responses, prefs.groups), [*range(PAIRS)]
+    )
     return differences(trainer.model, losses[0], policy.model, value / PAIRS)
 
 

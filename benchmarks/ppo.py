@@ -319,7 +319,10 @@ def equality(case: Case, python: str) -> dict[str, Any]:
     learners = (side.learners.policy, side.learners.value)
     losses, clipped, mine = [], 0.0, {}
     for _ in range(FULL.passes):
-        both = [batch_loss(it.model, drawn, learned)(it.model, drawn.rows, [*range(ANSWERS)]) for it in learners]
+        both = [
+            batch_loss(it.model, drawn, learned)(it.model, it.model.pack(drawn.responses), [*range(ANSWERS)])
+            for it in learners
+        ]
         loss = (both[0][0] + both[1][0]) / (ANSWERS * NEW)
         loss.backward()
         losses.append(loss.item())

@@ -65,21 +65,21 @@ def peer(turn: Turn, case: Case) -> None:
         peer_trainer(case, make_pairs(case), folder, [held(turn)]).train()
 
 
-def learner(case: Case, pairs: list[Pair]) -> tuple[Any, list, Any]:
-    """Our reward model, rows and batch loss."""
+def learner(case: Case, pairs: list[Pair]) -> tuple[Any, Any, Any]:
+    """Our reward model, its pairs as tokens, and the batch loss."""
+    from pyrite.data.responses import Responses
     from pyrite.math.reward_losses import bradley_terry
-    from pyrite.models.packing import Row
     from pyrite.models.policy import RewardModel
 
     model = RewardModel(make_classifier(case), tokenizer(case))
     model.to("cuda" if torch.cuda.is_available() else "cpu")
 
-    def loss(module: Any, rows: list[Row], _: list[int]) -> Any:
-        chosen, rejected = module(model.pack(rows)).view(-1, 2).unbind(1)
+    def loss(module: Any, batch: Any, _: list[int]) -> Any:
+        chosen, rejected = module(batch).view(-1, 2).unbind(1)
         wins = (chosen > rejected).float().sum()
         return bradley_terry(chosen, rejected).sum(), {"accuracy": wins, "margin": (chosen - rejected).sum()}
 
-    return model, [Row(pair.prompt, [pair.chosen, pair.rejected]) for pair in pairs], loss
+    return model, Responses.of([(pair.prompt, [pair.chosen, pair.rejected]) for pair in pairs]), loss
 
 
 def ours(turn: Turn, case: Case) -> None:

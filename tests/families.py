@@ -3,13 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
-from pyrite.models.packing import Row
+from pyrite.data.responses import Responses
+from pyrite.math.logps import Logps
+from pyrite.models.forward import token_logps
+from pyrite.models.policy import Policy
+
+
+class Row(NamedTuple):
+    """A prompt and its responses as token ids."""
+
+    prompt: Sequence[int]
+    responses: Sequence[Sequence[int]]
+
+
+def read_rows(model: Policy, rows: Sequence[Row] | Responses) -> Logps:
+    """Log-probabilities of all responses, row by row."""
+    responses = rows if isinstance(rows, Responses) else Responses.of(rows)
+    return token_logps(model, responses, responses.groups())
+
 
 VOCAB = 40
 SIZES = {

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from families import Row
 
-from pyrite.models.packing import Row
+from pyrite.data.responses import Responses
 from pyrite.models.policy import Lora, Policy
 from pyrite.recipes import toy
 
@@ -28,7 +29,7 @@ def trained(base: Path, folder: Path, number: int, *, rank: int = 4, alpha: floa
     """A policy's adapters after a few steps toward one of the responses."""
     policy = Policy.load(base, lora=Lora(r=rank, alpha=alpha))
     read = policy.tokenizer(list(RESPONSES), add_special_tokens=False)["input_ids"]
-    batch = policy.pack([Row(read[2], [read[number % 3]]), Row(read[1], [read[number % 3]])])
+    batch = policy.pack(Responses.of([Row(read[2], [read[number % 3]]), Row(read[1], [read[number % 3]])]))
     optimizer = torch.optim.Adam([p for p in policy.parameters() if p.requires_grad], lr=2e-2)
     for _ in range(steps):
         optimizer.zero_grad()

@@ -5,13 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from families import build
+from families import Row, build
 from test_packing import paths_of
 from torch import Tensor
 from transformers import AttentionInterface
 
+from pyrite.data.responses import Responses
 from pyrite.models import packing
-from pyrite.models.packing import Bucket, Packed, Row, attend, pack, packed_attention, packed_forward
+from pyrite.models.packing import Bucket, Packed, attend, pack, packed_attention, packed_forward
 
 ROWS = [Row([1, 2, 3], [[4, 5], [6], [7, 8, 9, 10]]), Row([1], [[2, 3, 4]]), Row([1] * 9, [[2], []])]
 
@@ -53,10 +54,10 @@ def test_attend_is_masked_attention(
     monkeypatch.setattr(packing, "CACHED", 1)
     if way == "kernel":
         monkeypatch.setattr(packing, "_Long", Kernel)
-    batch = pack(rows, padded=padded)
+    batch = pack(Responses.of(rows), padded=padded)
     parts = inputs(batch, heads=heads, groups=groups)
     got = attend(*parts, batch, scale=scale)
-    want = by_mask(*parts, pack(rows), scale)
+    want = by_mask(*parts, pack(Responses.of(rows)), scale)
     torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-5)
     weight = torch.randn(got.shape, generator=torch.Generator().manual_seed(1))
     for a, b in zip(
@@ -66,7 +67,7 @@ def test_attend_is_masked_attention(
 
 
 def test_siblings_do_not_see_each_other() -> None:
-    batch = pack([Row([1, 2], [[3, 4], [5, 6]])])
+    batch = pack(Responses.of([Row([1, 2], [[3, 4], [5, 6]])]))
     query, key, value = inputs(batch, heads=2, groups=2)
     before = attend(query, key, value, batch)
     changed = value.detach().clone()
@@ -77,13 +78,13 @@ def test_siblings_do_not_see_each_other() -> None:
 
 
 def test_query_and_key_follow_the_values_dtype() -> None:
-    batch = pack(ROWS)
+    batch = pack(Responses.of(ROWS))
     query, key, value = inputs(batch, heads=2, groups=2)
     assert attend(query, key, value.bfloat16(), batch).dtype == torch.bfloat16
 
 
 def test_dropout_drops_and_is_off_by_default() -> None:
-    batch = pack(ROWS)
+    batch = pack(Responses.of(ROWS))
     parts = inputs(batch, heads=2, groups=2)
     torch.manual_seed(0)
     assert torch.equal(attend(*parts, batch), attend(*parts, batch))
@@ -92,7 +93,7 @@ def test_dropout_drops_and_is_off_by_default() -> None:
 
 @pytest.mark.parametrize("extra", [{"softcap": 30.0}, {"s_aux": torch.zeros(2)}], ids=["softcap", "sinks"])
 def test_what_packed_attention_cannot_do_is_refused(extra: dict) -> None:
-    batch = pack(ROWS)
+    batch = pack(Responses.of(ROWS))
     q, k, v = (part.transpose(0, 1)[None] for part in inputs(batch, heads=2, groups=2))
     with pytest.raises(NotImplementedError, match="no soft-capping and no sinks"):
         packed_attention(torch.nn.Identity(), q, k, v, None, packed=batch, **extra)

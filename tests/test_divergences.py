@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import build, random_rows
+from families import Row, build, random_rows, read_rows
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from pyrite.data.responses import Responses
 from pyrite.math.logps import Logps
 from pyrite.models.loading import Lora
-from pyrite.models.packing import Row
 from pyrite.models.policy import Policy
-from pyrite.training.evaluation import Divergences, divergences, response_logps
+from pyrite.training.evaluation import Divergences, divergences
 
 ROWS = random_rows([(4, [3]), (1, [2]), (7, [6])])
 
@@ -37,19 +37,20 @@ def by_hand(policy: Policy, ref: Policy, row: Row) -> tuple[list[float], list[fl
 def test_by_hand(ours: str, theirs: str, budget: int, tokenizer: PreTrainedTokenizerFast) -> None:
     """Packed and padded models alike; the other way around is another number."""
     policy, ref = (Policy(build(family, seed=seed), tokenizer) for family, seed in ((ours, 0), (theirs, 1)))
-    found, reverse = (divergences(*both, ROWS, budget=budget) for both in ((policy, ref), (ref, policy)))
+    found, reverse = (divergences(*both, Responses.of(ROWS), budget=budget) for both in ((policy, ref), (ref, policy)))
     for i, row in enumerate(ROWS):
         kl, entropy = by_hand(policy, ref, row)
         assert found.kl[i].tolist() == pytest.approx(kl, abs=1e-5)
         assert found.entropy[i].tolist() == pytest.approx(entropy, abs=1e-5)
         assert sum(kl) > 0 and reverse.kl[i].sum().item() != pytest.approx(sum(kl), rel=1e-3)
     assert found.ref.tokens is not None
-    torch.testing.assert_close(found.ref.sum, response_logps(ref, ROWS).sum, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found.ref.sum, read_rows(ref, ROWS).sum, atol=1e-5, rtol=1e-5)
 
 
 def test_of_itself_it_is_zero(tokenizer: PreTrainedTokenizerFast) -> None:
     policy = Policy(build("llama"), tokenizer)
-    assert all(row.abs().max() < 1e-6 for row in divergences(policy, Policy(build("llama"), tokenizer), ROWS).kl)
+    found = divergences(policy, Policy(build("llama"), tokenizer), Responses.of(ROWS))
+    assert all(row.abs().max() < 1e-6 for row in found.kl)
 
 
 def test_its_own_reference_is_the_policy_without_adapters(tiny: Path) -> None:
@@ -57,7 +58,7 @@ def test_its_own_reference_is_the_policy_without_adapters(tiny: Path) -> None:
     for name, parameter in policy.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
-    rows = [Row([1, 5, 6], [[7, 8, 2]]), Row([1, 9], [[10, 11, 12, 13]])]
+    rows = Responses.of([([1, 5, 6], [[7, 8, 2]]), ([1, 9], [[10, 11, 12, 13]])])
     own, other = divergences(policy, policy, rows), divergences(policy, Policy.load(tiny), rows)
     assert own.summary()["kl_exact"].min() > 1e-3
     for name, values in other.summary().items():

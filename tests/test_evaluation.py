@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from families import Row, read_rows
 
 from pyrite.data import rows as data
+from pyrite.data.responses import Responses
 from pyrite.feedback.ledger import GoldLimits
-from pyrite.models.packing import Row
 from pyrite.models.policy import Policy, RewardModel
-from pyrite.training.evaluation import Evaluation, Evaluator, divergences, response_logps
+from pyrite.training.evaluation import Evaluation, Evaluator, divergences
 
 
 @pytest.fixture
@@ -53,7 +54,7 @@ def test_kl_uses_the_sampled_tokens(asked: Evaluation, policy: Policy, tiny: Pat
     rows = [
         Row(made.ids[p], [r]) for p, r in zip(answers.drawn.prompt.tolist(), answers.drawn.responses(), strict=True)
     ]
-    ratio = response_logps(policy, rows).sum - response_logps(other, rows).sum
+    ratio = read_rows(policy, rows).sum - read_rows(other, rows).sum
     torch.testing.assert_close(answers.values["kl_k1"], ratio.double(), atol=1e-3, rtol=1e-3)
     assert answers.values["kl_k3"].min() >= -1e-6
 
@@ -95,10 +96,11 @@ def test_kl_is_unbiased_on_an_enumerable_model(asked: Evaluation, policy: Policy
     values, k1 = (wanted(policy).values[name] for name in ("kl_exact", "kl_k1"))
     assert abs(values.mean().item() - exact) < 3 * values.std().item() / 3000**0.5
     assert values.std() < 0.7 * k1.std()
-    reverse = torch.stack([row.double().sum() for row in divergences(other, policy, _rows(wanted, policy)).kl])
+    turned = divergences(other, policy, Responses.of(_rows(wanted, policy)))
+    reverse = torch.stack([row.double().sum() for row in turned.kl])
     assert abs(reverse.mean().item() - exact) > 5 * reverse.std().item() / 3000**0.5
     drawn = made(sharp).drawn.responses()
-    ours, theirs = (response_logps(model, [Row(made.ids[0], drawn)]).sum.double() for model in (policy, other))
+    ours, theirs = (read_rows(model, [Row(made.ids[0], drawn)]).sum.double() for model in (policy, other))
     values = ours - theirs
     assert abs(values.mean().item() - exact) > 5 * values.std().item() / 3000**0.5
 
@@ -159,6 +161,6 @@ def _rows(evaluator: Evaluator, policy: Policy) -> list[Row]:
 def _exact_kl(policy: Policy, ref: Policy, prompt: list[int]) -> float:
     size, eos = len(policy.tokenizer), policy.tokenizer.eos_token_id
     every = [[eos]] + [[a, b] for a in range(size) if a != eos for b in range(size)]
-    ours, theirs = (response_logps(model, [Row(prompt, every)]).sum.double() for model in (policy, ref))
+    ours, theirs = (read_rows(model, [Row(prompt, every)]).sum.double() for model in (policy, ref))
     assert ours.exp().sum().item() == pytest.approx(1, abs=1e-5)
     return (ours.exp() * (ours - theirs)).sum().item()

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from families import Row
 
-from pyrite.data.text import Encoded
-from pyrite.models.forward import by_prompt, by_response
-from pyrite.models.packing import Row, pack
+from pyrite.data.responses import Responses
+from pyrite.models.forward import by_response
+from pyrite.models.packing import by_prompt, pack
 
 
 def test_sums_are_added_up_in_float64() -> None:
-    batch = pack([Row([1], [[2] * 3000, [3, 4]])])
+    batch = pack(Responses.of([Row([1], [[2] * 3000, [3, 4]])]))
     flat = torch.full((3002,), -0.1)
     found = by_response(flat, batch)
     assert found.length.tolist() == [3000, 2]
@@ -22,12 +23,6 @@ def test_sums_are_added_up_in_float64() -> None:
 
 
 def test_texts_with_one_prompt_share_a_row_longest_first() -> None:
-    texts = [Encoded([1, 2], [3], False), Encoded([9], [4], False), Encoded([1, 2], [5, 6], False)]
-    rows, members = by_prompt(texts)
-    assert [(list(row.prompt), [list(r) for r in row.responses]) for row in rows] == [
-        ([1, 2], [[5, 6], [3]]),
-        ([9], [[4]]),
-    ]
-    assert members == [[2, 0], [1]]
-    rows, members = by_prompt(texts, most=1)
-    assert members == [[2], [0], [1]]
+    texts = Responses.of([([1, 2], [[3]]), ([9], [[4]]), ([1, 2], [[5, 6]])])
+    assert by_prompt(texts) == [[2, 0], [1]]
+    assert by_prompt(texts, most=1) == [[2], [0], [1]]

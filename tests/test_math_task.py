@@ -5,12 +5,13 @@ from collections import Counter
 import numpy as np
 import pyarrow.parquet
 import pytest
+from families import Row
+from reading import encode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pyrite.data import rows as data
-from pyrite.data import text
+from pyrite.data.responses import Responses
 from pyrite.feedback import scorers
-from pyrite.models.packing import Row
 from pyrite.models.policy import Policy
 from pyrite.recipes import toy
 
@@ -65,7 +66,7 @@ def test_tokenizer_round_trip(rows):
     ids = tokenizer(texts)["input_ids"]
     assert tokenizer.batch_decode(ids) == texts
     assert max(len(row) for row in ids) + 2 <= 192
-    apart = [text.encode(tokenizer, row["prompt"], row["response"]).ids for row in rows]
+    apart = [encode(tokenizer, row["prompt"], row["response"]).ids for row in rows]
     assert apart == [[1, *whole, 2] for whole in ids]
     assert tokenizer("(3 - -12)")["input_ids"] == tokenizer.convert_tokens_to_ids(["(", "3", " - ", "-", "1", "2", ")"])
     assert tokenizer("7x")["input_ids"][1] == tokenizer.unk_token_id
@@ -86,8 +87,8 @@ def test_write(tmp_path):
     saved, tokenizer = AutoModelForCausalLM.from_pretrained(task.model), AutoTokenizer.from_pretrained(task.model)
     assert 3e5 < saved.num_parameters() < 6e5 and saved.config.vocab_size == len(tokenizer)
     policy = Policy.load(task.model)
-    encoded = text.encode(policy.tokenizer, demos[0]["prompt"], demos[0]["response"])
-    logps = policy.logps(policy.pack([Row(encoded.prompt, [encoded.response])]))
+    encoded = encode(policy.tokenizer, demos[0]["prompt"], demos[0]["response"])
+    logps = policy.logps(policy.pack(Responses.of([Row(encoded.prompt, [encoded.response])])))
     per_token = logps.sum / logps.length
     assert policy.context == 192 and -6 < per_token.item() < -1  # about -log 25 before training
 

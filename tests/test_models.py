@@ -9,15 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import PACKED, build, by_loop, random_rows
+from families import PACKED, Row, build, by_loop, random_rows
 from peft import PeftModel
+from reading import asked, each
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
 
-from pyrite.data.text import Encoded
+from pyrite.data.responses import Responses
 from pyrite.math import seeds
 from pyrite.models.loading import Lora
-from pyrite.models.packing import Row, micro_batches, pack
+from pyrite.models.packing import micro_batches, pack
 from pyrite.models.policy import Policy, RewardEnsemble, RewardModel, member_paths
 
 SHAPES = [
@@ -56,7 +57,7 @@ def test_packed_logps_and_gradients_are_those_of_single_sequences(family, shapes
     model = build(family)
     policy, rows = Policy(model, tokenizer), random_rows(shapes)
     assert policy.packed
-    batch = policy.pack(rows)
+    batch = policy.pack(Responses.of(rows))
     assert not batch.padded
     got, want = policy(batch), torch.cat(by_loop(model, rows))
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
@@ -70,7 +71,7 @@ def test_packed_logps_and_gradients_are_those_of_single_sequences(family, shapes
 def test_a_model_that_cannot_run_packed_runs_padded(family, tokenizer) -> None:
     model = build(family)
     policy, rows = Policy(model, tokenizer), random_rows(SHAPES[1])
-    batch = policy.pack(rows)
+    batch = policy.pack(Responses.of(rows))
     assert not policy.packed
     assert batch.padded
     got, want = policy(batch), torch.cat(by_loop(model, rows))
@@ -87,7 +88,7 @@ def test_rows_beyond_a_sliding_window_run_padded_and_agree(longest, tokenizer) -
     policy = Policy(model, tokenizer)
     assert policy.packed
     rows = random_rows([(4, [longest - 4, 2]), (3, [3])])
-    batch = policy.pack(rows)
+    batch = policy.pack(Responses.of(rows))
     assert batch.padded == (longest > 20)
     torch.testing.assert_close(policy(batch), torch.cat(by_loop(model, rows)), atol=1e-5, rtol=1e-5)
 
@@ -95,22 +96,22 @@ def test_rows_beyond_a_sliding_window_run_padded_and_agree(longest, tokenizer) -
 def test_order_and_budget_change_nothing(tokenizer) -> None:
     policy = Policy(build("qwen3"), tokenizer)
     rows = random_rows([(3 + i % 5, [1 + (7 * i) % 11, 1 + i % 4]) for i in range(12)])
-    whole = policy.logps(policy.pack(rows)).sum.view(-1, 2)
+    whole = policy.logps(policy.pack(Responses.of(rows))).sum.view(-1, 2)
     for budget in (1, 40, 100):
-        for group in micro_batches(rows, budget=budget):
-            part = policy.logps(policy.pack([rows[i] for i in group])).sum.view(-1, 2)
+        for group in micro_batches([len(row.prompt) + sum(map(len, row.responses)) for row in rows], budget=budget):
+            part = policy.logps(policy.pack(Responses.of([rows[i] for i in group]))).sum.view(-1, 2)
             torch.testing.assert_close(part, whole[group], atol=1e-5, rtol=1e-6)
 
 
 def test_sums_are_those_of_the_tokens_in_float64(tokenizer) -> None:
     policy = Policy(build("llama"), tokenizer)
-    batch = policy.pack(random_rows([(4, [0, 5]), (6, [2])]))
+    batch = policy.pack(Responses.of(random_rows([(4, [0, 5]), (6, [2])])))
     flat = policy(batch).double().split(batch.lengths.tolist())
     logps = policy.logps(batch)
     assert logps.sum[0] == 0
     assert logps.length.tolist() == [0, 5, 2]
     torch.testing.assert_close(logps.sum.double(), torch.stack([part.sum() for part in flat]), atol=0, rtol=1e-7)
-    full = policy.pack(random_rows([(4, [3, 5])]))
+    full = policy.pack(Responses.of(random_rows([(4, [3, 5])])))
     kept = policy.logps(full, tokens=True)
     assert kept.tokens is not None
     torch.testing.assert_close(kept.sum, policy.logps(full).sum)
@@ -118,7 +119,7 @@ def test_sums_are_those_of_the_tokens_in_float64(tokenizer) -> None:
 
 def test_attention_dropout_is_not_lost_in_packed_rows(tokenizer) -> None:
     policy = Policy(build("llama", attention_dropout=0.5), tokenizer)
-    batch = policy.pack(random_rows(SHAPES[0]))
+    batch = policy.pack(Responses.of(random_rows(SHAPES[0])))
     quiet = policy(batch)
     policy.train()
     torch.manual_seed(0)
@@ -127,16 +128,21 @@ def test_attention_dropout_is_not_lost_in_packed_rows(tokenizer) -> None:
     torch.testing.assert_close(policy(batch), quiet)
 
 
-def texts(n: int, *, seed: int = 0) -> list[Encoded]:
+def texts(n: int, *, seed: int = 0) -> Responses:
     rows = random_rows([(2 + i % 6, [1 + (5 * i) % 13]) for i in range(n)], seed=seed)
-    return [Encoded(list(row.prompt), [*row.responses[0], 2], False) for row in rows]
+    return Responses.of([(row.prompt, [[*row.responses[0], 2]]) for row in rows])
 
 
-def stock_scores(model, encoded: list[Encoded], *, side: str) -> Tensor:
+def alone(model: RewardModel, encoded: Responses) -> Tensor:
+    """Scores of the texts, one at a time."""
+    return torch.cat([model.raw_scores(encoded.take([i])) for i in range(len(encoded))])
+
+
+def stock_scores(model, encoded: Responses, *, side: str) -> Tensor:
     """The stock classifier on a padded batch."""
-    width = max(len(text.ids) for text in encoded)
+    width = max(len(text.ids) for text in each(encoded))
     ids, mask = [], []
-    for text in encoded:
+    for text in each(encoded):
         pads = [model.config.pad_token_id] * (width - len(text.ids))
         ids.append(pads + text.ids if side == "left" else text.ids + pads)
         mask.append([0] * len(pads) + [1] * len(text.ids) if side == "left" else [1] * len(text.ids) + [0] * len(pads))
@@ -157,19 +163,17 @@ def test_a_score_depends_on_its_text_alone(family, tokenizer) -> None:
     together = model.raw_scores(encoded)
     torch.testing.assert_close(together, stock_scores(stock, encoded, side="right"), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(together, stock_scores(stock, encoded, side="left"), atol=1e-5, rtol=1e-5)
-    alone = torch.cat([model.raw_scores([text]) for text in encoded])
-    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(together, model.raw_scores(encoded[::-1]).flip(0), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(together, alone(model, encoded), atol=1e-5, rtol=1e-5)
+    turned = encoded.take(range(10, -1, -1))
+    torch.testing.assert_close(together, model.raw_scores(turned).flip(0), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(together, model.raw_scores(encoded, budget=10), atol=1e-5, rtol=1e-5)
 
 
 def test_answers_to_one_prompt_share_a_row_without_meeting(tokenizer) -> None:
     model = RewardModel(build("llama", classifier=True), tokenizer)
     prompt = [5, 6, 7]
-    encoded = [Encoded(prompt, [3 + i % 30, *range(3, 3 + i % 9), 2], False) for i in range(150)]
-    torch.testing.assert_close(
-        model.raw_scores(encoded), torch.cat([model.raw_scores([text]) for text in encoded]), atol=1e-5, rtol=1e-5
-    )
+    encoded = Responses.of([(prompt, [[3 + i % 30, *range(3, 3 + i % 9), 2] for i in range(150)])])
+    torch.testing.assert_close(model.raw_scores(encoded), alone(model, encoded), atol=1e-5, rtol=1e-5)
 
 
 def test_mean_pooling_is_the_mean_over_response_tokens(tokenizer) -> None:
@@ -178,7 +182,7 @@ def test_mean_pooling_is_the_mean_over_response_tokens(tokenizer) -> None:
     encoded = texts(7)
     got = model.raw_scores(encoded)
     with torch.no_grad():
-        for score, text in zip(got, encoded, strict=True):
+        for score, text in zip(got, each(encoded), strict=True):
             states = stock.model(input_ids=torch.tensor([text.ids])).last_hidden_state[0, len(text.prompt) :]
             torch.testing.assert_close(score, stock.score(states.mean(0))[0], atol=1e-5, rtol=1e-5)
 
@@ -187,7 +191,7 @@ def test_reward_gradients_are_those_of_the_stock_model(tokenizer) -> None:
     stock = build("qwen2", classifier=True)
     model = RewardModel(stock, tokenizer)
     rows = random_rows([(4, [5, 2]), (2, [7, 3])])
-    weighted(model(model.pack(rows))).backward()
+    weighted(model(model.pack(Responses.of(rows)))).backward()
     got = gradients(stock)
     singles = [
         stock(input_ids=torch.tensor([[*row.prompt, *response]])).logits[0, 0]
@@ -207,7 +211,7 @@ def test_an_encoder_scores_padded(tmp_path: Path, tiny: Path) -> None:
     encoded = texts(9)
     got = model.raw_scores(encoded)
     with torch.no_grad():
-        want = [stock(input_ids=torch.tensor([text.ids])).logits[0, 0] for text in encoded]
+        want = [stock(input_ids=torch.tensor([text.ids])).logits[0, 0] for text in each(encoded)]
     torch.testing.assert_close(got, torch.stack(want), atol=1e-5, rtol=1e-5)
     with pytest.raises(ValueError, match="pooling=mean needs a decoder"):
         RewardModel.load(tmp_path / "bert", pooling="mean")
@@ -242,11 +246,11 @@ def test_a_saved_reward_model_comes_back(tiny: Path, tmp_path: Path, pooling) ->
     assert (again.max_length, again.max_prompt) == (30, 12)
     prompts, responses = ["tell me about the cat"], ["the cat sat on the mat ."]
     torch.testing.assert_close(again.scores(prompts, responses), model.scores(prompts, responses), atol=0, rtol=0)
-    raw = model.raw_scores(model.encode(prompts, responses))
+    raw = model.raw_scores(model.encode(asked(prompts, responses)))
     torch.testing.assert_close(model.scores(prompts, responses), (raw - 0.25) / 2, atol=0, rtol=0)
     if pooling == "last":
         stock = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
-        encoded = model.encode(prompts * 2, [responses[0], "a dog"])
+        encoded = model.encode(asked(prompts * 2, [responses[0], "a dog"]))
         torch.testing.assert_close(
             stock_scores(stock, encoded, side="right"), model.raw_scores(encoded), atol=1e-5, rtol=1e-5
         )
@@ -255,7 +259,7 @@ def test_a_saved_reward_model_comes_back(tiny: Path, tmp_path: Path, pooling) ->
 AGAIN = """
 import json, sys
 import torch
-from pyrite.models import RewardEnsemble
+from pyrite.models.policy import RewardEnsemble
 
 torch.set_num_threads(1)
 torch.manual_seed(99)
@@ -309,7 +313,7 @@ def test_lora_trains_only_adapters_and_a_policy_comes_back(tiny: Path, tmp_path:
     optimizer = torch.optim.SGD([p for p in policy.parameters() if p.requires_grad], lr=0.5)
     for _ in range(2):
         optimizer.zero_grad()
-        (-policy(policy.pack(rows)).sum()).backward()
+        (-policy(policy.pack(Responses.of(rows))).sum()).backward()
         optimizer.step()
     changed = trained_names(policy.model, before)
     assert changed
@@ -318,14 +322,15 @@ def test_lora_trains_only_adapters_and_a_policy_comes_back(tiny: Path, tmp_path:
     loaded = Policy.load(tmp_path).eval()
     assert isinstance(loaded.model, PeftModel)
     policy.eval()
-    torch.testing.assert_close(loaded(loaded.pack(rows)), policy(policy.pack(rows)), atol=1e-6, rtol=1e-6)
-    assert not torch.allclose(loaded(loaded.pack(rows)), again(again.pack(rows)), atol=1e-3)
+    read = Responses.of(rows)
+    torch.testing.assert_close(loaded(loaded.pack(read)), policy(policy.pack(read)), atol=1e-6, rtol=1e-6)
+    assert not torch.allclose(loaded(loaded.pack(read)), again(again.pack(read)), atol=1e-3)
 
 
 def test_lora_on_the_head_is_not_skipped(tiny: Path) -> None:
     policy = Policy.load(tiny, lora=Lora(r=2, target_modules="q_proj,lm_head"))
     assert not policy.packed
-    rows = [Row([4, 5], [[6, 7, 2]])]
+    rows = Responses.of([Row([4, 5], [[6, 7, 2]])])
     (-policy(policy.pack(rows)).sum()).backward()
     reached = {name for name, p in policy.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
     assert any("lm_head" in name for name in reached)
@@ -342,7 +347,7 @@ def test_lora_reward_model_comes_back_with_its_head_and_constants(tiny: Path, tm
     assert model.packed
     before = {name: value.clone() for name, value in model.model.state_dict().items()}
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
-    rows = [Row([4, 5], [[6, 7, 2], [8, 2]]), Row([9], [[10, 2], [11, 12, 2]])]
+    rows = Responses.of([Row([4, 5], [[6, 7, 2], [8, 2]]), Row([9], [[10, 2], [11, 12, 2]])])
     for _ in range(2):
         optimizer.zero_grad()
         chosen, rejected = model(model.pack(rows)).view(-1, 2).unbind(1)
@@ -377,13 +382,13 @@ def test_a_pad_that_equals_eos_is_handled_with_a_note(tiny: Path, tmp_path: Path
     model = RewardModel.load(folder, head_seed=0)
     assert "pads instead" in capsys.readouterr().err
     assert model.model.config.pad_token_id not in (None, 2)
-    finished, cut = (model.encode(["tell me"], ["a cat"], finished=done) for done in (True, False))
-    assert finished[0].ids == [*cut[0].ids, 2]
-    states = model.model.model(input_ids=torch.tensor([finished[0].ids])).last_hidden_state[0, -1]
+    finished, cut = (model.encode(asked(["tell me"], ["a cat"], finished=done)) for done in (True, False))
+    assert finished.ids.tolist() == [*cut.ids.tolist(), 2]
+    states = model.model.model(input_ids=torch.tensor([each(finished)[0].ids])).last_hidden_state[0, -1]
     torch.testing.assert_close(model.raw_scores(finished)[0], model.model.score(states)[0], atol=1e-5, rtol=1e-5)
     model.save(tmp_path / "saved")
     stock = AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved").eval()
-    encoded = model.encode(["tell me", "tell me about a bird"], ["a cat", "no"])
+    encoded = model.encode(asked(["tell me", "tell me about a bird"], ["a cat", "no"]))
     torch.testing.assert_close(
         stock_scores(stock, encoded, side="right"), model.raw_scores(encoded), atol=1e-5, rtol=1e-5
     )
@@ -396,8 +401,8 @@ def test_a_tokenizer_with_one_special_token_only_is_enough(tiny: Path, tmp_path:
     assert config.pad_token is None
     model = RewardModel.load(folder, head_seed=0)
     assert model.packed
-    encoded = model.encode(["tell me", "tell me about a bird"], ["a cat", "the dog"])
-    padded = model._plain(pack([Row(t.prompt, [t.response]) for t in encoded], padded=True))
+    encoded = model.encode(asked(["tell me", "tell me about a bird"], ["a cat", "the dog"]))
+    padded = model._plain(pack(encoded, padded=True))
     torch.testing.assert_close(model.raw_scores(encoded), padded, atol=1e-5, rtol=1e-5)
 
 
@@ -449,7 +454,7 @@ def test_a_reference_shares_the_trunk_that_is_not_trained(tiny: Path) -> None:
     assert 0.2 < sum(p.nbytes for p in trained.values()) / held(policy) < 0.8
     assert held(policy, Policy.load(tiny).frozen_copy()) == 2 * held(policy)  # all of it trained: a full copy
     assert not any(p.requires_grad for p in ref.parameters())
-    rows = [Row([1, 5, 6], [[7, 8, 2]])]
+    rows = Responses.of([Row([1, 5, 6], [[7, 8, 2]])])
     before = ref(ref.pack(rows)).detach()
     torch.testing.assert_close(policy(policy.pack(rows)), before, atol=0, rtol=0)
     with torch.no_grad():
@@ -488,5 +493,5 @@ def test_adapters_that_are_trained_on_share_their_base_with_the_reference(tiny: 
     ref = policy.frozen_copy()
     low = sum(p.nbytes for p in policy.parameters() if p.requires_grad)
     assert held(policy, ref) == held(policy) + low < 1.5 * held(policy)
-    rows = [Row([1, 5, 6], [[7, 8, 2]])]
+    rows = Responses.of([Row([1, 5, 6], [[7, 8, 2]])])
     torch.testing.assert_close(ref(ref.pack(rows)), policy(policy.pack(rows)), atol=0, rtol=0)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from families import read_rows
 from torch import Tensor
 
 from pyrite.data.conditioning import Dimensions, Option, conditioned
@@ -15,8 +16,7 @@ from pyrite.math import ensembles, seeds
 from pyrite.math.policy_gradient import gae, policy_loss, rloo, token_rewards, value_loss, whiten
 from pyrite.models.policy import Policy, RewardModel
 from pyrite.models.value import ValueModel, WithValue
-from pyrite.training.evaluation import response_logps
-from pyrite.training.loop import Learner, Training
+from pyrite.training.loop import BatchLoss, Learner, Training
 from pyrite.training.ppo import Reward, Rollouts, batch_loss, collect, estimates, scored
 from pyrite.training.rounds import Answer, Players
 
@@ -49,20 +49,24 @@ def rolled(policy: Policy, **options: Any) -> Rollouts:
     return collect(Players(policy, moved(policy)), rewards, PROMPTS, IDS, **how)
 
 
+def learned(learner: Learner, batch: list[int], found: Rollouts, loss: BatchLoss, lr: float = 0.0) -> dict[str, Tensor]:
+    return learner.update(batch, found.responses, found.groups, loss, weights=found.weights, lr=lr)
+
+
 def test_everything_is_of_the_tokens_drawn(policy: Policy, tiny: Path) -> None:
     critic = ValueModel.load(tiny)
     torch.nn.init.normal_(critic.model.score.weight, generator=seeds.generator(0, "test"))  # type: ignore[union-attr,arg-type]
     found = rolled(policy, critic=critic)
-    assert len(found.answers) == 9 and len(found.rows) == 3 and found.k == 3
+    assert len(found.answers) == 9 and len(found.groups) == 3 and found.k == 3
     assert [answer.prompt_id for answer in found.answers] == ["0"] * 3 + ["1"] * 3 + ["2"] * 3
-    assert [list(y) for row in found.rows for y in row.responses] == [answer.ids for answer in found.answers]
+    assert found.responses.tokens() == [answer.ids for answer in found.answers]
     assert found.mask.sum(1).tolist() == [len(answer.ids) for answer in found.answers]
     assert found.logps.tokens is not None and found.ref.tokens is not None and found.values is not None
-    torch.testing.assert_close(found.logps.tokens, response_logps(policy, found.rows).tokens, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(found.ref.tokens, response_logps(moved(policy), found.rows).tokens)
+    torch.testing.assert_close(found.logps.tokens, read_rows(policy, found.responses).tokens, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found.ref.tokens, read_rows(moved(policy), found.responses).tokens)
     assert found.values.shape == found.mask.shape and not found.values[~found.mask].any()
     with torch.no_grad():
-        flat = torch.cat([critic(critic.pack([row])) for row in found.rows])
+        flat = torch.cat([critic(critic.pack(found.responses, [group])) for group in found.groups])
     torch.testing.assert_close(found.values[found.mask], flat, atol=1e-5, rtol=1e-5)
     assert found.finished.any() and not found.finished.all()
     torch.testing.assert_close(rolled(policy, reread=True).logps.tokens, found.logps.tokens, atol=1e-5, rtol=1e-5)
@@ -185,7 +189,7 @@ def test_a_step_is_that_of_the_whole_padded_batch(policy: Policy, tiny: Path, ki
     def table(flat: Tensor) -> Tensor:
         return torch.zeros(found.mask.shape).masked_scatter(found.mask, flat)
 
-    out = expected(expected.pack(found.rows))
+    out = expected(expected.pack(found.responses))
     logp, values = out if kind == "both" else (out, out)
     loss = torch.zeros(())
     if kind != "value":
@@ -195,7 +199,7 @@ def test_a_step_is_that_of_the_whole_padded_batch(policy: Policy, tiny: Path, ki
         loss = loss + (0.1 if kind == "both" else 1.0) * error
     loss.backward()
     learner = Learner(step, Training(batch_size=3, micro_batch_tokens=micro, max_grad_norm=1e9))
-    metrics = learner.update([2, 0, 1], found.rows, batch_loss(step, found, made), weights=found.weights, lr=0.0)
+    metrics = learned(learner, [2, 0, 1], found, batch_loss(step, found, made))
     torch.testing.assert_close(metrics["loss"], loss.detach(), atol=1e-5, rtol=1e-5)
     norm = torch.stack([p.grad.norm() for p in expected.parameters() if p.grad is not None]).norm()
     torch.testing.assert_close(metrics["grad_norm"], norm, atol=1e-5, rtol=1e-4)
@@ -210,7 +214,7 @@ def test_at_first_nothing_has_moved(policy: Policy) -> None:
     assert (found.logps.sum - found.ref.sum).abs().max() < 1e-4
     made = estimates(found, shaped(found), method="rloo")
     learner = Learner(policy, Training(batch_size=3))
-    metrics = learner.update([0, 1, 2], found.rows, batch_loss(policy, found, made), weights=found.weights, lr=0.0)
+    metrics = learned(learner, [0, 1, 2], found, batch_loss(policy, found, made))
     assert metrics["ratio"].item() == pytest.approx(1.0, abs=1e-5)
     assert metrics["step_kl"].abs() < 1e-8 and metrics["clip_fraction"] == 0
 
@@ -227,7 +231,7 @@ def test_learning_raises_the_reward(policy: Policy) -> None:
                 Players(mine, policy), [reward], PROMPTS, IDS, k=16, max_new_tokens=10, seed=0, number=number
             )
             made = estimates(found, shaped(found), method="rloo")
-            learner.update([0, 1, 2], found.rows, batch_loss(mine, found, made), weights=found.weights, lr=0.01)
+            learned(learner, [0, 1, 2], found, batch_loss(mine, found, made), lr=0.01)
         ends[sign] = sign * found.scores.total.mean().item()
     assert ends[1.0] > ends[-1.0] + 2
 

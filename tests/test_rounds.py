@@ -8,15 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from families import read_rows
+from reading import each
 
+from pyrite.data.responses import Responses
 from pyrite.feedback.pairing import Pair
 from pyrite.math import losses, samplers
 from pyrite.math.logps import Logps
 from pyrite.math.samplers import Arm, Sampler
 from pyrite.models.generation import Samples
-from pyrite.models.packing import Row
 from pyrite.models.policy import Lora, Policy
-from pyrite.training.evaluation import response_logps
 from pyrite.training.loop import Precision, Training
 from pyrite.training.rounds import Drawing, Players, RoundLearner
 
@@ -49,11 +50,11 @@ def test_rows_are_the_drawn_tokens_and_the_reference_s_view_of_them(policy: Poli
     drawn = players.draw(ROWS, IDS, Drawing(samplers.on_policy(), k=2, max_new_tokens=6), number=0)
     prefs = players.preferences(players.answers(ROWS, IDS, drawn), [Pair(3, 2, 0.7)], frozenset({"ref"}))
     tokens = drawn.responses()
-    assert [list(r) for r in prefs.rows[0].responses] == [tokens[3], tokens[2]]
-    assert list(prefs.rows[0].prompt) == IDS[1]
+    assert prefs.responses.tokens() == [tokens[3], tokens[2]] and prefs.groups == [[0, 1]]
+    assert each(prefs.responses)[0].prompt == IDS[1]
     assert prefs.strength is not None and prefs.ref is not None
     assert prefs.strength.tolist() == pytest.approx([0.7])
-    torch.testing.assert_close(prefs.ref.sum, response_logps(other, prefs.rows).sum)
+    torch.testing.assert_close(prefs.ref.sum, read_rows(other, prefs.responses).sum)
     assert players.preferences(players.answers(ROWS, IDS, drawn), [Pair(0, 1, 1.0)], frozenset()).ref is None
 
 
@@ -68,8 +69,8 @@ def test_without_its_adapters_the_policy_is_its_reference(tiny: Path) -> None:
     drawn = players.draw(ROWS, IDS, Drawing(samplers.on_policy(), k=2, max_new_tokens=6), number=0)
     prefs = players.preferences(players.answers(ROWS, IDS, drawn), [Pair(0, 1, 1.0)], frozenset({"ref"}))
     assert prefs.ref is not None
-    torch.testing.assert_close(prefs.ref.sum, response_logps(Policy.load(tiny), prefs.rows).sum, atol=1e-4, rtol=1e-4)
-    assert (response_logps(policy, prefs.rows).sum - prefs.ref.sum).abs().max() > 1e-2
+    torch.testing.assert_close(prefs.ref.sum, read_rows(Policy.load(tiny), prefs.responses).sum, atol=1e-4, rtol=1e-4)
+    assert (read_rows(policy, prefs.responses).sum - prefs.ref.sum).abs().max() > 1e-2
 
 
 def drawn_logps(drawn: Samples) -> torch.Tensor:
@@ -83,7 +84,7 @@ def read_logps(read: Logps) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("lora", [None, Lora(r=4)])
-@pytest.mark.parametrize("sampler", [samplers.on_policy(), samplers.mixed(on_policy=0.5), samplers.reference()])
+@pytest.mark.parametrize("sampler", [samplers.on_policy(), samplers.mixed(on_policy=0.5)])
 def test_bfloat16_draws_and_scores_are_a_forward_s_under_autocast(
     tiny: Path, sampler: Sampler, lora: Lora | None
 ) -> None:
@@ -93,19 +94,20 @@ def test_bfloat16_draws_and_scores_are_a_forward_s_under_autocast(
     for precision in ("float32", "bfloat16"):
         players = Players(policy, ref, precision)
         drawn = players.draw(ROWS, IDS, how, number=0)
-        rows = [Row(IDS[p], [response]) for p, response in zip(drawn.prompt.tolist(), drawn.responses(), strict=True)]
-        exact = response_logps(policy, rows)
+        pairs = zip(drawn.prompt.tolist(), drawn.responses(), strict=True)
+        rows = Responses.of([(IDS[p], [response]) for p, response in pairs])
+        exact = read_rows(policy, rows)
         with torch.autocast("cpu", torch.bfloat16):
-            half = response_logps(policy, rows)
+            half = read_rows(policy, rows)
         noise = (read_logps(half) - read_logps(exact)).abs().mean()
         assert noise > 1e-3
         if precision == "float32":
             torch.testing.assert_close(drawn_logps(drawn), read_logps(exact), atol=1e-4, rtol=0)
-            assert torch.equal(players.ref_logps(rows).sum, exact.sum)
+            assert torch.equal(players.ref_logps(rows, rows.groups()).sum, exact.sum)
         else:
             assert (drawn_logps(drawn) - read_logps(half)).abs().mean() < 2 * noise
             assert (drawn_logps(drawn) - read_logps(exact)).abs().mean() > noise / 4  # not float32 after all
-            assert torch.equal(players.ref_logps(rows).sum, half.sum)
+            assert torch.equal(players.ref_logps(rows, rows.groups()).sum, half.sum)
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])

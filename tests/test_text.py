@@ -1,6 +1,7 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from reading import encode, encode_all
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
@@ -52,7 +53,7 @@ def test_plain_prompts_start_with_exactly_one_start_token():
     assert spelled(text.prompt_ids(PLAIN, "<s> hello fox")) == "<s> hello fox"
     assert spelled(text.prompt_ids(make(bos_token=None), "hello fox")) == "hello fox"
     encoder = make(bos_token=None, eos_token=None, cls_token="<s>", sep_token="</s>")
-    assert spelled(text.encode(encoder, "fox", "ran").ids) == "<s> fox ran </s>"
+    assert spelled(encode(encoder, "fox", "ran").ids) == "<s> fox ran </s>"
 
 
 def test_plain_text_of_a_prompt():
@@ -81,42 +82,42 @@ def test_special_tokens_spelled_in_a_response_are_text():
 def test_the_batch_form_equals_one_at_a_time(rows):
     for tokenizer in (PLAIN, CHAT):
         prompts, responses, finished = [list(column) for column in zip(*rows, strict=True)] or [[], [], []]
-        together = text.encode_all(tokenizer, prompts, responses, finished=finished, max_length=20, max_prompt=9)
+        together = encode_all(tokenizer, prompts, responses, finished=finished, max_length=20, max_prompt=9)
         alone = [
-            text.encode(tokenizer, prompt, response, finished=end, max_length=20, max_prompt=9)
+            encode(tokenizer, prompt, response, finished=end, max_length=20, max_prompt=9)
             for prompt, response, end in rows
         ]
         assert together == alone
 
 
 def test_rows_with_one_prompt_do_not_share_a_list():
-    first, second = text.encode_all(PLAIN, ["fox", "fox"], ["ran", "my"])
+    first, second = encode_all(PLAIN, ["fox", "fox"], ["ran", "my"])
     first.prompt.append(0)
     assert spelled(second.prompt) == "<s> fox"
 
 
 def test_a_response_is_cut_at_its_end_and_marked():
-    whole = text.encode(PLAIN, "hello", "the fox ran", max_length=6)
+    whole = encode(PLAIN, "hello", "the fox ran", max_length=6)
     assert (spelled(whole.ids), whole.truncated) == ("<s> hello the fox ran </s>", False)
-    cut = text.encode(PLAIN, "hello", "the fox ran", max_length=5)
+    cut = encode(PLAIN, "hello", "the fox ran", max_length=5)
     assert (spelled(cut.ids), cut.truncated) == ("<s> hello the fox ran", True)
-    unfinished = text.encode(PLAIN, "hello", "the fox ran", max_length=5, finished=False)
+    unfinished = encode(PLAIN, "hello", "the fox ran", max_length=5, finished=False)
     assert (spelled(unfinished.ids), unfinished.truncated) == ("<s> hello the fox ran", False)
 
 
 def test_a_prompt_keeps_its_end_and_its_start_token_whatever_the_response():
     for response in ("ran", "ran ran ran ran ran ran"):
-        cut = text.encode(PLAIN, "hello my friend the fox", response, max_length=8, max_prompt=3)
+        cut = encode(PLAIN, "hello my friend the fox", response, max_length=8, max_prompt=3)
         assert spelled(cut.prompt) == "<s> the fox"
-    assert spelled(text.encode(make(bos_token=None), "hello the fox", "ran", max_prompt=2).prompt) == "the fox"
-    assert spelled(text.encode(PLAIN, "hello the fox", "ran", max_prompt=1).prompt) == "fox"
+    assert spelled(encode(make(bos_token=None), "hello the fox", "ran", max_prompt=2).prompt) == "the fox"
+    assert spelled(encode(PLAIN, "hello the fox", "ran", max_prompt=1).prompt) == "fox"
     with pytest.raises(ValueError, match="max_prompt is 0"):
-        text.encode(PLAIN, "hello", "ran", max_prompt=0)
+        encode(PLAIN, "hello", "ran", max_prompt=0)
 
 
 def test_a_prompt_longer_than_the_context_is_refused_by_name():
     with pytest.raises(ValueError, match=r"^a\.jsonl, line 2: the prompt has 6 tokens .* context of 6") as caught:
-        text.encode_all(
+        encode_all(
             PLAIN,
             ["fox", "hello my friend the fox"],
             ["ran", "ran"],
@@ -124,14 +125,14 @@ def test_a_prompt_longer_than_the_context_is_refused_by_name():
             where=lambda row: f"a.jsonl, line {row + 1}",
         )
     assert "\n" not in str(caught.value)
-    assert len(text.encode(PLAIN, "hello my friend the fox", "ran", max_length=7).response) == 1
+    assert len(encode(PLAIN, "hello my friend the fox", "ran", max_length=7).response) == 1
     with pytest.raises(ValueError, match="row 1: the prompt is empty"):
         text.encode_prompts(make(bos_token=None), [""])
 
 
 def test_counts_must_agree_and_an_end_token_must_exist():
     with pytest.raises(ValueError, match="2 prompts but 1 responses"):
-        text.encode_all(PLAIN, ["a", "b"], ["c"])
+        encode_all(PLAIN, ["a", "b"], ["c"])
     with pytest.raises(ValueError, match="no end-of-sequence token"):
         text.response_ids(make(eos_token=None), "fox")
 

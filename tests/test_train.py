@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import random_rows
+from families import Row, random_rows
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pyrite.core import runs
 from pyrite.core.runs import Run
-from pyrite.models.packing import Row
+from pyrite.data.responses import Responses
+from pyrite.models.packing import Packed
 from pyrite.models.policy import Policy
 from pyrite.training import loop
 from pyrite.training.loop import Logging, Training, TrainingError, learning_rate, order
@@ -60,15 +61,16 @@ def fit(
     def at(step: int, indices: list[int]) -> bool:
         return step >= 0 and set(indices) <= batches(training)[step]
 
-    def loss(model: nn.Module, rows: list[Row], indices: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(model: nn.Module, batch: Packed, indices: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
         if at(stop_at, indices):
             raise KilledError
-        total = -model(policy.pack(rows)).sum()
-        return total * float("nan") if at(nan_at, indices) else total, {"rows": torch.tensor(float(len(rows)))}
+        total = -model(batch).sum()
+        return total * float("nan") if at(nan_at, indices) else total, {"rows": torch.tensor(float(batch.n))}
 
     weights = [float(len(row.responses[0])) for row in ROWS]
-    run, logging = new_run(folder), Logging(logging_steps, save_steps)
-    loop.fit(policy, ROWS, loss, weights=weights, training=training, logging=logging, seed=0, run=run, label="test")
+    run, read, logging = new_run(folder), Responses.of(ROWS), Logging(logging_steps, save_steps)
+    options = {"weights": weights, "training": training, "logging": logging, "seed": 0, "run": run, "label": "test"}
+    loop.fit(policy, read, read.groups(), loss, **options)
     return {name: p.detach().clone() for name, p in policy.named_parameters()}
 
 
@@ -91,7 +93,7 @@ def test_a_step_is_adamw_on_the_mean_over_tokens(tiny: Path, tmp_path: Path) -> 
     training = replace(SMALL, epochs=1, batch_size=len(ROWS), max_grad_norm=0.05, optim="adamw(weight_decay=0.3)")
     got = fit(tiny, tmp_path, training)
     policy = Policy.load(tiny)
-    total = sum(-policy(policy.pack([row])).sum() for row in ROWS)
+    total = sum(-policy(policy.pack(Responses.of([row]))).sum() for row in ROWS)
     (total / sum(len(row.responses[0]) for row in ROWS)).backward()
     norm = nn.utils.clip_grad_norm_(policy.parameters(), 0.05)
     decayed = [p for p in policy.parameters() if p.dim() >= 2]
@@ -187,11 +189,11 @@ def test_frozen_parameters_are_neither_trained_nor_stored(tiny: Path, tmp_path: 
         parameter.requires_grad_("norm" in name)
     before = {name: p.clone() for name, p in policy.named_parameters()}
 
-    def loss(model: nn.Module, rows: list[Row], _: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
-        return -model(policy.pack(rows)).sum(), {}
+    def loss(model: nn.Module, batch: Packed, _: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
+        return -model(batch).sum(), {}
 
-    run, weights = new_run(tmp_path), [1.0] * len(ROWS)
-    loop.fit(policy, ROWS, loss, weights=weights, training=SMALL, logging=Logging(1, 3), seed=0, run=run, label="x")
+    run, read = new_run(tmp_path), Responses.of(ROWS)
+    loop.fit(policy, read, read.groups(), loss, training=SMALL, logging=Logging(1, 3), seed=0, run=run, label="x")
     changed = {name for name, p in policy.named_parameters() if not torch.equal(p, before[name])}
     assert changed
     assert all("norm" in name for name in changed)
@@ -223,9 +225,9 @@ def test_the_state_of_a_loss_resumes_with_the_model(tiny: Path, tmp_path: Path) 
         policy, run, seen = Policy.load(tiny), new_run(folder), []
         state = {"count": torch.zeros(())}
 
-        def loss(model: nn.Module, rows: list[Row], indices: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
-            state["count"] += len(rows)
-            return -model(policy.pack(rows)).sum(), {}
+        def loss(model: nn.Module, batch: Packed, indices: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
+            state["count"] += batch.n
+            return -model(batch).sum(), {}
 
         def watch(step: int) -> None:
             assert not policy.training
@@ -233,15 +235,9 @@ def test_the_state_of_a_loss_resumes_with_the_model(tiny: Path, tmp_path: Path) 
             if step == stop_at:
                 raise KilledError
 
-        kind = {
-            "weights": [1.0] * len(ROWS),
-            "training": SMALL,
-            "logging": Logging(1, 3),
-            "seed": 0,
-            "run": run,
-            "label": "test",
-        }
-        loop.fit(policy, ROWS, loss, state=state, watch=watch, **kind)
+        kind = {"training": SMALL, "logging": Logging(1, 3), "seed": 0, "run": run, "label": "test"}
+        read = Responses.of(ROWS)
+        loop.fit(policy, read, read.groups(), loss, state=state, watch=watch, **kind)
         return state["count"].item(), seen
 
     assert count(tmp_path / "whole") == (44.0, [1, 2, 3, 4, 5, 6, 7, 8])

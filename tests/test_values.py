@@ -6,14 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import PACKED, build, random_rows
+from families import PACKED, Row, build, random_rows
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from pyrite.data.responses import Responses
+from pyrite.models.forward import score
 from pyrite.models.loading import Lora
-from pyrite.models.packing import Row
 from pyrite.models.policy import Policy, RewardModel
-from pyrite.models.value import ValueModel, WithValue, response_values
+from pyrite.models.value import ValueModel, WithValue
 
 SHAPES = [(4, [3, 5, 1]), (1, [2]), (7, [6, 6])]
 
@@ -44,7 +45,7 @@ def gradients(model: torch.nn.Module, values: Tensor) -> dict[str, Tensor]:
 @pytest.mark.parametrize("family", [*PACKED, "gemma2", "phi", "windowed"])
 def test_values_and_gradients_are_those_of_single_texts(family: str, tokenizer: PreTrainedTokenizerFast) -> None:
     model, rows = ValueModel(build(family, classifier=True), tokenizer, mean=0.3, std=2.0), random_rows(SHAPES)
-    batch = model.pack(rows)
+    batch = model.pack(Responses.of(rows))
     assert batch.padded == (family == "gemma2")
     found, expected = model(batch), one_by_one(model, rows)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
@@ -57,16 +58,16 @@ def test_values_and_gradients_are_those_of_single_texts(family: str, tokenizer: 
 
 def test_a_value_has_not_seen_its_token(tiny: Path) -> None:
     model = ValueModel(build("llama", classifier=True), AutoTokenizer.from_pretrained(tiny))
-    first, other = (model(model.pack([Row([1, 5, 6], [[7, 8, token]])])) for token in (9, 10))
+    first, other = (model(model.pack(Responses.of([Row([1, 5, 6], [[7, 8, token]])]))) for token in (9, 10))
     assert torch.equal(first, other)
-    moved = model(model.pack([Row([1, 5, 6], [[7, 11, 9]])]))
+    moved = model(model.pack(Responses.of([Row([1, 5, 6], [[7, 11, 9]])])))
     assert torch.equal(moved[:2], first[:2]) and (moved[2] - first[2]).abs() > 1e-4
 
 
 @pytest.mark.parametrize("family", ["llama", "phi"])
 def test_one_forward_gives_both(family: str, tokenizer: PreTrainedTokenizerFast) -> None:
     policy, rows = Policy(build(family), tokenizer), random_rows(SHAPES)
-    both, batch = WithValue(policy), policy.pack(random_rows(SHAPES))
+    both, batch = WithValue(policy), policy.pack(Responses.of(random_rows(SHAPES)))
     logp, values = both(batch)
     torch.testing.assert_close(logp, policy(batch))
     assert not values.any()
@@ -86,7 +87,7 @@ def test_one_forward_gives_both(family: str, tokenizer: PreTrainedTokenizerFast)
 def test_a_detached_head_leaves_the_trunk_to_the_policy(detach: bool, tokenizer: PreTrainedTokenizerFast) -> None:
     both = WithValue(Policy(build("llama"), tokenizer), detach=detach)
     torch.nn.init.ones_(both.head.weight)
-    moved = gradients(both, both(both.pack(random_rows(SHAPES)))[1])
+    moved = gradients(both, both(both.pack(Responses.of(random_rows(SHAPES))))[1])
     assert {name.startswith("head.") for name, gradient in moved.items() if gradient.any()} == (
         {True} if detach else {True, False}
     )
@@ -96,7 +97,7 @@ def test_a_detached_head_leaves_the_trunk_to_the_policy(detach: bool, tokenizer:
 def test_it_begins_at_0_from_a_policy_and_at_the_score_from_a_reward_model(
     tiny: Path, tmp_path: Path, lora: Lora | None
 ) -> None:
-    rows = [Row([1, 5, 6], [[7, 8, 9, 2], [10, 2]])]
+    rows = Responses.of([Row([1, 5, 6], [[7, 8, 9, 2], [10, 2]])])
     fresh = ValueModel.load(tiny, lora=lora)
     assert not fresh(fresh.pack(rows)).any()
     reward = RewardModel.load(tiny, head_seed=3, head_std=0.5, lora=lora)
@@ -105,7 +106,7 @@ def test_it_begins_at_0_from_a_policy_and_at_the_score_from_a_reward_model(
     model = ValueModel.load(tmp_path / "reward")
     found = model(model.pack(rows))[:4]
     prefixes = [Row([1, 5, 6], [[7, 8, 9][:n]]) for n in range(1, 4)]
-    expected = torch.cat([(reward(reward.pack([row])) - 0.7) / 1.9 for row in prefixes])
+    expected = torch.cat([(reward(reward.pack(Responses.of([row]))) - 0.7) / 1.9 for row in prefixes])
     torch.testing.assert_close(found[1:], expected, atol=1e-5, rtol=1e-5)
     assert found.abs().max() > 0.05
 
@@ -124,7 +125,7 @@ def test_what_is_trained(tiny: Path) -> None:
 
 
 def test_adapters_are_saved_and_trained_on(tiny: Path, tmp_path: Path) -> None:
-    rows = [Row([1, 5], [[6, 7], [8, 2]])]
+    rows = Responses.of([Row([1, 5], [[6, 7], [8, 2]])])
     model = ValueModel.load(tiny, lora=Lora(r=2))
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -141,7 +142,7 @@ def test_adapters_are_saved_and_trained_on(tiny: Path, tmp_path: Path) -> None:
 
 
 def test_saved_and_loaded_it_is_the_same(tiny: Path, tmp_path: Path) -> None:
-    rows = [Row([1, 5], [[6, 7], [8, 2]])]
+    rows = Responses.of([Row([1, 5], [[6, 7], [8, 2]])])
     model = ValueModel.load(tiny)
     torch.nn.init.normal_(model.model.score.weight, generator=torch.Generator().manual_seed(1))  # type: ignore[union-attr,arg-type]
     model.mean, model.std = 0.2, 3.0
@@ -161,7 +162,8 @@ def test_saved_and_loaded_it_is_the_same(tiny: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("budget", [1, 20, 10_000])
 def test_values_of_answers_come_in_their_order(budget: int, tokenizer: PreTrainedTokenizerFast) -> None:
     model, rows = ValueModel(build("llama", classifier=True), tokenizer), random_rows(SHAPES)
-    found, lengths = response_values(model, rows, budget=budget), [3, 5, 1, 2, 6, 6]
+    read = Responses.of(rows)
+    found, lengths = read.padded(score(model, read, read.groups(), budget=budget)), [3, 5, 1, 2, 6, 6]
     flat = torch.cat([row[:length] for row, length in zip(found, lengths, strict=True)])
     torch.testing.assert_close(flat, one_by_one(model, rows).detach(), atol=1e-5, rtol=1e-5)
     assert found.shape == (6, 6) and not found[2, 1:].any() and not found.requires_grad

@@ -8,12 +8,15 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
+
 from pyrite.core import checkpoints
+from pyrite.data.responses import Answer, Prompt, Responses
 
 # tokens: Texts to token ids as they stand in a longer text: no space is added before them, none is lost on the way
 # back.
@@ -604,9 +607,6 @@ def _variables(tokenizer: Any) -> set[str]:
 # text: Text to token ids: one way to render prompts and responses, for training, scoring and generation alike.
 
 
-Prompt = str | list[dict[str, Any]]
-Answer = str | Mapping[str, Any]  # a text, or a message of which the content is the text
-
 _SPEAKERS = {"user": "Human", "assistant": "Assistant", "system": "System"}
 _PADS = (
     "<pad>",
@@ -626,20 +626,6 @@ _TOKENIZER_FILES = (
     "*.tiktoken",
     "tekken.json",
 )
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """Token ids of one prompt and one response. `truncated`: the response was cut here, so no end token."""
-
-    prompt: list[int]
-    response: list[int]
-    truncated: bool
-
-    @property
-    def ids(self) -> list[int]:
-        """Prompt, then response: what a model reads."""
-        return self.prompt + self.response
 
 
 def plain(prompt: Prompt) -> str:
@@ -689,57 +675,45 @@ def response_ids(tokenizer: Any, response: str, *, finished: bool = True) -> lis
 
 def encode(
     tokenizer: Any,
-    prompt: Prompt,
-    response: Answer,
+    said: Responses,
     *,
-    finished: bool = True,
-    max_length: int | None = None,
-    max_prompt: int | None = None,
-    where: str = "prompt",
-) -> Encoded:
-    """Ids of one prompt and response, as `encode_all` makes them; `where` names the text in an error."""
-    return encode_all(
-        tokenizer,
-        [prompt],
-        [response],
-        finished=finished,
-        max_length=max_length,
-        max_prompt=max_prompt,
-        where=lambda _: where,
-    )[0]
-
-
-def encode_all(
-    tokenizer: Any,
-    prompts: Sequence[Prompt],
-    responses: Sequence[Answer],
-    *,
-    finished: bool | Sequence[bool] = True,
     max_length: int | None = None,
     max_prompt: int | None = None,
     where: Callable[[int], str] | None = None,
     as_drawn: bool = False,
-) -> list[Encoded]:
-    """Ids of N prompts and responses in a few tokenizer calls, the only way from text to a model.
+) -> Responses:
+    """Texts with their tokens, in a few tokenizer calls: the only way from text to a model.
 
     A response is all that the chat template writes behind the prompt: a text, or a message with its other fields
     (reasoning_content, tool_calls). Lengths in tokens. A prompt longer than `max_prompt` keeps its end (and its start
     token), whatever the response, so that the responses to a prompt share it. A response keeps its start up to
-    `max_length` in all and is then marked `truncated`, without end token. as_drawn: the responses were drawn by a
+    `max_length` in all and is then `truncated`, without end token. as_drawn: the responses were drawn by a
     model, so one that the template cannot show goes on from the prompt as it is. Raises ValueError, naming
-    `where(row)`, where a prompt leaves no room for a response, or the template would show it otherwise or in part.
+    `where(response)`, where a prompt leaves no room for a response, or the template would show it otherwise or in part.
     """
-    if len(prompts) != len(responses):
-        raise ValueError(f"{len(prompts)} prompts but {len(responses)} responses")
-    name = where or _row
-    shown = _shown(tokenizer, prompts, name)
-    fronts = _fronts(tokenizer, prompts, shown, name, max_length=max_length, max_prompt=max_prompt, answered=True)
-    backs = _backs(tokenizer, prompts, shown, responses, name, finished=finished, as_drawn=as_drawn)
-    room = [None if max_length is None else max_length - len(front) for front in fronts]
-    return [
-        Encoded(front, back[:left], left is not None and len(back) > left)
-        for front, back, left in zip(fronts, backs, room, strict=True)
-    ]
+    name, asked = where or _row, said.prompt.tolist()
+    first = {p: i for i, p in reversed(list(enumerate(asked)))}
+    prompts = [row["prompt"] for row in said.rows]
+
+    def of(p: int) -> str:
+        return name(first.get(p, p))
+
+    shown = _shown(tokenizer, prompts, of)
+    fronts = _fronts(tokenizer, prompts, shown, of, max_length=max_length, max_prompt=max_prompt, answered=True)
+    each = _Shown(shown.texts, [shown.slot_of[p] for p in asked])
+    flags = said.finished.tolist()
+    backs = _backs(tokenizer, said.prompts, each, said.texts, name, finished=flags, as_drawn=as_drawn)
+    room = [None if max_length is None else max_length - len(fronts[p]) for p in asked]
+    kept = [back[:left] for back, left in zip(backs, room, strict=True)]
+    cut = torch.tensor([len(a) < len(b) for a, b in zip(kept, backs, strict=True)], dtype=torch.bool)
+    return replace(
+        said,
+        prompt_ids=fronts,
+        ids=torch.tensor([token for back in kept for token in back], dtype=torch.int64),
+        lengths=torch.tensor([len(back) for back in kept], dtype=torch.int64),
+        finished=said.finished & ~cut,
+        truncated=cut,
+    )
 
 
 def encode_prompts(
@@ -750,7 +724,7 @@ def encode_prompts(
     max_prompt: int | None = None,
     where: Callable[[int], str] | None = None,
 ) -> list[list[int]]:
-    """Ids of N prompts, each distinct one rendered once; limits and errors as in `encode_all`."""
+    """Ids of N prompts, each distinct one rendered once; limits and errors as in `encode`."""
     name = where or _row
     shown = _shown(tokenizer, prompts, name)
     return _fronts(tokenizer, prompts, shown, name, max_length=max_length, max_prompt=max_prompt)

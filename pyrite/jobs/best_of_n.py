@@ -20,6 +20,7 @@ from pyrite.core import runs, specs
 from pyrite.core.processes import progress, say
 from pyrite.core.runs import Run
 from pyrite.data import rows as data
+from pyrite.data.responses import Responses
 from pyrite.feedback import scorers
 from pyrite.math import ensembles, statistics
 from pyrite.math.ranges import Count, Some
@@ -198,13 +199,8 @@ def _scores(run: Run, path: Path, rows: list[dict[str, Any]], pool: Tensor) -> T
 
         def score(begin: int, end: int) -> dict[str, list]:
             some = [rows[i] for i in pool[begin:end].flatten().tolist()]
-            encoded = model.encode(
-                [row["prompt"] for row in some],
-                [row["response"] for row in some],
-                finished=[row["finished"] for row in some],
-                as_drawn=True,
-            )
-            return {"score": model.raw_scores(encoded, progress=advance).tolist()}
+            said = Responses.said(some, [row["response"] for row in some], finished=[row["finished"] for row in some])
+            return {"score": model.raw_scores(model.encode(said, as_drawn=True), progress=advance).tolist()}
 
         size = max(1, 16384 // pool.shape[1])
         table = runs.in_parts(run.folder / "parts" / path.name, len(pool), score, size=size)

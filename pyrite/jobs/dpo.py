@@ -129,12 +129,12 @@ def run(config: Config) -> Run:
     total = loop.steps(len(learn), training)
     part = "held_out" if len(test) else "train"
     if not len(test):
-        test = learn.at(list(range(min(len(learn), MEASURED))))
+        test = learn.at(range(min(len(learn), MEASURED)))
         say(f"dpo: no pairs are held out: measured on {len(test)} training pairs, as part=train")
     every = config.measure_every or max(1, total // 10)
     watch = Watch(run, policy, of(test), test, evaluator, training, every, total, part)
     start = watch.measure()
-    first, before = loop.Weights.of(policy), gaps(policy, test.rows[: loop.ROWS], training.precision)
+    first, before = loop.Weights.of(policy), gaps(policy, test.at(range(min(len(test), loop.ROWS))), training.precision)
     _check_start(start, test, loss, config)
     run.open()
     held_out = len(test) if part == "held_out" else 0
@@ -144,9 +144,9 @@ def run(config: Config) -> Run:
     watch.begin(start)
     loop.fit(
         policy,
-        learn.rows,
+        learn.responses,
+        learn.groups,
         of(learn),
-        weights=[1.0] * len(learn),
         training=training,
         logging=config.logging,
         seed=config.seed,
@@ -158,7 +158,7 @@ def run(config: Config) -> Run:
     if run.writes:
         policy.save(run.folder / "model")
     loop.discard_checkpoints(run)
-    after = gaps(policy, test.rows[: loop.ROWS], training.precision)
+    after = gaps(policy, test.at(range(min(len(test), loop.ROWS))), training.precision)
     margin = loop.shift("margin", before, after, least=0.1)
     found = loop.tell("dpo", first.change(policy), training.lr, margin)
     long = {"prompts_cut": cut} if cut else {}
@@ -242,18 +242,17 @@ def _prepare(
     )
     made = encode_pairs(policy.tokenizer, fitted.rows, on_cut=config.on_cut, source=config.data, **limits)
     made = replace(made, dropped=fitted.dropped + made.dropped)
-    if "strength" in wanted and made.preferences().strength is None:
+    if "strength" in wanted and made.strength is None:
         raise ValueError(f"--loss {config.loss} reads how strong a preference is: give {config.data} a strength column")
     run.checked()
     sources = references.parse(config.ref)
-    ref = None
-    if sources[0].kind == "none" and "ref" in wanted:
-        ref = made.zeros(tokens="ref_tokens" in wanted)  # the posterior: a reference that likes all texts alike
+    if sources[0].kind == "none" and "ref" in wanted:  # the posterior: a reference that likes all texts alike
+        made = replace(made, ref=made.zeros(tokens="ref_tokens" in wanted))
     elif "ref" in wanted and sources[0].kind not in ("none", "ema"):
         ref, reasons, notes = references.obtain(
             sources,
-            made.texts,
-            made.encoded,
+            references.texts_of(made.pairs),
+            made.responses,
             policy=policy,
             policy_path=config.model,
             cache=config.ref_cache or Path(config.out).parent / "references",
@@ -262,11 +261,9 @@ def _prepare(
             precision=config.training.precision,
             **limits,
         )
-        made = made.without(reasons)
+        made = replace(made, ref=_suitable(ref, config, wanted)).without(reasons)
         for note in notes:
             say(f"  {note}")
-        ref = _suitable(ref, config, wanted)
-    prefs = made.preferences(ref)
     held_ids = {id(pair) for pair in held}
     test = [i for i, pair in enumerate(made.pairs) if id(pair) in held_ids]
     learn = [i for i, pair in enumerate(made.pairs) if id(pair) not in held_ids]
@@ -274,7 +271,7 @@ def _prepare(
         raise ValueError(f"{config.data}: no pair is left to learn from ({len(made.dropped)} dropped)")
     if held and not test:
         raise ValueError(f"{config.held_out}: no held-out pair is left of {len(held)} ({len(made.dropped)} dropped)")
-    return prefs.at(learn), prefs.at(test), made.dropped, fitted.cut
+    return made.at(learn), made.at(test), made.dropped, fitted.cut
 
 
 def _suitable(ref: Logps | None, config: Config, wanted: frozenset[str]) -> Logps:
@@ -294,7 +291,7 @@ def _check_start(start: dict[str, float], test: Preferences, loss: Loss, config:
     if config.ref.strip() != "self" or test.ref is None:
         return
     near = 2e-2 if config.training.precision == "bfloat16" else 1e-3
-    if abs(start["margin"]) > near * max(1.0, test.ref.length.float().mean().item()):
+    if abs(start["margin"]) > near * max(1.0, test.ref.length[test.chosen].float().mean().item()):
         raise ValueError(
             f"R6: before the first step the mean margin is {start['margin']:.4f} nats, and must be 0: the reference "
             "file is not this policy's; delete it to have it computed again"
@@ -374,7 +371,7 @@ class Watch:
         """Loss, accuracies and margin on held-out pairs, in the precision of training; gold, proxy, KL of answers."""
         precision = self.training.precision == "bfloat16"
         with torch.autocast(self.policy.device.type, torch.bfloat16, enabled=precision):
-            measured = measure(self.policy, self.loss, self.test.rows, size=self.training.batch_size)
+            measured = measure(self.policy, self.loss, self.test, size=self.training.batch_size)
         if self.evaluator:
             for name, value in self.evaluator(self.policy).summary().items():
                 measured |= {name: value["mean"], f"{name}_se": value["se"]}

@@ -25,11 +25,13 @@ from pyrite.data import text
 from pyrite.data.rows import OnLong
 from pyrite.data.text import Template
 from pyrite.math import statistics
+from pyrite.math.logps import PairLogps
 from pyrite.math.ranges import Count, Natural
 from pyrite.math.statistics import TokenRatios
+from pyrite.models.forward import token_logps
 from pyrite.models.policy import Policy
-from pyrite.training.evaluation import Answers, Evaluation, Evaluator, response_logps
-from pyrite.training.pairs import EncodedPairs, encode_pairs, paired
+from pyrite.training.evaluation import Answers, Evaluation, Evaluator
+from pyrite.training.pairs import Preferences, encode_pairs
 
 OUTPUTS = {
     "answers.parquet": "every answer with its gold, proxy and log-probabilities",
@@ -139,29 +141,28 @@ def _for_alpaca_eval(answers: Answers, config: Config) -> list[dict[str, str]]:
 
 
 def on_pairs(
-    policy: Policy, ref: Policy, made: EncodedPairs, *, min_count: int = 100, k: int = 10
+    policy: Policy, ref: Policy, made: Preferences, *, min_count: int = 100, k: int = 10
 ) -> tuple[dict[str, Any], TokenRatios]:
     """Every analysis of B encoded pairs, as JSON values, and the table of all tokens."""
-    rows = made.preferences().rows
-    with progress("evaluate pairs", 2 * len(rows), unit="pairs") as advance:
-        ours, theirs = response_logps(policy, rows, progress=advance), response_logps(ref, rows, progress=advance)
-    pair, at_ref = paired(ours, theirs), paired(theirs, None)
-    whole = torch.tensor([not one.truncated for one in made.encoded])
-    finished = whole[::2] & whole[1::2]
-    tokens = torch.tensor([token for one in made.encoded for token in one.response])
+    read = made.responses
+    assert read.truncated is not None  # they have been encoded
+    with progress("evaluate pairs", 2 * len(read), unit="answers") as advance:
+        ours, theirs = (token_logps(model, read, made.groups, progress=advance) for model in (policy, ref))
+    sides = [(logps.at(made.chosen), logps.at(made.rejected)) for logps in (ours, theirs)]
+    pair, at_ref = PairLogps(*sides[0], *sides[1]), PairLogps(*sides[1])
+    finished = ~(read.truncated[made.chosen] | read.truncated[made.rejected])
     ratios = statistics.log_ratios(ours, theirs)
     prompts = torch.tensor(data.clusters(made.pairs))
-    lengths = torch.tensor([len(one.response) for one in made.encoded])
-    table = statistics.by_token(tokens, ratios)
+    table = statistics.by_token(read.ids, ratios)
     down, up = statistics.extremes(table, k=k, at_least=min_count)
     found = {
-        "pairs": len(rows),
+        "pairs": len(made),
         "dropped": len(made.dropped),
         **_plain(statistics.ranking(pair, prompts)),
         "end_token": _plain(statistics.ends(pair, finished, prompts)),
         "end_token_ref": _plain(statistics.ends(at_ref, finished, prompts)),
         "tokens": len(ratios),
-        "ratio": statistics.mean(ratios, prompts.repeat_interleave(2).repeat_interleave(lengths))._asdict(),
+        "ratio": statistics.mean(ratios, prompts.repeat_interleave(2).repeat_interleave(read.lengths))._asdict(),
         "tail_mass": statistics.tail_mass(ratios),
         "histogram": statistics.histogram(table.mean)._asdict(),
         "down": _named(down, policy.tokenizer),
@@ -192,7 +193,7 @@ def _pairs(config: Config) -> list[dict[str, Any]]:
     return data.load(config.pairs, "pairs", **how)
 
 
-def _encoded(policy: Policy, pairs: list[dict[str, Any]], config: Config) -> EncodedPairs | None:
+def _encoded(policy: Policy, pairs: list[dict[str, Any]], config: Config) -> Preferences | None:
     if not pairs:
         return None
     fitted = long_prompts.fit(
@@ -205,7 +206,7 @@ def _encoded(policy: Policy, pairs: list[dict[str, Any]], config: Config) -> Enc
     )
     made = encode_pairs(policy.tokenizer, fitted.rows, max_length=policy.context, source=str(config.pairs))
     made = replace(made, dropped=fitted.dropped + made.dropped)
-    if not made.pairs:
+    if not len(made):
         reason = made.dropped[0]["reason"]
         raise ValueError(f"{config.pairs}: none of {len(pairs)} pairs can be scored, the first because {reason}")
     return made

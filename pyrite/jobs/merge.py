@@ -15,8 +15,8 @@ from pyrite.core import runs
 from pyrite.core.processes import say
 from pyrite.core.runs import Run
 from pyrite.data import text
+from pyrite.data.responses import Responses
 from pyrite.models.loading import Dtype, adapters_of
-from pyrite.models.packing import Row
 from pyrite.models.policy import Policy, RewardModel
 
 OUTPUTS = {"model/": "the merged model, Hugging Face layout"}
@@ -65,4 +65,4 @@ def _read(model: Policy | RewardModel) -> torch.Tensor:
     """What the model makes of some tokens: log-probabilities, or a score."""
     model.eval()
     ids = [*range(min(len(model.tokenizer), 16)), text.end_id(model.tokenizer)]
-    return model(model.pack([Row(ids[:2], [ids[2:]])]))
+    return model(model.pack(Responses.of([(ids[:2], [ids[2:]])])))

@@ -243,7 +243,7 @@ def _prompts(config: Config, rewards: Sequence[Reward]) -> tuple[list[dict[str, 
 
 def _check_start(players: Players, drawn: Rollouts) -> None:
     """Policy, reference and the policy read again must be one at the start. Raises TrainingError."""
-    again = players.policy_logps(drawn.rows)
+    again = players.policy_logps(drawn.responses, drawn.groups)
     for name, other in (("the policy read again", again), ("the reference", drawn.ref)):
         assert drawn.logps.tokens is not None and other.tokens is not None
         off = ((drawn.logps.tokens - other.tokens).abs() * drawn.mask).max().item()

@@ -192,7 +192,8 @@ def verify(config: Verify) -> Run:
         if policy:
             limits: dict[str, Any] = {"max_length": config.max_length or policy.context}
             left = encode_pairs(policy.tokenizer, pairs, max_prompt=config.max_prompt, source=config.data, **limits)
-            texts, encoded, dropped = left.texts, left.encoded, Counter(row["reason"] for row in left.dropped)
+            texts, encoded = texts_of(left.pairs), left.responses
+            dropped = Counter(row["reason"] for row in left.dropped)
         tokenizer = policy.tokenizer if policy else None
         reasons = references.verify(table, texts, encoded, tokenizer=tokenizer, tokens=config.tokens)
         keep("R1", f"all {len(texts)} answers are there, finite and at most 0")

@@ -20,16 +20,16 @@ from pyrite.core.processes import say
 from pyrite.core.runs import Run
 from pyrite.data import rows as data
 from pyrite.data import rows as long_prompts
-from pyrite.data import text
+from pyrite.data.responses import Responses
 from pyrite.data.rows import Fitted, OnLong
 from pyrite.data.text import Template
 from pyrite.math import reward_losses, seeds, statistics
 from pyrite.math.ranges import Count, Fraction, Natural, NonNegative, Several
-from pyrite.models.packing import Row
 from pyrite.models.policy import Lora, Pooling, RewardModel
 from pyrite.training import loop
 from pyrite.training.annotators import pair_loss
 from pyrite.training.loop import Logging, Training
+from pyrite.training.pairs import in_pairs, paired_texts
 
 OUTPUTS = {"member_*/": "reward models, Hugging Face layout", "metrics.jsonl": "loss and accuracy by step"}
 
@@ -92,10 +92,10 @@ def run(config: Config) -> Run:
     model = _member(config, 0)
     long = [_fitting(model, some, config) for some in (pairs, held)]
     pairs, held = (fitted.rows for fitted in long)
-    batches, clean = _rows(model, pairs), _rows(model, held)
-    test, prompts = (clean, data.clusters(held)) if held else (batches, data.clusters(pairs))
+    learn, clean = _encoded(model, pairs), _encoded(model, held)
+    test, prompts = (clean, data.clusters(held)) if held else (learn, data.clusters(pairs))
     run.open()
-    say(f"reward: {len(batches)} pairs, {len(clean)} held out, {config.members} members")
+    say(f"reward: {len(pairs)} pairs, {len(held)} held out, {config.members} members")
     if not held:
         say("reward: no pairs are held out: accuracy is that on the training pairs, and called train_accuracy")
     for member in range(config.members):
@@ -106,9 +106,9 @@ def run(config: Config) -> Run:
         first, before = loop.Weights.of(model), _margins(model, test)
         loop.fit(
             model,
-            batches,
-            partial(pair_loss, model.pack, loss),
-            weights=[1.0] * len(batches),
+            learn,
+            in_pairs(learn),
+            partial(pair_loss, loss),
             training=config.training,
             logging=config.logging,
             seed=seeds.derive(config.seed, "member", member),
@@ -125,7 +125,7 @@ def run(config: Config) -> Run:
             runs.write_json(folder / "measured.json", measured)
         run.wait()
     loop.discard_checkpoints(run)
-    counts = {"pairs": len(batches), "held_out_pairs": len(clean), **long[0].counts()}
+    counts = {"pairs": len(pairs), "held_out_pairs": len(held), **long[0].counts()}
     return run.finish(members=_results(run, config), **counts, **_baseline(test, prompts, "" if held else "train_"))
 
 
@@ -172,32 +172,23 @@ def _fitting(model: RewardModel, pairs: list[dict[str, Any]], config: Config) ->
     return long_prompts.fit(model.tokenizer, pairs, **limits, note=lambda words: say(f"reward: {words}"))
 
 
-def _rows(model: RewardModel, pairs: list[dict[str, Any]]) -> list[Row]:
-    """One row a pair: the prompt, then chosen and rejected."""
-    prompts = [pair["prompt"] for pair in pairs]
-    chosen, rejected = (
-        model.encode(prompts, [data.answer(pair, side) for pair in pairs], where=lambda i: data.place(pairs[i]))
-        for side in ("chosen", "rejected")
-    )
-    return [Row(a.prompt, [a.response, b.response]) for a, b in zip(chosen, rejected, strict=True)]
+def _encoded(model: RewardModel, pairs: list[dict[str, Any]]) -> Responses:
+    """Chosen and rejected of each pair, in turn, as the model reads them."""
+    return model.encode(paired_texts(pairs), where=lambda i: data.place(pairs[i // 2]))
 
 
-@torch.inference_mode()
-def _measure(model: RewardModel, rows: list[Row], prompts: list[int], what: str) -> dict[str, Any]:
+def _measure(model: RewardModel, test: Responses, prompts: list[int], what: str) -> dict[str, Any]:
     """Accuracy (`what` stands before its name) with its interval over prompts, and the constants that standardize this
     member's scores."""
-    texts = [text.Encoded(list(row.prompt), list(response), False) for row in rows for response in row.responses]
-    scores = model.raw_scores(texts)
+    scores = model.raw_scores(test)
     model.mean, model.std = scores.mean().item(), scores.std(correction=0).item()
     wins = statistics.wins(*scores.view(-1, 2).unbind(1))
     return {**_interval(f"{what}accuracy", f"{what}accuracy", wins, prompts), "mean": model.mean, "std": model.std}
 
 
-def _margins(model: RewardModel, rows: list[Row]) -> Tensor:
+def _margins(model: RewardModel, test: Responses) -> Tensor:
     """Raw scores of chosen less rejected, of some of the pairs, (N,)."""
-    some = rows[: loop.ROWS]
-    texts = [text.Encoded(list(row.prompt), list(response), False) for row in some for response in row.responses]
-    chosen, rejected = model.raw_scores(texts).view(-1, 2).unbind(1)
+    chosen, rejected = model.raw_scores(test.take(range(min(len(test), 2 * loop.ROWS)))).view(-1, 2).unbind(1)
     return chosen - rejected
 
 
@@ -205,10 +196,9 @@ def _results(run: Run, config: Config) -> list[dict[str, Any]]:
     return [runs.read_json(run.folder / f"member_{member}" / "measured.json") for member in range(config.members)]
 
 
-def _baseline(rows: list[Row], prompts: list[int], what: str) -> dict[str, Any]:
+def _baseline(test: Responses, prompts: list[int], what: str) -> dict[str, Any]:
     """How often the longer answer is the chosen one: what a reward model must beat."""
-    lengths = torch.tensor([[len(response) for response in row.responses] for row in rows])
-    wins = statistics.wins(*lengths.unbind(1))
+    wins = statistics.wins(*test.lengths.view(-1, 2).unbind(1))
     return _interval(f"{what}length_accuracy", f"{what}length", wins, prompts)
 
 

@@ -19,13 +19,14 @@ from pyrite.core.runs import Run
 from pyrite.data import rows as data
 from pyrite.data import rows as long_prompts
 from pyrite.data import text
+from pyrite.data.responses import Responses
 from pyrite.data.rows import Fitted, OnLong
 from pyrite.data.text import Template
 from pyrite.math.ranges import Count, Fraction, Natural, Several, Share
-from pyrite.models.packing import Row, micro_batches
+from pyrite.models.forward import score, token_logps
+from pyrite.models.packing import Packed, singles
 from pyrite.models.policy import Lora, Policy
 from pyrite.training import loop
-from pyrite.training.evaluation import response_logps
 from pyrite.training.loop import Logging, Training
 
 OUTPUTS = {"model/": "the fine-tuned model, Hugging Face layout", "metrics.jsonl": "loss by step"}
@@ -81,37 +82,37 @@ def run(config: Config) -> Run:
     first = loop.Weights.of(policy)
     fitted = _fitting(policy, training + held, config)
     kept = {id(row) for row in held}
-    batches = _rows(policy, [row for row in fitted.rows if id(row) not in kept], config)
-    held_out = _rows(policy, [row for row in fitted.rows if id(row) in kept], config)
-    if not batches:
+    learn = _encoded(policy, [row for row in fitted.rows if id(row) not in kept], config)
+    held_out = _encoded(policy, [row for row in fitted.rows if id(row) in kept], config)
+    if not len(learn):
         raise ValueError(f"{config.data}: no demonstration is left to learn from ({len(fitted.dropped)} dropped)")
     run.open()
-    say(f"sft: {len(batches)} demonstrations, {len(held_out)} held out, {_size(policy)} parameters")
+    say(f"sft: {len(learn)} demonstrations, {len(held_out)} held out, {_size(policy)} parameters")
 
-    def loss(model: nn.Module, part: list[Row], _: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
-        return -model(policy.pack(part)).sum(), {}
+    def loss(model: nn.Module, batch: Packed, _: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
+        return -model(batch).sum(), {}
 
     before = _token_nll(policy, held_out)
-    weights = [float(len(row.responses[0])) for row in batches]
     loop.fit(
         policy,
-        batches,
+        learn,
+        singles(learn),
         loss,
-        weights=weights,
+        weights=learn.lengths.double().tolist(),
         training=config.training,
         logging=config.logging,
         seed=config.seed,
         run=run,
         label="sft",
     )
-    nll = negative_log_likelihood(policy, held_out) if held_out else None
+    nll = negative_log_likelihood(policy, held_out) if len(held_out) else None
     if run.writes:
         policy.save(run.folder / "model")
     loop.discard_checkpoints(run)
     perplexity = math.exp(nll) if nll is not None else None
     change = loop.shift("held-out loss", before, _token_nll(policy, held_out), least=0.01)
     found = loop.tell("sft", first.change(policy), config.training.lr, change)
-    counts = {"train_rows": len(batches), "held_out_rows": len(held_out)}
+    counts = {"train_rows": len(learn), "held_out_rows": len(held_out)}
     return run.finish(held_out_nll=nll, perplexity=perplexity, **counts, **fitted.counts(), moved=found)
 
 
@@ -123,20 +124,15 @@ def _read(config: Config) -> tuple[list[data.Row], list[data.Row]]:
     return data.apart(rows, held, note=say, source=config.data), held
 
 
-@torch.inference_mode()
-def negative_log_likelihood(policy: Policy, rows: list[Row], *, budget: int = 16384) -> float:
+def negative_log_likelihood(policy: Policy, held_out: Responses, *, budget: int = 16384) -> float:
     """Mean over response tokens, nats."""
-    policy.eval()
-    total = sum(
-        policy(policy.pack([rows[i] for i in group])).double().sum().item()
-        for group in micro_batches(rows, budget=budget)
-    )
-    return -total / sum(len(row.responses[0]) for row in rows)
+    return -score(policy, held_out, singles(held_out), budget=budget).double().sum().item() / len(held_out.ids)
 
 
-def _token_nll(policy: Policy, rows: list[Row]) -> Tensor:
-    """Of some of the rows, (N,) nats a token."""
-    return -response_logps(policy, rows[: loop.ROWS]).mean if rows else torch.zeros(0)
+def _token_nll(policy: Policy, held_out: Responses) -> Tensor:
+    """Of some of the demonstrations, (N,) nats a token."""
+    some = held_out.take(range(min(len(held_out), loop.ROWS)))
+    return -token_logps(policy, some, singles(some)).mean if len(some) else torch.zeros(0)
 
 
 def _limits(policy: Policy, config: Config) -> tuple[int, int]:
@@ -152,20 +148,13 @@ def _fitting(policy: Policy, rows: list[data.Row], config: Config) -> Fitted:
     return long_prompts.fit(policy.tokenizer, rows, **limits, note=lambda words: say(f"sft: {words}"))
 
 
-def _rows(policy: Policy, rows: list[data.Row], config: Config) -> list[Row]:
+def _encoded(policy: Policy, rows: list[data.Row], config: Config) -> Responses:
     context, most = _limits(policy, config)
-    encoded = text.encode_all(
-        policy.tokenizer,
-        [row["prompt"] for row in rows],
-        [data.answer(row, "response") for row in rows],
-        max_length=context,
-        max_prompt=most,
-        where=lambda i: data.place(rows[i]),
-    )
-    cut = sum(one.truncated for one in encoded)
-    if cut:
-        say(f"sft: {cut} of {len(encoded)} responses end beyond {context} tokens: they are cut, without an end token")
-    return [Row(e.prompt, [e.response]) for e in encoded]
+    said = Responses.said(rows, [data.answer(row, "response") for row in rows])
+    read = text.encode(policy.tokenizer, said, max_length=context, max_prompt=most, where=lambda i: data.place(rows[i]))
+    if cut := int((~read.finished).sum()):
+        say(f"sft: {cut} of {len(read)} responses end beyond {context} tokens: they are cut, without an end token")
+    return read
 
 
 def _size(policy: Policy) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -82,6 +82,16 @@ class Logps:
 
     def __len__(self) -> int:
         return len(self.sum)
+
+    def at(self, index: Tensor | slice) -> Logps:
+        """Those of some of the responses."""
+        return replace(self, **{name: value[index] for name, value in vars(self).items() if isinstance(value, Tensor)})
+
+    def to(self, device: torch.device) -> Logps:
+        """The same on a device."""
+        return replace(
+            self, **{name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        )
 
     def checked(self, name: str = "log-probabilities") -> Logps:
         """Itself, or ValueError naming the first row that is not a log-probability of a response.

@@ -15,17 +15,29 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from pyrite.data.text import Encoded
+from pyrite.data.responses import Responses
 from pyrite.math.logps import Logps
-from pyrite.models.packing import FastLinears, Packed, Row, outer, pack, packed_forward, product
+from pyrite.models.packing import (
+    FastLinears,
+    Groups,
+    Packed,
+    by_prompt,
+    micro_batches,
+    outer,
+    pack,
+    packed_forward,
+    product,
+    sizes,
+)
 
 # vocabulary: Log-probabilities of given tokens, without the (tokens x vocabulary) matrix where memory is short.
 
@@ -277,19 +289,61 @@ def as_padded(batch: Packed, *, pad: int | None = None) -> tuple[Tensor, Tensor]
     return (ids if pad is None else ids.masked_fill(~mask, pad)), mask.long()
 
 
-def by_prompt(texts: Sequence[Encoded], *, most: int = 64) -> tuple[list[Row], list[list[int]]]:
-    """Texts with the same prompt share a row, `most` responses at a time."""
-    by_prompt: dict[tuple[int, ...], list[int]] = {}
-    for index, text in enumerate(texts):
-        by_prompt.setdefault(tuple(text.prompt), []).append(index)
-    rows, members = [], []
-    for prompt, indices in by_prompt.items():
-        indices = sorted(indices, key=lambda i: -len(texts[i].response))
-        for begin in range(0, len(indices), most):
-            part = indices[begin : begin + most]
-            rows.append(Row(prompt, [texts[i].response for i in part]))
-            members.append(part)
-    return rows, members
+class Model(Protocol):
+    """What `score` reads with: a policy, a reward model or an ensemble of them, a value model."""
+
+    def pack(self, responses: Responses, groups: Groups) -> Packed: ...
+
+    def __call__(self, batch: Packed) -> Tensor: ...
+
+    def eval(self) -> Any: ...
+
+
+def packed_batches(
+    model: Model, responses: Responses, groups: Groups, *, budget: int
+) -> Iterator[tuple[list[int], Packed]]:
+    """Micro-batches of at most `budget` tokens, longest groups first: their indices, and as the model reads them."""
+    for batch in micro_batches(sizes(responses, groups), budget=budget):
+        yield batch, model.pack(responses, [groups[i] for i in batch])
+
+
+def score(
+    model: Model,
+    responses: Responses,
+    groups: Groups | None = None,
+    *,
+    read: Callable[[Packed], Tensor] | None = None,
+    each: Literal["token", "response"] = "token",
+    budget: int = 16384,
+    progress: Callable[[int], None] | None = None,
+) -> Tensor:
+    """What a model makes of every response, on the processor and in the caller's order; no gradients.
+
+    (..., R), a value a token, or (..., N) with each="response", as `read(batch)` gives them; by default the model
+    itself. groups: responses that are packed together, by default those to one prompt; the value is 0 of a response in
+    none of them. budget: packed tokens in a forward pass. progress is told each number of responses that are done.
+
+    All reading goes through here. To share it between processes, share out the batches and gather `found`.
+    """
+    groups = by_prompt(responses) if groups is None else groups
+    total = len(responses.ids) if each == "token" else len(responses)
+    model.eval()
+    found: Tensor | None = None
+    for batch, packed in packed_batches(model, responses, groups, budget=budget):
+        index = np.array([i for g in batch for i in groups[g]], dtype=np.int64)
+        with torch.inference_mode():
+            values = (read or model)(packed).cpu()
+        if found is None:
+            found = torch.zeros(*values.shape[:-1], total, dtype=values.dtype)
+        found[..., responses.places(index) if each == "token" else index] = values
+        if progress:
+            progress(len(index))
+    return torch.zeros(total) if found is None else found
+
+
+def token_logps(model: Model, responses: Responses, groups: Groups | None = None, **options: Any) -> Logps:
+    """Log-probabilities of the N responses under a policy, token by token, as losses see them; options of `score`."""
+    return Logps.from_tokens(responses.split(score(model, responses, groups, **options)))
 
 
 def run(module: Any, ids: Tensor, mask: Tensor | None = None, **more: Any) -> Any:
@@ -505,9 +559,9 @@ Outputs = dict[str, Tensor]  # "logits" (N, ...), and "states" (N, L, H) where t
 
 
 def _told(model: PreTrainedModel) -> Ways:
-    rows = _rows(model)
-    batch = pack(rows, padded=True)
-    texts = [[*row.prompt, *answer] for row in rows for answer in row.responses]
+    probe = _probe(model)
+    batch = pack(probe, probe.groups(), padded=True)
+    texts = [[*probe.prompt_ids[p], *answer] for p, answer in zip(probe.prompt.tolist(), probe.tokens(), strict=True)]
     try:
         alone = [_read(model, [text]) for text in texts]
         behind = [_read(model, [texts[i - 1] + text]) for i, text in enumerate(texts)]
@@ -529,9 +583,7 @@ def _told(model: PreTrainedModel) -> Ways:
     causal = _works(lambda: _is_causal(model, texts[0]))
     return Ways(
         causal=causal,
-        packed=causal
-        and near("states", lambda: _packed(model, rows, batch))
-        and _works(lambda: _is_tight(model, rows)),
+        packed=causal and near("states", lambda: _packed(model, batch)) and _works(lambda: _is_tight(model, batch)),
         padded=near("logits", lambda: _padded(model, batch, "logits"))
         and ("states" not in far or near("states", lambda: _padded(model, batch, "states"))),
         head=near("logits", lambda: [_head(model, read["states"]) for read in alone]),
@@ -547,15 +599,15 @@ def _works(ask: Callable[[], bool]) -> bool:
         return False
 
 
-def _rows(model: PreTrainedModel) -> list[Row]:
-    """Two rows of tokens that are no pads."""
+def _probe(model: PreTrainedModel) -> Responses:
+    """Two prompts with responses, of tokens that are no pads."""
     text = model.config.get_text_config()
     free = [token for token in range(3, text.vocab_size) if token != pad_of(model)] or [0]
 
     def some(tokens: Sequence[int]) -> list[int]:
         return [free[token % len(free)] for token in tokens]
 
-    return [Row(some(p), [some(one) for one in a]) for p, a in zip(PROMPTS, ANSWERS, strict=True)]
+    return Responses.of([(some(p), [some(one) for one in a]) for p, a in zip(PROMPTS, ANSWERS, strict=True)])
 
 
 def _read(model: PreTrainedModel, texts: list[list[int]], mask: Tensor | None = None) -> Outputs:
@@ -629,17 +681,17 @@ def _seen(
         yield at, set(grad.reshape(-1, grad.shape[-1]).abs().amax(-1).nonzero().flatten().tolist())
 
 
-def _packed(model: PreTrainedModel, rows: Sequence[Row], batch: Packed) -> list[Tensor]:
-    states = trunk_states(model, pack(rows))
+def _packed(model: PreTrainedModel, batch: Packed) -> list[Tensor]:
+    states = trunk_states(model, pack(batch.responses, batch.groups))
     (bucket,) = batch.buckets
     paths = batch.query.view(-1, bucket.queries)
     return [states[path[:length]] for path, length in zip(paths, bucket.lengths.tolist(), strict=True)]
 
 
-def _is_tight(model: PreTrainedModel, rows: Sequence[Row]) -> bool:
+def _is_tight(model: PreTrainedModel, paths: Packed) -> bool:
     """Whether a packed token's state has a gradient to no token but those before it in its own text."""
-    batch = pack(rows)
-    (bucket,) = (paths := pack(rows, padded=True)).buckets
+    batch = pack(paths.responses, paths.groups)
+    (bucket,) = paths.buckets
     ends = zip(paths.query.view(-1, bucket.queries).tolist(), bucket.lengths.tolist(), strict=True)
     before = {path[length - 2]: set(path[: length - 1]) for path, length in ends}
     seen = _seen(model, lambda: trunk_states(model, batch), list(before))

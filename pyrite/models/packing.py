@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-# linears: Float32 matrix products on processors: oneDNN where MKL, which torch calls by default, is up to twice as
-# slow.
+from pyrite.data.responses import Responses
+
+# Float32 matrix products on processors: oneDNN where MKL, which torch calls by default, is up to twice as slow.
 
 
 def onednn(x: Tensor) -> bool:
@@ -73,20 +74,10 @@ def outer(a: Tensor, b: Tensor) -> Tensor:
     return product(b.t(), a.t()).t() if a.shape[1] > b.shape[1] else product(a.t(), b.t())
 
 
-# packing: Packed rows: a prompt once, then its K responses, flat token ids without a single pad.
+# Packing: a prompt once, then the responses that are read with it, flat token ids without a single pad.
 
 
-@dataclass(frozen=True)
-class Row:
-    """One prompt and its K responses as token ids; `prompt` has at least one token."""
-
-    prompt: Sequence[int]
-    responses: Sequence[Sequence[int]]
-
-    @property
-    def tokens(self) -> int:
-        """Tokens this row costs when packed."""
-        return len(self.prompt) + sum(len(response) for response in self.responses)
+Groups = Sequence[Sequence[int]]  # indices of responses; those of a group answer one prompt and are packed behind it
 
 
 @dataclass(frozen=True)
@@ -108,15 +99,15 @@ class Bucket:
 
 @dataclass(frozen=True)
 class Packed:
-    """N responses of B rows in one flat sequence of T tokens, R of them response tokens.
+    """N responses in B groups in one flat sequence of T tokens, R of them response tokens.
 
     `ids`, `positions` (T,); `predictor` (R,) packed index of the hidden state that predicts each response token,
     `target` (R,) that token, `owner` (R,) its response; `last` (N,) packed index of each path's last token.
     `response` (R,) packed index of each response token; `lengths` (N,) response lengths.
     `buckets` describe attention: `query` and `key` are the packed indices of their B x queries and B x keys tokens, one
     bucket after the other (a pad repeats its segment's first token), `restore` (T,) where each token stands in `query`.
-    `padded` says that there is one bucket of whole paths, for models that cannot read packed rows; `rows` is what was
-    packed.
+    `padded` says that there is one bucket of whole paths, for models that cannot read packed rows. `responses` and
+    `groups` are what was packed.
     """
 
     ids: Tensor
@@ -132,22 +123,32 @@ class Packed:
     key: Tensor
     restore: Tensor
     padded: bool
-    rows: Sequence[Row]
+    responses: Responses
+    groups: Groups
 
     @property
     def n(self) -> int:
         """Number of responses."""
         return len(self.last)
 
+    @property
+    def given(self) -> tuple[Responses, Groups]:
+        """What was packed."""
+        return self.responses, self.groups
+
     def to(self, device: torch.device | str) -> Packed:
         tensors = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(self, buckets=tuple(b.to(device) for b in self.buckets), **tensors)
 
 
-def pack(rows: Sequence[Row], *, padded: bool = False) -> Packed:
-    """Lay rows flat; `padded=True` puts every path in one bucket, for models that cannot read packed rows."""
-    prompt, size, offset, start, row = _paths(rows)
-    ids, positions = _flat(rows)
+def pack(responses: Responses, groups: Groups | None = None, *, padded: bool = False) -> Packed:
+    """Lay responses flat, group by group, by default those to each prompt.
+
+    padded: every path in one bucket, for models that cannot read packed rows. Raises ValueError for a group without a
+    response or a prompt without a token.
+    """
+    groups = responses.groups() if groups is None else groups
+    prompt, size, offset, start, row, ids, positions = _layout(responses, groups)
     owner = np.repeat(np.arange(len(size)), size)
     within = np.arange(size.sum()) - np.repeat(np.cumsum(size) - size, size)
     response = np.repeat(start, size) + within
@@ -174,54 +175,82 @@ def pack(rows: Sequence[Row], *, padded: bool = False) -> Packed:
         key=torch.from_numpy(key),
         restore=torch.from_numpy(restore),
         padded=padded,
-        rows=rows,
+        responses=responses,
+        groups=groups,
     )
 
 
-def longest(rows: Sequence[Row]) -> int:
+def longest(responses: Responses, groups: Groups) -> int:
     """Tokens of the longest prompt + response."""
-    return max(len(row.prompt) + max(map(len, row.responses)) for row in rows)
+    index = [i for group in groups for i in group]
+    _, _, prompts = responses.flat_prompts
+    return int((prompts[responses.prompt.numpy()[index]] + responses.lengths.numpy()[index]).max())
 
 
-def micro_batches(rows: Sequence[Row], *, budget: int) -> Iterator[list[int]]:
-    """Indices of `rows`, longest first, in groups of at most `budget` packed tokens (one row at least)."""
-    group: list[int] = []
+def sizes(responses: Responses, groups: Groups) -> list[int]:
+    """Packed tokens of each group."""
+    _, _, prompts = responses.flat_prompts
+    prompt, lengths = responses.prompt.tolist(), responses.lengths.tolist()
+    return [int(prompts[prompt[group[0]]]) + sum(lengths[i] for i in group) for group in groups]
+
+
+def micro_batches(sizes: Sequence[int], *, budget: int) -> Iterator[list[int]]:
+    """Indices of groups, longest first, in micro-batches of at most `budget` packed tokens (one group at least)."""
+    batch: list[int] = []
     used = 0
-    for index in sorted(range(len(rows)), key=lambda i: -rows[i].tokens):
-        if group and used + rows[index].tokens > budget:
-            yield group
-            group, used = [], 0
-        group.append(index)
-        used += rows[index].tokens
-    if group:
-        yield group
+    for index in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        if batch and used + sizes[index] > budget:
+            yield batch
+            batch, used = [], 0
+        batch.append(index)
+        used += sizes[index]
+    if batch:
+        yield batch
 
 
-def _paths(rows: Sequence[Row]) -> tuple[np.ndarray, ...]:
-    """Per path: prompt length, response length, row offset, response offset, row number."""
-    paths, offset = [], 0
-    for number, row in enumerate(rows):
-        if not len(row.prompt) or not len(row.responses):
-            raise ValueError(f"packed row {number} needs at least one prompt token and one response")
-        start = offset + len(row.prompt)
-        for response in row.responses:
-            paths.append((len(row.prompt), len(response), offset, start, number))
-            start += len(response)
-        offset = start
-    table = np.array(paths, dtype=np.int64)
-    return tuple(table[:, column] for column in range(5))
+def singles(responses: Responses) -> list[list[int]]:
+    """Every response by itself, behind a prompt of its own."""
+    return [[i] for i in range(len(responses))]
 
 
-def _flat(rows: Sequence[Row]) -> tuple[np.ndarray, np.ndarray]:
-    ids: list[int] = []
-    positions: list[np.ndarray] = []
-    for row in rows:
-        ids.extend(row.prompt)
-        positions.append(np.arange(len(row.prompt)))
-        for response in row.responses:
-            ids.extend(response)
-            positions.append(np.arange(len(row.prompt), len(row.prompt) + len(response)))
-    return np.array(ids, dtype=np.int64), np.concatenate(positions)
+def by_prompt(responses: Responses, *, most: int = 64) -> list[list[int]]:
+    """Responses to the same prompt tokens together, longest first, `most` at a time."""
+    prompts = [tuple(ids) for ids in responses.prompt_ids]
+    lengths = responses.lengths.tolist()
+    found: dict[tuple[int, ...], list[int]] = {}
+    for i, p in enumerate(responses.prompt.tolist()):
+        found.setdefault(prompts[p], []).append(i)
+    ordered = [sorted(some, key=lambda i: -lengths[i]) for some in found.values()]
+    return [some[begin : begin + most] for some in ordered for begin in range(0, len(some), most)]
+
+
+def _layout(responses: Responses, groups: Groups) -> tuple[np.ndarray, ...]:
+    """Of each path: prompt length, response length, where its group and its response begin, its group. Of each token:
+    its id, its position."""
+    counts = np.array([len(group) for group in groups])
+    index = np.array([i for group in groups for i in group], dtype=np.int64)
+    flat, begins, lengths = responses.flat_prompts
+    asked = responses.prompt.numpy()[index]
+    if not counts.all() or not lengths[asked].all():
+        raise ValueError("a packed group needs at least one response, and its prompt one token")
+    row = np.repeat(np.arange(len(counts)), counts)
+    first = np.cumsum(counts) - counts
+    prompt, size = lengths[asked], responses.lengths.numpy()[index]
+    before = np.cumsum(size) - size  # response tokens before each response
+    ahead = np.cumsum(prompt[first])  # prompt tokens up to each group's, that included
+    start = ahead[row] + before
+    offset = ahead - prompt[first] + before[first]
+    ids = np.empty(int(ahead[-1] + size.sum()), dtype=np.int64)
+    positions = np.empty_like(ids)
+    for length, begin, source, values, shift in (
+        (prompt[first], offset, begins[asked[first]], flat, np.zeros_like(first)),
+        (size, start, responses.begins[index], responses.ids.numpy(), prompt),
+    ):
+        within = np.arange(length.sum()) - np.repeat(np.cumsum(length) - length, length)
+        at = np.repeat(begin, length) + within
+        ids[at] = values[np.repeat(source, length) + within]
+        positions[at] = np.repeat(shift, length) + within
+    return prompt, size, offset[row], start, row, ids, positions
 
 
 Made = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # query, key, prefix, lengths, real
@@ -271,7 +300,7 @@ def _similar(queries: np.ndarray, keys: np.ndarray, *, waste: float = 0.2, small
     return [*groups, order[begin:]]
 
 
-# attention: Attention over packed rows, plugged into transformers so that the stock model code runs.
+# Attention over packed rows, inside the stock model code.
 
 
 NAME = "pyrite_packed"

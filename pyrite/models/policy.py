@@ -24,13 +24,13 @@ from transformers import (
 )
 
 from pyrite.core.processes import once
-from pyrite.data.text import PLAIN, Answer, Encoded, Prompt, Template, encode_all, remembering, stop_ids
+from pyrite.data.responses import Prompt, Responses
+from pyrite.data.text import PLAIN, Template, encode, remembering, stop_ids
 from pyrite.math.logps import Logps
 from pyrite.models import forward
 from pyrite.models.forward import (
     Ways,
     by_group,
-    by_prompt,
     by_response,
     logp_details,
     own_head,
@@ -38,6 +38,7 @@ from pyrite.models.forward import (
     picked_logp,
     places,
     run,
+    score,
     selective_logp,
     states,
 )
@@ -61,7 +62,7 @@ from pyrite.models.loading import (
     tokenizer_of,
     train_top,
 )
-from pyrite.models.packing import Packed, Row, longest, micro_batches, pack, recompute_layers
+from pyrite.models.packing import Groups, Packed, longest, pack, recompute_layers
 
 Pooling = Literal["last", "mean"]
 REORDERED = frozenset({"xlnet", "xlm", "flaubert"})  # generate puts a mask behind the text, which a text has not
@@ -121,9 +122,9 @@ class Policy(nn.Module):
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
-    def pack(self, rows: Sequence[Row]) -> Packed:
-        """Rows as this model reads them, on its device."""
-        return pack_for(self, rows)
+    def pack(self, responses: Responses, groups: Groups | None = None) -> Packed:
+        """Groups of responses, by default those to each prompt, as this model reads them, on its device."""
+        return pack_for(self, responses, groups)
 
     def forward(self, batch: Packed, *, details: bool = False, ref: Policy | None = None) -> Tensor:
         """Log-probability of each of the R response tokens, (R,) float32 nats.
@@ -160,7 +161,7 @@ class Policy(nn.Module):
 
     def readable(self, batch: Packed) -> Packed:
         """The batch as this model can read it, where another model laid it out."""
-        return batch if batch.padded or fits(self, batch.rows) else self.pack(batch.rows)
+        return batch if batch.padded or fits(self, *batch.given) else self.pack(*batch.given)
 
     @property
     def head_weight(self) -> Tensor:
@@ -301,9 +302,9 @@ class RewardModel(nn.Module):
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
-    def pack(self, rows: Sequence[Row]) -> Packed:
-        """Rows as this model reads them, on its device."""
-        return pack_for(self, rows)
+    def pack(self, responses: Responses, groups: Groups | None = None) -> Packed:
+        """Groups of responses, by default those to each prompt, as this model reads them, on its device."""
+        return pack_for(self, responses, groups)
 
     def forward(self, batch: Packed) -> Tensor:
         """Raw scores of the N responses, (N,) float32."""
@@ -312,38 +313,23 @@ class RewardModel(nn.Module):
         return self._plain(batch)
 
     def encode(
-        self,
-        prompts: Sequence[Prompt],
-        responses: Sequence[Answer],
-        *,
-        finished: bool | Sequence[bool] = True,
-        where: Callable[[int], str] | None = None,
-        as_drawn: bool = False,
-    ) -> list[Encoded]:
-        """Texts as this model reads them, in training and in scoring alike; a cut answer gets no end token."""
-        return encode_all(
-            self.tokenizer,
-            prompts,
-            responses,
-            finished=finished,
-            where=where,
-            as_drawn=as_drawn,
-            max_length=self.max_length,
-            max_prompt=self.max_prompt,
-        )
+        self, said: Responses, *, where: Callable[[int], str] | None = None, as_drawn: bool = False
+    ) -> Responses:
+        """Responses as this model reads them, in training and in scoring alike; a cut answer gets no end token."""
+        limits = {"max_length": self.max_length, "max_prompt": self.max_prompt}
+        return encode(self.tokenizer, said, where=where, as_drawn=as_drawn, **limits)
 
     def scores(
         self, prompts: Sequence[Prompt], responses: Sequence[str], *, finished: bool | Sequence[bool] = True
     ) -> Tensor:
         """Standardized scores (N,): (raw - mean) / std with the constants measured after training."""
-        texts = self.encode(prompts, responses, finished=finished, as_drawn=True)
-        return (self.raw_scores(texts) - self.mean) / self.std
+        return RewardEnsemble([self]).scores(prompts, responses, finished=finished)[0]
 
     def raw_scores(
-        self, texts: Sequence[Encoded], *, budget: int = 16384, progress: Callable[[int], None] | None = None
+        self, encoded: Responses, *, budget: int = 16384, progress: Callable[[int], None] | None = None
     ) -> Tensor:
-        """Raw scores (N,) of encoded prompt-response texts; a score does not depend on its neighbors."""
-        return _raw_scores([self], texts, budget=budget, progress=progress)[0]
+        """Raw scores (N,) of responses in this model's tokens; a score does not depend on its neighbors."""
+        return score(self, encoded, each="response", budget=budget, progress=progress)
 
     def pooled(self, batch: Packed, pooling: Pooling) -> Tensor:
         """What the head reads of each of the N responses of a packed batch, (N, H)."""
@@ -409,58 +395,50 @@ class RewardEnsemble:
     def scores(
         self, prompts: Sequence[Prompt], responses: Sequence[str], *, finished: bool | Sequence[bool] = True
     ) -> Tensor:
+        """Standardized scores (E, N) of texts."""
+        return self.score(Responses.said([{"prompt": prompt} for prompt in prompts], responses, finished=finished))
+
+    def score(self, said: Responses) -> Tensor:
         """Standardized scores (E, N)."""
-        raw = self.raw(prompts, responses, finished=finished)
+        raw = self.raw(said)
         return torch.stack([(row - member.mean) / member.std for member, row in zip(self.members, raw, strict=True)])
 
-    def raw(
-        self, prompts: Sequence[Prompt], responses: Sequence[str], *, finished: bool | Sequence[bool] = True
-    ) -> Tensor:
-        """Scores as they were trained (E, N): differences are log-odds, nats."""
+    def raw(self, said: Responses) -> Tensor:
+        """Scores as they were trained (E, N): differences are log-odds, nats. Members that read alike read together."""
+        if not len(said):
+            return torch.empty(len(self.members), 0)
         reads = {(id(m.tokenizer), m.pooling, m.max_length, m.max_prompt, m.packed) for m in self.members}
-        alike = len(reads) == 1
-        groups = [self.members] if alike else [[member] for member in self.members]
-        texts = [group[0].encode(prompts, responses, finished=finished, as_drawn=True) for group in groups]
-        return torch.cat([_raw_scores(group, some) for group, some in zip(groups, texts, strict=True)])
+        groups = [self] if len(reads) == 1 else [RewardEnsemble([member]) for member in self.members]
+        return torch.cat(
+            [score(group, group.members[0].encode(said, as_drawn=True), each="response") for group in groups]
+        )
+
+    def pack(self, responses: Responses, groups: Groups | None = None) -> Packed:
+        """As the first member packs."""
+        return self.members[0].pack(responses, groups)
+
+    def eval(self) -> None:
+        """Every member in evaluation mode."""
+        for member in self.members:
+            member.eval()
+
+    def __call__(self, batch: Packed) -> Tensor:
+        """Raw scores (E, N) of a batch, by members that read alike."""
+        if batch.padded or not one_trunk([member.model for member in self.members]):
+            return torch.stack([member(batch) for member in self.members])
+        pooled = self.members[0].pooled(batch, self.members[0].pooling)
+        return torch.stack([member.read(pooled) for member in self.members])
 
 
-@torch.inference_mode()
-def _raw_scores(
-    members: Sequence[RewardModel],
-    texts: Sequence[Encoded],
-    *,
-    budget: int = 16384,
-    progress: Callable[[int], None] | None = None,
-) -> Tensor:
-    """Raw scores (E, N) of members that read texts alike, so that each batch is packed once."""
-    for member in members:
-        member.eval()
-    rows, owners = by_prompt(texts)
-    out = torch.empty(len(members), len(texts))
-    for group in micro_batches(rows, budget=budget):
-        index = [i for g in group for i in owners[g]]
-        out[:, index] = _together(members, members[0].pack([rows[g] for g in group])).cpu()
-        if progress:
-            progress(len(index))
-    return out
+def pack_for(model: Any, responses: Responses, groups: Groups | None = None) -> Packed:
+    """Packed where the model can; texts longer than a sliding window need the model's own masks."""
+    groups = responses.groups() if groups is None else groups
+    return pack(responses, groups, padded=not fits(model, responses, groups)).to(model.device)
 
 
-def _together(members: Sequence[RewardModel], batch: Packed) -> Tensor:
-    """Raw scores (E, N) of one batch."""
-    if batch.padded or not one_trunk([member.model for member in members]):
-        return torch.stack([member(batch) for member in members])
-    pooled = members[0].pooled(batch, members[0].pooling)
-    return torch.stack([member.read(pooled) for member in members])
-
-
-def pack_for(model: Any, rows: Sequence[Row]) -> Packed:
-    """Packed where the model can; rows longer than a sliding window need the model's own masks."""
-    return pack(rows, padded=not fits(model, rows)).to(model.device)
-
-
-def fits(model: Any, rows: Sequence[Row]) -> bool:
-    """Whether a model reads these rows packed."""
-    return model.packed and longest(rows) <= model.ways.longest
+def fits(model: Any, responses: Responses, groups: Groups) -> bool:
+    """Whether a model reads these groups packed."""
+    return model.packed and longest(responses, groups) <= model.ways.longest
 
 
 def cost(model: Any, path: str | Path) -> str:

@@ -25,13 +25,14 @@ from pyrite.core import checkpoints
 from pyrite.core.processes import Advance, progress, say, world
 from pyrite.data import rows as data
 from pyrite.data import text
-from pyrite.data.text import Encoded, plain
+from pyrite.data.responses import Responses
+from pyrite.data.text import plain
 from pyrite.math import seeds
 from pyrite.math.logps import Logps
 from pyrite.math.ranges import Amplitude, Count, fault
 from pyrite.models import reference_tables as tables
+from pyrite.models.forward import score
 from pyrite.models.loading import Dtype, backbone, tokenizer_of
-from pyrite.models.packing import Row, micro_batches
 from pyrite.models.policy import Policy
 from pyrite.models.reference_tables import BadReference, Table, Text, load, margins, row_id, texts_of
 
@@ -169,7 +170,7 @@ class Reading:
     """
 
     ids: list[str]
-    encoded: list[Encoded]
+    encoded: Responses
     cut: list[bool]
     where: list[str]
     unknown: int | None
@@ -178,7 +179,8 @@ class Reading:
     @cached_property
     def hashes(self) -> list[tuple[str, str]]:
         """Of the prompt and answer ids of each text."""
-        return [(tables.ids_hash(one.prompt), tables.ids_hash(one.response)) for one in self.encoded]
+        asked, said = self.encoded.asked(), self.encoded.tokens()
+        return [(tables.ids_hash(prompt), tables.ids_hash(ids)) for prompt, ids in zip(asked, said, strict=True)]
 
     @cached_property
     def data(self) -> dict[str, Any]:
@@ -201,7 +203,7 @@ def read(
     max_length: int,
     max_prompt: int,
     where: Where | None = None,
-    encoded: Sequence[Encoded] | None = None,
+    encoded: Responses | None = None,
 ) -> Reading:
     """Texts as ids, each distinct one once, answers to one prompt side by side.
 
@@ -218,10 +220,7 @@ def read(
         asked.setdefault(repr(one.prompt), i)
     index = sorted(first.values(), key=lambda i: asked[repr(texts[i].prompt)])
     some, names = [texts[i] for i in index], [(where or name_of(texts))(i) for i in index]
-    if encoded is None:
-        made = encode(tokenizer, some, where=names.__getitem__, **lengths)
-    else:
-        made = [encoded[i] for i in index]
+    made = encode(tokenizer, some, where=names.__getitem__, **lengths) if encoded is None else encoded.take(index)
     cut = cut_prompts(tokenizer, some, made) if conditioning == "prompt" else [False] * len(some)
     if conditioning == "prior":
         _, opening = tables.prior_prompt(tokenizer)
@@ -229,21 +228,22 @@ def read(
             raise ValueError(
                 f"max_prompt {max_prompt} leaves no room for the {len(opening)} tokens a prior begins with"
             )
-        made = [replace(one, prompt=opening) for one in made]
+        made = replace(made, prompt_ids=[opening] * len(made.prompt_ids))
     unknown = tokenizer.unk_token_id if tokenizer.unk_token_id != text.end_id(tokenizer) else None
     return Reading([row_id(one) for one in some], made, cut, names, unknown, recipe)
 
 
-def encode(tokenizer: Any, texts: Sequence[Text], **options: Any) -> list[Encoded]:
-    """Texts as ids; options of `encode_all`."""
-    prompts, answers = [one.prompt for one in texts], [one.answer for one in texts]
-    return text.encode_all(tokenizer, prompts, answers, finished=[one.finished for one in texts], **options)
+def encode(tokenizer: Any, texts: Sequence[Text], **options: Any) -> Responses:
+    """Texts as ids; options of `text.encode`."""
+    rows, answers = [{"prompt": one.prompt} for one in texts], [one.answer for one in texts]
+    said = Responses.said(rows, answers, finished=[one.finished for one in texts])
+    return text.encode(tokenizer, said, **options)
 
 
-def cut_prompts(tokenizer: Any, texts: Sequence[Text], encoded: Sequence[Encoded]) -> list[bool]:
+def cut_prompts(tokenizer: Any, texts: Sequence[Text], encoded: Responses) -> list[bool]:
     """Whether each prompt lost its beginning to a limit."""
     whole = text.encode_prompts(tokenizer, [one.prompt for one in texts])
-    return [len(one.prompt) < len(ids) for one, ids in zip(encoded, whole, strict=True)]
+    return [len(prompt) < len(ids) for prompt, ids in zip(encoded.asked(), whole, strict=True)]
 
 
 def name_of(texts: Sequence[Text]) -> Where:
@@ -293,8 +293,7 @@ def compute(
             if tables.whole_part(path, [reading.ids[i] for i in rows]):
                 advance(len(rows))
                 continue
-            some = [reading.encoded[i] for i in rows]
-            values = token_logps(policy, some, budget, recipe["numerics"]["compute"], advance)
+            values = token_values(policy, reading.encoded.take(rows), budget, recipe["numerics"]["compute"], advance)
             tables.write_part(path, _part(reading, rows, values), fingerprint)
     state.wait_for_everyone()
     if state.is_main_process:
@@ -305,31 +304,17 @@ def compute(
     return load(folder)
 
 
-@torch.no_grad()
-def token_logps(
-    policy: Policy, encoded: Sequence[Encoded], budget: int, precision: Dtype, advance: Advance | None = None
+def token_values(
+    policy: Policy, encoded: Responses, budget: int, precision: Dtype, advance: Advance | None = None
 ) -> list[np.ndarray]:
-    """log π(y_t | x, y_<t) of each text, (T,) float32, neighbors with the same prompt in one packed row."""
-    training = policy.training
-    policy.eval()
-    rows, members = [], []
-    for prompt, run in itertools.groupby(range(len(encoded)), key=lambda i: encoded[i].prompt):
-        siblings = list(run)
-        for some in (siblings[begin : begin + SIBLINGS] for begin in range(0, len(siblings), SIBLINGS)):
-            rows.append(Row(prompt, [encoded[i].response for i in some]))
-            members.append(some)
-    found: list[np.ndarray] = [np.empty(0, np.float32)] * len(encoded)
+    """log π(y_t | x, y_<t) of each text, (T,) float32, neighbors with the same prompt packed together."""
+    training, prompts = policy.training, encoded.asked()
+    runs = [list(run) for _, run in itertools.groupby(range(len(prompts)), key=prompts.__getitem__)]
+    groups = [run[begin : begin + SIBLINGS] for run in runs for begin in range(0, len(run), SIBLINGS)]
     with torch.autocast(policy.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-        for group in micro_batches(rows, budget=budget):
-            batch = policy.pack([rows[g] for g in group])
-            index = [i for g in group for i in members[g]]
-            values = policy(batch).float().cpu().split(batch.lengths.tolist())
-            for i, value in zip(index, values, strict=True):
-                found[i] = value.numpy()
-            if advance:
-                advance(len(index))
+        values = score(policy, encoded, groups, budget=budget, progress=advance)
     policy.train(training)
-    return found
+    return [value.numpy() for value in encoded.split(values)]
 
 
 def _part(reading: Reading, rows: range, values: list[np.ndarray]) -> pa.Table:
@@ -338,15 +323,16 @@ def _part(reading: Reading, rows: range, values: list[np.ndarray]) -> pa.Table:
     if not np.isfinite(sums).all():
         bad = int((~np.isfinite(sums)).argmax())
         raise BadReference(f"R1: {reading.where[rows[bad]]}: the model gives {sums[bad]}; is it sound, in this dtype?")
-    some, at = [reading.encoded[i] for i in rows], slice(rows.start, rows.stop)
+    some, at = reading.encoded.take(rows), slice(rows.start, rows.stop)
+    assert some.truncated is not None  # they have been encoded
     columns: dict[str, Any] = {
         "row_id": reading.ids[at],
         "prompt_ids_sha": [prompt for prompt, _ in reading.hashes[at]],
         "resp_ids_sha": [answer for _, answer in reading.hashes[at]],
-        "n_prompt_tokens": [len(one.prompt) for one in some],
-        "n_resp_tokens": [len(one.response) for one in some],
-        "n_unknown": [0 if reading.unknown is None else one.response.count(reading.unknown) for one in some],
-        "truncated": [one.truncated for one in some],
+        "n_prompt_tokens": [len(prompt) for prompt in some.asked()],
+        "n_resp_tokens": some.lengths.tolist(),
+        "n_unknown": [0 if reading.unknown is None else ids.count(reading.unknown) for ids in some.tokens()],
+        "truncated": some.truncated.tolist(),
         "prompt_truncated": reading.cut[at],
         "sum_logp": sums,
     }
@@ -412,7 +398,7 @@ def same_tokenizer(table: Table, tokenizer: Any) -> bool:
 def verify(
     table: Table,
     texts: Sequence[Text],
-    encoded: Sequence[Encoded] | None = None,
+    encoded: Responses | None = None,
     *,
     tokenizer: Any = None,
     tokens: bool = False,
@@ -443,11 +429,13 @@ def verify(
         if not (same and same_prompts):
             unseen = prior or tokenizer is None
             cut = [False] * len(texts) if unseen else cut_prompts(tokenizer, texts, encoded)
-            reasons = [_cut(table, *sides, lossless=same) for sides in zip(rows, encoded, cut, strict=True)]
+            assert encoded.truncated is not None  # they have been encoded
+            ends = encoded.truncated.tolist()
+            reasons = [_cut(table, *sides, lossless=same) for sides in zip(rows, ends, cut, strict=True)]
         if same:
-            for i, (row, ours) in enumerate(zip(rows, encoded, strict=True)):
+            for i, (row, asked, said) in enumerate(zip(rows, encoded.asked(), encoded.tokens(), strict=True)):
                 if reasons[i] is None:
-                    _check_ids(table, row, ours, name(i), prompt=same_prompts and not prior)
+                    _check_ids(table, row, asked, said, name(i), prompt=same_prompts and not prior)
     none = "R4: the answer has no tokens"
     return [none if table.n_resp_tokens[row] == 0 else why for row, why in zip(rows, reasons, strict=True)]
 
@@ -466,11 +454,11 @@ def _row_of(table: Table, one: Text, where: Where, i: int) -> int:
     return row
 
 
-def _check_ids(table: Table, row: int, ours: Encoded, name: str, *, prompt: bool) -> None:
+def _check_ids(table: Table, row: int, asked: Sequence[int], said: Sequence[int], name: str, *, prompt: bool) -> None:
     """R2: an answer was read as the trainer's tokens, and its prompt too."""
-    other = tables.ids_hash(ours.response) != table.resp_ids_sha[row]
-    if other or (prompt and tables.ids_hash(ours.prompt) != table.prompt_ids_sha[row]):
-        counts, mine = (table.n_resp_tokens, ours.response) if other else (table.n_prompt_tokens, ours.prompt)
+    other = tables.ids_hash(said) != table.resp_ids_sha[row]
+    if other or (prompt and tables.ids_hash(asked) != table.prompt_ids_sha[row]):
+        counts, mine = (table.n_resp_tokens, said) if other else (table.n_prompt_tokens, asked)
         raise BadReference(
             f"R2: {table.folder}: {'' if other else 'the prompt of '}{name} was read as other tokens ({counts[row]}) "
             f"than the policy's ({len(mine)}): another truncation or chat template; compute it again with the "
@@ -478,9 +466,9 @@ def _check_ids(table: Table, row: int, ours: Encoded, name: str, *, prompt: bool
         )
 
 
-def _cut(table: Table, row: int, ours: Encoded, cut: bool, *, lossless: bool) -> str | None:
+def _cut(table: Table, row: int, truncated: bool, cut: bool, *, lossless: bool) -> str | None:
     """R3: both models must have scored the whole text."""
-    if ours.truncated or table.truncated[row]:
+    if truncated or table.truncated[row]:
         return "R3: truncation cut the answer for the policy or the reference"
     if cut or table.prompt_truncated[row]:
         return "R3: truncation cut the prompt for the policy or the reference"
@@ -502,7 +490,7 @@ def spot_check(table: Table, policy: Policy, texts: Sequence[Text], *, rows: int
     reading = read(policy.tokenizer, [texts[i] for i in pick], conditioning=kind, **lengths)
     coarse = "bfloat16" in (recipe["numerics"]["weights"], recipe["numerics"]["compute"])
     worst = 0.0
-    values = token_logps(policy, reading.encoded, 16384, recipe["numerics"]["compute"])
+    values = token_values(policy, reading.encoded, 16384, recipe["numerics"]["compute"])
     for name, where, value in zip(reading.ids, reading.where, values, strict=True):
         stored, now = float(table.sum_logp[table.places[name]]), float(value.sum(dtype=np.float64))
         allowed = TOLERANCE["bfloat16" if coarse else "float32"] * max(1, len(value))
@@ -521,7 +509,7 @@ def spot_check(table: Table, policy: Policy, texts: Sequence[Text], *, rows: int
 def obtain(
     sources: Sequence[Source],
     texts: Sequence[Text],
-    encoded: Sequence[Encoded],
+    encoded: Responses,
     *,
     pairs: Sequence[dict[str, Any]],
     policy: Policy,
@@ -547,12 +535,13 @@ def obtain(
     if any(source.kind == "ema" for source in sources):
         raise BadReference("R8: a reference that moves with the policy has no stored log-probabilities; run it along")
     where, tokenizer = name_of_pair(pairs), policy.tokenizer
-    total, by_text, aligned = np.zeros(len(texts)), [np.zeros(len(one.response), np.float32) for one in encoded], True
+    lengths = encoded.lengths.tolist()
+    total, by_text, aligned = np.zeros(len(texts)), [np.zeros(length, np.float32) for length in lengths], True
     reasons: list[str | None] = [None] * len(texts)
     notes: list[str] = []
     for source in sources:
         if source.kind == "column":
-            sums, why, aligned = _column(source, pairs, tokens=tokens), [_cut_here(one) for one in encoded], False
+            sums, why, aligned = _column(source, pairs, tokens=tokens), _cut_here(encoded), False
         else:
             if source.kind == "table":
                 table, same_prompts = _named(source, texts, policy, tokens=tokens, precision=precision), True
@@ -588,13 +577,13 @@ def obtain(
     if tokens:
         logps = Logps.from_tokens([torch.as_tensor(row) for row in by_text])
     else:
-        length = torch.tensor([len(one.response) for one in encoded])
-        logps = Logps.from_sums(torch.as_tensor(total).float(), length, aligned=aligned)
+        logps = Logps.from_sums(torch.as_tensor(total).float(), encoded.lengths, aligned=aligned)
     return logps, dropped, [*notes, _margins_line(logps, dropped)]
 
 
-def _cut_here(one: Encoded) -> str | None:
-    return "R3: truncation cut the answer for the policy" if one.truncated else None
+def _cut_here(encoded: Responses) -> list[str | None]:
+    assert encoded.truncated is not None  # they have been encoded
+    return ["R3: truncation cut the answer for the policy" if cut else None for cut in encoded.truncated.tolist()]
 
 
 def _column(source: Source, pairs: Sequence[dict[str, Any]], *, tokens: bool) -> np.ndarray:
@@ -626,7 +615,7 @@ def _named(source: Source, texts: Sequence[Text], policy: Policy, *, tokens: boo
 def _scored(
     source: Source,
     texts: Sequence[Text],
-    encoded: Sequence[Encoded],
+    encoded: Responses,
     *,
     where: Where,
     policy: Policy,

@@ -6,19 +6,18 @@ its trunk, so that one forward gives both. A value is read where the token is pr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from pyrite.core import checkpoints
 from pyrite.core.processes import once
+from pyrite.data.responses import Responses
 from pyrite.models import forward
 from pyrite.models.forward import pad_of, places, states
 from pyrite.models.loading import (
@@ -35,20 +34,10 @@ from pyrite.models.loading import (
     settings,
     train_top,
 )
-from pyrite.models.packing import Packed, Row, micro_batches
+from pyrite.models.packing import Groups, Packed
 from pyrite.models.policy import Policy, cost, pack_for
 
 HEAD = "value_head.safetensors"
-
-
-class Critic(Protocol):
-    """What gives values: a `ValueModel` or a `WithValue`."""
-
-    def pack(self, rows: Sequence[Row]) -> Packed: ...
-
-    def values(self, batch: Packed) -> Tensor: ...
-
-    def eval(self) -> Any: ...
 
 
 class ValueModel(nn.Module):
@@ -110,9 +99,9 @@ class ValueModel(nn.Module):
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
-    def pack(self, rows: Sequence[Row]) -> Packed:
-        """Rows as this model reads them, on its device."""
-        return pack_for(self, rows)
+    def pack(self, responses: Responses, groups: Groups | None = None) -> Packed:
+        """Groups of responses, by default those to each prompt, as this model reads them, on its device."""
+        return pack_for(self, responses, groups)
 
     def forward(self, batch: Packed) -> Tensor:
         """The value before each of the R response tokens, (R,) float32."""
@@ -150,9 +139,9 @@ class WithValue(nn.Module):
         """The policy's."""
         return self.policy.model
 
-    def pack(self, rows: Sequence[Row]) -> Packed:
-        """Rows as the policy reads them, on its device."""
-        return self.policy.pack(rows)
+    def pack(self, responses: Responses, groups: Groups | None = None) -> Packed:
+        """As the policy reads them, on its device."""
+        return self.policy.pack(responses, groups)
 
     def forward(self, batch: Packed) -> Tensor:
         """(2, R) float32: log-probability of each of the R response tokens, nats, and the value before it."""
@@ -182,16 +171,3 @@ class WithValue(nn.Module):
     def _value(self, hidden: Tensor) -> Tensor:
         with torch.autocast(hidden.device.type, enabled=False):
             return self.head((hidden.detach() if self.detach else hidden).float()).squeeze(-1)
-
-
-@torch.no_grad()
-def response_values(critic: Critic, rows: Sequence[Row], *, budget: int = 16384) -> Tensor:
-    """Values (N, T) of all responses, row by row, 0 behind their ends; on the processor."""
-    critic.eval()
-    parts: list[Sequence[Tensor]] = [()] * len(rows)
-    for group in micro_batches(rows, budget=budget):
-        batch = critic.pack([rows[i] for i in group])
-        flat = iter(critic.values(batch).cpu().split(batch.lengths.tolist()))
-        for i in group:
-            parts[i] = [next(flat) for _ in rows[i].responses]
-    return pad_sequence([part for row in parts for part in row], batch_first=True)

@@ -21,10 +21,12 @@ import torch
 from pyrite.core.runs import Run
 from pyrite.data import rows as data
 from pyrite.data.conditioning import Dimensions, Option, Variants, conditioned
-from pyrite.data.text import encode_all
+from pyrite.data.responses import Responses
+from pyrite.data.text import encode
 from pyrite.jobs import dpo, duel, generate, pairs, ppo, reward, sft, soup
 from pyrite.math.seeds import derive
-from pyrite.models.packing import Row as Packed
+from pyrite.models.forward import token_logps
+from pyrite.models.packing import singles
 from pyrite.models.policy import Policy
 from pyrite.recipes import study, toy
 from pyrite.recipes.study import Chain, Claim, Row
@@ -32,7 +34,7 @@ from pyrite.recipes.toy import Shares
 from pyrite.report import charts
 from pyrite.report.charts import BLUE, FAINT, GREEN, INK, ORANGE, Chart, span, styled
 from pyrite.report.page import Part, figure, number, numbers, percent, table, tabs, text
-from pyrite.training.evaluation import Evaluation, response_logps
+from pyrite.training.evaluation import Evaluation
 from pyrite.training.loop import Training
 
 
@@ -398,9 +400,9 @@ def divergence(base: Path, files: Mapping[str, Sequence[Path]]) -> list[Row]:
     start, found = Policy.load(str(base)), []
     for method, mine in files.items():
         rows = [row for file in mine for row in data.load(file, "candidates")]
-        asked, said, done = ([row[name] for row in rows] for name in ("prompt", "response", "finished"))
-        both = encode_all(start.tokenizer, asked, said, finished=done, as_drawn=True)
-        theirs = response_logps(start, [Packed(one.prompt, [one.response]) for one in both]).sum.tolist()
+        said, done = ([row[name] for row in rows] for name in ("response", "finished"))
+        read = encode(start.tokenizer, Responses.said(rows, said, finished=done), as_drawn=True)
+        theirs = token_logps(start, read, singles(read)).sum.tolist()
         ratios = torch.tensor([row["logp"] - logp for row, logp in zip(rows, theirs, strict=True)], dtype=torch.float64)
         error = (ratios.std() / len(ratios) ** 0.5).item()
         found.append({"method": method, "kl": ratios.mean().item(), "kl_se": error})

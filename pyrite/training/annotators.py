@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from pyrite.core import runs, specs
 from pyrite.core.processes import on_main, say, world
 from pyrite.data import text
-from pyrite.data.text import Encoded
+from pyrite.data.responses import Responses
 from pyrite.feedback.judges import Judge, check_verdicts
 from pyrite.feedback.ledger import Account
 from pyrite.feedback.pairing import Labelled, Labels, Pairing, Source, decided, label, paired
@@ -24,14 +24,14 @@ from pyrite.feedback.schedules import Schedule
 from pyrite.feedback.selectors import pick
 from pyrite.math import losses, reward_losses, seeds, statistics
 from pyrite.math.ranges import Count, Natural, Positive
+from pyrite.models.forward import token_logps
 from pyrite.models.loading import member_paths
-from pyrite.models.packing import Row
+from pyrite.models.packing import Packed, singles
 from pyrite.models.policy import Lora, Policy, RewardEnsemble, RewardModel
 from pyrite.training import loop
-from pyrite.training.evaluation import response_logps
 from pyrite.training.loop import BatchLoss, Learner, Training
-from pyrite.training.pairs import Preferences, batch_loss
-from pyrite.training.rounds import Answer, Players
+from pyrite.training.pairs import Preferences, batch_loss, in_pairs
+from pyrite.training.rounds import Answer, Players, tokens_of
 
 __all__ = ["implicit", "reward", "self_reward"]
 
@@ -141,15 +141,14 @@ class Rewards:
         """Raw scores (E, N)."""
         if not answers:
             return torch.empty(len(self.models), 0)
-        prompts, responses = [answer.prompt for answer in answers], [answer.response for answer in answers]
-        return RewardEnsemble(self.models).raw(prompts, responses, finished=[answer.finished for answer in answers])
+        return RewardEnsemble(self.models).raw(said(answers))
 
     def learn(self, labels: Sequence[Better], *, seed: int) -> dict[str, float]:
         """One pass of every member; means over members."""
         found = []
         for member, (model, learner) in enumerate(zip(self.models, self.learners, strict=True)):
-            rows = pair_rows(model, labels)
-            found.append(_taught(learner, rows, partial(pair_loss, model.pack, self.loss), seeds.derive(seed, member)))
+            read = model.encode(said([answer for pair in labels for answer in pair]), as_drawn=True)
+            found.append(_taught(learner, read, partial(pair_loss, self.loss), seeds.derive(seed, member)))
         return {name: sum(row[name] for row in found) / len(found) for name in found[0]}
 
 
@@ -166,39 +165,38 @@ class Implicit:
         """β log-ratio of the very tokens that were drawn, (1, N)."""
         if not answers:
             return torch.empty(1, 0)
-        rows = [Row(answer.prompt_ids, [answer.ids]) for answer in answers]
+        drawn = tokens_of(answers)
         with self.players.reading():
-            own = response_logps(self.policy, rows).sum.double()
-        ratio = own - self.players.ref_logps(rows).sum.double()
+            own = token_logps(self.policy, drawn, singles(drawn)).sum.double()
+        ratio = own - self.players.ref_logps(drawn, singles(drawn)).sum.double()
         return (self.beta * ratio).float()[None]
 
     def learn(self, labels: Sequence[Better], *, seed: int) -> dict[str, float]:
         """One pass of DPO."""
         if not self.learners:
             return {}
-        rows = [Row(chosen.prompt_ids, [chosen.ids, rejected.ids]) for chosen, rejected in labels]
-        prefs = Preferences(rows, self.players.ref_logps(rows))
+        drawn = tokens_of([answer for pair in labels for answer in pair])
+        both = torch.arange(len(drawn)).view(-1, 2)
+        prefs = Preferences(drawn, both[:, 0], both[:, 1], ref=self.players.ref_logps(drawn, in_pairs(drawn)))
         loss = batch_loss(self.policy, partial(losses.dpo, beta=self.beta), prefs)
-        found = _taught(self.learners[0], rows, loss, seed)
+        found = _taught(self.learners[0], drawn, loss, seed)
         return {"loss": found["loss"], "accuracy": found["accuracy"]}
 
 
-def pair_rows(model: RewardModel, labels: Sequence[Better]) -> list[Row]:
-    """One row a pair as a reward model reads it: the prompt, then chosen and rejected."""
-
-    def encoded(side: Sequence[Answer]) -> list[Encoded]:
-        asked, said, done = ([getattr(a, name) for a in side] for name in ("prompt", "response", "finished"))
-        return model.encode(asked, said, finished=done, as_drawn=True)
-
-    chosen, rejected = (encoded(side) for side in zip(*labels, strict=True))
-    return [Row(a.prompt, [a.response, b.response]) for a, b in zip(chosen, rejected, strict=True)]
+def said(answers: Sequence[Answer]) -> Responses:
+    """The texts, without the tokens that were drawn."""
+    return Responses.said(
+        [{"prompt": one.prompt} for one in answers],
+        [one.response for one in answers],
+        finished=[one.finished for one in answers],
+    )
 
 
 def pair_loss(
-    pack: Callable, loss: Callable[..., Tensor], model: nn.Module, rows: list[Row], _: list[int]
+    loss: Callable[..., Tensor], model: nn.Module, batch: Packed, _: list[int]
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of a reward model over rows of a chosen and a rejected answer, with accuracy and margin."""
-    chosen, rejected = model(pack(rows)).view(-1, 2).unbind(1)
+    """The loss of a reward model over pairs of a chosen and a rejected answer, with accuracy and margin."""
+    chosen, rejected = model(batch).view(-1, 2).unbind(1)
     return loss(chosen, rejected).sum(), {
         "accuracy": statistics.wins(chosen.detach(), rejected.detach()).sum().float(),
         "margin": (chosen - rejected).sum(),
@@ -211,13 +209,14 @@ def _training(lr: float, epochs: int, batch_size: int, precision: loop.Precision
     )
 
 
-def _taught(learner: Learner, rows: list[Row], loss: BatchLoss, seed: int) -> dict[str, float]:
-    """Every batch of every epoch once; means over the updates."""
+def _taught(learner: Learner, responses: Responses, loss: BatchLoss, seed: int) -> dict[str, float]:
+    """Every batch of pairs of every epoch once; means over the updates."""
     model: Any = learner.model
+    pairs = in_pairs(responses)
     model.train()
     seen = [
-        learner.update(batch, rows, loss, weights=[1.0] * len(rows), lr=learner.training.lr)
-        for batch in loop.batches(len(rows), learner.training, seed=seed)
+        learner.update(batch, responses, pairs, loss, lr=learner.training.lr)
+        for batch in loop.batches(len(pairs), learner.training, seed=seed)
     ]
     model.eval()
     return {name: torch.stack([row[name].float() for row in seen]).mean().item() for name in seen[0]}

@@ -7,7 +7,7 @@ KL(policy || ref) = E_policy[log pi - log pi_ref] is estimated where it is defin
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,6 +21,7 @@ from pyrite.core.processes import Advance, on_main, say
 from pyrite.data import rows as data
 from pyrite.data import rows as long_prompts
 from pyrite.data import text
+from pyrite.data.responses import Responses
 from pyrite.data.rows import OnLong
 from pyrite.feedback import scorers
 from pyrite.feedback import scorers as golds
@@ -29,8 +30,9 @@ from pyrite.feedback.scorers import Scorer
 from pyrite.math import ensembles, seeds, statistics
 from pyrite.math.logps import Logps
 from pyrite.math.ranges import Count
+from pyrite.models.forward import score, token_logps
 from pyrite.models.generation import Samples, sample
-from pyrite.models.packing import Packed, Row, micro_batches
+from pyrite.models.packing import Packed, singles
 from pyrite.models.policy import Policy, RewardEnsemble, backbone
 
 # Gold in measurements ----------------------------------------------------------------------------------------------
@@ -127,22 +129,19 @@ class Divergences:
         return {"kl_exact": kl, "entropy_exact": torch.stack([row.double().mean() for row in self.entropy])}
 
 
-@torch.inference_mode()
-def divergences(policy: Policy, ref: Policy, rows: Sequence[Row], *, budget: int = 16384) -> Divergences:
-    """Of each row's one response, as the policy drew it. ref: `policy` itself is the policy without its adapters."""
-    policy.eval()
+def divergences(policy: Policy, ref: Policy, drawn: Responses, *, budget: int = 16384) -> Divergences:
+    """Of each response, as the policy drew it. ref: `policy` itself is the policy without its adapters."""
     ref.eval()
-    parts: list[tuple[Tensor, ...]] = [()] * len(rows)
-    for group in micro_batches(rows, budget=budget):
-        some = [rows[i] for i in group]
-        batch = packed if (packed := ref.pack(some)).padded else policy.pack(some)
-        ours = policy.logits(batch)
+
+    def read(batch: Packed) -> Tensor:
+        theirs = ref.readable(batch)
+        ours = policy.logits(theirs if theirs.padded else batch)
         with policy.without_adapters() if ref is policy else nullcontext():
-            found = _by_position(ours, ref.logits(batch), batch)
-        for i, part in zip(group, found.cpu().split(batch.lengths.tolist(), dim=1), strict=True):
-            parts[i] = tuple(part)
-    logps, kl, entropy = (list(column) for column in zip(*parts, strict=True))
-    return Divergences(Logps.from_tokens(logps), kl, entropy)
+            return _by_position(ours, ref.logits(theirs), theirs)
+
+    found = score(policy, drawn, singles(drawn), read=read, budget=budget)
+    logps, kl, entropy = (drawn.split(row) for row in found)
+    return Divergences(Logps.from_tokens(logps), list(kl), list(entropy))
 
 
 def _by_position(ours: Callable[[slice], Tensor], theirs: Callable[[slice], Tensor], batch: Packed) -> Tensor:
@@ -310,31 +309,15 @@ class Evaluator:
 
     def _kl(self, policy: Policy, ref: Policy, drawn: Samples) -> tuple[dict[str, Tensor], Divergences | None]:
         """k1 and k3 of every answer, and the exact KL where wanted: the reference scores the very tokens sampled."""
-        rows = [Row(self.ids[p], [r]) for p, r in zip(drawn.prompt.tolist(), drawn.responses(), strict=True)]
+        asked = replace(Responses.of([(ids, []) for ids in self.ids]), prompt=drawn.prompt, lengths=drawn.length)
         mask = torch.arange(drawn.tokens.shape[1]) < drawn.length[:, None]
+        asked = replace(asked, ids=drawn.tokens[mask], finished=drawn.finished)
         ours = Logps(drawn.policy_logps.double().sum(1), drawn.length, drawn.policy_logps, mask)
-        exact = divergences(policy, ref, rows) if self.options.eval_exact else None
+        exact = divergences(policy, ref, asked) if self.options.eval_exact else None
         with policy.without_adapters() if ref is policy else nullcontext():
-            theirs = exact.ref if exact else response_logps(ref, rows)
+            theirs = exact.ref if exact else token_logps(ref, asked, singles(asked))
         found = {f"kl_{name}": statistics.kl(ours, theirs, estimator=name).double() for name in ("k1", "k3")}
         return found | (exact.summary() if exact else {}), exact
-
-
-@torch.inference_mode()
-def response_logps(
-    policy: Policy, rows: Sequence[Row], *, budget: int = 16384, progress: Advance | None = None
-) -> Logps:
-    """Token by token log-probabilities of all responses, row by row; `progress` is told each number of rows."""
-    policy.eval()
-    parts: list[Sequence[Tensor]] = [()] * len(rows)
-    for group in micro_batches(rows, budget=budget):
-        batch = policy.pack([rows[i] for i in group])
-        flat = iter(policy(batch).cpu().split(batch.lengths.tolist()))
-        for i in group:
-            parts[i] = [next(flat) for _ in rows[i].responses]
-        if progress:
-            progress(len(group))
-    return Logps.from_tokens([part for row in parts for part in row])
 
 
 def _proxy(

@@ -24,9 +24,10 @@ from torch import Tensor, nn
 from pyrite.core import processes, specs
 from pyrite.core.processes import progress, say, world
 from pyrite.core.runs import Run, TrainingError
+from pyrite.data.responses import Responses
 from pyrite.math import lr_schedulers, seeds
 from pyrite.math.ranges import Count, Positive, check
-from pyrite.models.packing import Row, micro_batches
+from pyrite.models.packing import Groups, Packed, micro_batches, sizes
 from pyrite.models.policy import recompute
 from pyrite.training import optimizers
 
@@ -162,8 +163,8 @@ def _factors(model: nn.Module) -> Iterator[tuple[str, Tensor, Tensor, LoraLayer]
 
 
 Precision = Literal["float32", "bfloat16"]
-# (model, rows, their indices) -> (sum of the losses, sums of metrics)
-BatchLoss = Callable[[nn.Module, list[Row], list[int]], tuple[Tensor, dict[str, Tensor]]]
+# (model, groups of responses as it reads them, their indices) -> (sum of the losses, sums of metrics)
+BatchLoss = Callable[[nn.Module, Packed, list[int]], tuple[Tensor, dict[str, Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -236,10 +237,11 @@ def steps(rows: int, training: Training) -> int:
 
 def fit(
     model: nn.Module,
-    rows: Sequence[Row],
+    responses: Responses,
+    groups: Groups,
     loss: BatchLoss,
     *,
-    weights: Sequence[float],
+    weights: Sequence[float] | None = None,
     training: Training,
     logging: Logging,
     seed: int,
@@ -249,15 +251,16 @@ def fit(
     state: Mapping[str, Tensor] | None = None,
     watch: Callable[[int], None] | None = None,
 ) -> None:
-    """Minimize sum(loss) / sum(weights) over batches of `rows`, resuming from the last checkpoint if there is one.
+    """Minimize sum(loss) / sum(weights) over batches of groups, resuming from the last checkpoint if there is one.
 
-    weights: what each row counts in its batch (response tokens for sft, 1 for a pair). state: tensors of the
+    groups: responses that are learned from together: one, a pair, all to a prompt. weights: what each group counts in
+    its batch, 1 by default (response tokens for sft). state: tensors of the
     loss's own that belong in a checkpoint (running means, a moving reference), restored in place. watch(step) is
     called after every step, before its checkpoint; the model is then in evaluation mode.
     Raises TrainingError if the loss or a gradient is not finite.
     """
     learner = Learner(model, training)
-    total = steps(len(rows), training)
+    total = steps(len(groups), training)
     torch.manual_seed(seeds.derive(seed, "dropout"))
     checkpoints = run.folder / folder
     begin = resume(checkpoints, learner, state or {})
@@ -266,11 +269,11 @@ def fit(
         say(f"  {label}: going on from step {begin} of {total}")
     model.train()
     log = _Log(run, label, logging, checkpoints)
-    order_of = batches(len(rows), training, seed=seed, begin=begin)
+    order_of = batches(len(groups), training, seed=seed, begin=begin)
     with progress(label, total, unit="steps", done=begin) as advance, processes.after_steps("step") as asked:
         for step, batch in zip(range(begin, total), order_of, strict=True):
             lr = learning_rate(step, total, training)
-            metrics = learner.update(batch, rows, loss, weights=weights, lr=lr)
+            metrics = learner.update(batch, responses, groups, loss, weights=weights, lr=lr)
             saves = (step + 1) % logging.save_steps == 0 and step + 1 < total
             log.add(step + 1, metrics, lr=lr, line=saves or step + 1 == total)
             if watch:
@@ -306,16 +309,50 @@ class Learner:
         self.optimizer = specs.part(self.training.optim, optimizers)(trained)
 
     def update(
-        self, batch: list[int], rows: Sequence[Row], loss: BatchLoss, *, weights: Sequence[float], lr: float
+        self,
+        batch: list[int],
+        responses: Responses,
+        groups: Groups,
+        loss: BatchLoss,
+        *,
+        weights: Sequence[float] | None = None,
+        lr: float,
     ) -> dict[str, Tensor]:
-        """One optimizer step on some of the rows; means of loss and metrics, and the norm of the gradient."""
+        """One optimizer step on some of the groups; means of loss and metrics, and the norm of the gradient."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        metrics = _backward(self.wrapped, batch, rows, loss, weights, self.accelerator, self.training)
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.training.max_grad_norm)
+        norm = float(len(batch)) if weights is None else sum(weights[i] for i in batch)
+        metrics = self._backward(batch, responses, groups, loss, norm)
+        clipped = nn.utils.clip_grad_norm_(self.model.parameters(), self.training.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return {**metrics, "grad_norm": norm}
+        return {**metrics, "grad_norm": clipped}
+
+    def _backward(
+        self, batch: list[int], responses: Responses, groups: Groups, loss: BatchLoss, norm: float
+    ) -> dict[str, Tensor]:
+        """Gradients of one optimizer batch; this process takes every num_processes-th group by length."""
+        accelerator, model, training = self.accelerator, self.wrapped, self.training
+        size = dict(zip(batch, sizes(responses, [groups[i] for i in batch]), strict=True))
+        by_length = sorted(batch, key=lambda i: -size[i])
+        mine = by_length[accelerator.process_index :: accelerator.num_processes]
+        idle = not mine  # fewer groups than processes: take part in the gradient sum with weight 0
+        mine = mine or by_length[:1]
+        micro = list(micro_batches([size[i] for i in mine], budget=training.micro_batch_tokens))
+        share = 0.0 if idle else accelerator.num_processes / norm  # DDP averages over processes
+        sums: dict[str, Tensor] = {}
+        # one cast of the weights serves all micro-batches: autocast keeps it until the outermost block ends
+        with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=training.precision == "bfloat16"):
+            for number, part in enumerate(micro):
+                indices = [mine[i] for i in part]
+                packed = self.model.pack(responses, [groups[i] for i in indices])  # type: ignore[operator]
+                with nullcontext() if number == len(micro) - 1 else accelerator.no_sync(model):
+                    value, metrics = loss(model, packed, indices)
+                    with torch.autocast(accelerator.device.type, enabled=False):
+                        accelerator.backward(value * share)
+                for name, amount in {"loss": value.detach(), **metrics}.items():
+                    sums[name] = sums.get(name, 0) + amount.detach() * (0.0 if idle else 1.0)
+        return {name: accelerator.reduce(amount) / norm for name, amount in sums.items()}  # type: ignore[operator]
 
 
 def batches(rows: int, training: Training, *, seed: int, begin: int = 0) -> Iterator[list[int]]:
@@ -332,37 +369,6 @@ def discard_checkpoints(run: Run, folder: str = "checkpoints") -> None:
     """Drop what only a resume would need, once the model is saved."""
     if run.writes:
         shutil.rmtree(run.folder / folder, ignore_errors=True)
-
-
-def _backward(
-    model: nn.Module,
-    batch: list[int],
-    rows: Sequence[Row],
-    loss: BatchLoss,
-    weights: Sequence[float],
-    accelerator: Accelerator,
-    training: Training,
-) -> dict[str, Tensor]:
-    """Gradients of one optimizer batch; this process takes every num_processes-th row by length."""
-    norm = sum(weights[i] for i in batch)
-    by_length = sorted(batch, key=lambda i: -rows[i].tokens)
-    mine = by_length[accelerator.process_index :: accelerator.num_processes]
-    idle = not mine  # fewer rows than processes: take part in the gradient sum with weight 0
-    mine = mine or by_length[:1]
-    groups = list(micro_batches([rows[i] for i in mine], budget=training.micro_batch_tokens))
-    share = 0.0 if idle else accelerator.num_processes / norm  # DDP averages over processes
-    sums: dict[str, Tensor] = {}
-    # one cast of the weights serves all micro-batches: autocast keeps it until the outermost block ends
-    with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=training.precision == "bfloat16"):
-        for number, group in enumerate(groups):
-            indices = [mine[i] for i in group]
-            with nullcontext() if number == len(groups) - 1 else accelerator.no_sync(model):
-                value, metrics = loss(model, [rows[i] for i in indices], indices)
-                with torch.autocast(accelerator.device.type, enabled=False):
-                    accelerator.backward(value * share)
-            for name, amount in {"loss": value.detach(), **metrics}.items():
-                sums[name] = sums.get(name, 0) + amount.detach() * (0.0 if idle else 1.0)
-    return {name: accelerator.reduce(amount) / norm for name, amount in sums.items()}  # type: ignore[operator]
 
 
 class _Log:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -11,84 +11,95 @@ from torch import Tensor, nn
 
 from pyrite.data import rows as data
 from pyrite.data import text
-from pyrite.data.text import Encoded
+from pyrite.data.responses import Responses
 from pyrite.math import logps as clamps
 from pyrite.math import statistics as estimators
 from pyrite.math.logps import Logps, PairLogps, Running, update_running
 from pyrite.math.losses.needs import needs
-from pyrite.models.forward import by_response
-from pyrite.models.packing import Packed, Row, micro_batches
+from pyrite.models.forward import by_response, packed_batches, token_logps
+from pyrite.models.packing import Packed
 from pyrite.models.policy import Policy
-from pyrite.models.references import Text, texts_of
-from pyrite.training.evaluation import response_logps
 from pyrite.training.loop import BatchLoss, Precision
 
 Loss = Callable[[PairLogps], Tensor]
 OnCut = Literal["drop", "keep"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Preferences:
-    """B pairs for one policy.
+    """B preference pairs, as columns of indices into N responses.
 
-    rows: a prompt, then its chosen and its rejected answer; ref: log-probabilities of the 2B answers, chosen and
-    rejected alternately, None without a reference; strength (B,): how strongly chosen is preferred, nats.
+    strength (B,): how strongly chosen is preferred, nats; None if it is not known of all. ref: log-probabilities of
+    the N responses, None without a reference. dropped: rows that were left out, with the reason.
     """
 
-    rows: list[Row]
-    ref: Logps | None = None
+    responses: Responses
+    chosen: Tensor
+    rejected: Tensor
     strength: Tensor | None = None
+    ref: Logps | None = None
+    dropped: list[dict[str, Any]] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, responses: Responses, pairs: Tensor, strength: Tensor | None = None) -> Preferences:
+        """Pairs (B, 2) of indices, chosen first, with a table of the responses that are in one."""
+        places = torch.arange(2 * len(pairs))
+        return cls(responses.take(pairs.flatten()), places[::2], places[1::2], strength)
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.chosen)
 
-    def at(self, pairs: list[int]) -> Preferences:
-        """Some of the pairs."""
-        strength = None if self.strength is None else self.strength[pairs]
-        return Preferences([self.rows[i] for i in pairs], _of_rows(self.ref, pairs), strength)
+    @property
+    def pairs(self) -> list[dict[str, Any]]:
+        """The row of each pair."""
+        return [self.responses.rows[p] for p in self.responses.prompt[self.chosen].tolist()]
 
+    @property
+    def groups(self) -> list[list[int]]:
+        """Chosen and rejected of each pair, which are packed behind one prompt."""
+        return torch.stack([self.chosen, self.rejected], 1).tolist()
 
-@dataclass(frozen=True)
-class EncodedPairs:
-    """B pairs as token ids; their 2B answers, chosen and rejected alternately; what was left out, with the reason."""
+    def at(self, pairs: Sequence[int]) -> Preferences:
+        """Some of the pairs, of the same table of responses."""
+        index = torch.as_tensor(pairs, dtype=torch.int64)
+        strength = None if self.strength is None else self.strength[index]
+        return replace(self, chosen=self.chosen[index], rejected=self.rejected[index], strength=strength)
 
-    pairs: list[dict[str, Any]]
-    texts: list[Text]
-    encoded: list[Encoded]
-    dropped: list[dict[str, Any]]
-
-    def without(self, reasons: Sequence[str | None]) -> EncodedPairs:
+    def without(self, reasons: Sequence[str | None]) -> Preferences:
         """The pairs that have no reason (B,) to be dropped."""
-        kept = [i for i, reason in enumerate(reasons) if reason is None]
+        kept = self.at([i for i, reason in enumerate(reasons) if reason is None])
         lost = [{"prompt_id": p["prompt_id"], "reason": r} for p, r in zip(self.pairs, reasons, strict=True) if r]
-        answers = _answers(kept)
-        texts, encoded = [self.texts[i] for i in answers], [self.encoded[i] for i in answers]
-        return EncodedPairs([self.pairs[i] for i in kept], texts, encoded, self.dropped + lost)
+        made = Preferences.of(self.responses, torch.stack([kept.chosen, kept.rejected], 1), kept.strength)
+        answers = torch.stack([kept.chosen, kept.rejected], 1).flatten()
+        ref = None if self.ref is None else self.ref.at(answers)
+        return replace(made, ref=ref, dropped=self.dropped + lost)
 
     def zeros(self, *, tokens: bool) -> Logps:
-        """The reference that gives every answer the same log-probability, 0."""
-        flat = [torch.zeros(len(one.response)) for one in self.encoded]
-        full = Logps.from_tokens(flat)
+        """The reference that gives every response the same log-probability, 0."""
+        full = Logps.from_tokens(self.responses.split(torch.zeros(len(self.responses.ids))))
         return full if tokens else Logps.from_sums(full.sum, full.length)
 
-    def preferences(self, ref: Logps | None = None) -> Preferences:
-        """Rows ready to learn from."""
-        both = zip(self.encoded[::2], self.encoded[1::2], strict=True)
-        rows = [Row(chosen.prompt, [chosen.response, rejected.response]) for chosen, rejected in both]
-        strengths = [pair.get("strength") for pair in self.pairs]
-        unknown = any(value is None for value in strengths)
-        return Preferences(rows, ref, None if unknown else torch.tensor(strengths, dtype=torch.float32))
+
+def paired_texts(pairs: Sequence[dict[str, Any]]) -> Responses:
+    """Chosen and rejected of each pair {prompt, chosen, rejected}, in turn."""
+    texts = [data.answer(pair, side) for pair in pairs for side in ("chosen", "rejected")]
+    return Responses.said(pairs, texts, prompt=torch.arange(len(pairs)).repeat_interleave(2))
+
+
+def in_pairs(responses: Responses) -> list[list[int]]:
+    """Chosen and rejected of each pair, where they follow each other."""
+    return torch.arange(len(responses)).view(-1, 2).tolist()
 
 
 def encode_pairs(
     tokenizer: Any,
-    pairs: list[dict[str, Any]],
+    pairs: Sequence[dict[str, Any]],
     *,
     max_length: int,
     max_prompt: int | None = None,
     on_cut: OnCut = "drop",
     source: str = "pairs",
-) -> EncodedPairs:
+) -> Preferences:
     """Token ids of pairs {prompt, chosen, rejected}, without those that cannot teach.
 
     Dropped are pairs with a response that has no tokens, answers equal after truncation and, by `on_cut`, pairs of
@@ -96,17 +107,17 @@ def encode_pairs(
     keeps its last three quarters of `max_length` by default. Errors name the pair's place in its file; `source` where
     that is not known.
     """
-    texts = texts_of(pairs)
-    encoded = text.encode_all(
+    read = text.encode(
         tokenizer,
-        [one.prompt for one in texts],
-        [one.answer for one in texts],
+        paired_texts(pairs),
         max_length=max_length,
         max_prompt=max_prompt if max_prompt is not None else max_length * 3 // 4,
         where=lambda i: data.place(pairs[i // 2], f"{source}: pair {i // 2 + 1}"),
     )
-    both = zip(encoded[::2], encoded[1::2], strict=True)
-    return EncodedPairs(pairs, texts, encoded, []).without([_fault(*sides, on_cut=on_cut) for sides in both])
+    strengths = [pair.get("strength") for pair in pairs]
+    strength = None if any(value is None for value in strengths) else torch.tensor(strengths, dtype=torch.float32)
+    chosen, rejected = torch.arange(len(read)).view(-1, 2).unbind(1)
+    return Preferences(read, chosen, rejected, strength).without(_faults(read, on_cut=on_cut))
 
 
 def batch_loss(
@@ -128,18 +139,18 @@ def batch_loss(
     statistics some losses keep over the batches, updated in place while training.
     """
 
-    def of(model: nn.Module, rows: list[Row], indices: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
-        batch = policy.pack(rows)
+    def of(model: nn.Module, batch: Packed, indices: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
         if details:
             ours = _detailed(model(batch, details=True, ref=live), batch)
         else:
             ours = by_response(model(batch), batch, tokens=tokens)
         if prefs.ref is None and live:
-            ref = _live(live, batch, tokens=tokens)
+            with torch.no_grad():
+                ref = _sides(by_response(live(batch), batch, tokens=tokens))
         else:
-            ref = _of_rows(prefs.ref, indices, policy.device)
+            ref = _ref_sides(prefs.at(indices), policy.device)
         strength = None if prefs.strength is None else prefs.strength[indices].to(policy.device)
-        pair = paired(ours, ref, strength)
+        pair = PairLogps(*_sides(ours), *ref, strength)
         if running is not None:
             pair = replace(pair, running=update_running(running, pair) if model.training else running)
         with clamps.counting() as beyond:
@@ -148,12 +159,6 @@ def batch_loss(
         return values.sum(), {**metrics(pair), **held}
 
     return of
-
-
-def paired(ours: Logps, ref: Logps | None, strength: Tensor | None = None) -> PairLogps:
-    """2B answers, chosen and rejected alternately, as B pairs."""
-    chosen, rejected = (None, None) if ref is None else (_side(ref, 0), _side(ref, 1))
-    return PairLogps(_side(ours, 0), _side(ours, 1), chosen, rejected, strength)
 
 
 def metrics(pair: PairLogps) -> dict[str, Tensor]:
@@ -173,68 +178,62 @@ def _wins(chosen: Tensor, rejected: Tensor, pair: PairLogps) -> Tensor:
 
 
 @torch.no_grad()
-def measure(
-    policy: Policy, loss: BatchLoss, rows: Sequence[Row], *, size: int, budget: int = 16384
-) -> dict[str, float]:
+def measure(policy: Policy, loss: BatchLoss, prefs: Preferences, *, size: int, budget: int = 16384) -> dict[str, float]:
     """Means of a batch loss and its metrics over pairs, `size` at a time and in their order."""
     policy.eval()
     sums: dict[str, float] = {}
-    for begin in range(0, len(rows), size):
-        part = rows[begin : begin + size]
-        for group in micro_batches(part, budget=budget):
-            value, seen = loss(policy, [part[i] for i in group], [begin + i for i in group])
+    groups = prefs.groups
+    for begin in range(0, len(groups), size):
+        part = groups[begin : begin + size]
+        for indices, batch in packed_batches(policy, prefs.responses, part, budget=budget):
+            value, seen = loss(policy, batch, [begin + i for i in indices])
             for name, amount in {"loss": value, **seen}.items():
                 sums[name] = sums.get(name, 0.0) + amount.item()
-    return {name: total / len(rows) for name, total in sums.items()}
+    return {name: total / len(groups) for name, total in sums.items()}
 
 
-def gaps(policy: Policy, rows: Sequence[Row], precision: Precision) -> Tensor:
+def gaps(policy: Policy, prefs: Preferences, precision: Precision) -> Tensor:
     """log π(chosen) − log π(rejected) of each pair, (B,) nats."""
+    some = prefs.without([None] * len(prefs))
     with torch.autocast(policy.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-        chosen, rejected = response_logps(policy, rows).sum.view(-1, 2).unbind(1)
+        chosen, rejected = token_logps(policy, some.responses, some.groups).sum.view(-1, 2).unbind(1)
     return chosen - rejected
 
 
 def value_at_ref(prefs: Preferences, loss: Loss) -> float | None:
     """Mean loss where the policy is the reference, no model run; None for a loss of whole distributions."""
-    if prefs.ref is None:
+    chosen, rejected = _ref_sides(prefs)
+    if chosen is None or rejected is None or needs(loss) & {"kl", "collision"}:
         return None
-    at_ref = replace(paired(prefs.ref, prefs.ref, prefs.strength), running=Running.zero())
-    return None if needs(loss) & {"kl", "collision"} else loss(at_ref).mean().item()
+    return loss(PairLogps(chosen, rejected, chosen, rejected, prefs.strength, Running.zero())).mean().item()
 
 
-def _fault(chosen: Encoded, rejected: Encoded, *, on_cut: OnCut) -> str | None:
-    if not (chosen.response and rejected.response):
-        return "a response has no tokens"
-    if chosen.response == rejected.response:
-        return "both answers are the same tokens"
-    if on_cut == "drop" and chosen.truncated != rejected.truncated:
-        return "truncation cut one answer only"
-    return None
+def _faults(read: Responses, *, on_cut: OnCut) -> list[str | None]:
+    """Why each pair cannot teach, None for those that can; chosen and rejected in turn."""
+    assert read.truncated is not None  # they have been encoded
+    cut, said = read.truncated.tolist(), read.tokens()
+
+    def fault(i: int) -> str | None:
+        if not (said[i] and said[i + 1]):
+            return "a response has no tokens"
+        if said[i] == said[i + 1]:
+            return "both answers are the same tokens"
+        return "truncation cut one answer only" if on_cut == "drop" and cut[i] != cut[i + 1] else None
+
+    return [fault(i) for i in range(0, len(read), 2)]
 
 
-def _answers(pairs: Sequence[int]) -> list[int]:
-    """Indices of both answers of these pairs."""
-    return [answer for pair in pairs for answer in (2 * pair, 2 * pair + 1)]
+def _sides(logps: Logps) -> tuple[Logps, Logps]:
+    """Chosen and rejected of pairs, which a batch holds in turn."""
+    return logps.at(slice(0, None, 2)), logps.at(slice(1, None, 2))
 
 
-def _side(logps: Logps, at: int) -> Logps:
-    return _mapped(logps, lambda value: value[at::2])
-
-
-def _of_rows(ref: Logps | None, pairs: list[int], device: torch.device | str = "cpu") -> Logps | None:
-    index = torch.tensor(_answers(pairs), dtype=torch.long)
-    return None if ref is None else _mapped(ref, lambda value: value[index].to(device))
-
-
-def _mapped(logps: Logps, change: Callable[[Tensor], Tensor]) -> Logps:
-    values = {name: change(value) for name, value in vars(logps).items() if isinstance(value, Tensor)}
-    return replace(logps, **values)
-
-
-@torch.no_grad()
-def _live(ref: Policy, batch: Packed, *, tokens: bool) -> Logps:
-    return by_response(ref(batch), batch, tokens=tokens)
+def _ref_sides(prefs: Preferences, device: torch.device | None = None) -> tuple[Logps, Logps] | tuple[None, None]:
+    """Log-probabilities of chosen and rejected under the stored reference."""
+    if prefs.ref is None:
+        return None, None
+    sides = prefs.ref.at(prefs.chosen), prefs.ref.at(prefs.rejected)
+    return sides if device is None else (sides[0].to(device), sides[1].to(device))
 
 
 def _detailed(flat: Tensor, batch: Packed) -> Logps:

@@ -15,6 +15,7 @@ from pyrite.core.processes import world
 from pyrite.core.runs import Run
 from pyrite.data import text
 from pyrite.data.conditioning import Dimensions, Option, Turn, render
+from pyrite.data.responses import Responses
 from pyrite.data.text import plain
 from pyrite.feedback import scorers as golds
 from pyrite.math import ensembles, samplers, seeds
@@ -34,11 +35,12 @@ from pyrite.math.policy_gradient import (
     rloo,
     value_loss,
 )
+from pyrite.models.forward import score
 from pyrite.models.generation import Samples
 from pyrite.models.loading import Lora, member_paths
-from pyrite.models.packing import Row
+from pyrite.models.packing import Packed
 from pyrite.models.policy import Policy, RewardEnsemble, RewardModel
-from pyrite.models.value import Critic, ValueModel, WithValue, response_values
+from pyrite.models.value import ValueModel, WithValue
 from pyrite.training import loop
 from pyrite.training.loop import BatchLoss, Learner, Training, TrainingError
 from pyrite.training.rounds import Answer, Drawing, Players
@@ -336,14 +338,15 @@ def scored(rewards: Sequence[Reward], answers: Sequence[Answer]) -> Scores:
 
 @dataclass(frozen=True, eq=False)
 class Rollouts:
-    """N = P K answers, K to each of P prompts, prompt by prompt: a packed row a prompt; T is the longest answer.
+    """N = P K answers, K to each of P prompts, prompt by prompt; T is the longest answer.
 
     logps, ref: of the policy that drew them and of the reference, token by token. values (N, T) before each token, None
     without a critic. mask (N, T) True at tokens; finished (N,) bool.
     """
 
     answers: list[Answer]
-    rows: list[Row]
+    responses: Responses
+    k: int
     logps: Logps
     ref: Logps
     scores: Scores
@@ -356,18 +359,18 @@ class Rollouts:
         return self.logps.mask
 
     @property
-    def k(self) -> int:
-        """Answers a prompt."""
-        return len(self.rows[0].responses)
+    def groups(self) -> list[list[int]]:
+        """The answers to each prompt."""
+        return torch.arange(len(self.answers)).view(-1, self.k).tolist()
 
     @property
     def weights(self) -> list[float]:
-        """Response tokens of each row: what it counts in its batch."""
-        return self.mask.sum(1).view(-1, self.k).sum(1).double().tolist()
+        """Response tokens of each prompt: what it counts in its batch."""
+        return self.responses.lengths.view(-1, self.k).sum(1).double().tolist()
 
-    def flat(self, values: Tensor, rows: Sequence[int]) -> Tensor:
-        """Of values (N, T), those of some rows' tokens, (R,), in the order in which the rows are packed."""
-        index = (torch.tensor(rows)[:, None] * self.k + torch.arange(self.k)).flatten()
+    def flat(self, values: Tensor, prompts: Sequence[int]) -> Tensor:
+        """Of values (N, T), those of the tokens of some prompts' answers, (R,), as they are packed."""
+        index = (torch.tensor(prompts)[:, None] * self.k + torch.arange(self.k)).flatten()
         return values[index][self.mask[index]]
 
 
@@ -381,7 +384,7 @@ def collect(
     max_new_tokens: int,
     seed: int,
     number: int,
-    critic: Critic | None = None,
+    critic: ValueModel | WithValue | None = None,
     reread: bool = False,
 ) -> Rollouts:
     """k answers to each prompt {prompt_id, prompt}, given as token ids too, and what everybody makes of them.
@@ -395,16 +398,19 @@ def collect(
     drawn = players.draw(prompts, ids, drawing, number=number)
     answers = players.answers(prompts, ids, drawn)
     tokens = drawn.responses()
-    rows = [Row(list(prompt), tokens[p * k : (p + 1) * k]) for p, prompt in enumerate(ids)]
+    made = Responses.of([(prompt, tokens[p * k : (p + 1) * k]) for p, prompt in enumerate(ids)])
+    groups = made.groups()
+    reread = reread or players.precision == "bfloat16"
     with players.reading():
         return Rollouts(
             answers=answers,
-            rows=rows,
-            logps=players.policy_logps(rows) if reread or players.precision == "bfloat16" else _drawn_logps(drawn),
-            ref=players.ref_logps(rows),
+            responses=made,
+            k=k,
+            logps=players.policy_logps(made, groups) if reread else _drawn_logps(drawn),
+            ref=players.ref_logps(made, groups),
             scores=scored(rewards, answers),
             finished=drawn.finished,
-            values=None if critic is None else response_values(critic, rows),
+            values=None if critic is None else made.padded(score(critic, made, groups, read=critic.values)),
         )
 
 
@@ -460,8 +466,8 @@ def batch_loss(
     old = rollouts.logps.tokens
     assert old is not None  # `collect` keeps the tokens
 
-    def of(model: nn.Module, rows: list[Row], indices: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
-        out = model(learns.pack(rows))
+    def of(model: nn.Module, batch: Packed, indices: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
+        out = model(batch)
         logp, values = out if isinstance(learns, WithValue) else (out, out)
         mask = torch.ones(out.shape[-1], dtype=torch.bool, device=out.device)
 
@@ -581,8 +587,8 @@ class Learners:
         """A few passes over a batch; means over the updates. Raises TrainingError where one is not finite."""
         training, by = self.policy.training, self.passes
         seen: list[dict[str, Tensor]] = []
-        each = loop.steps(len(drawn.rows), training)
-        order = loop.batches(len(drawn.rows), training, seed=seeds.derive(by.seed, "order", number))
+        each = loop.steps(len(drawn.groups), training)
+        order = loop.batches(len(drawn.groups), training, seed=seeds.derive(by.seed, "order", number))
         for update, batch in enumerate(order):
             found = self._update(batch, drawn, made, at=number * each + update, of=by.steps * each)
             seen.append(found)
@@ -626,6 +632,6 @@ class Learners:
                 continue
             loss = batch_loss(learner.model, drawn, made, **options)  # type: ignore[arg-type]
             lr = loop.learning_rate(at, of, learner.training)
-            new = learner.update(batch, drawn.rows, loss, weights=drawn.weights, lr=lr)
+            new = learner.update(batch, drawn.responses, drawn.groups, loss, weights=drawn.weights, lr=lr)
             found |= new if learner is self.policy else {f"critic_{name}": value for name, value in new.items()}
         return found

@@ -12,17 +12,17 @@ import torch
 from torch import Tensor
 
 from pyrite.data import text
-from pyrite.data.text import Prompt
+from pyrite.data.responses import Prompt, Responses
 from pyrite.feedback.pairing import Pair
 from pyrite.math import samplers, seeds
 from pyrite.math.logps import Logps, PairLogps, Running
 from pyrite.math.losses.needs import needs
 from pyrite.math.samplers import Arm, Sampler
+from pyrite.models.forward import token_logps
 from pyrite.models.generation import Samples, sample, sample_mixed
-from pyrite.models.packing import Row
+from pyrite.models.packing import Groups
 from pyrite.models.policy import Policy, backbone
 from pyrite.training import loop
-from pyrite.training.evaluation import response_logps
 from pyrite.training.loop import Learner, Precision, Training, TrainingError
 from pyrite.training.pairs import Preferences, batch_loss
 
@@ -111,27 +111,32 @@ class Players:
 
     def preferences(self, answers: Sequence[Answer], pairs: Sequence[Pair], wanted: frozenset[str]) -> Preferences:
         """The drawn tokens of each pair, with the reference's log-probabilities where the loss wants them."""
-        both = [(answers[pair.chosen], answers[pair.rejected]) for pair in pairs]
-        rows = [Row(chosen.prompt_ids, [chosen.ids, rejected.ids]) for chosen, rejected in both]
-        ref = self.ref_logps(rows) if rows and "ref" in wanted else None
+        both = torch.tensor([[pair.chosen, pair.rejected] for pair in pairs], dtype=torch.int64).view(-1, 2)
+        made = Preferences.of(tokens_of(answers), both, torch.tensor([pair.strength for pair in pairs]))
+        ref = self.ref_logps(made.responses, made.groups) if pairs and "ref" in wanted else None
         if ref is not None and not wanted & {"tokens", "ref_tokens"}:
             ref = replace(ref, tokens=None, mask=None)
-        return Preferences(rows, ref, torch.tensor([pair.strength for pair in pairs]))
+        return replace(made, ref=ref)
 
-    def policy_logps(self, rows: Sequence[Row]) -> Logps:
+    def policy_logps(self, responses: Responses, groups: Groups) -> Logps:
         """Log-probabilities of all responses under the policy, as it is learned by."""
         with self.reading():
-            return response_logps(self.policy, rows)
+            return token_logps(self.policy, responses, groups)
 
-    def ref_logps(self, rows: Sequence[Row]) -> Logps:
+    def ref_logps(self, responses: Responses, groups: Groups) -> Logps:
         """Log-probabilities of all responses under the reference."""
         off = self.policy.without_adapters() if self.ref is self.policy else nullcontext()
         with self.reading(), off:
-            return response_logps(self.ref, rows)
+            return token_logps(self.ref, responses, groups)
 
     def reading(self) -> torch.autocast:
         """The one context in which everything is read that a step learns from."""
         return torch.autocast(self.policy.device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
+
+
+def tokens_of(answers: Sequence[Answer]) -> Responses:
+    """The drawn tokens."""
+    return Responses.of([(one.prompt_ids, [one.ids]) for one in answers])
 
 
 class RoundLearner:
@@ -189,7 +194,7 @@ class RoundLearner:
         self.policy.train()
         for batch in loop.batches(len(prefs), training, seed=seeds.derive(self.seed, "order", number)):
             lr = loop.learning_rate(int(self.step), total, training)
-            seen.append(self.learner.update(batch, prefs.rows, of, weights=[1.0] * len(prefs), lr=lr))
+            seen.append(self.learner.update(batch, prefs.responses, prefs.groups, of, lr=lr))
             self.step += 1
         self.policy.eval()
         means = {name: torch.stack([row[name].float() for row in seen]).mean().item() for name in seen[0]}

@@ -9,15 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+from families import Row
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from scipy import stats
 from torch import Tensor, nn
 from transformers import BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from pyrite.data.responses import Responses
 from pyrite.math import samplers
 from pyrite.models import decoder, generation
 from pyrite.models.generation import Samples, sample, sample_mixed
-from pyrite.models.packing import Row
 from pyrite.models.policy import Policy
 from tests.conftest import tiny_tokenizer
 
@@ -233,7 +234,7 @@ def test_both_log_probabilities_are_those_of_packed_forwards(monkeypatch: pytest
     options: dict[str, Any] = {"eos": EOS, "max_new_tokens": 16, "temperature": 0.9, "top_k": 20}
     drawn = sample_mixed(POLICY, REF, PROMPTS[:16], exponents=ALL[:16], **options)
     assert drawn.path == ("uncached" if kind == "generate" else kind)
-    rows = [Row(PROMPTS[i], drawn.responses()[4 * i : 4 * i + 4]) for i in range(16)]
+    rows = Responses.of([Row(PROMPTS[i], drawn.responses()[4 * i : 4 * i + 4]) for i in range(16)])
     assert drawn.ref_logps is not None
     for model, ours in ((POLICY, drawn.policy_logps), (REF, drawn.ref_logps)):
         policy = Policy(model, tiny_tokenizer())

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from reading import asked
 from safetensors.torch import load_file
 
 from pyrite.core import specs as parts
@@ -51,8 +52,9 @@ def test_scores_belong_to_their_rows(config: best_of_n.Config) -> None:
     for index, path in enumerate(member_paths(config.rewards)):
         model = RewardModel.load(path)
         some = [rows[i] for i in grid.flatten().tolist()]
-        encoded = model.encode([row["prompt"] for row in some], [row["response"] for row in some])
-        raw = torch.cat([model.raw_scores([one]) for one in encoded]).view_as(grid)
+        encoded = model.encode(asked([row["prompt"] for row in some], [row["response"] for row in some]))
+        alone = [model.raw_scores(encoded.take([i])) for i in range(len(encoded))]
+        raw = torch.cat(alone).view_as(grid)
         torch.testing.assert_close(stored["raw"][index], raw, atol=1e-5, rtol=1e-5)
         z = (raw - raw.mean()) / raw.std(correction=0)
         torch.testing.assert_close(stored["proxy"][index], z, atol=1e-4, rtol=1e-4)

@@ -11,11 +11,11 @@ from pathlib import Path
 import launch
 import pytest
 import torch
+from reading import encode_all
 
 from pyrite.core import specs
 from pyrite.core.runs import read_json, read_metrics
 from pyrite.data import rows as data
-from pyrite.data import text
 from pyrite.jobs import dpo
 from pyrite.math import losses, seeds
 from pyrite.models.policy import Policy
@@ -48,7 +48,7 @@ def part(config: dpo.Config, name: str) -> list[dict]:
 def direct(model: Policy, prompts: list, responses: list[str]) -> torch.Tensor:
     """Summed log-probabilities by the stock model, one text at a time."""
     sums = []
-    for one in text.encode_all(model.tokenizer, prompts, responses):
+    for one in encode_all(model.tokenizer, prompts, responses):
         logp = model.model(input_ids=torch.tensor([one.ids])).logits[0].log_softmax(-1)
         ids = torch.tensor(one.response)
         sums.append(logp[len(one.prompt) - 1 : -1].gather(1, ids[:, None]).sum())

@@ -7,15 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from families import Row
 
 from pyrite.core import runs
 from pyrite.data import rows as data
 from pyrite.data import text
 from pyrite.data.conditioning import Dimensions, Variants, conditioned
+from pyrite.data.responses import Responses
 from pyrite.data.text import encode
 from pyrite.jobs import generate
 from pyrite.models.generation import sample
-from pyrite.models.packing import Row
 from pyrite.models.policy import Policy
 
 MINE = """
@@ -48,7 +49,7 @@ def test_k_answers_a_prompt_with_their_logps(config: generate.Config, few: Path)
         if len(encoded.response) != row["length"]:
             continue  # it wrote a special token, which the text does not show
         read_back += 1
-        logps = policy.logps(policy.pack([Row(encoded.prompt, [encoded.response])]))
+        logps = policy.logps(policy.pack(Responses.of([Row(encoded.prompt, [encoded.response])])))
         assert logps.sum.item() == pytest.approx(row["logp"], abs=1e-3)
     assert read_back > 40
     results = runs.read_json(config.out / "done.json")

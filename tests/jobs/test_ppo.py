@@ -12,13 +12,14 @@ from typing import Any
 import launch
 import pytest
 import torch
+from families import Row
 from transformers import AutoModelForCausalLM
 
 from pyrite.core.runs import read_json, read_metrics
 from pyrite.data.conditioning import Variants
+from pyrite.data.responses import Responses
 from pyrite.feedback.ledger import GoldLimits
 from pyrite.jobs import ppo
-from pyrite.models.packing import Row
 from pyrite.models.policy import Policy, RewardModel
 from pyrite.models.value import HEAD, ValueModel
 from pyrite.training.evaluation import Evaluation
@@ -235,7 +236,7 @@ def test_adapters_of_a_critic_are_saved_with_it(config: ppo.Config, tiny: Path) 
     assert not (config.out / "model" / "adapter_model.safetensors").exists()
     prompt = [Row([1, 20, 21], [[4, 5, 6, 2]])]
     value = ValueModel.load(config.out / "value")
-    assert value(value.pack(prompt)).abs().max() > 1e-3  # it began at 0 everywhere
+    assert value(value.pack(Responses.of(prompt))).abs().max() > 1e-3  # it began at 0 everywhere
     rows = read_metrics(config.out)[1:]
     assert all(row["critic_value_loss"] > 0 for row in rows)
 

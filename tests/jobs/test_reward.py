@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from reading import asked, each, encode_all
 
 from pyrite.core.runs import read_json, read_metrics
 from pyrite.data import rows as data
@@ -87,7 +88,6 @@ def test_a_cut_ensemble_goes_on_exactly(config: reward.Config, monkeypatch: pyte
 
 def test_the_loss_is_bradley_terry_on_the_pairs(config: reward.Config) -> None:
     """The first logged loss against the formula on the stock scores."""
-    from pyrite.data import text
     from pyrite.math.reward_losses import bradley_terry
 
     reward.run(replace(config, members=1))
@@ -97,7 +97,7 @@ def test_the_loss_is_bradley_terry_on_the_pairs(config: reward.Config) -> None:
     prompts = [pair["prompt"] for pair in batch]
     sides = []
     for side in ("chosen", "rejected"):
-        encoded = text.encode_all(model.tokenizer, prompts, [pair[side] for pair in batch])
+        encoded = encode_all(model.tokenizer, prompts, [pair[side] for pair in batch])
         assert all(one.ids[-1] == 2 for one in encoded)
         sides.append(torch.stack([model.model(input_ids=torch.tensor([one.ids])).logits[0, 0] for one in encoded]))
     row = read_metrics(config.out)[0]
@@ -109,7 +109,7 @@ def test_long_texts_are_cut_alike_in_training_and_scoring(config: reward.Config)
     folder = member_paths(reward.run(replace(config, members=1, max_length=12, max_prompt=5)).folder)[0]
     model = RewardModel.load(folder)
     assert (model.max_length, model.max_prompt) == (12, 5)
-    (encoded,) = model.encode(["tell me about " + "cat " * 30], ["dog " * 30])
+    (encoded,) = each(model.encode(asked(["tell me about " + "cat " * 30], ["dog " * 30])))
     assert len(encoded.prompt) == 5
     assert len(encoded.ids) == 12
     assert encoded.truncated

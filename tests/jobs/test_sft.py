@@ -13,14 +13,15 @@ import launch
 import pyarrow.parquet as pq
 import pytest
 import torch
+from families import Row
 from safetensors.torch import load_file
 from torch import Tensor
 
 from pyrite import cli
 from pyrite.core.runs import RunError, read_json, read_metrics
 from pyrite.data import rows, text
+from pyrite.data.responses import Responses
 from pyrite.jobs import sft
-from pyrite.models.packing import Row
 from pyrite.models.policy import Policy
 from pyrite.training.loop import Logging, Training
 
@@ -44,7 +45,7 @@ def test_it_learns_and_measures_what_it_says(tuned: Path, tiny: Path, demos: Pat
     _, held = rows.split(rows.load(demos, "demos"), fraction=0.02, seed=0)
     policy = Policy.load(tuned / "model")
     encoded = text.encode(policy.tokenizer, held[0]["prompt"], held[0]["response"])
-    logp = policy.logps(policy.pack([Row(encoded.prompt, [encoded.response])])).sum.item()
+    logp = policy.logps(policy.pack(Responses.of([Row(encoded.prompt, [encoded.response])]))).sum.item()
     assert results["held_out_nll"] == pytest.approx(-logp / len(encoded.response), abs=1e-5)
     assert results["perplexity"] == pytest.approx(math.exp(results["held_out_nll"]))
     assert not (tuned / "checkpoints").exists()

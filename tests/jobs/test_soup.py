@@ -15,6 +15,7 @@ import ingredients
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from reading import asked, each
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
@@ -430,12 +431,14 @@ def test_a_soup_of_reward_models(rewards: list[str], base: Path, tmp_path: Path)
     torch.testing.assert_close(found, 0.75 * heads[0] + 0.25 * heads[1])
     assert (model.mean, model.std) == (0.75, 1.75)
     assert model.max_length == parts[0].max_length
-    raw = model.raw_scores(model.encode(*ASKED))
-    assert (raw - parts[0].raw_scores(parts[0].encode(*ASKED))).abs().min() > 0.01
+    raw = model.raw_scores(model.encode(asked(*ASKED)))
+    assert (raw - parts[0].raw_scores(parts[0].encode(asked(*ASKED)))).abs().min() > 0.01
     plain = ordinary(folder, base, AutoModelForSequenceClassification, num_labels=1).eval()
     plain.config.pad_token_id = model.model.config.pad_token_id
     with torch.no_grad():
-        scores = [plain(torch.tensor([one.prompt + one.response])).logits[0, 0] for one in model.encode(*ASKED)]
+        scores = [
+            plain(torch.tensor([one.prompt + one.response])).logits[0, 0] for one in each(model.encode(asked(*ASKED)))
+        ]
     torch.testing.assert_close(raw, torch.stack(scores), atol=1e-5, rtol=1e-5)
 
 

@@ -6,16 +6,15 @@ import json
 from pathlib import Path
 
 import pytest
+from families import Row, read_rows
+from reading import encode_all
 
 from pyrite.data import rows as data
 from pyrite.data.conditioning import Dimensions
-from pyrite.data.text import encode_all
-from pyrite.models.packing import Row
 from pyrite.models.policy import Policy
 from pyrite.recipes import soups as recipe
 from pyrite.recipes import study, toy
 from pyrite.recipes.soups import FOLLOWED, METHODS, PUBLISHED, RECIPE, SoupsChain, SoupsSettings
-from pyrite.training.evaluation import response_logps
 from pyrite.training.loop import Training
 
 FAST = Training(lr=1e-3, batch_size=16)
@@ -94,7 +93,7 @@ def test_kl_is_read_off_the_judged_answers(tmp_path: Path) -> None:
     asked = data.load(place.prompts("pool"), "prompts")
     said = ["the fox was old .", "hello my friend !", "it took the tail with a bone .", "the king slept ."]
     encoded = encode_all(start.tokenizer, [row["prompt"] for row in asked], said, finished=[True, True, True, False])
-    logps = response_logps(start, [Row(one.prompt, [one.response]) for one in encoded]).sum.tolist()
+    logps = read_rows(start, [Row(one.prompt, [one.response]) for one in encoded]).sum.tolist()
     for name, shift in (("own", 0.0), ("other", 1.5)):
         rows = [
             {**row, "sample": 0, "response": text, "finished": i < 3, "length": 5, "logp": logp + shift}

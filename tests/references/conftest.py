@@ -8,12 +8,13 @@ from unittest.mock import patch
 import pytest
 import torch
 from conftest import WORDS, tiny_config
+from reading import asked
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from pyrite.data import rows as data
 from pyrite.data import text
-from pyrite.data.text import Encoded
+from pyrite.data.responses import Responses
 from pyrite.models import references
 from pyrite.models.policy import Policy
 from pyrite.models.references import Table, Text
@@ -77,9 +78,9 @@ def texts(rows: list[dict]) -> list[Text]:
     return [Text(row["prompt"], row[side]) for row in rows for side in ("chosen", "rejected")]
 
 
-def encode(tokenizer: object, texts: list[Text], *, max_length: int = 64, max_prompt: int = 48) -> list[Encoded]:
-    prompts, answers = [one.prompt for one in texts], [one.answer for one in texts]
-    return text.encode_all(tokenizer, prompts, answers, max_length=max_length, max_prompt=max_prompt)
+def encode(tokenizer: object, texts: list[Text], *, max_length: int = 64, max_prompt: int = 48) -> Responses:
+    said = asked([one.prompt for one in texts], [one.answer for one in texts])
+    return text.encode(tokenizer, said, max_length=max_length, max_prompt=max_prompt)
 
 
 def by_hand(policy: Policy, prompt: list[int], response: list[int]) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from reading import each
 
 from pyrite.models.policy import Policy
 from pyrite.models.references import Text, cut_prompts, limits, read, row_id
@@ -18,31 +19,29 @@ def test_limits_are_those_of_training() -> None:
 
 def test_reading_is_encoding_each_distinct_text_once(policy: Policy, texts: list[Text]) -> None:
     reading = read(policy.tokenizer, [*texts, *texts[:5]], conditioning="prompt", max_length=64, max_prompt=48)
-    assert reading.encoded == encode(policy.tokenizer, texts)
+    assert each(reading.encoded) == each(encode(policy.tokenizer, texts))
     assert reading.ids == [row_id(one) for one in texts]
     assert not any(reading.cut)
-    known = read(
-        policy.tokenizer, texts, conditioning="prompt", max_length=64, max_prompt=48, encoded=reading.encoded[:]
-    )
-    assert known == reading
+    known = read(policy.tokenizer, texts, conditioning="prompt", max_length=64, max_prompt=48, encoded=reading.encoded)
+    assert (known.recipe, known.data, each(known.encoded)) == (reading.recipe, reading.data, each(reading.encoded))
 
 
 def test_cut_prompts_and_answers_are_marked(policy: Policy) -> None:
     texts = [Text("tell me about the cat", "the cat sat on the mat"), Text("a cat", "a dog")]
     reading = read(policy.tokenizer, texts, conditioning="prompt", max_length=8, max_prompt=4)
-    assert [len(one.prompt) for one in reading.encoded] == [4, 3]
+    assert [len(one.prompt) for one in each(reading.encoded)] == [4, 3]
     assert reading.cut == [True, False] == cut_prompts(policy.tokenizer, texts, reading.encoded)
-    assert [one.truncated for one in reading.encoded] == [True, False]
+    assert [one.truncated for one in each(reading.encoded)] == [True, False]
 
 
 def test_a_prior_reads_the_answer_alone(policy: Policy) -> None:
     texts = [Text("a cat", "a dog"), Text("the mat", "a dog"), Text("a cat", "the cat sat on the mat", finished=False)]
     reading = read(policy.tokenizer, texts, conditioning="prior", max_length=6, max_prompt=4)
     start = policy.tokenizer.bos_token_id
-    assert [one.prompt for one in reading.encoded] == [[start]] * 3
+    assert [one.prompt for one in each(reading.encoded)] == [[start]] * 3
     assert reading.ids == [row_id(texts[i]) for i in (0, 2, 1)]  # answers to a prompt side by side
-    assert reading.encoded[0].response == reading.encoded[2].response
-    assert [one.truncated for one in reading.encoded] == [False, True, False]
+    assert each(reading.encoded)[0].response == each(reading.encoded)[2].response
+    assert [one.truncated for one in each(reading.encoded)] == [False, True, False]
     assert reading.recipe["conditioning"] == {"kind": "prior", "header": "<bos>", "ids": [start]}
     policy.tokenizer.chat_template = TEMPLATE
     with pytest.raises(ValueError, match="max_prompt 1 leaves no room for the 2 tokens a prior begins with"):

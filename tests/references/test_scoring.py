@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from reading import each
 
 from pyrite.core import runs
 from pyrite.models import reference_tables as tables
@@ -24,7 +25,7 @@ from .conftest import TEMPLATE, Forwards, by_hand, compute, encode
 @pytest.mark.parametrize("conditioning", ["prompt", "prior"])
 def test_the_numbers_are_the_models_own(policy: Policy, texts: list[Text], tmp_path: Path, conditioning: str) -> None:
     table = compute(policy, texts, folder=tmp_path / "t", scorer="me", conditioning=conditioning)  # type: ignore[arg-type]
-    for text, one in zip(texts, encode(policy.tokenizer, texts), strict=True):
+    for text, one in zip(texts, each(encode(policy.tokenizer, texts)), strict=True):
         row = table.places[tables.row_id(text)]
         prompt = one.prompt if conditioning == "prompt" else [policy.tokenizer.bos_token_id]
         want = by_hand(policy, prompt, one.response)

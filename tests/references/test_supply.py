@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from reading import each
 
 from pyrite.math.logps import Logps
 from pyrite.models import reference_tables as tables
 from pyrite.models.forward import by_response
 from pyrite.models.loading import Lora
-from pyrite.models.packing import Row
 from pyrite.models.policy import Policy
 from pyrite.models.references import BadReference, Text, obtain, parse
 
@@ -46,15 +46,15 @@ def supply(policy: Policy, texts: list[Text], rows: list[dict], tmp_path: Path):
 
 def hand_sums(policy: Policy, texts: list[Text]) -> list[float]:
     encoded = encode(policy.tokenizer, texts)
-    return [by_hand(policy, one.prompt, one.response).double().sum().item() for one in encoded]
+    return [by_hand(policy, one.prompt, one.response).double().sum().item() for one in each(encoded)]
 
 
 def test_self_is_the_policy_at_step_0(supply, policy: Policy, texts: list[Text]) -> None:
     logps, reasons, notes = supply("self", tokens=True)
     encoded = encode(policy.tokenizer, texts)
-    rows = [Row(a.prompt, [a.response, b.response]) for a, b in zip(encoded[::2], encoded[1::2], strict=True)]
+    pairs = torch.arange(len(encoded)).view(-1, 2).tolist()
     with torch.no_grad():
-        batch = policy.pack(rows)
+        batch = policy.pack(encoded, pairs)
         live = by_response(policy(batch), batch, tokens=True)
     assert reasons == [None] * 80
     assert logps.aligned
@@ -89,7 +89,7 @@ def test_models_priors_and_their_sum(supply, policy: Policy, stronger: Path, tex
     np.testing.assert_allclose(logps.sum, hand_sums(Policy.load(stronger), texts), atol=1e-3)
     prior, _, notes = supply("prior")
     start = policy.tokenizer.bos_token_id
-    want = [by_hand(policy, [start], one.response).sum().item() for one in encode(policy.tokenizer, texts)]
+    want = [by_hand(policy, [start], one.response).sum().item() for one in each(encode(policy.tokenizer, texts))]
     np.testing.assert_allclose(prior.sum, want, atol=1e-3)
     assert any("scores answers without their prompts, after '<bos>'" in note for note in notes)
     mixed, reasons, _ = supply(f"0.25*self + 0.5*{stronger} + 0.25*prior", tokens=True)
@@ -108,7 +108,7 @@ def test_another_tokenizer(supply, policy: Policy, foreign: Path, texts: list[Te
     np.testing.assert_allclose(logps.sum, hand_sums_of(Policy.load(foreign), texts), atol=1e-3)
     assert not logps.aligned
     assert reasons == [None] * 80
-    assert (logps.length == torch.tensor([len(one.response) for one in encode(policy.tokenizer, texts)])).all()
+    assert (logps.length == torch.tensor([len(one.response) for one in each(encode(policy.tokenizer, texts))])).all()
     assert any("has another tokenizer: sums are compared" in note for note in notes)
     mixed, *_ = supply(f"0.5*self + 0.5*{foreign}")
     assert not mixed.aligned
@@ -118,7 +118,7 @@ def test_another_tokenizer(supply, policy: Policy, foreign: Path, texts: list[Te
 
 def hand_sums_of(policy: Policy, texts: list[Text]) -> list[float]:
     encoded = encode(policy.tokenizer, texts, max_length=200, max_prompt=150)
-    return [by_hand(policy, one.prompt, one.response).double().sum().item() for one in encoded]
+    return [by_hand(policy, one.prompt, one.response).double().sum().item() for one in each(encoded)]
 
 
 def test_pairs_that_cannot_be_compared_are_dropped_with_the_reason(supply, foreign: Path) -> None:

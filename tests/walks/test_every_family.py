@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import by_loop, random_rows
+from families import Row, by_loop, random_rows
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from pyrite.data.responses import Responses
 from pyrite.models import forward
-from pyrite.models.packing import Row
 from pyrite.models.policy import Policy
 
 SHAPES = [(3, [7, 3]), (1, [5]), (8, [2, 4])]
@@ -59,7 +59,7 @@ def test_every_family_of_transformers_is_right_or_refused(name: str, sizeable: b
         assert "a policy needs a" in str(error)
         return
     with torch.no_grad():
-        got = policy(policy.pack(rows))
+        got = policy(policy.pack(Responses.of(rows)))
     for weight in model.parameters():
         weight.data *= 1 + 1e-7 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():  # some deep models make much of the last bit of a weight

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import MORE, PACKED, VOCAB, build, by_loop, random_rows
+from families import MORE, PACKED, VOCAB, Row, build, by_loop, random_rows
+from reading import each
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -22,10 +23,9 @@ from transformers import (
 )
 
 from pyrite.core import processes
-from pyrite.data.text import Encoded
+from pyrite.data.responses import Responses
 from pyrite.models import forward
 from pyrite.models.generation import sample, sample_mixed
-from pyrite.models.packing import Row
 from pyrite.models.policy import Policy, RewardModel
 from walks.command import pyrite
 
@@ -44,7 +44,7 @@ def of(policy: Policy, shapes: list) -> tuple[Tensor, Tensor]:
     """All rows in one batch, and each text alone through the stock model."""
     rows = random_rows(shapes)
     with torch.no_grad():
-        return policy(policy.pack(rows)), torch.cat(by_loop(policy.model, rows)).float()
+        return policy(policy.pack(Responses.of(rows))), torch.cat(by_loop(policy.model, rows)).float()
 
 
 @pytest.mark.parametrize("noise", [0.15, 0.0], ids=["sizeable", "fresh"])
@@ -72,7 +72,7 @@ def test_fresh_models_of_plain_families_are_packed(family: str, tokenizer) -> No
 def test_gradients_of_padded_rows_are_those_of_single_texts(family: str, tokenizer) -> None:
     policy, rows = Policy(build(family), tokenizer), random_rows(SHAPES)
     found = []
-    for values in (policy(policy.pack(rows)), torch.cat(by_loop(policy.model, rows))):
+    for values in (policy(policy.pack(Responses.of(rows))), torch.cat(by_loop(policy.model, rows))):
         (values * torch.linspace(0.5, 1.5, len(values))).sum().backward()
         found.append({name: p.grad.clone() for name, p in policy.named_parameters() if p.grad is not None})
         policy.zero_grad(set_to_none=True)
@@ -91,7 +91,7 @@ def test_a_text_beyond_the_turn_of_its_rotations_does_not_touch_its_neighbors(fa
         apart = [Row(row.prompt, [response]) for row in rows for response in row.responses]
         with torch.no_grad():
             want = torch.cat([by_loop(build(family), [row])[0] for row in apart])
-            torch.testing.assert_close(policy(policy.pack(rows)), want, atol=2e-5, rtol=1e-5)
+            torch.testing.assert_close(policy(policy.pack(Responses.of(rows))), want, atol=2e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("family", [*LONG, "roberta", "bert", "xlnet", "recurrent_gemma", "jamba"])
@@ -101,10 +101,11 @@ def test_a_score_does_not_depend_on_its_batch(family: str, tokenizer) -> None:
     stock = build(family, classifier=True, pad_token_id=0)
     model = RewardModel(stock, tokenizer)
     rows = random_rows([(3 + i, [2 + 3 * i]) for i in range(6)])
-    texts = [Encoded(list(row.prompt), list(row.responses[0]), False) for row in rows]
+    texts = Responses.of(rows)
     with torch.no_grad():
-        again = [build(family, classifier=True, pad_token_id=0) for _ in texts]
-        want = torch.stack([m(input_ids=torch.tensor([t.ids])).logits[0, 0] for m, t in zip(again, texts, strict=True)])
+        again = [build(family, classifier=True, pad_token_id=0) for _ in rows]
+        both = zip(again, each(texts), strict=True)
+        want = torch.stack([one(input_ids=torch.tensor([text.ids])).logits[0, 0] for one, text in both])
     torch.testing.assert_close(model.raw_scores(texts), want, atol=2e-5, rtol=1e-5)
 
 
@@ -124,7 +125,7 @@ def test_a_prompt_is_answered_as_alone(family: str, noise: float, tokenizer) -> 
     drawn = sample(build(family, noise=noise), prompts, eos=[], temperature=0, max_new_tokens=steps)
     assert drawn.responses() == [alone(family, noise, prompt, steps) for prompt in prompts]
     policy = Policy(build(family, noise=noise), tokenizer)
-    rows = [Row(p, [r]) for p, r in zip(prompts, drawn.responses(), strict=True)]
+    rows = Responses.of([Row(p, [r]) for p, r in zip(prompts, drawn.responses(), strict=True)])
     if family not in LONG:  # one text is read otherwise than it is drawn, token by token
         with torch.no_grad():
             torch.testing.assert_close(policy(policy.pack(rows)), drawn.policy_logps.flatten(), atol=5e-5, rtol=1e-5)
@@ -156,9 +157,9 @@ def test_what_is_no_causal_language_model_is_refused_as_a_policy_in_one_line(fam
 def test_a_text_may_be_as_long_as_the_table_of_positions_without_its_pads(tokenizer) -> None:
     model = RewardModel(build("roberta", classifier=True, pad_token_id=1), tokenizer)
     assert model.context == 62
-    assert model.raw_scores([Encoded([5] * 10, [6] * 52, False)]).isfinite().all()
+    assert model.raw_scores(Responses.of([([5] * 10, [[6] * 52])])).isfinite().all()
     with pytest.raises((IndexError, RuntimeError)):
-        model.raw_scores([Encoded([5] * 10, [6] * 53, False)])
+        model.raw_scores(Responses.of([([5] * 10, [[6] * 53])]))
 
 
 def test_the_ways_of_a_family_leave_the_random_stream_alone(tokenizer) -> None:
@@ -174,7 +175,7 @@ def test_a_padded_model_computes_logits_of_responses_only(tokenizer, monkeypatch
     policy = Policy(build("gemma2"), tokenizer)
     sizes = []
     policy.model.lm_head.register_forward_hook(lambda m, args, out: sizes.append(out.shape[:-1].numel()))
-    policy(policy.pack(random_rows([(30, [3]), (20, [2])])))
+    policy(policy.pack(Responses.of(random_rows([(30, [3]), (20, [2])]))))
     assert sizes == [5]
 
 

@@ -13,12 +13,13 @@ from typing import Any
 
 import pytest
 from judges.server import Server
+from reading import encode_all
 
 from pyrite.core.runs import read_json
 from pyrite.data import rows as data
 from pyrite.data.files import DataError, read
 from pyrite.data.rows import load
-from pyrite.data.text import encode_all, load_tokenizer
+from pyrite.data.text import load_tokenizer
 
 Command = Callable[..., None]
 Rows = list[dict[str, Any]]

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from conftest import tiny_config, tiny_tokenizer
+from reading import asked, each
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from pyrite.core.runs import read_json
@@ -180,6 +181,6 @@ def test_a_policy_is_asked_and_a_reward_model_reads_whole_templates(tmp_path: Pa
     )
     assert status == 0 and "1 of 6 prompts have more than 58 tokens and are cut" in words, words
     reward = RewardModel.load(model, head_seed=0, max_length=40)
-    (one,) = reward.encode([LONG], ["the cat"])
+    (one,) = each(reward.encode(asked([LONG], ["the cat"])))
     assert spelled(one.prompt)[:2] == ["<bos>", "please"] and spelled(one.prompt)[-2:] == [".", "on"]
     assert len(one.prompt) == 30

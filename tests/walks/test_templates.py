@@ -9,6 +9,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
+from reading import asked as said
+from reading import encode
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -307,7 +309,7 @@ def test_an_answer_is_learned_as_the_template_shows_it_and_drawn_to_its_end(tmp_
     assert row["finished"]
     assert row["response"] == answer
     read = Policy.load(learned).tokenizer
-    again = text.encode(read, "hi", row["response"])
+    again = encode(read, "hi", row["response"])
     assert again.response == tokens[: len(again.response)]
     assert len(again.response) == row["length"]
     assert read.convert_ids_to_tokens(again.response[-1]) == end
@@ -326,7 +328,7 @@ def test_every_job_ends_an_answer_where_the_template_ends_a_turn(tmp_path, name)
     asked, pairs = write(tmp_path / "p.jsonl", PAIRS), write(tmp_path / "pairs.jsonl", PAIRS)
     pyrite("reward", "--model", policy, "--data", pairs, "--held-out", 0.4, "--out", tmp_path / "reward", *ONE_STEP)
     (score,) = RewardEnsemble.load(tmp_path / "reward").members
-    assert score.encode(["ask 1"], ["yes"])[0].response[-1] == end
+    assert score.encode(said(["ask 1"], ["yes"])).ids[-1] == end
     pyrite(
         "dpo",
         "--model",
@@ -487,5 +489,5 @@ def test_a_turn_in_tags_is_no_open_think_block(tmp_path):
     asking = "{% if add_generation_prompt %}<assistant>{% endif %}"
     folder = build(tmp_path / "m", turns + asking, "<user>", "</user>", "<assistant>", "</assistant>")
     tokenizer, _ = text.load_tokenizer(folder)
-    encoded = text.encode(tokenizer, "hi", "yes")
+    encoded = encode(tokenizer, "hi", "yes")
     assert tokenizer.convert_ids_to_tokens(encoded.ids)[-5:] == ["<assistant>", "y", "e", "s", "</assistant>"]

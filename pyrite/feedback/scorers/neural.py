@@ -13,11 +13,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from pyrite.data import text
-from pyrite.data.text import Encoded, Prompt
+from pyrite.data.responses import Responses
+from pyrite.data.text import Prompt
 from pyrite.feedback.scorers.words import Scorer, check_rows
-from pyrite.models.forward import by_prompt
+from pyrite.models.forward import score
 from pyrite.models.loading import verify
-from pyrite.models.packing import micro_batches
+from pyrite.models.packing import Packed
 from pyrite.models.policy import Policy, RewardModel
 
 _TURN = re.compile(r"(?:\A|\n\n)(Human|Assistant|System):\n")
@@ -91,23 +92,28 @@ def turns(prompt: str) -> Prompt:
     return [{"role": _ROLES[speaker], "content": content} for speaker, content in pairs]
 
 
-@torch.inference_mode()
 def mean_logps(policy: Policy, prompts: Sequence[str], responses: Sequence[str], *, budget: int = 16384) -> Tensor:
     """Mean log-probability of each response's tokens, without the end token, (N,) float64 nats; 0 without tokens."""
-    policy.eval()
-    whole = text.encode_all(policy.tokenizer, prompts, responses, max_length=policy.context + 1, as_drawn=True)
-    encoded = [replace(one, response=one.response[:-1]) for one in whole]  # all that the template writes but its end
+    said = Responses.said([{"prompt": prompt} for prompt in prompts], responses)
+    whole = text.encode(policy.tokenizer, said, max_length=policy.context + 1, as_drawn=True)
     _refuse_cut(whole, policy.context)
-    means = torch.zeros(len(encoded), dtype=torch.float64)
-    index = [i for i, row in enumerate(encoded) if row.response]
-    rows, owners = by_prompt([encoded[i] for i in index])
-    for group in micro_batches(rows, budget=budget):
-        logps = policy.logps(policy.pack([rows[g] for g in group]))
-        means[[index[i] for g in group for i in owners[g]]] = (logps.sum.double() / logps.length).cpu()
+    kept = torch.ones(len(whole.ids), dtype=torch.bool)
+    kept[whole.lengths.cumsum(0) - 1] = False  # the end token
+    spoken = replace(whole, ids=whole.ids[kept], lengths=whole.lengths - 1)
+    some = [i for i, length in enumerate(spoken.lengths.tolist()) if length]
+
+    def read(batch: Packed) -> Tensor:
+        logps = policy.logps(batch)
+        return logps.sum.double() / logps.length
+
+    means = torch.zeros(len(spoken), dtype=torch.float64)
+    if some:
+        means[some] = score(policy, spoken.take(some), read=read, each="response", budget=budget)
     return means
 
 
-def _refuse_cut(rows: Sequence[Encoded], context: int) -> None:
-    long = next((i for i, row in enumerate(rows) if row.truncated), None)
-    if long is not None:
+def _refuse_cut(rows: Responses, context: int) -> None:
+    assert rows.truncated is not None  # they have been encoded
+    if rows.truncated.any():
+        long = int(rows.truncated.nonzero()[0])
         raise ValueError(f"row {long + 1}: prompt and response do not fit into the {context} tokens a model reads")

@@ -1,0 +1,153 @@
+"""The record that all work on text passes on: N responses to P prompts, as texts and as tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+Prompt = str | list[dict[str, Any]]
+Answer = str | Mapping[str, Any]  # a text, or a message of which the content is the text
+
+
+@dataclass(frozen=True, eq=False)
+class Responses:
+    """N responses to P prompts, flat: R tokens, one response after another, without padding.
+
+    Pairs, groups and batches of responses are index columns into it. Texts that no tokenizer has read yet have no
+    `prompt_ids` and no `ids`; tokens that were not decoded have no `texts`.
+    """
+
+    rows: Sequence[dict[str, Any]]  # P prompts as their file has them: prompt, prompt_id and more
+    prompt_ids: Sequence[Sequence[int]]  # P prompts as tokens
+    prompt: Tensor  # (N,) which prompt each response answers
+    texts: Sequence[Answer]  # N, what was said
+    ids: Tensor  # (R,) response tokens, the end token included
+    lengths: Tensor  # (N,) tokens of each response
+    finished: Tensor  # (N,) bool: it ends with its end token
+    truncated: Tensor | None = None  # (N,) bool: it was cut to a length when it was read
+    logp: Tensor | None = None  # (R,) nats, under the distribution it was drawn from
+    policy_logp: Tensor | None = None  # (R,) nats, under the policy that drew it, at temperature 1
+    ref_logp: Tensor | None = None  # (R,) nats, likewise under a reference that was mixed in; NaN where it was not
+
+    @classmethod
+    def said(
+        cls,
+        rows: Sequence[dict[str, Any]],
+        texts: Sequence[Answer],
+        *,
+        prompt: Tensor | Sequence[int] | None = None,
+        finished: bool | Sequence[bool] | Tensor = True,
+    ) -> Responses:
+        """Texts without tokens; `text.encode` adds these. prompt: by default each text answers a row of its own."""
+        index = torch.arange(len(rows)) if prompt is None else torch.as_tensor(prompt, dtype=torch.int64)
+        if len(index) != len(texts):
+            raise ValueError(f"{len(index)} prompts but {len(texts)} responses")
+        ends = torch.full((len(texts),), finished) if isinstance(finished, bool) else torch.as_tensor(finished)
+        none = torch.zeros(0, dtype=torch.int64)
+        return cls(rows, [], index, texts, none, torch.zeros(len(texts), dtype=torch.int64), ends.bool())
+
+    @classmethod
+    def of(cls, given: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]]) -> Responses:
+        """Tokens without texts: prompts, each with its responses.
+
+        >>> Responses.of([([1, 2], [[3], [4, 5]])]).lengths
+        tensor([1, 2])
+        """
+        answers = [(p, answer) for p, (_, some) in enumerate(given) for answer in some]
+        ids = torch.tensor([token for _, answer in answers for token in answer], dtype=torch.int64)
+        return cls(
+            rows=[{} for _ in given],
+            prompt_ids=[list(prompt) for prompt, _ in given],
+            prompt=torch.tensor([p for p, _ in answers], dtype=torch.int64),
+            texts=[],
+            ids=ids,
+            lengths=torch.tensor([len(answer) for _, answer in answers], dtype=torch.int64),
+            finished=torch.ones(len(answers), dtype=torch.bool),
+        )
+
+    def __len__(self) -> int:
+        return len(self.prompt)
+
+    @property
+    def prompts(self) -> list[Prompt]:
+        """What each of the N responses answers."""
+        return [self.rows[p]["prompt"] for p in self.prompt.tolist()]
+
+    def asked(self) -> list[Sequence[int]]:
+        """The prompt of each of the N responses, as tokens."""
+        return [self.prompt_ids[p] for p in self.prompt.tolist()]
+
+    def tokens(self) -> list[list[int]]:
+        """N lists of token ids."""
+        return [part.tolist() for part in self.split(self.ids)]
+
+    def split(self, values: Tensor) -> tuple[Tensor, ...]:
+        """Values of all tokens (R,) as N tensors."""
+        return values.split(self.lengths.tolist())
+
+    def padded(self, values: Tensor) -> Tensor:
+        """Values of all tokens (R,) as a table (N, T), 0 behind the end of each response."""
+        return pad_sequence(list(self.split(values)), batch_first=True)
+
+    def groups(self) -> list[list[int]]:
+        """Indices of the responses to each prompt that has any, in their order."""
+        found: dict[int, list[int]] = {}
+        for i, p in enumerate(self.prompt.tolist()):
+            found.setdefault(p, []).append(i)
+        return list(found.values())
+
+    def take(self, index: Sequence[int] | Tensor) -> Responses:
+        """Some of the responses, by their indices; the prompts stay as they are."""
+        at = torch.as_tensor(index, dtype=torch.int64)
+        which = torch.from_numpy(self.places(at.numpy())) if len(self.ids) else self.ids
+        tensors = {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
+        chosen = {name: value[which if name in FLAT else at] for name, value in tensors.items()}
+        return replace(self, texts=[self.texts[i] for i in at.tolist()] if self.texts else [], **chosen)
+
+    def places(self, index: np.ndarray) -> np.ndarray:
+        """Where the tokens of some responses stand in `ids`, one response after another."""
+        size = self.lengths.numpy()[index]
+        return np.repeat(self.begins[index] - (np.cumsum(size) - size), size) + np.arange(size.sum())
+
+    def cpu(self) -> Responses:
+        """The same on the processor."""
+        tensors = {f.name: value.cpu() for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
+        return replace(self, **tensors)
+
+    @cached_property
+    def begins(self) -> np.ndarray:
+        """(N,) where each response begins in `ids`."""
+        lengths = self.lengths.numpy()
+        return np.cumsum(lengths) - lengths
+
+    @cached_property
+    def flat_prompts(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """All prompts' tokens one after another, where each begins, and (P,) their lengths."""
+        lengths = np.array([len(prompt) for prompt in self.prompt_ids], dtype=np.int64)
+        flat = [token for prompt in self.prompt_ids for token in prompt]
+        return np.array(flat, dtype=np.int64), np.cumsum(lengths) - lengths, lengths
+
+
+FLAT = ("ids", "logp", "policy_logp", "ref_logp")  # a value a token
+
+
+def joined(parts: Sequence[Responses]) -> Responses:
+    """All responses of several records, each with its own prompts; columns that one of them lacks are left out."""
+    first = parts[0]
+    shift = np.cumsum([0, *(len(part.rows) for part in parts)])
+    tensors = [f.name for f in fields(first) if all(isinstance(getattr(part, f.name), Tensor) for part in parts)]
+    columns = {name: torch.cat([getattr(part, name) for part in parts]) for name in tensors}
+    columns["prompt"] = torch.cat([part.prompt + int(by) for part, by in zip(parts, shift, strict=False)])
+    return Responses(
+        rows=[row for part in parts for row in part.rows],
+        prompt_ids=[ids for part in parts for ids in part.prompt_ids],
+        texts=[text for part in parts for text in part.texts],
+        **columns,
+    )

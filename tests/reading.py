@@ -1,0 +1,50 @@
+"""Texts as tests give them and look at them: one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from pyrite.data import text
+from pyrite.data.responses import Answer, Prompt, Responses
+
+
+class Read(NamedTuple):
+    """One prompt and response as tokens."""
+
+    prompt: list[int]
+    response: list[int]
+    truncated: bool
+
+    @property
+    def ids(self) -> list[int]:
+        return [*self.prompt, *self.response]
+
+
+def asked(prompts: Sequence[Prompt], texts: Sequence[Answer], *, finished: bool | Sequence[bool] = True) -> Responses:
+    """Responses to prompts, one each."""
+    return Responses.said([{"prompt": prompt} for prompt in prompts], texts, finished=finished)
+
+
+def each(responses: Responses) -> list[Read]:
+    """One by one."""
+    cut = [False] * len(responses) if responses.truncated is None else responses.truncated.tolist()
+    prompts = [list(responses.prompt_ids[p]) for p in responses.prompt.tolist()]
+    return [Read(*one) for one in zip(prompts, responses.tokens(), cut, strict=True)]
+
+
+def encode_all(
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    texts: Sequence[Answer],
+    *,
+    finished: bool | Sequence[bool] = True,
+    **options: Any,
+) -> list[Read]:
+    """Texts as this tokenizer reads them."""
+    return each(text.encode(tokenizer, asked(prompts, texts, finished=finished), **options))
+
+
+def encode(tokenizer: Any, prompt: Prompt, said: Answer, *, finished: bool = True, **options: Any) -> Read:
+    """One text as this tokenizer reads it."""
+    return encode_all(tokenizer, [prompt], [said], finished=finished, **options)[0]
