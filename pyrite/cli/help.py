@@ -159,6 +159,7 @@ OLD_NAMES: dict[str, str] = {
     "--recompute": "--gradient-checkpointing",
     "--save-every": "--save-steps",
     "--schedule": "--lr-scheduler-type, as in --lr-scheduler-type 'linear(warmup_steps=10)'",
+    "--standardize": "scores are always standardized on the candidates",
     "--warmup": "--lr-scheduler-type, as in --lr-scheduler-type 'cosine(warmup_steps=10)'",
     "--weight-decay": "--optim, as in --optim 'adamw(weight_decay=0.01)'",
 }

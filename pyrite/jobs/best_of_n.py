@@ -24,7 +24,7 @@ from pyrite.data.responses import Responses
 from pyrite.feedback import scorers
 from pyrite.math import ensembles, statistics
 from pyrite.math.ranges import Count, Some
-from pyrite.models.loading import settings, verify
+from pyrite.models.loading import verify
 from pyrite.models.policy import RewardModel, member_paths
 
 OUTPUTS = {
@@ -52,8 +52,6 @@ class Config:
     min_answers: Count | None = None
     """Prompts with fewer answers to choose from are left out, and counted. By default as many as make the most of the
     answers, prompts times answers each; at least the largest n, if --n is given."""
-    standardize: Literal["pool", "saved", "none"] = "pool"
-    """Constants of the members' scores: of these candidates, of the reward run, or none."""
 
 
 def inputs(config: Config) -> dict[str, str | Path]:
@@ -88,7 +86,8 @@ def run(config: Config) -> Run:
     if pool.shape[1] == 1:
         say(f"best_of_n: with one answer a prompt there is nothing to choose from{_hint(rows, config)}")
     raw = torch.stack([_scores(run, path, rows, pool) for path in members])
-    proxy = _standardized(raw, members, config)
+    flat = raw.flatten(1)
+    proxy = ensembles.standardize(flat, flat.mean(1), flat.std(1, correction=0)).view_as(raw)
     if run.writes:
         tensors = {"proxy": proxy.float(), "raw": raw.float(), "gold": gold.float(), "row": pool}
         save_file(tensors, run.folder / "scores.safetensors")
@@ -134,46 +133,34 @@ def _hint(rows: list[dict[str, Any]], config: Config) -> str:
     return f"{hint}, or count them too with --truncated keep" if hint else ""
 
 
-def single(proxy: Tensor, gold: Tensor, n: list[int]) -> tuple[Tensor, Tensor]:
-    """Gold and proxy (M, Q) of the average single member: each picks for itself, then the mean is taken."""
-    picks = [(statistics.best_of_n(p, gold, n), statistics.best_of_n(p, p, n)) for p in proxy]
-    return torch.stack([g for g, _ in picks]).mean(0), torch.stack([p for _, p in picks]).mean(0)
-
-
 def curves(
     proxy: Tensor, gold: Tensor, n: list[int], objectives: dict[str, Callable[[Tensor], Tensor]]
 ) -> list[dict[str, Any]]:
-    """One row per objective and n; proxy (E, Q, N) and gold (Q, N) standardized on these candidates."""
+    """One row per objective and n; proxy (E, Q, N) and gold (Q, N) standardized on these candidates.
+
+    "single" is the average single member: each picks for itself, then the mean is taken.
+    """
     gold = (gold - gold.mean()) / gold.std(correction=0)
-    rows = _curve("single", *single(proxy, gold, n), n, proxy.shape[2])
-    for member, scores in enumerate(proxy):
-        both = statistics.best_of_n(scores, gold, n), statistics.best_of_n(scores, scores, n)
-        rows += _curve(f"member {member}", *both, n, proxy.shape[2])
-    for name, objective in objectives.items():
-        scores = objective(proxy.flatten(1)).view_as(gold)
-        both = statistics.best_of_n(scores, gold, n), statistics.best_of_n(scores, scores, n)
-        rows += _curve(name, *both, n, proxy.shape[2])
-    return rows
+    named = {f"member {member}": scores for member, scores in enumerate(proxy)}
+    named |= {name: objective(proxy.flatten(1)).view_as(gold) for name, objective in objectives.items()}
+    picked = {
+        name: (statistics.best_of_n(scores, gold, n), statistics.best_of_n(scores, scores, n))
+        for name, scores in named.items()
+    }
+    members = list(picked.values())[: len(proxy)]
+    single = torch.stack([g for g, _ in members]).mean(0), torch.stack([p for _, p in members]).mean(0)
+    return [row for name, pair in {"single": single, **picked}.items() for row in _curve(name, *pair, n, gold.shape[1])]
 
 
 def _curve(name: str, gold: Tensor, proxy: Tensor, n: list[int], answers: int) -> list[dict[str, Any]]:
+    """Rows of gold and proxy (M, Q), with intervals over prompts."""
+    columns: dict[str, Tensor] = {}
+    for which, values in (("gold", gold), ("proxy", proxy)):
+        columns[which], columns[f"{which}_lo"], columns[f"{which}_hi"] = statistics.bootstrap(values)
     kl = statistics.best_of_n_kl(n)
-    effective = statistics.effective_samples(answers, n)
-    bands = [statistics.bootstrap(values) for values in (gold, proxy)]
-    columns = [*(part for band in bands for part in band), kl, kl.sqrt(), effective]
-    keys = (
-        "gold",
-        "gold_lo",
-        "gold_hi",
-        "proxy",
-        "proxy_lo",
-        "proxy_hi",
-        "kl",
-        "sqrt_kl",
-        "effective_samples",
-    )
-    table = torch.stack([column.double() for column in columns], 1).tolist()
-    return [{"objective": name, "n": m, **dict(zip(keys, row, strict=True))} for m, row in zip(n, table, strict=True)]
+    columns |= {"kl": kl, "sqrt_kl": kl.sqrt(), "effective_samples": statistics.effective_samples(answers, n)}
+    lists = {key: column.double().tolist() for key, column in columns.items()}
+    return [{"objective": name, "n": m, **{key: lists[key][i] for key in lists}} for i, m in enumerate(n)]
 
 
 def _counts(asked: tuple[int, ...], answers: int) -> list[int]:
@@ -206,15 +193,3 @@ def _scores(run: Run, path: Path, rows: list[dict[str, Any]], pool: Tensor) -> T
         table = runs.in_parts(run.folder / "parts" / path.name, len(pool), score, size=size)
     scores = torch.tensor(table["score"].to_pylist(), dtype=torch.float64)
     return scorers.check_scores(scores, pool.numel(), name=str(path)).view_as(pool)
-
-
-def _standardized(raw: Tensor, members: list[Path], config: Config) -> Tensor:
-    flat = raw.flatten(1)
-    if config.standardize == "none":
-        return raw
-    if config.standardize == "saved":
-        saved = [settings(path) for path in members]
-        mean, std = (torch.tensor([row[key] for row in saved], dtype=raw.dtype) for key in ("mean", "std"))
-    else:
-        mean, std = flat.mean(1), flat.std(1, correction=0)
-    return ensembles.standardize(flat, mean, std).view_as(raw)
