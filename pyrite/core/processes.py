@@ -1,7 +1,4 @@
-"""A job that is asked to end: training stops after its step and keeps a checkpoint, other work stops at once.
-
-Batch schedulers and `torchrun` send SIGTERM, a terminal sends SIGINT. The second signal stops at once in any case.
-"""
+"""The processes that work as one, what they say on standard error, and signals that ask them to stop."""
 
 from __future__ import annotations
 
@@ -19,9 +16,6 @@ from accelerate.utils import broadcast_object_list, gather
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-# processes: The processes that work as one, however many `accelerate launch` or `torchrun` started.
-
-
 T = TypeVar("T")
 
 
@@ -31,7 +25,7 @@ def world() -> PartialState:
 
 
 def on_main(work: Callable[..., T]) -> Callable[..., T]:
-    """Work that the main process does alone; all processes get what comes of it."""
+    """The same function, called by the main process only; all processes get its result."""
     if world().num_processes == 1:
         return work
 
@@ -42,13 +36,11 @@ def on_main(work: Callable[..., T]) -> Callable[..., T]:
     return done
 
 
-# progress: Progress of long work: a bar on a terminal, plain lines elsewhere. All of it on standard error.
+# Progress of long work: a bar on a terminal, plain lines elsewhere.
 
 
 PATIENCE = 10.0  # seconds between plain lines
 Advance = Callable[[int], None]
-
-
 _SAID: set[str] = set()
 
 
@@ -117,7 +109,8 @@ def _plain(label: str, total: int, unit: str, done: int) -> Advance:
     return advance
 
 
-# signals: A job that is asked to end: training stops after its step and keeps a checkpoint, other work stops at once.
+# Signals: training stops after its step and keeps a checkpoint, other work stops at once. Batch schedulers and
+# `torchrun` send SIGTERM, a terminal sends SIGINT. The second signal stops at once in any case.
 
 
 _asked = 0  # the signal that came meanwhile
@@ -125,7 +118,7 @@ _units: list[str] = []  # what is being done, the innermost last
 
 
 class Stopped(BaseException):
-    """The job was asked to end by a signal; `said` tells how far it came."""
+    """A signal asked the job to stop; `said` tells how far it came."""
 
     def __init__(self, number: int, said: str = "") -> None:
         super().__init__(said)
@@ -134,8 +127,8 @@ class Stopped(BaseException):
 
 @contextmanager
 def listening() -> Iterator[None]:
-    """In here SIGTERM and SIGINT end in order what this process does."""
-    if threading.current_thread() is not threading.main_thread():  # where Python lets nobody listen
+    """Within this block SIGTERM and SIGINT end the job in order."""
+    if threading.current_thread() is not threading.main_thread():  # Python handles signals there only
         yield
         return
     before = {number: signal.signal(number, _heard) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -148,9 +141,10 @@ def listening() -> Iterator[None]:
 
 @contextmanager
 def after_steps(unit: str) -> Iterator[Callable[[], int]]:
-    """While steps are done: yields a function that returns the signal that asked to end, or 0, alike in all processes.
+    """Within this block a signal waits for the end of the step.
 
-    Call it after each step, and raise Stopped once what the step made is kept.
+    Yields a function that returns the signal that came, or 0, the same in all processes. Call it after each step, and
+    raise Stopped once the step is saved.
     """
     global _asked
     _units.append(unit)
