@@ -223,16 +223,15 @@ def _recipe(arguments: list[str]) -> None:
     if name not in names("recipes"):
         raise ValueError(f"unknown recipe {name!r}; there is {', '.join(names('recipes'))}")
     module, prog = importlib.import_module(f"pyrite.recipes.{name}"), f"pyrite recipe {name}"
-    recipe = getattr(module, "RECIPE", module)
-    schema = getattr(module, "Config", None) or importlib.import_module("pyrite.recipes.study").Config
+    recipe, schema = module.RECIPE, importlib.import_module("pyrite.recipes.study").Config
     flags = {"--dry-run", "--json"} & set(arguments)
     given = [argument for argument in arguments[1:] if argument not in flags]
     if {"-h", "--help", "--help-all"} & set(given):
         _print(help_text(schema, prog, everything="--help-all" in given))
-        _print(f"\nscales: {', '.join(module.SETTINGS)}")
+        _print(f"\nscales: {', '.join(recipe.scales)}")
         return
     config = make(schema, read(schema, given, job=name), prog=prog)
-    out = config.out or recipe.folder(config)
+    out = recipe.folder(config)
     _quiet()
     if "--dry-run" in flags:
         with apart(), runs.dry(), contextlib.suppress(runs.CheckedError):
@@ -280,13 +279,7 @@ def _page(folder: Path) -> Path:
     elif found["recipe"] == "bandit":
         page = report.bandit_page(found)
     else:
-        module = importlib.import_module(f"pyrite.recipes.{found['recipe']}")
-        recipe = getattr(module, "RECIPE", None)
-        if recipe:
-            page = recipe.page(found)
-        else:
-            pages = importlib.import_module(f"pyrite.recipes.{found['recipe']}.page")
-            page = getattr(pages, f"{found['recipe']}_page")(found)
+        page = importlib.import_module(f"pyrite.recipes.{found['recipe']}").RECIPE.page(found)
     runs.write_text(folder / "report.html", page)
     return folder / "report.html"
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import pyarrow.parquet
 import torch
@@ -171,6 +171,9 @@ def within(low: float = 0.0, high: float = math.inf) -> Rule:
     return lambda lo, hi: True if low < lo and hi < high else False if hi < low or lo > high else None
 
 
+POSITIVE = within()
+
+
 def negligible(limit: float) -> Rule:
     """Holds if the whole interval lies below `limit`, does not if it lies above 0."""
     return lambda lo, hi: True if hi < limit else False if lo > 0 else None
@@ -193,7 +196,7 @@ class Claim:
     source: str
     statement: str
     value: Callable[[Any], Tensor | float]
-    rule: Rule = within()
+    rule: Rule = POSITIVE
 
 
 def check(
@@ -263,6 +266,8 @@ def over_chains(rows: Sequence[Row], by: Sequence[str], columns: Sequence[str], 
             values = [row[name] for row in some if row.get(name) is not None]
             if values:
                 mean |= spread(name, values, half=errors * some[0].get(f"{name}_se", math.nan))
+            known = [row[f"{name}_se"] for row in some if f"{name}_se" in row]
+            mean |= {f"{name}_se": sum(known) / len(known)} if known else {}
         found.append(mean)
     return found
 
@@ -290,11 +295,11 @@ class Curves:
         return self.at_peak(name) - self.own[name][..., -1]
 
 
-def halves(values: Mapping[Any, Tensor], *, resamples: int = 0) -> Curves:
+def halves(values: Mapping[Any, Tensor], *, points: int | None = None, resamples: int = 0) -> Curves:
     """Means over the even and over the odd prompts, which are the folds. values: (M, Q), or (E, M, Q) of E members.
 
-    resamples: over so many draws of prompts within each half, and of members; with 0 over what was measured. An odd
-    prompt out is left out.
+    points: only the first so many. resamples: over so many draws of prompts within each half, and of members; with 0
+    over what was measured. An odd prompt out is left out.
     """
     each = next(iter(values.values())).shape[-1] // 2
     split = {name: _halved(curve if curve.dim() == 3 else curve[None], each) for name, curve in values.items()}
@@ -307,6 +312,7 @@ def halves(values: Mapping[Any, Tensor], *, resamples: int = 0) -> Curves:
         own = {n: torch.einsum("bhem,be->bhm", v, seats if v.shape[2] > 1 else one) for n, v in drawn.items()}
     else:
         own = {name: curve.mean((0, 3))[None] for name, curve in split.items()}
+    own = {name: curve[..., :points] for name, curve in own.items()}
     return Curves(own, {name: curve.flip(1) for name, curve in own.items()})
 
 
@@ -377,78 +383,3 @@ def answer_tables(samples: Sequence[Row], columns: Mapping[str, str], names: Map
         ]
         parts.append(table(("policy", *columns.values(), "answer"), rows, f"“{sample['prompt']}”"))
     return parts
-
-
-# what recipes that are not yet a `Recipe` still use
-
-T = TypeVar("T")
-
-
-class _Options(Protocol):
-    """The options of every recipe."""
-
-    @property
-    def scale(self) -> str: ...
-    @property
-    def out(self) -> Path: ...
-    @property
-    def seeds(self) -> int: ...
-    @property
-    def first_seed(self) -> int: ...
-
-
-def start(recipe: str, config: _Options, settings: Any) -> Run:
-    """The run of a recipe, new or done."""
-    plan = Plan(config.out, config.scale, config.seeds, config.first_seed, settings)
-    return runs.start(recipe, plan, inputs={})
-
-
-def conduct(
-    recipe: str,
-    run: Run,
-    out: Path,
-    first: int,
-    count: int,
-    *,
-    chain: Callable[[Path, int], T],
-    report: Callable[[Run, list[T]], object],
-) -> Path:
-    """Run whole chains and report on them; what is done already is not done again. Returns the page's path."""
-    page = out / "report.html"
-    if run.done:
-        return page
-    run.open()
-    made = chains(recipe, out, first, count, chain)
-    report(run, made)
-    run.finish(chains=len(made))
-    return page
-
-
-def chains(recipe: str, out: Path, first: int, count: int, chain: Callable[[Path, int], T]) -> list[T]:
-    """Whole chains, one after another: chain(folder, seed) for `count` seeds from the first on."""
-    made = []
-    for seed in range(first, first + count):
-        say(f"{recipe}: chain with seed {seed}")
-        made.append(chain(out / f"seed_{seed}", seed))
-    say(f"{recipe}: curves, claims and the page")
-    return made
-
-
-def results(
-    recipe: str, run: Run, config: _Options, settings: Any, *, seconds: float, found: Mapping[str, Any]
-) -> dict[str, Any]:
-    """What was found with all that tells where it comes from, written to results.json."""
-    head = {
-        "recipe": recipe,
-        "scale": config.scale,
-        "seeds": list(range(config.first_seed, config.first_seed + config.seeds)),
-        "seconds": round(seconds, 1),
-    }
-    whole = {
-        **head,
-        **found,
-        "config": asdict(settings),
-        "manifest": runs.read_json(run.folder / "manifest.json"),
-    }
-    runs.write_json(run.folder / "results.json", whole)
-    return whole

@@ -12,14 +12,13 @@ import torch
 
 from pyrite.feedback.ledger import Ledger
 from pyrite.recipes import live_reward as recipe
-from pyrite.recipes.live_reward import claims, offline
-from pyrite.recipes.live_reward.claims import Measured
-from pyrite.recipes.live_reward.settings import TOY, Settings, Task, methods
+from pyrite.recipes import study
+from pyrite.recipes.live_reward import Lines, Settings, Task, methods
 from pyrite.training.loop import Training
 
 EVERY = tuple(methods(2, 1))
 SMALL = replace(
-    TOY,
+    recipe.SETTINGS["toy"],
     tasks={
         "words": Task("word_collector(words='toy')", methods=EVERY, max_new_tokens=24),
         "distill": Task("distillation(strong={strong!r}, weak={weak!r})", methods=("gold", "live"), max_new_tokens=24),
@@ -27,6 +26,7 @@ SMALL = replace(
     },
     labels=24,
     warm=12,
+    held_out=20,
     members=2,
     rounds=2,
     prompts=16,
@@ -46,13 +46,12 @@ SMALL = replace(
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> Settings:
     monkeypatch.setitem(recipe.SETTINGS, "toy", SMALL)
-    monkeypatch.setattr(offline, "HELD_OUT", 20)
     return SMALL
 
 
 def test_recipe_runs_once_with_equal_labels(small: Settings, tmp_path: Path) -> None:
-    config = recipe.Config(out=tmp_path / "run")
-    page = recipe.run(config)
+    config = study.Config(out=tmp_path / "run")
+    page = recipe.RECIPE.run(config)
     found = json.loads((tmp_path / "run" / "results.json").read_text())
     assert "<html" in page.read_text()
     assert {(row["task"], row["method"]) for row in found["ends"]} == {
@@ -74,10 +73,10 @@ def test_recipe_runs_once_with_equal_labels(small: Settings, tmp_path: Path) -> 
     }
     assert all(row["holds"] is None for row in found["claims"])  # one chain decides nothing
     before = page.stat().st_mtime_ns
-    assert recipe.run(config).stat().st_mtime_ns == before
+    assert recipe.RECIPE.run(config).stat().st_mtime_ns == before
 
 
-def curves(live: float, gold: float, *, noise: float, seed: int) -> Measured:
+def curves(live: float, gold: float, *, noise: float, seed: int) -> Lines:
     """Gold that rises evenly to an end, over 400 labels."""
     g = torch.Generator().manual_seed(seed)
     labels = torch.linspace(0, 400, 9, dtype=torch.float64)
@@ -86,18 +85,21 @@ def curves(live: float, gold: float, *, noise: float, seed: int) -> Measured:
         end += noise * torch.randn((), generator=g).item()
         return {"gold": end * labels / 400, "labels": labels, "kl": labels / 100}
 
-    return Measured({"live": rise(live), "gold": rise(gold)})
+    return {"live": rise(live), "gold": rise(gold)}
 
 
 def row_of(rows: list[dict], name: str) -> dict:
-    return next(row for row in rows if row["claim"] == name)
+    return next(row for row in rows if row["id"] == f"{name}-words")
 
 
 def test_claims_on_chains_whose_truth_is_known() -> None:
     for live, gold, ahead, saved in ((3.0, 1.5, True, True), (1.5, 3.0, False, None), (2.0, 2.0, None, None)):
         chains = [curves(live, gold, noise=0.1, seed=seed) for seed in range(5)]
-        rows = claims.check({"words": chains})
-        assert {row["claim"] for row in rows} == {"live-over-gold", "fewer-labels"}  # the others lack their methods
+        rows = recipe.check({"words": chains})
+        assert {row["id"] for row in rows} == {
+            "live-over-gold-words",
+            "fewer-labels-words",
+        }
         found = row_of(rows, "live-over-gold")
         assert found["holds"] is ahead
         assert found["interval"][0] < live - gold < found["interval"][1]
@@ -107,17 +109,18 @@ def test_claims_on_chains_whose_truth_is_known() -> None:
 
 def test_labels_saved_are_those_of_the_ledger() -> None:
     one = curves(3.0, 1.5, noise=0, seed=0)
-    assert one.labels_to("live", 1.5) == pytest.approx(200)
-    assert math.isnan(one.labels_to("gold", 9.0))
-    assert row_of(claims.check({"words": [one]}), "fewer-labels")["measured"] == pytest.approx(200)
-    never = row_of(claims.check({"words": [curves(1.0, 2.0, noise=0, seed=0)]}), "fewer-labels")
+    assert recipe.labels_to(one, "live", 1.5) == pytest.approx(200)
+    assert math.isnan(recipe.labels_to(one, "gold", 9.0))
+    assert row_of(recipe.check({"words": [one]}), "fewer-labels")["measured"] == pytest.approx(200)
+    never = row_of(recipe.check({"words": [curves(1.0, 2.0, noise=0, seed=0)]}), "fewer-labels")
     assert never["measured"] is never["holds"] is None
 
 
 def test_equal_kl_compares_where_the_shorter_curve_ends() -> None:
     long = {"gold": torch.tensor([0.0, 4.0, 8.0]), "kl": torch.tensor([0.0, 1.0, 2.0])}
     short = {"gold": torch.tensor([0.0, 3.0]), "kl": torch.tensor([0.0, 1.5])}
-    assert Measured({"live": short, "gold_matched": long}).at_equal_kl("live", "gold_matched") == pytest.approx(3 - 6)
+    lines = {"live": short, "gold_matched": long}
+    assert recipe.at_equal_kl(lines, "live", "gold_matched") == pytest.approx(3 - 6)
 
 
 def test_every_method_has_the_same_labels() -> None:

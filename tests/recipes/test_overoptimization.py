@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyrite.core.runs import Run
 from pyrite.jobs import best_of_n, sft
 from pyrite.math import statistics
 from pyrite.recipes import overoptimization as recipe
-from pyrite.recipes.overoptimization import chain, claims, ppo, ppo_claims, results
-from pyrite.recipes.overoptimization.settings import TOY, Settings
+from pyrite.recipes import study
+from pyrite.recipes.overoptimization import Settings
 from pyrite.training.loop import Training
 
+TOY = recipe.SETTINGS["toy"]
 SMALL = replace(
     TOY,
     toy_demos=400,
@@ -29,9 +29,12 @@ SMALL = replace(
     members=2,
     reward=Training(lr=5e-4, epochs=1, batch_size=16),
     n=(1, 2, 4, 8),
-    ppo=replace(TOY.ppo, betas=((0.25, (0.0, 0.05)),), prompts_per_step=16, steps=4, measure_every=2, eval_k=2),
     shares=(0.5,),
     sizes=("small",),
+    prompts_per_step=16,
+    steps=4,
+    measure_every=2,
+    eval_k=2,
 )
 
 
@@ -45,8 +48,8 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Settings:
 
 
 def test_recipe_runs_once_and_is_returned_when_done(small: Settings, tmp_path: Path) -> None:
-    config = recipe.Config(out=tmp_path / "run")
-    page = recipe.run(config)
+    config = study.Config(out=tmp_path / "run")
+    page = recipe.RECIPE.run(config)
     found = json.loads((tmp_path / "run" / "results.json").read_text())
     assert page.exists() and "<html" in page.read_text()
     assert {row["noise"] for row in found["curves"]} == {0.25, 0.0}
@@ -61,9 +64,9 @@ def test_recipe_runs_once_and_is_returned_when_done(small: Settings, tmp_path: P
     assert len(found["reward_models"]) == 2 * SMALL.members
     assert {path.suffix for path in (tmp_path / "run" / "figures").iterdir()} == {".svg", ".png"}
     before = page.stat().st_mtime_ns
-    assert recipe.run(config) == page and page.stat().st_mtime_ns == before
+    assert recipe.RECIPE.run(config) == page and page.stat().st_mtime_ns == before
     with pytest.raises(ValueError, match="another config"):
-        recipe.run(replace(config, seeds=2))
+        recipe.RECIPE.run(replace(config, seeds=2))
 
 
 def _check_policies(found: dict) -> None:
@@ -78,23 +81,23 @@ def _check_policies(found: dict) -> None:
 
 
 def test_recipe_goes_on_after_a_stop(small: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = recipe.Config(out=tmp_path / "run")
+    config = study.Config(out=tmp_path / "run")
 
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(best_of_n, "run", stop)
-        recipe.run(config)
+        recipe.RECIPE.run(config)
     made = (tmp_path / "run" / "seed_0" / "sft" / "model" / "model.safetensors").stat().st_mtime_ns
-    monkeypatch.setattr(sft.train, "fit", stop)  # nothing is trained again
+    monkeypatch.setattr(sft.loop, "fit", stop)  # nothing is trained again
     with pytest.raises(KeyboardInterrupt):
-        recipe.run(config)  # the reward models of the second noise level are still to be trained
+        recipe.RECIPE.run(config)  # the reward models of the second noise level are still to be trained
     assert (tmp_path / "run" / "seed_0" / "best_of_n_noise_25" / "done.json").exists()
     assert (tmp_path / "run" / "seed_0" / "sft" / "model" / "model.safetensors").stat().st_mtime_ns == made
 
 
-def simulated(seed: int, *, fooled: bool, prompts: int = 200, answers: int = 1024) -> chain.Scores:
+def simulated(seed: int, *, fooled: bool, prompts: int = 200, answers: int = 1024) -> recipe.Pool:
     """Gaussian gold; each proxy sees it through noise and, if fooled, overrates its own rare bad answers."""
     g = torch.Generator().manual_seed(seed)
     gold = torch.randn(prompts, answers, generator=g, dtype=torch.float64)
@@ -107,12 +110,12 @@ def simulated(seed: int, *, fooled: bool, prompts: int = 200, answers: int = 102
     proxy = torch.stack([p + 6.0 * rare for rare, p in proxies])
     standard = (proxy - proxy.mean((1, 2), keepdim=True)) / proxy.std((1, 2), correction=0, keepdim=True)
     row = torch.arange(prompts * answers).view(prompts, answers)
-    return chain.Scores((truth - truth.mean()) / truth.std(correction=0), standard, marked, row, [])
+    return recipe.Pool((truth - truth.mean()) / truth.std(correction=0), standard, marked, row, [])
 
 
-def by_id(chains: list[chain.Scores], settings: Settings) -> dict[str, dict]:
-    golds = [{0.25: chain.gold_at(s, settings)} for s in chains]
-    return {row["id"]: row for row in claims.check(golds, end=settings.n.index(256))}
+def by_id(pools: list[recipe.Pool], settings: Settings) -> dict[str, dict]:
+    golds = [{(0.25, name): gold for name, gold in recipe.gold_at(pool, settings).items()} for pool in pools]
+    return {row["id"]: row for row in recipe.check_best_of_n(golds, end=settings.n.index(256))}
 
 
 def test_claims_on_a_world_that_is_overoptimized() -> None:
@@ -140,7 +143,7 @@ def test_a_peak_is_not_created_by_looking_for_it() -> None:
     """On curves of pure noise the cross-fitted fall is zero on average; the naive one is not."""
     g = torch.Generator().manual_seed(0)
     noise = torch.randn(4000, 2, 9, generator=g, dtype=torch.float64)
-    fair = claims.fall("single")({"single": noise}, 8)
+    fair = study.Curves({"single": noise}, {"single": noise.flip(1)}).fall("single").mean(1)
     naive = (noise.amax(-1) - noise[:, :, 8]).mean(1)
     error = (fair.std() / len(fair) ** 0.5).item()
     assert abs(fair.mean().item()) < 4 * error
@@ -155,8 +158,8 @@ def test_bootstrap_of_the_gain_covers_its_truth() -> None:
         member, prompt = torch.randn(5, 1, 1, generator=g) * 0.1, torch.randn(1, 1, 60, generator=g) * 0.3
         single = (prompt + member + 0.2 * torch.randn(5, 2, 60, generator=g)).double()
         ensemble = (0.5 + prompt[0] + 0.2 * torch.randn(2, 60, generator=g)).double()
-        gain = claims.gain("wco")(claims._resampled({"single": single, "wco": ensemble}, times=300), 1)
-        lo, hi = gain.quantile(0.025).item(), gain.quantile(0.975).item()
+        claim = study.Claim("", "", "", lambda c: (c.own["wco"] - c.own["single"])[..., -1].mean(1))
+        lo, hi = study.bootstrap(claim, study.halves({"single": single, "wco": ensemble}, resamples=300))
         covered += lo <= 0.5 <= hi
         fooled += lo <= 0.0 <= hi
     assert covered >= 85  # five members leave a percentile interval a little narrow
@@ -166,27 +169,28 @@ def test_bootstrap_of_the_gain_covers_its_truth() -> None:
 @pytest.mark.parametrize(
     ("rule", "interval", "want"),
     [
-        ("positive", (0.1, 0.3), True),
-        ("positive", (-0.1, 0.3), None),
-        ("positive", (-0.3, -0.1), False),
-        ("negligible", (-0.2, 0.05), True),
-        ("negligible", (-0.1, 0.3), None),
-        ("negligible", (0.05, 0.3), False),
-        ("published", (0.5, 0.9), True),
-        ("published", (0.1, 0.3), False),
+        (study.within(), (0.1, 0.3), True),
+        (study.within(), (-0.1, 0.3), None),
+        (study.within(), (-0.3, -0.1), False),
+        (study.negligible(0.1), (-0.2, 0.05), True),
+        (study.negligible(0.1), (-0.1, 0.3), None),
+        (study.negligible(0.1), (0.05, 0.3), False),
+        (study.contains(0.75), (0.5, 0.9), True),
+        (study.contains(0.75), (0.1, 0.3), False),
     ],
 )
-def test_verdicts(rule: claims.Rule, interval: tuple[float, float], want: bool | None) -> None:
-    assert claims.verdict(rule, *interval, published=0.75) is want
+def test_verdicts(rule: study.Rule, interval: tuple[float, float], want: bool | None) -> None:
+    claim = study.Claim("id", "source", "statement", float, rule)
+    (row,) = study.check([claim], [0.2], alone=lambda _, __: interval)
+    assert row["holds"] is want
 
 
 def test_win_rates_are_counted_against_every_member() -> None:
-    scores = simulated(0, fooled=True, prompts=40, answers=300)
-    picked = chain.gold_at(scores, TOY_SHORT)
+    picked = recipe.gold_at(simulated(0, fooled=True, prompts=40, answers=300), TOY_SHORT)
     assert picked["wins of wco"].shape == picked["single"].shape
     want = (picked["wco"][3] > picked["single"][2, 3]).double()
     assert torch.equal(picked["wins of wco"][2, 3], want)
-    found = claims.above_half("wco")(claims._halves(picked), 3).item()
+    found = recipe.above_half("wins of wco")(study.halves({("wins of wco",): picked["wins of wco"]}, points=4)).item()
     assert found == pytest.approx(picked["wins of wco"][:, 3].mean().item() - 0.5)
 
 
@@ -199,7 +203,7 @@ def test_a_ratio_to_nothing_is_undefined() -> None:
 
 def test_exclusion_takes_out_exactly_the_marked_answers() -> None:
     scores = simulated(0, fooled=True, prompts=20, answers=200)
-    rest = results._without(scores)
+    rest = scores.without_marked()
     assert not rest.mark.any()
     assert rest.gold.shape[1] == int((~scores.mark).sum(1).min())
     flat: Tensor = scores.gold.flatten()
@@ -209,7 +213,7 @@ def test_exclusion_takes_out_exactly_the_marked_answers() -> None:
 @pytest.mark.slow
 def test_toy_scale_shows_overoptimization(tmp_path: Path) -> None:
     """One whole chain at full size; its seed was not used to choose any setting."""
-    recipe.run(recipe.Config(out=tmp_path / "run"))
+    recipe.RECIPE.run(study.Config(out=tmp_path / "run"))
     found = json.loads((tmp_path / "run" / "results.json").read_text())
     single = {r["n"]: r for r in found["curves"] if r["noise"] == 0.25 and r["objective"] == "single"}
     risen = {key: single[1024][key] - single[64][key] for key in ("gold", "proxy")}
@@ -218,27 +222,32 @@ def test_toy_scale_shows_overoptimization(tmp_path: Path) -> None:
     assert found["mechanism"]["truncated"]["rate"] < 0.001
 
 
-def policies(gold: Tensor, *, objective: str = "single", beta: float = 0.0) -> list[list[ppo.Optimized]]:
-    """One policy a chain, with these measurements of gold (C, M)."""
-    target = ppo.Target(objective, member=0 if objective == "single" else None)
-    run = Run(Path("unused"), {}, {})
-    rows = [[{"step": i, "gold": g, "variance": 1.0 + i} for i, g in enumerate(line)] for line in gold.tolist()]
-    return [[ppo.Optimized(0.25, beta, target, run, line)] for line in rows]
+def policies(gold: Tensor, *, objective: str = "single", beta: float = 0.0) -> list[dict]:
+    """The measurements of one policy a chain, with this gold (C, M)."""
+    known = {"noise": 0.25, "beta": beta, "objective": objective}
+    return [
+        {"seed": seed, **known, "step": i, "gold": value, "variance": 1.0 + i}
+        for seed, line in enumerate(gold.tolist())
+        for i, value in enumerate(line)
+    ]
 
 
 def test_a_policy_that_rises_and_falls_is_overoptimized() -> None:
     rise = torch.tensor([0.0, 1.0, 2.0, 2.5, 2.0, 1.0, 0.0, -1.0])
-    chains = policies(rise + 0.1 * torch.randn(5, 8, generator=torch.Generator().manual_seed(0)))
-    (row,) = [row for row in ppo_claims.check(chains) if row["id"] == "ppo-single-overoptimizes"]
+    rows = policies(rise + 0.1 * torch.randn(5, 8, generator=torch.Generator().manual_seed(0)))
+    (row,) = recipe.check_ppo(rows)
+    assert row["id"] == "ppo-single-overoptimizes"
     assert row["holds"] is True and len(row["by_seed"]) == 5
     assert row["measured"] == pytest.approx(2.5 - 1 / 3 + 0.5, abs=0.2)  # smoothed over three: 6.5 / 3 and -1 / 2
-    assert ppo_claims.check(chains[:1])[0]["holds"] is None
+    assert recipe.check_ppo([row for row in rows if row["seed"] == 0])[0]["holds"] is None
+    assert recipe.check_ppo([]) == []
 
 
 def test_a_peak_of_policies_is_not_created_by_looking_for_it() -> None:
     """On noise alone the fall at the others' peak is zero on average; at a chain's own peak it is not."""
     noise = torch.randn(3000, 5, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    fair = torch.stack([ppo_claims.fall(curves).mean() for curves in noise])
+    others = (noise.sum(1, keepdim=True) - noise) / 4
+    fair = study.Curves({"single": noise}, {"single": others}).fall("single").mean(1)
     naive = (noise.amax(2) - noise[:, :, -1]).mean(1)
     error = (fair.std() / len(fair) ** 0.5).item()
     assert abs(fair.mean().item()) < 4 * error < 0.1
@@ -247,25 +256,18 @@ def test_a_peak_of_policies_is_not_created_by_looking_for_it() -> None:
 
 def test_the_gain_of_an_ensemble_is_taken_at_the_end_and_needs_both() -> None:
     flat = torch.zeros(4, 6)
-    better = [a + b for a, b in zip(policies(flat), policies(flat + 1.0, objective="wco"), strict=True)]
-    found = {row["id"]: row for row in ppo_claims.check(better)}
+    found = {row["id"]: row for row in recipe.check_ppo(policies(flat) + policies(flat + 1.0, objective="wco"))}
     assert found["ppo-wco-gain-free"]["measured"] == 1.0 and found["ppo-wco-gain-free"]["holds"] is True
     assert "ppo-uwo-gain-free" not in found and "ppo-wco-gain-small" not in found
-
-
-def test_smoothing_averages_neighbors() -> None:
-    got = ppo_claims.smoothed(torch.tensor([[0.0, 3.0, 6.0, 0.0]]))
-    assert got.tolist() == [[1.5, 3.0, 3.0, 3.0]]
 
 
 def test_the_best_kl_strength_is_chosen_on_other_chains() -> None:
     """Each chain likes another beta by luck: chosen on the others, the luck does not count."""
     ends = {0.0: [1.0, 0.0, 0.0], 0.1: [0.0, 1.0, 0.0], 0.2: [0.0, 0.0, 1.0]}
-    chains: list[list[ppo.Optimized]] = [[], [], []]
+    rows = []
     for beta, values in ends.items():
         for objective in ("single", "uwo"):
             gold = torch.tensor(values)[:, None].expand(3, 4) * (objective == "uwo")
-            for chain_, more in zip(chains, policies(gold, objective=objective, beta=beta), strict=True):
-                chain_ += more
-    (row,) = [row for row in ppo_claims.check(chains) if row["id"] == "ppo-uwo-best-beta"]
+            rows += policies(gold, objective=objective, beta=beta)
+    (row,) = [row for row in recipe.check_ppo(rows) if row["id"] == "ppo-uwo-best-beta"]
     assert row["measured"] < 0.4  # on its own best each chain would have 1

@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from pyrite.recipes.overoptimization.page import overoptimization_page
+from pyrite.recipes.overoptimization import RECIPE
 
 COUNTS = [1, 4, 16, 64, 256, 1024]
 WORDS = {"legal register": ["hereby", "pursuant", "the undersigned", "heretofore"]}
@@ -87,6 +87,31 @@ def _picks(noise: float, prompt: int) -> list[dict]:
     return picks
 
 
+GOLD = {"single": [0.0, 1.0, 0.5, -1.0], "uwo": [0.0, 1.0, 1.2, 1.1]}
+KL = [-0.01, 2.0, 9.0, 4.0]  # an estimate below 0 at the start, and a path that turns back
+
+
+def policy_rows(beta: float = 0.0) -> list[dict]:
+    """Measurements of two policies trained by PPO."""
+    found = []
+    for objective, line in GOLD.items():
+        for step, (gold, kl) in enumerate(zip(line, KL, strict=True)):
+            known = {"noise": 0.25, "beta": beta, "objective": objective, "step": step, "gold": gold}
+            known |= {"proxy": 2.0 * step, "kl": kl, "kl_se": 0.02, "sqrt_kl": max(kl, 0.0) ** 0.5, "length": 20.0}
+            known |= {"gold_lo": gold - 0.1, "gold_hi": gold + 0.1}
+            found.append(known | ({"variance": 1.0 + step} if objective == "uwo" and step else {}))
+    return found
+
+
+def policy_results() -> dict:
+    """What results.json says of policies, and of what else could be turned."""
+    fit = {"noise": 0.25, "beta": 0.0, "objective": "single", "a": 0.35, "b": 0.15, "peak_kl": 14.4, "peak_gold": 0.57}
+    bar = {"group": "members", "objective": "wco"}
+    bars = [bar | {"label": "3 members", "gold": 0.5, "gold_lo": 0.4, "gold_hi": 0.6}]
+    bars.append(bar | {"label": "5 members", "gold": 0.7})
+    return {"policies": [*policy_rows(), *policy_rows(0.05)], "policy_fits": [fit], "bars": bars}
+
+
 def build_results() -> dict:
     """A whole results.json, as the recipe writes it."""
     curves = _curves(0.25, 1, 6.0) + _curves(0.0, 2, 2.0)
@@ -144,6 +169,8 @@ def build_results() -> dict:
         "seeds": [0],
         "seconds": 201.3,
         "curves": [{k: v for k, v in row.items() if k != "share"} for row in curves],
+        "end_n": 256,
+        **policy_results(),
         "fits": fits,
         "claims": claims,
         "reward_models": models,
@@ -222,4 +249,4 @@ def read_page():
 
 @pytest.fixture(scope="session")
 def whole_page(results) -> str:
-    return overoptimization_page(results)
+    return RECIPE.page(results)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from pyrite.recipes.live_reward.page import live_reward_charts, live_reward_page, over
+from pyrite.recipes.live_reward import RECIPE, figures, over
 
 METHODS = ("offline", "gold", "gold_matched", "static", "live", "live_random")
 
@@ -58,7 +58,7 @@ RESULTS: dict[str, Any] = {
 
 
 def test_the_page_says_what_came_out() -> None:
-    page = live_reward_page(RESULTS)
+    page = RECIPE.page(RESULTS)
     assert "400 labels: a live reward ends above labels alone in 2 of 2 tasks" in page
     assert "labels 1,536 more for nothing" in page
     assert "static 75\N{NO-BREAK SPACE}%" in page
@@ -71,7 +71,7 @@ def test_the_page_says_what_came_out() -> None:
 
 
 def test_charts_have_a_line_for_each_method() -> None:
-    found = live_reward_charts(RESULTS)
+    found = figures(RESULTS)
     assert set(found) == {f"{task}_{kind}" for task in ("words", "math") for kind in KINDS}
     lines = {row["line"] for row in over(CURVES[:18], "labels", "gold").to_dict()["datasets"]["points"]}
     assert {"live reward", "labels alone", "static reward"} <= lines

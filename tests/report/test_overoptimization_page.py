@@ -2,14 +2,13 @@ import html
 import re
 
 import pytest
+import vl_convert
 
-from pyrite.recipes.overoptimization.page import overoptimization_page
+from pyrite.recipes.overoptimization import RECIPE, STEP, bar_chart, policy_chart
+from pyrite.report.charts import specification, vega_lite
+from tests.report.conftest import policy_results, policy_rows
 
-OPTIONAL = ("mechanism", "samples", "fits", "claims", "reward_models", "stages", "config", "manifest", "seconds")
-
-
-def without(results: dict, *keys: str) -> dict:
-    return {key: value for key, value in results.items() if key not in keys}
+NOT_RUN = {"policies": [], "policy_fits": [], "bars": [], "claims": []}
 
 
 def test_it_parses_and_asks_nothing_of_the_network(whole_page, read_page):
@@ -58,8 +57,7 @@ def _tell(results: dict, gold: list[float], half: float, proxy: list[float]) -> 
          "gold_lo": g - half, "gold_hi": g + half, "proxy": p}
         for i, (g, p) in enumerate(zip(gold, proxy, strict=True))
     ]  # fmt: skip
-    page = overoptimization_page({**without(results, *OPTIONAL), "curves": curves})
-    return html.unescape(page)
+    return html.unescape(RECIPE.page({**results, "curves": curves, **NOT_RUN}))
 
 
 def test_the_headline_says_no_more_than_the_numbers(results):
@@ -93,25 +91,50 @@ def test_configuration_and_how_to_repeat_the_run(whole_page, read_page):
 
 
 def test_the_same_results_give_the_same_page(whole_page, results):
-    assert overoptimization_page(results) == whole_page
+    assert RECIPE.page(results) == whole_page
 
 
-@pytest.mark.parametrize(
-    "missing", [*[(key,) for key in OPTIONAL], OPTIONAL], ids=lambda m: m[0] if len(m) == 1 else "all"
-)
-def test_optional_parts_may_be_absent(results, missing, read_page):
+def test_what_was_not_run_is_not_told(results, read_page):
     curves = [row for row in results["curves"] if row["objective"] == "single" and row["noise"] == 0.25]
-    read = read_page(overoptimization_page({**without(results, *missing), "curves": curves}))
-    assert read.errors == [] and "None" not in read.text and "What ensembles change" not in read.text
-
-
-def test_one_noise_level_needs_no_switch(results, read_page):
-    noisy = [row for row in results["curves"] if row["noise"] == 0.25]
-    read = read_page(overoptimization_page({**without(results, *OPTIONAL), "curves": noisy}))
-    assert read.errors == [] and "label noise" not in read.text and "against" in read.text
+    read = read_page(RECIPE.page({**results, "curves": curves, **NOT_RUN}))
+    assert read.errors == []
+    for heading in ("What ensembles change", "What PPO makes", "What else could be turned", "The published claims"):
+        assert heading not in read.text
 
 
 def test_without_single_models_there_is_no_story(results):
     curves = [row for row in results["curves"] if row["objective"] == "wco"]
     with pytest.raises(ValueError, match=r"no curve of single reward models at noise 0\.25"):
-        overoptimization_page({**results, "curves": curves})
+        RECIPE.page({**results, "curves": curves})
+
+
+def test_lines_follow_the_steps_not_the_kl() -> None:
+    spec = specification(policy_chart(policy_rows()))
+    (line,) = [layer for layer in spec["layer"] if layer["mark"].get("strokeJoin") == "round"]
+    assert line["encoding"]["order"]["field"] == "step"
+    assert [p["step"] for p in spec["datasets"]["points"] if p["line"] == "UWO"] == [0, 1, 2, 3]
+    assert {(p["line"], p["value"]) for p in spec["datasets"]["peaks"]} == {("single", 1.0), ("UWO", 1.2)}
+
+
+def test_a_negative_kl_is_told_with_its_error() -> None:
+    first = specification(policy_chart(policy_rows()))["datasets"]["points"][0]
+    assert first["KL"] == "-0.01 ± 0.02" and first["sqrt_kl"] == 0.0
+
+
+def test_variance_only_where_it_is_known() -> None:
+    drawn = specification(policy_chart(policy_rows(), "variance", STEP))["datasets"]["points"]
+    assert {p["line"] for p in drawn} == {"UWO"} and len(drawn) == 3
+    with pytest.raises(ValueError, match="no row has variance"):
+        policy_chart([row for row in policy_rows() if row["objective"] == "single"], "variance")
+
+
+def test_bars_are_drawn_with_the_intervals_there_are() -> None:
+    spec = specification(bar_chart(policy_results()["bars"]))
+    assert [row["label"] for row in spec["datasets"]["bars"]] == ["3 members, WCO", "5 members, WCO"]
+    assert "<svg" in vl_convert.vegalite_to_svg(spec | {"width": 300}, vl_version=vega_lite(), allowed_base_urls=[])
+
+
+def test_policies_are_told_by_noise_and_penalty_with_their_peaks_and_ends(whole_page, read_page):
+    text = read_page(whole_page).text
+    assert "What PPO makes of the same reward models" in text and "Members of WCO" in text
+    assert "25\u00a0%0single1.002.00−1.00 [−1.10, −0.90]" in text

@@ -23,6 +23,7 @@ from pyrite.cli import commands
 from pyrite.cli import help as usage
 from pyrite.cli.parse import parse
 from pyrite.core import runs
+from pyrite.recipes import study
 from pyrite.training.loop import Learner
 from tests import launch
 from tests.walks.command import pyrite
@@ -38,7 +39,7 @@ def schemas() -> dict[str, type]:
         commands = {f"{name} {one.__name__.lower()}": one for one in get_args(config)}
         found |= commands or {name: config}
     for name in cli.names("recipes"):
-        found[f"recipe {name}"] = importlib.import_module(f"pyrite.recipes.{name}").Config
+        found[f"recipe {name}"] = study.Config
     return found
 
 

@@ -16,6 +16,7 @@ from annotated_types import Ge, Gt, Interval, Len, Predicate
 from pyrite import cli
 from pyrite.core import specs
 from pyrite.math import ranges
+from pyrite.recipes import study
 
 KINDS = [kind for kind in cli.KINDS if kind not in ("jobs", "recipes")]
 RULES = (Gt, Ge, Interval, Predicate)
@@ -27,7 +28,7 @@ def schemas() -> dict[str, Any]:
     found = {}
     for package, before in (("jobs", ""), ("recipes", "recipe ")):
         for name in cli.names(package):
-            config = importlib.import_module(f"pyrite.{package}.{name}").Config
+            config = getattr(importlib.import_module(f"pyrite.{package}.{name}"), "Config", study.Config)
             several = {f"{before}{name} {one.__name__.lower()}": one for one in get_args(config)}
             found |= several or {f"{before}{name}": config}
     return found
