@@ -219,17 +219,6 @@ def test_integers_stay_or_are_refused() -> None:
         merging.weighted([ids, ids + 1], [0.5, 0.5])
 
 
-@pytest.mark.parametrize(("k", "steps"), [(1, 3), (2, 4), (3, 4), (4, 3)])
-def test_the_grid_is_the_whole_simplex_once(k: int, steps: int) -> None:
-    grid = merging.simplex(k, steps)
-    assert len(set(grid)) == len(grid) == math.comb(steps + k - 1, k - 1)
-    for point in grid:
-        assert math.fsum(point) == pytest.approx(1)
-        assert all(weight >= 0 and (weight * steps).is_integer() for weight in point)
-    assert grid == sorted(grid, reverse=True)
-    assert grid[0] == (1.0, *[0.0] * (k - 1))
-
-
 def test_shares() -> None:
     assert merging.shares(None, 4) == [0.25] * 4
     assert merging.shares([0.5, 0.25, 0.25], 3) == [0.5, 0.25, 0.25]
@@ -265,8 +254,6 @@ def test_weights_that_are_refused(weights, normalize: bool, message: str) -> Non
         (lambda: merging.deltas([random(0), random(1)], [1.0]), "1 weights for 2"),
         (lambda: merging.deltas([random(0), random(1)], [0.0, 0.0]), "nothing is left"),
         (lambda: merging.truncated(random(0), 0), "rank 0"),
-        (lambda: merging.simplex(0, 3), "no points"),
-        (lambda: merging.simplex(3, 0), "no points"),
         (lambda: LowRank(torch.zeros(3, 4), torch.zeros(5, 2)), "needs A"),
         (lambda: LowRank(torch.zeros(3, 4, 1), torch.zeros(5, 3)), "needs A"),
     ],
@@ -278,5 +265,5 @@ def test_what_does_not_fit_is_refused(call, message: str) -> None:
 
 def test_examples() -> None:
     result = doctest.testmod(merging)
-    assert result.attempted >= 2
+    assert result.attempted >= 1
     assert result.failed == 0

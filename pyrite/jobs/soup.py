@@ -10,8 +10,8 @@ from __future__ import annotations
 import math
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -30,7 +30,6 @@ from pyrite.math.ranges import Count, Real
 from pyrite.models.loading import OWN, adapters_of, is_classifier, settings, verify
 
 NEAR = 0.99  # averaged factors with a lower cosine to averaged adapters get a remark
-TABLE = ("weights", "rank", "largest_error", "lowest_cosine")  # of every soup of a grid, in the results
 FACTOR = re.compile(r"(.+\.lora_(?:embedding_)?)([AB])(?:\.weight)?")
 PREFIX = "base_model.model."
 HELD = {  # options of an adapter config that a soup can keep; any other that is turned on is refused
@@ -39,11 +38,8 @@ HELD = {  # options of an adapter config that a soup can keep; any other that is
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"),
     *("megatron_core", "qalora_group_size", "loftq_config", "runtime_config"),
 }
-OUTPUTS = {
-    "model/": "the soup: an adapter folder, or a whole model; soup.json tells what is in it",
-    "models/WEIGHTS/": "with --steps, such a folder for each point of the grid",
-}
-Mix = Callable[[Sequence[float], Path], dict[str, Any]]  # writes the soup of these weights and returns its measures
+OUTPUTS = {"model/": "the soup: an adapter folder, or a whole model; soup.json tells what is in it"}
+Mix = Callable[[Path], dict[str, Any]]  # writes the weights of the soup to a folder and returns its measures
 
 
 @dataclass(frozen=True)
@@ -62,8 +58,6 @@ class Config:
     """Adapters: their exact mean, A and B averaged apart, or the mean cut to --rank. Whole models: full."""
     rank: Count | None = None
     """Of mode svd; by default the ingredients' largest."""
-    steps: Count | None = None
-    """A soup for every way of dealing out 1/steps among the ingredients, in place of one at --weights."""
 
 
 def inputs(config: Config) -> dict[str, str | Path]:
@@ -72,68 +66,48 @@ def inputs(config: Config) -> dict[str, str | Path]:
 
 
 def run(config: Config) -> Run:
-    """Check that the ingredients go together, merge, write; one soup, or a grid of them."""
+    """Check that the ingredients go together, merge, write."""
     run = runs.start("soup", config, inputs=inputs)
     if run.done:
         return run
-    points, paths = _points(config), [Path(path) for path in config.ingredients]
-    mix = _whole_models(config, paths) if config.mode == "full" else _adapters(config, paths)
-    own = _reward_settings(config.ingredients)
-    constants = {name: _constants(own, weights) for name, weights in points.items()}
+    weights, paths = _weights(config), [Path(path) for path in config.ingredients]
+    mix = (_whole_models if config.mode == "full" else _adapters)(config, paths, weights)
+    constants = _constants(config.ingredients, weights)
     _check_tokenizers(paths)
     for path in config.ingredients:
         verify(AutoModelForSequenceClassification if is_classifier(path) else AutoModelForCausalLM, path)
     run.open()
-    about = {"mode": config.mode, "ingredients": list(config.ingredients)}
-    for name, weights in points.items():
-        if run.writes and not (run.folder / name).exists():
-            parts = zip(weights, config.ingredients, strict=True)
-            say(f"soup: {name}: {' + '.join(f'{weight:g} {path}' for weight, path in parts)}")
-            with _at_once(run.folder / name) as folder:
-                found = mix(weights, folder)
-                if constants[name]:
-                    saved = runs.read_json(folder / "config.json")
-                    runs.write_json(folder / "config.json", {**saved, "pyrite": constants[name]})
-                runs.write_json(folder / "soup.json", {**about, "inputs": run.inputs, "weights": weights, **found})
+    parts = zip(weights, config.ingredients, strict=True)
+    say(f"soup: {' + '.join(f'{weight:g} {path}' for weight, path in parts)}")
+    folder = run.folder / "model"
+    if run.writes:
+        _copy_beside(paths[0], folder)
+        told = {"mode": config.mode, "ingredients": list(config.ingredients), "inputs": run.inputs, "weights": weights}
+        runs.write_json(folder / "soup.json", {**told, **mix(folder)})
+        if constants:
+            saved = runs.read_json(folder / "config.json")
+            runs.write_json(folder / "config.json", {**saved, "pyrite": constants})
     run.wait()
-    made = {name: runs.read_json(run.folder / name / "soup.json") for name in points}
-    cosine = min((one["lowest_cosine"] for one in made.values() if one.get("lowest_cosine") is not None), default=1.0)
-    if config.mode == "factor" and cosine < NEAR:
+    made = runs.read_json(folder / "soup.json")
+    cosine = made.get("lowest_cosine")
+    if config.mode == "factor" and cosine is not None and cosine < NEAR:
         say(f"  note: averaged factors are not averaged adapters: cosine {cosine:.2f} with them in the worst module;")
         say("  they are near only while all A are alike, as soon after a start from one draw. --mode delta is exact")
-    if config.steps is None:
-        return run.finish(**made["model"])
-    rows = {name: {key: one[key] for key in TABLE if key in one} for name, one in made.items()}
-    return run.finish(**about, soups=rows)
+    return run.finish(**made)
 
 
-def _points(config: Config) -> dict[str, list[float]]:
-    """The weights of every soup, by the folder it goes to."""
-    k = len(config.ingredients)
-    if k < 2:
-        raise ValueError(f"--ingredients names {k}; a soup takes at least 2")
+def _weights(config: Config) -> list[float]:
+    """One for each ingredient."""
+    if len(config.ingredients) < 2:
+        raise ValueError(f"--ingredients names {len(config.ingredients)}; a soup takes at least 2")
     if config.rank is not None and (config.mode != "svd" or config.rank < 1):
         raise ValueError(f"--rank {config.rank}: a rank of at least 1, for --mode svd alone")
-    if config.steps is None:
-        return {"model": merging.shares(config.weights or None, k, normalize=config.normalize)}
-    if config.weights or not config.normalize:
-        raise ValueError("--steps makes the weights of its grid, all of sum 1: leave out --weights and --no-normalize")
-    grid = merging.simplex(k, config.steps)
-    return {"models/" + ",".join(f"{weight:.4g}" for weight in weights): [*weights] for weights in grid}
-
-
-@contextmanager
-def _at_once(folder: Path) -> Iterator[Path]:
-    """Write a folder beside its place, then move it there: it is there whole or not at all."""
-    beside = folder.with_name(f".{folder.name}")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    yield beside
-    beside.replace(folder)
+    return merging.shares(config.weights or None, len(config.ingredients), normalize=config.normalize)
 
 
 def _copy_beside(source: Path, folder: Path) -> None:
     """Copy what lies beside the weights of a model: tokenizer and config, but not its card."""
+    folder.mkdir(parents=True, exist_ok=True)
     for path in sorted(source.iterdir()):
         wanted = path.suffix in (".json", ".jinja", ".txt", ".model") and path.name != checkpoints.ABOUT
         if path.is_file() and wanted:
@@ -159,31 +133,30 @@ class Adapter:
     whole: dict[str, Tensor]
 
 
-def _adapters(config: Config, paths: Sequence[Path]) -> Mix:
+def _adapters(config: Config, paths: Sequence[Path], weights: Sequence[float]) -> Mix:
     for path in paths:
         if not (path / checkpoints.ABOUT).exists():
             raise ValueError(f"{path}: no folder with adapters; --mode full merges whole models")
     ingredients = [_read(path) for path in paths]
     _check_alike(ingredients, factors=config.mode == "factor")
-    if ingredients[0].whole and config.weights and not config.normalize:
-        _check_sum(config.weights, "a module saved whole beside low ranks, a reward head,")
+    if ingredients[0].whole:
+        _check_sum(weights, "a module saved whole beside low ranks, a reward head,")
     rank = config.rank or max(int(adapter.config["r"]) for adapter in ingredients)
 
-    def soup(parts: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
+    def soup(parts: Sequence[LowRank]) -> LowRank:
         if config.mode == "factor":
             return merging.factors(parts, weights)
         exact = merging.deltas(parts, weights)
         return merging.truncated(exact, rank) if config.mode == "svd" else exact
 
-    def mix(weights: Sequence[float], folder: Path) -> dict[str, Any]:
+    def mix(folder: Path) -> dict[str, Any]:
         first = ingredients[0]
-        low = {name: soup([one.low[name] for one in ingredients], weights) for name in first.low}
+        low = {name: soup([one.low[name] for one in ingredients]) for name in first.low}
         whole = {name: merging.weighted([one.whole[name] for one in ingredients], weights) for name in first.whole}
         part = next(iter(low.values()))
         about = first.config | {"r": part.rank, "lora_alpha": part.scale * part.rank, "use_rslora": False}
         about |= {"init_lora_weights": True, "target_modules": sorted(map(_module, low))}
         about |= {"exclude_modules": None, "layers_to_transform": None, "layers_pattern": None}
-        _copy_beside(first.path, folder)
         save_file(_named(low) | whole, folder / checkpoints.ADAPTER, metadata={"format": "pt"})
         runs.write_json(folder / checkpoints.ABOUT, about)
         return {"rank": part.rank, **_compared(ingredients, weights, low)}
@@ -297,13 +270,12 @@ def _compared(adapters: Sequence[Adapter], weights: Sequence[float], soup: dict[
 # Whole models --------------------------------------------------------------------------------------------------------
 
 
-def _whole_models(config: Config, paths: Sequence[Path]) -> Mix:
+def _whole_models(config: Config, paths: Sequence[Path], weights: Sequence[float]) -> Mix:
     """Tensors are read one at a time and written in the files of the first model."""
     for path in paths:
         if (path / checkpoints.ABOUT).exists() or not (path / "config.json").exists():
             raise ValueError(f"{path}: no folder of a whole model; modes other than full merge adapters")
-    if config.weights and not config.normalize:
-        _check_sum(config.weights, "a whole model")
+    _check_sum(weights, "a whole model")
     files = checkpoints.weight_files(paths[0])
     first, *others = (_shapes(path) for path in paths)
     for path, other in zip(paths[1:], others, strict=True):
@@ -313,8 +285,7 @@ def _whole_models(config: Config, paths: Sequence[Path]) -> Mix:
             shapes = f"{odd[0]} is {[*first[odd[0]]]} and {[*other[odd[0]]]}"
             raise ValueError(f"{paths[0]} and {path} are different models: {shapes}")
 
-    def mix(weights: Sequence[float], folder: Path) -> dict[str, Any]:
-        _copy_beside(paths[0], folder)
+    def mix(folder: Path) -> dict[str, Any]:
         with ExitStack() as stack:
             models: list[dict[str, Any]] = []
             for path in paths:
@@ -336,30 +307,25 @@ def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
 # How the ingredients read and standardize ----------------------------------------------------------------------------
 
 
-def _reward_settings(paths: Sequence[str]) -> list[dict[str, Any]]:
-    """How every reward model reads and standardizes; {} of a policy. Refuses configs that differ in more than that."""
-    own = [settings(path) for path in paths]
-    first, *others = (
-        {**_config(Path(path)), **one, "mean": None, "std": None} for path, one in zip(paths, own, strict=True)
-    )
-    for path, other in zip(paths[1:], others, strict=True):
-        for key in sorted({*first, *other}):
-            if (a := first.get(key)) != (b := other.get(key)):
-                raise ValueError(f"{paths[0]} and {path} differ in {key}: {a} and {b}")
-    return own
-
-
 def _config(path: Path) -> dict[str, Any]:
     """What a model folder says of the function it computes; adapters of a policy have no config of their own."""
     found = checkpoints.config(path).to_dict() if (path / "config.json").exists() else {}
     return {key: value for key, value in found.items() if key not in (*OWN, "use_cache")}
 
 
-def _constants(own: Sequence[dict[str, Any]], weights: Sequence[float]) -> dict[str, Any]:
-    """Settings of a soup of reward models, {} of policies; mean and std are weighted means of the ingredients'.
+def _constants(paths: Sequence[str], weights: Sequence[float]) -> dict[str, Any]:
+    """How a soup of reward models reads and standardizes, {} of policies; refuses configs that differ in the former.
 
-    As far as scores are linear in the weights, this mean is exact, and this std is not below the true one.
+    mean and std are the weighted means of the ingredients'. As far as scores are linear in the weights, this mean is
+    exact, and this std is not below the true one.
     """
+    own = [settings(path) for path in paths]
+    plain = {"mean": None, "std": None}
+    first, *others = ({**_config(Path(path)), **one, **plain} for path, one in zip(paths, own, strict=True))
+    for path, other in zip(paths[1:], others, strict=True):
+        for key in sorted({*first, *other}):
+            if (a := first.get(key)) != (b := other.get(key)):
+                raise ValueError(f"{paths[0]} and {path} differ in {key}: {a} and {b}")
     if not own[0]:
         return {}
     mean, std = (math.fsum(w * one[key] for w, one in zip(weights, own, strict=True)) for key in ("mean", "std"))

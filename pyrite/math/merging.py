@@ -13,7 +13,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
-from itertools import combinations, pairwise
 from typing import TypeVar
 
 import torch
@@ -80,20 +79,6 @@ def shares(weights: Sequence[float] | None, k: int, *, normalize: bool = True) -
             "without normalizing they are taken as they stand"
         )
     return [weight / total for weight in given]
-
-
-def simplex(k: int, steps: int) -> list[tuple[float, ...]]:
-    """Every (w_1 … w_k) of multiples of 1/steps with sum 1, C(steps + k − 1, k − 1) of them, (1, 0, …) first.
-
-    >>> simplex(2, 2)
-    [(1.0, 0.0), (0.5, 0.5), (0.0, 1.0)]
-    """
-    if k < 1 or steps < 1:
-        raise ValueError(f"a grid of {steps} steps over {k} ingredients has no points; give at least 1 of each")
-    last = steps + k - 1
-    bars = [(-1, *chosen, last) for chosen in combinations(range(last), k - 1)]
-    grid = [tuple((b - a - 1) / steps for a, b in pairwise(row)) for row in bars]
-    return grid[::-1]
 
 
 def weighted(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Soups of policies, of reward models, of whole models; peft as the independent reference; grids; what is refused."""
+"""Soups of policies, of reward models, of whole models; peft as the independent reference; what is refused."""
 
 from __future__ import annotations
 
@@ -163,37 +163,6 @@ def test_weights_as_they_stand(three: list[str], base: Path, tmp_path: Path) -> 
     half, whole = (matrices(path) for path in (tmp_path / "run" / "model", three[0]))
     for name, matrix in half.items():
         torch.testing.assert_close(matrix, whole[name] / 2)
-
-
-def test_a_grid_of_soups(three: list[str], base: Path, tmp_path: Path) -> None:
-    done = merged(tmp_path / "run", three, steps=2)
-    assert done.results is not None
-    names = ["1,0,0", "0.5,0.5,0", "0.5,0,0.5", "0,1,0", "0,0.5,0.5", "0,0,1"]
-    assert list(done.results["soups"]) == [f"models/{name}" for name in names]
-    for name, told in done.results["soups"].items():
-        assert name == "models/" + ",".join(f"{weight:g}" for weight in told["weights"])
-        assert read_json(tmp_path / "run" / name / "soup.json").items() >= told.items()
-    corner = ordinary(tmp_path / "run" / "models" / "0,1,0", base)
-    assert torch.equal(logits(corner), logits(ordinary(Path(three[1]), base)))
-    merged(tmp_path / "one", three, 0.5, 0.0, 0.5)
-    edge = ordinary(tmp_path / "run" / "models" / "0.5,0,0.5", base)
-    assert torch.equal(logits(edge), logits(ordinary(tmp_path / "one" / "model", base)))
-
-
-def test_a_cut_off_grid_goes_on(three: list[str], tmp_path: Path) -> None:
-    before = merged(tmp_path / "run", three, steps=2).results
-    assert before is not None
-    (tmp_path / "run" / "done.json").unlink()
-    kept, lost = (tmp_path / "run" / "models" / name for name in ("1,0,0", "0,0,1"))
-    stamp = (kept / "soup.json").stat().st_mtime_ns
-    lost.rename(lost.with_name(".0,0,1"))  # as a kill while writing leaves it
-    (lost.with_name(".0,0,1") / "soup.json").unlink()
-    after = merged(tmp_path / "run", three, steps=2).results
-    assert after is not None
-    assert after["soups"] == before["soups"]
-    assert (kept / "soup.json").stat().st_mtime_ns == stamp
-    assert (lost / "soup.json").exists()
-    assert not lost.with_name(".0,0,1").exists()
 
 
 # Against peft ------------------------------------------------------------------------------------------------
@@ -541,9 +510,6 @@ def test_whole_models_that_differ_are_refused(wholes: list[str], base: Path, tmp
         (3, {"weights": (0.5, 0.5, 0.5)}, "sum to 1.5"),
         (3, {"rank": 4}, "--rank 4: .* --mode svd alone"),
         (3, {"rank": 0, "mode": "svd"}, "--rank 0"),
-        (3, {"steps": 2, "weights": (0.2, 0.3, 0.5)}, "leave out --weights"),
-        (3, {"steps": 2, "normalize": False}, "leave out --weights and --no-normalize"),
-        (3, {"steps": 0}, "--steps 0"),
         (3, {"mode": "full"}, "modes other than full merge adapters"),
     ],
 )
