@@ -11,13 +11,11 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from torch import Tensor
 
 from pyrite.core import runs
 from pyrite.core.processes import Advance, progress, say
 from pyrite.core.runs import Run
 from pyrite.data import rows as data
-from pyrite.data import rows as long_prompts
 from pyrite.data import text
 from pyrite.data.conditioning import Variants
 from pyrite.data.rows import OnLong
@@ -82,10 +80,10 @@ def run(config: Config) -> Run:
         return run
     prompts = config.variants.of(data.load(config.prompts, "prompts", columns=config.columns)[: config.limit])
     policy = Policy.load(config.model, template=config.template)
-    fitted = long_prompts.fit(
+    fitted = data.fit(
         policy.tokenizer,
         prompts,
-        most=long_prompts.room(policy.context, config.max_new_tokens, config.max_prompt),
+        most=data.room(policy.context, config.max_new_tokens, config.max_prompt),
         context=policy.context,
         on_long=config.on_long,
         note=lambda words: say(f"generate: {words}"),
@@ -142,27 +140,24 @@ def _sample(
 
 def _part(policy: Policy, prompts: list[dict], ids: list[list[int]], config: Config, advance: Advance) -> dict:
     drawn = _sample(policy, prompts, ids, config, new=config.max_new_tokens, progress=advance)
-    tokens = [row[:n] for row, n in zip(drawn.tokens.tolist(), drawn.length.tolist(), strict=True)]
-    logp: Tensor = drawn.policy_logps.double().sum(1)
     owner = [prompts[i] for i in drawn.prompt.tolist()]
     return {
         "prompt_id": [row["prompt_id"] for row in owner],
         "prompt": [row["prompt"] for row in owner],
         "sample": drawn.sample.tolist(),
-        "response": text.decode(policy.tokenizer, tokens),
+        "response": text.decode(policy.tokenizer, drawn.responses()),
         "finished": drawn.finished.tolist(),
         "length": drawn.length.tolist(),
-        "logp": logp.tolist(),
+        "logp": drawn.policy_logps.double().sum(1).tolist(),
     }
 
 
 def _with_preferences(table: pa.Table, prompts: list[dict]) -> pa.Table:
     """The candidates with what their prompts were made from, where these carry it."""
-    owner = {row["prompt_id"]: row for row in prompts}
-    types = {"asked": None, "asked_id": None, "preferences": pa.list_(pa.string())}
     if not any("preferences" in row for row in prompts):
         return table
-    for name, kind in types.items():
+    owner = {row["prompt_id"]: row for row in prompts}
+    for name, kind in {"asked": None, "asked_id": None, "preferences": pa.list_(pa.string())}.items():
         values = [owner[key].get(name) for key in table["prompt_id"].to_pylist()]
         table = table.append_column(name, pa.array(values, kind))
     return table
