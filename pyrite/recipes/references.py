@@ -115,7 +115,6 @@ def chain(folder: Path, settings: ReferencesSettings, seed: int) -> dict[str, Ru
     labeled = label.Config(
         candidates=str(folder / "answers" / "candidates.parquet"),
         gold=settings.gold,
-        ties="drop",
         out=folder / "pairs",
         seed=derive(seed, "labels"),
     )

@@ -150,7 +150,6 @@ def chain(folder: Path, settings: SamplersSettings, seed: int) -> dict[str, Run]
             label.Config(
                 candidates=str(folder / "answers" / "candidates.parquet"),
                 gold=settings.gold,
-                ties="drop",
                 seed=derive(seed, "labels"),
                 out=folder / "pairs",
             )

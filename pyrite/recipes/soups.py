@@ -213,7 +213,6 @@ def _feedback(place: SoupsChain) -> dict[str, Run]:
         )
         judged = pairs.Config(
             candidates=str(drawn.out / "candidates.parquet"),
-            ties="drop",
             out=place.folder / f"pairs{name}",
             seed=derive(place.seed, f"pairs{told}"),
         )
