@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -32,9 +32,6 @@ class Responses:
     lengths: Tensor  # (N,) tokens of each response
     finished: Tensor  # (N,) bool: it ends with its end token
     truncated: Tensor | None = None  # (N,) bool: it was cut to a length when it was read
-    logp: Tensor | None = None  # (R,) nats, under the distribution it was drawn from
-    policy_logp: Tensor | None = None  # (R,) nats, under the policy that drew it, at temperature 1
-    ref_logp: Tensor | None = None  # (R,) nats, likewise under a reference that was mixed in; NaN where it was not
 
     @classmethod
     def said(
@@ -106,20 +103,21 @@ class Responses:
     def take(self, index: Sequence[int] | Tensor) -> Responses:
         """Some of the responses, by their indices; the prompts stay as they are."""
         at = torch.as_tensor(index, dtype=torch.int64)
-        which = torch.from_numpy(self.places(at.numpy())) if len(self.ids) else self.ids
-        tensors = {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
-        chosen = {name: value[which if name in FLAT else at] for name, value in tensors.items()}
-        return replace(self, texts=[self.texts[i] for i in at.tolist()] if self.texts else [], **chosen)
+        tokens = torch.from_numpy(self.places(at.numpy()))
+        return replace(
+            self,
+            prompt=self.prompt[at],
+            texts=[self.texts[i] for i in at.tolist()] if self.texts else [],
+            ids=self.ids[tokens],
+            lengths=self.lengths[at],
+            finished=self.finished[at],
+            truncated=None if self.truncated is None else self.truncated[at],
+        )
 
     def places(self, index: np.ndarray) -> np.ndarray:
         """Where the tokens of some responses stand in `ids`, one response after another."""
         size = self.lengths.numpy()[index]
         return np.repeat(self.begins[index] - (np.cumsum(size) - size), size) + np.arange(size.sum())
-
-    def cpu(self) -> Responses:
-        """The same on the processor."""
-        tensors = {f.name: value.cpu() for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
-        return replace(self, **tensors)
 
     @cached_property
     def begins(self) -> np.ndarray:
@@ -133,21 +131,3 @@ class Responses:
         lengths = np.array([len(prompt) for prompt in self.prompt_ids], dtype=np.int64)
         flat = [token for prompt in self.prompt_ids for token in prompt]
         return np.array(flat, dtype=np.int64), np.cumsum(lengths) - lengths, lengths
-
-
-FLAT = ("ids", "logp", "policy_logp", "ref_logp")  # a value a token
-
-
-def joined(parts: Sequence[Responses]) -> Responses:
-    """All responses of several records, each with its own prompts; columns that one of them lacks are left out."""
-    first = parts[0]
-    shift = np.cumsum([0, *(len(part.rows) for part in parts)])
-    tensors = [f.name for f in fields(first) if all(isinstance(getattr(part, f.name), Tensor) for part in parts)]
-    columns = {name: torch.cat([getattr(part, name) for part in parts]) for name in tensors}
-    columns["prompt"] = torch.cat([part.prompt + int(by) for part, by in zip(parts, shift, strict=False)])
-    return Responses(
-        rows=[row for part in parts for row in part.rows],
-        prompt_ids=[ids for part in parts for ids in part.prompt_ids],
-        texts=[text for part in parts for text in part.texts],
-        **columns,
-    )

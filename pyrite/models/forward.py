@@ -39,7 +39,7 @@ from pyrite.models.packing import (
     sizes,
 )
 
-# vocabulary: Log-probabilities of given tokens, without the (tokens x vocabulary) matrix where memory is short.
+# Log-probabilities of given tokens, without the (tokens x vocabulary) matrix where memory is short
 
 
 CACHED = 1 << 19  # logits worked on at a time
@@ -151,8 +151,7 @@ def _blocks(logits: Tensor) -> Iterator[slice]:
     return (slice(begin, begin + size) for begin in range(0, len(logits), size))
 
 
-# forwards: What policies and reward models share: running packed rows through a stock model, padding where it cannot
-# take them.
+# Packed batches through a stock model, padded if it cannot take them; `score`, which reads all responses
 
 
 NEVER = 1 << 40
@@ -401,7 +400,7 @@ class _States(tuple):
             raise AttributeError(name)
 
 
-# ways: How a model may be run so that each row's numbers are its own: packed, padded, or with rows of its own length.
+# Which way a model may be run: packed, padded, or with texts of one length together
 
 
 CLOSE = 1e-4  # of the distance to a wrong way: how near the right way must come to the stock model

@@ -105,7 +105,7 @@ class Truth:
             self.told = True
 
 
-# divergences: How far a policy is from its reference at every position of its answers, over the whole vocabulary.
+# KL and entropy over the whole vocabulary at every position of an answer
 
 
 CHUNK = 1024  # positions whose logits are in memory at a time
@@ -155,7 +155,7 @@ def _by_position(ours: Callable[[slice], Tensor], theirs: Callable[[slice], Tens
     return torch.cat(found, dim=1)
 
 
-# evaluation: Gold reward, proxy reward and KL from the reference, of answers a policy samples: always side by side.
+# Answers of a policy, measured
 
 
 @dataclass(frozen=True)
@@ -309,9 +309,9 @@ class Evaluator:
 
     def _kl(self, policy: Policy, ref: Policy, drawn: Samples) -> tuple[dict[str, Tensor], Divergences | None]:
         """k1 and k3 of every answer, and the exact KL where wanted: the reference scores the very tokens sampled."""
-        asked = replace(Responses.of([(ids, []) for ids in self.ids]), prompt=drawn.prompt, lengths=drawn.length)
+        both = zip(drawn.prompt.tolist(), drawn.responses(), strict=True)
+        asked = Responses.of([(self.ids[p], [response]) for p, response in both])
         mask = torch.arange(drawn.tokens.shape[1]) < drawn.length[:, None]
-        asked = replace(asked, ids=drawn.tokens[mask], finished=drawn.finished)
         ours = Logps(drawn.policy_logps.double().sum(1), drawn.length, drawn.policy_logps, mask)
         exact = divergences(policy, ref, asked) if self.options.eval_exact else None
         with policy.without_adapters() if ref is policy else nullcontext():

@@ -45,8 +45,7 @@ from pyrite.training import loop
 from pyrite.training.loop import BatchLoss, Learner, Training, TrainingError
 from pyrite.training.rounds import Answer, Drawing, Players
 
-# objectives: Rewards of preferences: an answer is scored once for every option it was asked under, and the scores
-# become one.
+# Rewards of preferences: one score for every option that an answer was asked under, combined
 
 
 Combine = Literal["mean", "weighted", "min"]
@@ -187,7 +186,7 @@ def _loaded(folder: str, beside: RewardEnsemble | None) -> RewardEnsemble:
     return RewardEnsemble([RewardModel.load(path, sibling=lead) for path in member_paths(folder)])
 
 
-# rollouts: A batch of rollouts: answers the policy drew, with all that policy optimization learns from.
+# Rollouts: a batch of answers with all that policy optimization learns from
 
 
 Method = Literal["gae", "rloo", "group", "center", "reinforce"]
@@ -494,8 +493,7 @@ def _drawn_logps(drawn: Samples) -> Logps:
     return Logps.from_tokens([row[:n] for row, n in zip(drawn.policy_logps, drawn.length.tolist(), strict=True)])
 
 
-# actors: Who learns in policy optimization: the policy, its critic, and the running numbers that last from step to
-# step.
+# Learners: the policy, its critic, and the running numbers between steps
 
 
 HEADS = ("shared", "detached")
