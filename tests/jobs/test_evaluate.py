@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from reading import encode
 
 from pyrite.core.runs import read_json
 from pyrite.data import rows as data
-from pyrite.data.text import encode
 from pyrite.jobs import evaluate
 from pyrite.math import statistics
 from pyrite.models.policy import Policy, RewardEnsemble

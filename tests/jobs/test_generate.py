@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from families import Row
+from reading import encode
 
 from pyrite.core import runs
 from pyrite.data import rows as data
 from pyrite.data import text
 from pyrite.data.conditioning import Dimensions, Variants, conditioned
 from pyrite.data.responses import Responses
-from pyrite.data.text import encode
 from pyrite.jobs import generate
 from pyrite.models.generation import sample
 from pyrite.models.policy import Policy

@@ -14,12 +14,13 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from families import Row
+from reading import encode
 from safetensors.torch import load_file
 from torch import Tensor
 
 from pyrite import cli
 from pyrite.core.runs import RunError, read_json, read_metrics
-from pyrite.data import rows, text
+from pyrite.data import rows
 from pyrite.data.responses import Responses
 from pyrite.jobs import sft
 from pyrite.models.policy import Policy
@@ -44,7 +45,7 @@ def test_it_learns_and_measures_what_it_says(tuned: Path, tiny: Path, demos: Pat
     assert (results["train_rows"], results["held_out_rows"]) == (59, 1)
     _, held = rows.split(rows.load(demos, "demos"), fraction=0.02, seed=0)
     policy = Policy.load(tuned / "model")
-    encoded = text.encode(policy.tokenizer, held[0]["prompt"], held[0]["response"])
+    encoded = encode(policy.tokenizer, held[0]["prompt"], held[0]["response"])
     logp = policy.logps(policy.pack(Responses.of([Row(encoded.prompt, [encoded.response])]))).sum.item()
     assert results["held_out_nll"] == pytest.approx(-logp / len(encoded.response), abs=1e-5)
     assert results["perplexity"] == pytest.approx(math.exp(results["held_out_nll"]))
@@ -59,7 +60,7 @@ def test_the_first_loss_is_the_mean_over_response_tokens(tuned: Path, tiny: Path
     policy = Policy.load(tiny)
     total = count = 0.0
     for row in batch:
-        encoded = text.encode(policy.tokenizer, row["prompt"], row["response"])
+        encoded = encode(policy.tokenizer, row["prompt"], row["response"])
         ids = torch.tensor([encoded.ids])
         logp = policy.model(input_ids=ids).logits.log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None])
         total -= logp[len(encoded.prompt) - 1 :].sum().item()
