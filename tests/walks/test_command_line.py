@@ -109,6 +109,13 @@ def test_every_option_has_text_and_the_example_is_a_command(command: str) -> Non
     parse(SCHEMAS[command], parts[count:], prog="x")
 
 
+def test_other_and_earlier_names_lead_to_options_that_exist() -> None:
+    known = {one.typed for schema in SCHEMAS.values() for one in usage.described(schema)}
+    later = [new for now in usage.OLD_NAMES.values() if now.startswith("--") for new in now.split(" or ")]
+    elsewhere = [f"--{name}" for name in usage.ALIASES.values()]
+    assert {name.split()[0].rstrip(",") for name in [*later, *elsewhere]} - known == set()
+
+
 def test_a_job_alone_shows_its_help() -> None:
     for job in ("sft", "ppo", "reference compute"):
         assert pyrite(*job.split()) == pyrite(*job.split(), "--help")

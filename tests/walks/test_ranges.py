@@ -149,12 +149,14 @@ def typed(hint: Any) -> Iterator[Any]:
 
 @pytest.mark.parametrize(("command", "name", "hint"), [(c, n, h) for c, n, h, _ in OPTIONS])
 def test_every_number_of_a_job_declares_its_range(command: str, name: str, hint: Any) -> None:
-    assert not bare(hint), f"{command} --{name}: annotate it with a range of pyrite/options.py"
+    assert not bare(hint), f"{command} --{name}: annotate it with a range of pyrite/math/ranges.py"
 
 
 @pytest.mark.parametrize(("kind", "name", "option", "hint"), [(k, n, o, h) for k, n, o, h, _ in PART_OPTIONS])
 def test_every_number_of_a_part_declares_its_range(kind: str, name: str, option: str, hint: Any) -> None:
-    assert hint is not Any and not bare(hint), f"{kind}.{name}({option}): annotate it with a range of pyrite/options.py"
+    assert hint is not Any and not bare(hint), (
+        f"{kind}.{name}({option}): annotate it with a range of pyrite/math/ranges.py"
+    )
 
 
 @pytest.mark.parametrize(("command", "name", "hint", "default"), OPTIONS)
