@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Part = TypeVar("Part")
+T = TypeVar("T")
 ROUNDING = 0.01  # by how much shares written with few decimals, 0.33 0.33 0.33, may miss 1
 
 
@@ -177,7 +177,7 @@ def _inner(x: LowRank, y: LowRank) -> float:
     return x.scale * y.scale * (up * down).sum().item()
 
 
-def _present(weights: Sequence[float], parts: Sequence[Part]) -> list[tuple[float, Part]]:
+def _present(weights: Sequence[float], parts: Sequence[T]) -> list[tuple[float, T]]:
     """The parts that count, with their weights."""
     if len(weights) != len(parts):
         raise ValueError(f"{len(weights)} weights for {len(parts)} ingredients; give one weight for each")
