@@ -414,15 +414,15 @@ LONGEST_WAIT = 600.0  # seconds that a server may ask to be left alone
 # refused: not answered, for now; lost: maybe answered, and paid for; raised: a gold of one's own failed; unusable:
 # answered, but nothing that can be read; rejected: this call cannot be answered; again: it has to be put otherwise;
 # fatal: no call can be answered
-Kind = Literal["refused", "lost", "raised", "unusable", "rejected", "again", "fatal"]
+TroubleKind = Literal["refused", "lost", "raised", "unusable", "rejected", "again", "fatal"]
 
 
 class Trouble(Exception):  # noqa: N818, most of it passes
     """A call without an answer; wait: seconds the server asked to be left alone."""
 
-    def __init__(self, kind: Kind, message: str, wait: float = 0.0) -> None:
+    def __init__(self, kind: TroubleKind, message: str, wait: float = 0.0) -> None:
         super().__init__(message)
-        self.kind: Kind = kind
+        self.kind: TroubleKind = kind
         self.wait = wait
 
 
@@ -491,7 +491,7 @@ class Trade:
     strict: bool = False
 
 
-class Turn(NamedTuple):
+class Attempt(NamedTuple):
     """Questions of one call; how often nobody answered, and how often without a verdict; whether anything that could be
     read was among those answers."""
 
@@ -520,9 +520,9 @@ class Asker:
     ) -> None:
         self.ledger, self.trade, self.pace, self.advance = ledger, trade, pace, advance
         self.line: deque[Question] = deque()
-        self.later: list[tuple[float, int, Turn]] = []
+        self.later: list[tuple[float, int, Attempt]] = []
         self.busy: deque[tuple[float, Question]] = deque()  # another process is asking these
-        self.flying: dict[Future[Sequence[Outcome]], Turn] = {}
+        self.flying: dict[Future[Sequence[Outcome]], Attempt] = {}
         self.numbers = itertools.count()
         self.chance = random.Random()  # when, not what
         self.free = 0.0  # the earliest moment for the next call
@@ -552,18 +552,18 @@ class Asker:
 
     def _send(self, pool: Executor) -> bool:
         """Send what may be sent now; False if answers in flight decide whether there is money for more."""
-        while time.monotonic() >= self.free and (turn := self._next()) is not None:
-            turn = self._claimed(turn)
-            if turn is None:
+        while time.monotonic() >= self.free and (attempt := self._next()) is not None:
+            attempt = self._claimed(attempt)
+            if attempt is None:
                 return False
-            if turn.questions:
+            if attempt.questions:
                 self.quiet = time.monotonic()
-                self.flying[pool.submit(self.trade.send, turn.questions)] = turn
+                self.flying[pool.submit(self.trade.send, attempt.questions)] = attempt
                 self.free = self.quiet + (60 / self.pace.per_minute if self.pace.per_minute else 0.0)
         return True
 
-    def _next(self) -> Turn | None:
-        """The turn whose time has come, an empty one for the next questions in line; None if there is none."""
+    def _next(self) -> Attempt | None:
+        """The attempt whose time has come, an empty one for the next questions in line; None if there is none."""
         now, out = time.monotonic(), len(self.flying)
         if self.later and self.later[0][0] <= now and out < self.pace.concurrency:
             return heapq.heappop(self.later)[2]
@@ -571,12 +571,12 @@ class Asker:
             return None
         while self.busy and self.busy[0][0] <= now:
             self.line.appendleft(self.busy.popleft()[1])
-        return Turn() if self.line else None
+        return Attempt() if self.line else None
 
-    def _claimed(self, turn: Turn) -> Turn | None:
+    def _claimed(self, attempt: Attempt) -> Attempt | None:
         """The questions that are ours to ask, written down in one transaction; None if there may be money later."""
-        again, ours, risk = len(turn.questions), [], 0.0
-        queue = deque(turn.questions) if again else self.line
+        again, ours, risk = len(attempt.questions), [], 0.0
+        queue = deque(attempt.questions) if again else self.line
         broke = False
         with self.ledger.write() as db:
             room = self._room()
@@ -605,7 +605,7 @@ class Asker:
             if self.flying:
                 return None
             raise GoldStopped(self._broke(risk))
-        return turn._replace(questions=tuple(ours))
+        return attempt._replace(questions=tuple(ours))
 
     def standing(self, call: Call | None) -> Literal["answered", "failed", "busy", "open", "later"]:
         """What a question is to this run and round."""
@@ -668,43 +668,43 @@ class Asker:
             time.sleep(pause or 0.0)
             return
         for future in wait(self.flying, pause, return_when=FIRST_COMPLETED).done:
-            turn = self.flying.pop(future)
+            attempt = self.flying.pop(future)
             try:
                 outcomes = future.result()
             except Trouble as trouble:
-                self._troubled(turn, trouble)
+                self._troubled(attempt, trouble)
             else:
-                self._arrived(turn._replace(heard=True), outcomes)
+                self._arrived(attempt._replace(heard=True), outcomes)
 
-    def _arrived(self, turn: Turn, outcomes: Sequence[Outcome]) -> None:
+    def _arrived(self, attempt: Attempt, outcomes: Sequence[Outcome]) -> None:
         """An answer. What it leaves open is asked again, one question at a time."""
-        left = tuple(q for q, one in zip(turn.questions, outcomes, strict=True) if one.state == "open")
-        single, done = len(turn.questions) == 1, len(turn.questions) - len(left)
+        left = tuple(q for q, one in zip(attempt.questions, outcomes, strict=True) if one.state == "open")
+        single, done = len(attempt.questions) == 1, len(attempt.questions) - len(left)
         if done:
             self.silent = self.unanswered = 0
-        end = bool(left) and single and turn.useless >= self.pace.reasks
+        end = bool(left) and single and attempt.useless >= self.pace.reasks
         if end:  # if every answer was no answer at all, such as a web page, another run asks again
-            outcomes = [replace(outcomes[0], state="answered" if turn.heard else "failed", unusable=0)]
-        self._settle(turn, outcomes)
+            outcomes = [replace(outcomes[0], state="answered" if attempt.heard else "failed", unusable=0)]
+        self._settle(attempt, outcomes)
         self.advance(done + end)
         if end:
             self._ended(1, outcomes[0].error or "")
         elif left and single:
-            self._again(turn._replace(useless=turn.useless + 1), self._backoff(turn.useless))
+            self._again(attempt._replace(useless=attempt.useless + 1), self._backoff(attempt.useless))
         else:
-            self._singly(left, turn)
+            self._singly(left, attempt)
 
-    def _troubled(self, turn: Turn, trouble: Trouble) -> None:
+    def _troubled(self, attempt: Attempt, trouble: Trouble) -> None:
         """No answer."""
-        kind, error, count = trouble.kind, str(trouble), len(turn.questions)
+        kind, error, count = trouble.kind, str(trouble), len(attempt.questions)
         if kind == "unusable":
-            self._arrived(turn, [Outcome("open", error=error, unusable=1)] * count)
+            self._arrived(attempt, [Outcome("open", error=error, unusable=1)] * count)
             return
-        over = turn.unanswered >= self.pace.retries or (count == 1 and kind == "rejected")
+        over = attempt.unanswered >= self.pace.retries or (count == 1 and kind == "rejected")
         end = over and kind != "again"
         kept = Outcome("failed" if end else "open", error=error, lost=int(kind == "lost"))
-        released = [0.0 if kind == "lost" else self.trade.risk(question) for question in turn.questions]
-        self._settle(turn, [replace(kept, released=risk) for risk in released])
+        released = [0.0 if kind == "lost" else self.trade.risk(question) for question in attempt.questions]
+        self._settle(attempt, [replace(kept, released=risk) for risk in released])
         if kind == "fatal":
             raise GoldStopped(f"{trouble}; {self._rest()}")
         if end:
@@ -712,12 +712,12 @@ class Asker:
             self.advance(count)
             self._ended(count, error)
         elif kind == "again":
-            self._again(turn, 0.0)
+            self._again(attempt, 0.0)
         elif count > 1 and kind in ("rejected", "raised"):  # it may be one of them
-            self._singly(turn.questions, turn)
+            self._singly(attempt.questions, attempt)
         else:
-            delay = max(self._backoff(turn.unanswered), min(trouble.wait, LONGEST_WAIT))
-            self._again(turn._replace(unanswered=turn.unanswered + 1), delay)
+            delay = max(self._backoff(attempt.unanswered), min(trouble.wait, LONGEST_WAIT))
+            self._again(attempt._replace(unanswered=attempt.unanswered + 1), delay)
 
     def _ended(self, questions: int, error: str) -> None:
         """So many questions more ended without an answer. A strict trade stops if there were too many in a row."""
@@ -731,15 +731,15 @@ class Asker:
         advice = "check the address, the model, --reply and --max-tokens"
         raise GoldStopped(f"{what}; {advice}; {self._rest()}")
 
-    def _settle(self, turn: Turn, outcomes: Sequence[Outcome]) -> None:
-        self.ledger.settle({question.key: one for question, one in zip(turn.questions, outcomes, strict=True)})
+    def _settle(self, attempt: Attempt, outcomes: Sequence[Outcome]) -> None:
+        self.ledger.settle({question.key: one for question, one in zip(attempt.questions, outcomes, strict=True)})
 
-    def _again(self, turn: Turn, delay: float) -> None:
-        heapq.heappush(self.later, (time.monotonic() + delay, next(self.numbers), turn))
+    def _again(self, attempt: Attempt, delay: float) -> None:
+        heapq.heappush(self.later, (time.monotonic() + delay, next(self.numbers), attempt))
 
-    def _singly(self, questions: Sequence[Question], turn: Turn) -> None:
+    def _singly(self, questions: Sequence[Question], attempt: Attempt) -> None:
         for question in questions:
-            self._again(Turn((question,), turn.unanswered + 1), self._backoff(turn.unanswered))
+            self._again(Attempt((question,), attempt.unanswered + 1), self._backoff(attempt.unanswered))
 
     def _backoff(self, times: int) -> float:
         return min(self.pace.longest, self.pace.backoff * 2**times) * self.chance.uniform(0.5, 1.0)
@@ -749,7 +749,7 @@ class Asker:
         return f"{spent} or at risk, and the next answer may cost {risk:.3g}; raise max_cost; {self._rest()}"
 
     def _rest(self) -> str:
-        left = len(self.line) + len(self.busy) + sum(len(turn.questions) for *_, turn in self.later)
+        left = len(self.line) + len(self.busy) + sum(len(attempt.questions) for *_, attempt in self.later)
         return f"{left} questions and those in flight are left; run again to go on from {self.ledger.path}"
 
 

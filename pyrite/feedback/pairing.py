@@ -124,7 +124,7 @@ def decided(
 
 
 def _ends(group: Sequence[int], known: dict[tuple[int, int], float]) -> tuple[int, int] | None:
-    """The answers that win most and least against the group's others; None where no two were judged."""
+    """The answers that win most and least against the group's others; None if no two were judged."""
     wins: dict[int, list[float]] = {}
     for a, b in itertools.combinations(group, 2):
         p = known.get((a, b), 0.5)
@@ -139,7 +139,7 @@ def _ends(group: Sequence[int], known: dict[tuple[int, int], float]) -> tuple[in
 
 
 def _decided(a: int, b: int, p: float, uniform: float, source: Source) -> Pair | None:
-    """The pair of a verdict P(a beats b), where a wins if `uniform` lies below it; None for a tie or no verdict."""
+    """The pair of a verdict P(a beats b): a wins if `uniform` lies below it; None for a tie or no verdict."""
     if math.isnan(p) or p == 0.5:
         return None
     a_wins = p > uniform

@@ -74,7 +74,7 @@ def with_random(
 def pick(selector: Selector, margins: Tensor, n: int, *, generator: torch.Generator) -> list[int]:
     """The n pairs of highest priority, first things first; equal ones in their order.
 
-    Margins (E, B). Raises ValueError where the selector does not give one finite number a pair.
+    Margins (E, B). Raises ValueError if the selector does not give one finite number a pair.
     """
     priority = selector(margins, generator=generator)
     if priority.shape != margins.shape[1:] or not priority.isfinite().all():

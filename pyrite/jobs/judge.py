@@ -1,7 +1,7 @@
 """Judging: pairs of answers put to a language model or to people, and how far two judges agree.
 
 `pyrite judge ask|export|import|agreement`. Every answer of a model is in the ledger, with its text, tokens and cost, as
-soon as it is there, so an interrupted run goes on where it stopped, and a second run costs nothing.
+soon as it is there, so an interrupted run goes on from there, and a second run costs nothing.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Ask:
     candidates: str | None = None
     """Instead: candidates, whose answers 0 and 1, 2 and 3, ... to a prompt are paired."""
     columns: str | None = None
-    """Names of the columns where they differ, as ours=theirs: "prompt=question,response=answer"."""
+    """Names of columns that differ, as ours=theirs: "prompt=question,response=answer"."""
     criterion_id: str | None = None
     """Name of the criterion in ledger and table; the sentence by default."""
     ledger: Path | None = None
@@ -98,7 +98,7 @@ class Export:
     candidates: str | None = None
     """Instead: candidates, whose answers 0 and 1, 2 and 3, ... to a prompt are paired."""
     columns: str | None = None
-    """Names of the columns where they differ, as ours=theirs: "prompt=question,response=answer"."""
+    """Names of columns that differ, as ours=theirs: "prompt=question,response=answer"."""
     criterion_id: str | None = None
     """Name of the criterion in the table of verdicts; the sentence by default."""
     format: Literal["csv", "jsonl"] = "csv"
@@ -347,7 +347,7 @@ def _answers(given: str, columns: str | None) -> tuple[str, dict[str, Row]]:
 
 
 def _split(given: str) -> tuple[str, str]:
-    """Name and file of NAME=FILE; no name where there is only a file."""
+    """Name and file of NAME=FILE; no name if there is only a file."""
     name, sign, file = given.partition("=")
     return (name, file) if sign and name and file and not Path(given).exists() else ("", given)
 
@@ -373,7 +373,7 @@ def _couple(a: Row, b: Row) -> Row:
 
 
 def _nothing(judge: LanguageJudge, keys: list[str], pairs: int) -> str:
-    """What went wrong where no pair got a verdict."""
+    """What went wrong if no pair got a verdict."""
     with Ledger(judge.ledger) as ledger:
         books = ledger.books(keys)
         last = next((row.error for row in reversed(ledger.find(keys).values()) if row.error), "nothing was asked")
@@ -403,13 +403,13 @@ def _counted(table: list[Row]) -> dict[str, int]:
 
 
 def _shown(value: Any) -> str:
-    if not isinstance(value, Measured):
+    if not isinstance(value, Statistic):
         return str(value)
     return f"{value.value:.3f} [{value.lo:.3f}, {value.hi:.3f}] of {value.n}"
 
 
 def _plain(value: Any) -> Any:
-    if not isinstance(value, Measured):
+    if not isinstance(value, Statistic):
         return value
     return {name: None if number != number else number for name, number in value._asdict().items()}
 
@@ -452,7 +452,7 @@ def write_sheet(sheet: Sequence[Row], path: Path) -> None:
 
 
 def filled(path: str | Path, rows: Sequence[Row], *, seed: int) -> list[Verdict]:
-    """The verdicts of a filled sheet on the rows {prompt, a, b} it was made of; none where it was left blank.
+    """The verdicts of a filled sheet on the rows {prompt, a, b} it was made of; none if it was left blank.
 
     By id alone: rows of the sheet may be in any order, and its texts are not read. Raises DataError, naming the file
     and the row, for an unknown or repeated id, or a label other than A, B, TIE.
@@ -511,7 +511,7 @@ def _read_csv(path: str) -> Source:
 NEEDED = ("prompt", "a", "b", "preference")
 
 
-class Measured(NamedTuple):
+class Statistic(NamedTuple):
     """A share or coefficient with its interval over prompts, and on how many verdicts it rests."""
 
     value: float
@@ -549,8 +549,8 @@ def agreed(
     """How two judges agree on the pairs that both have a verdict on, joined by texts and criterion, never by place.
 
     agreement: share of equal verdicts of three, A, B or tie. kappa: (agreement − chance) / (1 − chance), chance =
-    Σ_c p₁(c) p₂(c) of their own shares (Cohen 1960); NaN where chance is 1. decided: agreement where neither sees a
-    tie. Raises ValueError where no pair has both verdicts.
+    Σ_c p₁(c) p₂(c) of their own shares (Cohen 1960); NaN if chance is 1. decided: agreement if neither sees a tie.
+    Raises ValueError if no pair has both verdicts.
     """
     theirs = {one.pair: one for one in second}
     both = [(one, theirs[one.pair]) for one in first if one.pair in theirs]
@@ -599,7 +599,7 @@ def leaning(judged: Sequence[Opinion], *, n_boot: int, level: float, generator: 
     boot = _Boot([one.prompt for one in judged], n_boot, level, generator)
     rows = torch.tensor([_counts(one) for one in judged], dtype=torch.float64)
 
-    def share(part: int, whole: int) -> Measured:
+    def share(part: int, whole: int) -> Statistic:
         return boot(rows, lambda t: t[..., part] / t[..., whole], int(rows[:, whole].sum()))
 
     return {
@@ -620,14 +620,14 @@ class _Boot:
         self.counts = winrates.resamples(len(names), n_boot=n_boot, generator=generator)
         self.level = level
 
-    def __call__(self, rows: Tensor, statistic: Callable[[Tensor], Tensor], n: int) -> Measured:
+    def __call__(self, rows: Tensor, statistic: Callable[[Tensor], Tensor], n: int) -> Statistic:
         """Rows (N, ...) of N pairs; the statistic is of their sum (..., ...)."""
         flat = rows.flatten(1)
         sums = torch.zeros(self.counts.shape[1], flat.shape[1], dtype=flat.dtype).index_add_(0, self.of, flat)
         value = statistic(rows.sum(0))
         boot = statistic((self.counts @ sums).unflatten(1, rows.shape[1:]))
         found = winrates.interval(value, boot, level=self.level)
-        return Measured(found.mean.item(), found.lo.item(), found.hi.item(), n)
+        return Statistic(found.mean.item(), found.lo.item(), found.hi.item(), n)
 
 
 def _counts(one: Opinion) -> tuple[float, ...]:

@@ -32,7 +32,7 @@ OUTPUTS = {
     "pairs.parquet": "training pairs: prompt, chosen, rejected, strength, flipped",
     "held_out.parquet": "clean pairs of held-out prompts",
 }
-Couple = tuple[Row, Row]
+RowPair = tuple[Row, Row]
 
 
 @dataclass(frozen=True)
@@ -123,11 +123,11 @@ def _scored(run: Run, rows: list[Row], scorer: Callable, name: str) -> list[floa
         return runs.in_parts(run.folder / "parts" / "gold", len(rows), score, size=4096)["gold"].to_pylist()
 
 
-def _prompts(couples: list[Couple]) -> list[str]:
+def _prompts(couples: list[RowPair]) -> list[str]:
     return [text.plain(a["prompt"]) for a, _ in couples]
 
 
-def _couples(rows: list[Row], config: Config) -> tuple[list[Couple], Counter[str]]:
+def _couples(rows: list[Row], config: Config) -> tuple[list[RowPair], Counter[str]]:
     """Consecutive answers to each prompt, and how many couples (answers, if cut ones are passed over) cannot carry a
     preference, by reason."""
     couples, left_out = [], Counter(cut=0, equal=0, empty=0)
@@ -155,7 +155,7 @@ def _hint(rows: list[Row], config: Config) -> str:
 
 def _write_pairs(
     run: Run,
-    couples: list[Couple],
+    couples: list[RowPair],
     strengths: Tensor,
     left_out: Counter[str],
     hint: str,
@@ -179,7 +179,7 @@ def _write_pairs(
     return counts | {f"left_out_{reason}": left_out[reason] for reason in ("cut", "equal", "empty", "no_verdict")}
 
 
-def _pairs(couples: list[Couple], strengths: Tensor, config: Config) -> list[Row]:
+def _pairs(couples: list[RowPair], strengths: Tensor, config: Config) -> list[Row]:
     """The rows of pairs; no verdict makes no pair, nor does a tie unless it is kept, with strength 0."""
     pairs = []
     for (a, b), strength in zip(couples, strengths.tolist(), strict=True):

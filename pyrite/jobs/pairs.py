@@ -35,9 +35,9 @@ OUTPUTS = {
     "held_out.parquet": "pairs of held-out prompts",
     "demos.parquet": "the chosen answers of judged training pairs",
 }
-Kind = Literal["labelled", "positive_vs_neutral", "positive_vs_negative", "neutral_vs_negative"]
+PairKind = Literal["labelled", "positive_vs_neutral", "positive_vs_negative", "neutral_vs_negative"]
 Answer = dict[str, Any]
-KINDS: tuple[Kind, ...] = ("labelled", "positive_vs_neutral", "positive_vs_negative", "neutral_vs_negative")
+KINDS: tuple[PairKind, ...] = ("labelled", "positive_vs_neutral", "positive_vs_negative", "neutral_vs_negative")
 JUDGED = ("labelled", "general")
 REASONS = ("cut", "equal", "empty", "duplicate", "no_verdict", "tie")
 
@@ -54,7 +54,7 @@ class Config:
     """Preference dimensions: a YAML file, or the shipped soups."""
     options: tuple[str, ...] = ()
     """The options to make pairs for; by default all that were not added later."""
-    kinds: Some[Kind] = KINDS
+    kinds: Some[PairKind] = KINDS
     """Which pairs are made: judged ones, and those whose better answer is known from what was asked for."""
     judge: str = "bradley_terry(gold={gold}, hard=True)"
     """Who labels: a judge; {criterion}, {gold}, {sentence} and {id} stand for the option's own."""
@@ -72,7 +72,7 @@ class Config:
 
 
 @dataclass(frozen=True)
-class Task:
+class OptionTask:
     """The pairs of one option, or general ones: their kinds, who judges them, and which other options exclude it."""
 
     option: Option
@@ -89,7 +89,7 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Couple:
+class Comparison:
     """Two answers to one raw prompt; of a kind that nobody judges, `a` is the better one."""
 
     kind: str
@@ -133,7 +133,7 @@ def run(config: Config) -> Run:
 # What is wanted ---------------------------------------------------------------------------------------------------
 
 
-def _tasks(config: Config) -> list[Task]:
+def _tasks(config: Config) -> list[OptionTask]:
     """Options with their judges, ready; whatever the options alone show to be impossible is refused."""
     if bool(config.dimensions) == bool(config.general):
         raise ValueError("pairs needs --dimensions, a YAML file or soups, or --general; and not both")
@@ -141,12 +141,12 @@ def _tasks(config: Config) -> list[Task]:
         if config.options:
             raise ValueError("--options are of --dimensions; --general has none")
         option = Option("general", "", "", config.general, config.general)
-        return [Task(option, (), ("general",), specs.part(filled(config.judge, option), judges))]
+        return [OptionTask(option, (), ("general",), specs.part(filled(config.judge, option), judges))]
     known = Dimensions.load(str(config.dimensions))
     wanted = [known.option(id) for id in dict.fromkeys(config.options)] or [o for o in known.options if not o.later]
     judged = "labelled" in config.kinds
     return [
-        Task(
+        OptionTask(
             option,
             (option,),
             [kind for kind in KINDS if kind in config.kinds],
@@ -175,7 +175,7 @@ def _rows(config: Config) -> list[Answer]:
 # Couples ----------------------------------------------------------------------------------------------------------
 
 
-def _couples(rows: Sequence[Answer], task: Task, config: Config) -> list[Couple]:
+def _couples(rows: Sequence[Answer], task: OptionTask, config: Config) -> list[Comparison]:
     """Answers set against each other, kind by kind. Raises ValueError for a kind of which there is none."""
     groups: dict[Any, dict[str | None, list[Answer]]] = {}
     for row in rows:
@@ -183,9 +183,9 @@ def _couples(rows: Sequence[Answer], task: Task, config: Config) -> list[Couple]
         rest = tuple(id for id in row["preferences"] if id != own)
         if task.id or not rest:
             groups.setdefault((row["asked_id"], rest), {}).setdefault(own, []).append(row)
-    found: list[Couple] = []
+    found: list[Comparison] = []
     for kind in task.kinds:
-        new = [Couple(kind, a, b) for group in groups.values() for a, b in _set_against(kind, group, task)]
+        new = [Comparison(kind, a, b) for group in groups.values() for a, b in _set_against(kind, group, task)]
         if not new:
             raise ValueError(
                 f"{config.candidates}: no two answers for {kind} of {task.option.id}; generate answers under its "
@@ -195,7 +195,7 @@ def _couples(rows: Sequence[Answer], task: Task, config: Config) -> list[Couple]
     return found
 
 
-def _set_against(kind: str, group: dict[str | None, list[Answer]], task: Task) -> Iterator[tuple[Answer, Answer]]:
+def _set_against(kind: str, group: dict[str | None, list[Answer]], task: OptionTask) -> Iterator[tuple[Answer, Answer]]:
     """Couples among the answers of one raw prompt, by what they were asked for in the option's dimension."""
     positive, neutral = group.get(task.id, []), group.get(None, [])
     if kind in JUDGED:
@@ -208,7 +208,7 @@ def _set_against(kind: str, group: dict[str | None, list[Answer]], task: Task) -
             yield from zip(better, group.get(id, []), strict=False)
 
 
-def _sound(couples: Iterable[Couple], left_out: Counter[str]) -> list[Couple]:
+def _sound(couples: Iterable[Comparison], left_out: Counter[str]) -> list[Comparison]:
     """Those of one option that can carry a preference; the others are counted by reason."""
     seen, kept = set(), []
     for couple in couples:
@@ -226,7 +226,7 @@ def _sound(couples: Iterable[Couple], left_out: Counter[str]) -> list[Couple]:
 # Pairs ------------------------------------------------------------------------------------------------------------
 
 
-def _verdicts(run: Run, couples: Sequence[Couple], task: Task) -> list[float]:
+def _verdicts(run: Run, couples: Sequence[Comparison], task: OptionTask) -> list[float]:
     """P(a beats b) of each couple, NaN without a verdict: from the judge, in parts that survive an interruption, or 1
     where it is known."""
     asked = [couple for couple in couples if couple.judged]
@@ -240,7 +240,7 @@ def _verdicts(run: Run, couples: Sequence[Couple], task: Task) -> list[float]:
 
 
 def _pairs(
-    couples: Sequence[Couple], verdicts: Sequence[float], task: Task, config: Config, left_out: Counter[str]
+    couples: Sequence[Comparison], verdicts: Sequence[float], task: OptionTask, config: Config, left_out: Counter[str]
 ) -> list[Answer]:
     """The rows of pairs; no verdict makes no pair, nor does a tie unless it is kept, with strength 0."""
     pairs = []
@@ -260,7 +260,7 @@ def _pairs(
 
 
 def _written(
-    run: Run, train: list[Answer], held: list[Answer], tasks: Sequence[Task], left_out: Counter[str], hint: str
+    run: Run, train: list[Answer], held: list[Answer], tasks: Sequence[OptionTask], left_out: Counter[str], hint: str
 ) -> dict[str, Any]:
     """Store everything; what there is of each option, and what is not."""
     demos = _demos(train)
@@ -275,7 +275,7 @@ def _written(
     return counts | {f"left_out_{reason}": left_out[reason] for reason in REASONS}
 
 
-def _counts(train: Sequence[Answer], held: Sequence[Answer], task: Task) -> dict[str, int]:
+def _counts(train: Sequence[Answer], held: Sequence[Answer], task: OptionTask) -> dict[str, int]:
     mine = [option.id for option in task.options]
     kinds = Counter(pair["kind"] for pair in train if pair["preferences"] == mine)
     return {**{kind: kinds[kind] for kind in task.kinds}, "held_out": sum(p["preferences"] == mine for p in held)}

@@ -1,4 +1,4 @@
-"""Judges: judge(prompts, a, b) -> (N,) P(a beats b) in [0, 1], NaN where there is no verdict.
+"""Judges: judge(prompts, a, b) -> (N,) P(a beats b) in [0, 1], NaN without a verdict.
 
 llm: a language model at an endpoint, its answers kept in a ledger; questions: how it is asked, and how its answers are
 read; basic: judges made of a scorer, or of a file of verdicts.

@@ -28,8 +28,8 @@ from pyrite.feedback.judges.questions import (
     SHOWN,
     WINS,
     Case,
+    ChatMessage,
     Form,
-    Message,
     Reply,
     Said,
     Shown,
@@ -64,7 +64,7 @@ _ROLES = re.compile(
 
 
 class Completion(NamedTuple):
-    """What a model wrote; tokens where the server counts them, their log-probabilities where it offers them."""
+    """What a model wrote; token counts and log-probabilities if the server gives them."""
 
     text: str
     cut: bool = False
@@ -191,15 +191,15 @@ def _wait(header: str | None) -> float:
 
 
 TURN = 16  # tokens a chat template adds to a turn, at most
-Counter = Callable[[Sequence[Message]], int]
+Counter = Callable[[Sequence[ChatMessage]], int]
 
 
-def most(messages: Sequence[Message]) -> int:
+def most(messages: Sequence[ChatMessage]) -> int:
     """Tokens that no tokenizer exceeds: one a byte, and those of the template."""
     return sum(len(turn["content"].encode()) + TURN for turn in messages)
 
 
-def by_characters(messages: Sequence[Message]) -> int:
+def by_characters(messages: Sequence[ChatMessage]) -> int:
     """About as many tokens as English text has: characters / 4."""
     return round(sum(len(turn["content"]) for turn in messages) / 4)
 
@@ -213,10 +213,10 @@ def by_tokenizer(name: str) -> Counter:
 
     tokenizer, _ = load_tokenizer(name)
 
-    def rendered(messages: Sequence[Message]) -> str:
+    def rendered(messages: Sequence[ChatMessage]) -> str:
         return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
 
-    def count(messages: Sequence[Message]) -> int:
+    def count(messages: Sequence[ChatMessage]) -> int:
         if tokenizer.chat_template:
             try:
                 text = rendered(messages)
@@ -245,7 +245,7 @@ class JudgeOptions:
     base_url: str = "https://api.openai.com/v1"
     """Address of the OpenAI-compatible server, up to and with its version."""
     key_env: str = "OPENAI_API_KEY"
-    """Environment variable with the server's key; it may be unset where a server wants none."""
+    """Environment variable with the server's key; leave it unset if the server wants none."""
     system: bool = True
     """Give the instructions as a system turn; otherwise, and for models that turn out to have no such role, they stand
     before the first user turn."""
@@ -264,7 +264,7 @@ class JudgeOptions:
     max_tokens: Count = 512
     """Longest reply, its reasons included."""
     logprobs: bool = False
-    """Take P(a beats b) from the probabilities of the label, where the server offers them."""
+    """Take P(a beats b) from the probabilities of the label, if the server offers them."""
     body: AnyText = ""
     """More fields of the request, as a JSON object; null leaves one out: '{"max_tokens": null, "seed": 1}'."""
     price_in: NonNegative = 0.0

@@ -59,9 +59,9 @@ def other(label: Label) -> Label:
 
 
 def read_verdict(text: str, *, reply: Reply = "label", ties: bool = True) -> Found | None:
-    """The one verdict of a judge's answer; None without one, and for a tie where ties were not offered.
+    """The one verdict of a judge's answer; None without one, and for a tie that was not offered.
 
-    reply: label reads the first line, and a headed result where that is none; reasons reads the last headed result, or
+    reply: label reads the first line, or a headed result if that is none; reasons reads the last headed result, or
     the last line; json the `verdict` of an object, or else a label. Text in <think> tags is no part of the answer.
     """
     thought = _THOUGHT.match(text)
@@ -72,7 +72,7 @@ def read_verdict(text: str, *, reply: Reply = "label", ties: bool = True) -> Fou
 
 
 def several(text: str, count: int, *, ties: bool = True) -> list[Label] | None:
-    """The labels of `count` cases, one a line; None where their number differs: whose they are would be a guess.
+    """The labels of `count` cases, one a line; None if their number differs: whose they are would be a guess.
 
     >>> several("Output (a)\\nOutput (b)\\nOutput (b)", 3)
     ['A', 'B', 'B']
@@ -86,7 +86,7 @@ def several(text: str, count: int, *, ties: bool = True) -> list[Label] | None:
 def probability(tokens: list[dict[str, Any]], text: str, found: Found) -> float | None:
     """(P(A) + ½ P(TIE)) / (P(A) + P(B) + P(TIE)) at the token where the label begins, from its likeliest alternatives.
 
-    tokens: as chat completions have them, {token, logprob in nats, top_logprobs}. None where they are not this text's.
+    tokens: as chat completions have them, {token, logprob in nats, top_logprobs}. None if they are not this text's.
     """
     whole = "".join(token["token"] for token in tokens)
     shift = whole.find(text)
@@ -174,7 +174,7 @@ class Said(NamedTuple):
 
 class Verdict(NamedTuple):
     """What came of a pair: P(a beats b), NaN without a verdict; the label, seen from a; P(a beats b) by the order in
-    which the answers were shown, None where that order was not asked or gave no verdict; the judge's texts."""
+    which the answers were shown, None if that order was not asked or gave no verdict; the judge's texts."""
 
     p: float
     label: Label | None
@@ -193,9 +193,9 @@ EQUAL = Verdict(WINS["TIE"], "TIE", "equal")
 
 
 def combined(said: Mapping[Shown, Said | None], *, raw: tuple[str, ...] = (), mean: bool = False) -> Verdict:
-    """The verdict of one order or of both: what they agree on, else a tie, and none where one of them has none.
+    """The verdict of one order or of both: what they agree on, else a tie, and none if one of them has none.
 
-    mean: P(a beats b) is the mean of both orders' also where their labels differ; for probabilities.
+    mean: P(a beats b) is the mean of both orders' even if their labels differ; for probabilities.
 
     >>> combined({"ab": Said("A", 1.0), "ba": Said("A", 1.0)}).preference
     0
@@ -213,7 +213,7 @@ def combined(said: Mapping[Shown, Said | None], *, raw: tuple[str, ...] = (), me
 
 
 def request(row: Row) -> str:
-    """What a judge reads as the prompt of a row: the raw one, where preferences were written into the prompt."""
+    """What a judge reads as the prompt of a row: the raw one, if preferences were written into the prompt."""
     return plain(row.get("asked") or row["prompt"])
 
 
@@ -245,7 +245,7 @@ def _from_a(said: Said, shown: Shown) -> Said:
 # The form in which a judge is asked -----------------------------------------------------------------------------------
 
 
-Message = dict[str, str]
+ChatMessage = dict[str, str]
 _TAG = re.compile(
     r"(?:<|＜|&lt;)\s*/?\s*(?:request|answer[\s_-]*[ab]\b)", re.IGNORECASE
 )  # whatever a model could take for one of ours
@@ -317,7 +317,7 @@ class Form:
         """What the judge may say."""
         return tuple(label for label in WINS if self.ties or label != "TIE")
 
-    def messages(self, cases: Sequence[Case], *, system: bool = True) -> list[Message]:
+    def messages(self, cases: Sequence[Case], *, system: bool = True) -> list[ChatMessage]:
         """A system turn, two turns a demonstration, and the cases in one user turn, every text as it is.
 
         system: False puts the instructions before the first user turn, for models that have no system role.
@@ -348,7 +348,7 @@ class Form:
             labels="\n".join(f"{label}: {MEANING[label]}" for label in self.labels),
         )
 
-    def _shown(self, one: Demonstration, mark: str) -> list[Message]:
+    def _shown(self, one: Demonstration, mark: str) -> list[ChatMessage]:
         reply = {
             "label": f"{one.label}\n{one.reason}".strip(),
             "reasons": f"{one.reason}\nVerdict: {one.label}".strip(),
@@ -357,7 +357,7 @@ class Form:
         return [_turn("user", _case(one.case, mark)), _turn("assistant", reply)]
 
 
-def folded(turns: Sequence[Message]) -> list[Message]:
+def folded(turns: Sequence[ChatMessage]) -> list[ChatMessage]:
     """The turns with the system's text before that of the first user turn, for models that have no system role."""
     system, user, *rest = turns
     return [_turn("user", f"{system['content']}\n\n{user['content']}"), *rest]
@@ -383,7 +383,8 @@ def _demonstration(row: dict[str, Any], place: str) -> Demonstration:
 
 
 def _mark(cases: Sequence[Case]) -> str:
-    """What the tags of these cases end with: nothing, or where a text holds such a tag, a mark that no text contains.
+    """What the tags of these cases end with: nothing, or a mark that no text contains if one of
+    them holds such a tag.
 
     It depends on the texts alone, so that the same question is the same request every time.
     """
@@ -399,5 +400,5 @@ def _case(case: Case, mark: str) -> str:
     return CASE.format(mark=mark, prompt=case.prompt, a=case.first, b=case.second)
 
 
-def _turn(role: str, content: str) -> Message:
+def _turn(role: str, content: str) -> ChatMessage:
     return {"role": role, "content": content}

@@ -45,7 +45,7 @@ def reward_model(*, path: str) -> Scorer:
     """Scorer: a trained reward model, a folder or a Hub name, standardized if it knows how.
 
     With a chat template, a prompt is the user's turn of it, and a conversation in text form its turns; without
-    one, the text itself. Loaded at the first texts. Raises ValueError where there is no such model.
+    one, the text itself. Loaded at the first texts. Raises ValueError if there is no such model.
     """
     model = cache(lambda: RewardModel.load(path))
 
@@ -65,7 +65,7 @@ def distillation(*, strong: str, weak: str) -> Scorer:
     strong, weak: folders or Hub names of any two causal language models, each with its own tokenizer and template. The
     mean is over the response's tokens alone, without the end token; a response without tokens scores 0. Singhal et al.
     2024, Contrastive Distill (OPT-1.3b and OPT-125m; there also over the prompt: see `with_prompt`). Raises ValueError
-    where a text does not fit into a model.
+    if a text does not fit into a model.
     """
     first = cache(lambda: Policy.load(strong))
     second = first if strong == weak else cache(lambda: Policy.load(weak))

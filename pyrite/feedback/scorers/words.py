@@ -28,7 +28,7 @@ def each(points: Callable[[str, str], float]) -> Scorer:
 
 
 def check_rows(prompts: list[str], responses: list[str]) -> None:
-    """Raises ValueError where prompts and responses are not one for one."""
+    """Raises ValueError unless prompts and responses are one for one."""
     if len(prompts) != len(responses):
         raise ValueError(f"{len(prompts)} prompts but {len(responses)} responses; a scorer needs one prompt for each")
 
@@ -138,7 +138,7 @@ def toy() -> Tagger:
 def textblob() -> Tagger:
     """Tagger: TextBlob's PatternTagger for English, which brings its lexicon along; counts differ a little from NLTK's.
 
-    Raises ValueError where TextBlob is not installed.
+    Raises ValueError if TextBlob is not installed.
     """
     try:
         from textblob.taggers import PatternTagger  # pyright: ignore[reportMissingImports]
