@@ -52,10 +52,10 @@ def test_it_learns_what_is_easy(config: reward.Config, pairs: Path) -> None:
 
 
 def test_members_differ_by_head_and_order_only(config: reward.Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-    monkeypatch.setattr(reward.train, "fit", lambda model, rows, loss, **options: asked.append((model, rows, options)))
+    given = []
+    monkeypatch.setattr(reward.loop, "fit", lambda model, read, pairs, loss, **more: given.append((model, read, more)))
     reward.run(config)
-    (one, rows, first), (two, same, second) = asked
+    (one, rows, first), (two, same, second) = given
     assert rows is same
     ours, theirs = one.model.state_dict(), two.model.state_dict()
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == ["score.weight"]
