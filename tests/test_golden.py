@@ -38,7 +38,7 @@ WAYS: dict[str, list[str]] = {
         *("--eval-prompts", "{demos}", *MEASURE, *ONE),
     ],
     "ipo_lora": [
-        *("dpo", "--model", "{tiny}", "--data", "{pairs}", "--loss", "ipo()", "--lora-rank", "2", "--lr", "1e-2"),
+        *("dpo", "--model", "{tiny}", "--data", "{pairs}", "--loss", "ipo()", "--lora", "lora(r=2)", "--lr", "1e-2"),
         *("--epochs", "1", *ONE),
     ],
     "generate": ["generate", "--model", "{tiny}", "--prompts", "{demos}", "--k", "8", "--limit", "20", *NEW],
