@@ -251,13 +251,11 @@ def _prepare(
     elif "ref" in wanted and sources[0].kind not in ("none", "ema"):
         ref, reasons, notes = references.obtain(
             sources,
-            references.texts_of(made.pairs),
             made.responses,
             policy=policy,
             policy_path=config.model,
             cache=config.ref_cache or Path(config.out).parent / "references",
             tokens="ref_tokens" in wanted,
-            pairs=made.pairs,
             precision=config.training.precision,
             **limits,
         )

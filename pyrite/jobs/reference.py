@@ -14,6 +14,7 @@ from pyrite.core import runs
 from pyrite.core.processes import say
 from pyrite.core.runs import Run
 from pyrite.data import rows
+from pyrite.data.responses import Responses
 from pyrite.data.rows import OnLong
 from pyrite.data.text import Template
 from pyrite.math import ranges
@@ -21,8 +22,8 @@ from pyrite.math.ranges import Count, Natural, Several
 from pyrite.models import reference_tables, references
 from pyrite.models.loading import Dtype
 from pyrite.models.policy import Policy
-from pyrite.models.references import BadReference, Table, Text, margins, texts_of
-from pyrite.training.pairs import encode_pairs
+from pyrite.models.references import BadReference, Table, margins
+from pyrite.training.pairs import encode_pairs, paired_texts
 
 OUTPUTS = {"table/": "the reference: part-*.parquet and manifest.json, to be named in --ref"}
 
@@ -133,14 +134,9 @@ def compute(config: Compute) -> Run:
         limits: dict[str, Any] = {"most": max_prompt, "context": max_length, "on_long": config.on_long}
         fitted = rows.fit(policy.tokenizer, pairs, **limits, note=lambda words: say(f"reference: {words}"))
         pairs, long = fitted.rows, fitted.counts()
-    texts = texts_of(pairs)
+    said = paired_texts(pairs)
     reading = references.read(
-        policy.tokenizer,
-        texts,
-        conditioning=config.conditioning,
-        max_length=max_length,
-        max_prompt=max_prompt,
-        where=references.name_of_pair(pairs),
+        policy.tokenizer, said, conditioning=config.conditioning, max_length=max_length, max_prompt=max_prompt
     )
     recipe = references.recipe_of(policy, reading, precision=config.precision)
     run.open()
@@ -154,7 +150,7 @@ def compute(config: Compute) -> Run:
         files=reference_tables.files_hash(config.model),
         budget=config.micro_tokens,
     )
-    return run.finish(**_summary(table, texts), **long)
+    return run.finish(**_summary(table, said), **long)
 
 
 def import_(config: Import) -> Run:
@@ -163,15 +159,14 @@ def import_(config: Import) -> Run:
     if run.done:
         return run
     pairs = rows.load(config.file, "pairs", columns=config.columns, note=say)
-    texts, names = texts_of(pairs), (config.chosen, config.rejected)
-    sums = references.given_sums(pairs, names)
-    references.check_import(texts, sums, where=references.name_of_pair(pairs))
+    said, names = paired_texts(pairs), (config.chosen, config.rejected)
+    sums = references.by_id(said, references.given_sums(said, names))
     run.open()
     if run.writes:
         about = {"file": Path(config.file).name, "sha256": runs.fingerprint(config.file), "names": list(names)}
-        references.store(texts, sums, folder=run.folder / "table", scorer=config.scorer, about=about)
+        references.store(sums, folder=run.folder / "table", scorer=config.scorer, about=about)
     run.wait()
-    return run.finish(**_summary(references.load(run.folder / "table"), texts))
+    return run.finish(**_summary(references.load(run.folder / "table"), said))
 
 
 def verify(config: Verify) -> Run:
@@ -188,15 +183,14 @@ def verify(config: Verify) -> Run:
         table = references.load(config.table)
         keep("R7", f"{len(table.manifest['parts'])} parts, whole and unchanged")
         keep("R5", "sums in float64, " + ("no tokens" if table.token_logp is None else "tokens in float32"))
-        texts, encoded, dropped = texts_of(pairs), None, Counter()
+        said, dropped = paired_texts(pairs), Counter()
         if policy:
             limits: dict[str, Any] = {"max_length": config.max_length or policy.context}
             left = encode_pairs(policy.tokenizer, pairs, max_prompt=config.max_prompt, source=config.data, **limits)
-            texts, encoded = texts_of(left.pairs), left.responses
-            dropped = Counter(row["reason"] for row in left.dropped)
+            said, dropped = left.responses, Counter(row["reason"] for row in left.dropped)
         tokenizer = policy.tokenizer if policy else None
-        reasons = references.verify(table, texts, encoded, tokenizer=tokenizer, tokens=config.tokens)
-        keep("R1", f"all {len(texts)} answers are there, finite and at most 0")
+        reasons = references.verify(table, said, tokenizer=tokenizer, tokens=config.tokens)
+        keep("R1", f"all {len(said)} answers are there, finite and at most 0")
         if policy is None:
             keep("R2", "not checked; name the policy with --model")
         elif references.same_tokenizer(table, tokenizer):
@@ -209,17 +203,17 @@ def verify(config: Verify) -> Run:
         if policy is None or table.imported or table.recipe["weights"] != reference_tables.weights_hash(policy.model):
             keep("R6", "not checked: it needs the model that scored as --model")
         else:
-            worst = references.spot_check(table, policy, texts, rows=config.rows, seed=config.seed)
-            keep("R6", f"{min(config.rows, len(texts))} answers computed again differ by {worst:.2g} nats at most")
-        keep("R9", _words(margins(table.sum_logp[table.rows(texts)])))
+            worst = references.spot_check(table, policy, said, rows=config.rows, seed=config.seed)
+            keep("R6", f"{min(config.rows, len(said))} answers computed again differ by {worst:.2g} nats at most")
+        keep("R9", _words(margins(table.sum_logp[table.rows(said)])))
     except BadReference as error:
         say(f"  {str(error)[:2]} broken")
         raise
     return Run(config.table, runs.plain_config(config), {}, {"rules": outcome})
 
 
-def _summary(table: Table, texts: list[Text]) -> dict[str, Any]:
-    found = margins(table.sum_logp[table.rows(texts)])
+def _summary(table: Table, said: Responses) -> dict[str, Any]:
+    found = margins(table.sum_logp[table.rows(said)])
     say(f"reference: {_words(found)}; use it as --ref {table.folder}")
     return {"rows": len(table), "fingerprint": table.manifest["fingerprint"], "margins": found}
 

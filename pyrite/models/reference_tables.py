@@ -28,9 +28,8 @@ from torch import Tensor
 
 from pyrite import __version__
 from pyrite.core import checkpoints, runs
-from pyrite.data import rows as data
 from pyrite.data import text
-from pyrite.data.text import Answer, Prompt
+from pyrite.data.responses import Answer, Prompt, Responses
 from pyrite.models.loading import Dtype, backbone
 from pyrite.models.policy import Policy
 
@@ -55,20 +54,6 @@ _IDLE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_c
 
 class BadReference(ValueError):  # noqa: N818, there is a ReferenceError already
     """A reference that cannot be used; the message begins with the rule, R1 to R9, that it breaks."""
-
-
-@dataclass(frozen=True)
-class Text:
-    """A prompt and one answer to it; `finished` says that the answer ends there, so that its end token counts."""
-
-    prompt: Prompt
-    answer: Answer
-    finished: bool = True
-
-
-def texts_of(pairs: Sequence[dict[str, Any]]) -> list[Text]:
-    """The answers of pairs, chosen and rejected alternately."""
-    return [Text(pair["prompt"], data.answer(pair, side)) for pair in pairs for side in ("chosen", "rejected")]
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,9 +98,9 @@ class Table:
     def _begins(self) -> np.ndarray:
         return np.concatenate([[0], np.cumsum(self.n_resp_tokens.astype(np.int64))])
 
-    def rows(self, texts: Sequence[Text]) -> list[int]:
+    def rows(self, said: Responses) -> list[int]:
         """Where some of its texts stand."""
-        return [self.places[row_id(one)] for one in texts]
+        return [self.places[name] for name in row_ids(said)]
 
     def tokens(self, row: int) -> np.ndarray:
         """Token log-probabilities of one row, (T,) float32."""
@@ -123,17 +108,15 @@ class Table:
         return self.token_logp[self._begins[row] : self._begins[row + 1]]
 
 
-def row_id(one: Text) -> str:
-    """sha256 of the canonical JSON of a text's messages.
+def row_id(prompt: Prompt, answer: Answer) -> str:
+    """sha256 of the canonical JSON of the messages; a prompt given as a str is the one user message it stands for."""
+    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(turn) for turn in prompt]
+    return digest([*turns, {"role": "assistant", **({"content": answer} if isinstance(answer, str) else answer)}])
 
-    A prompt given as a str is the one user message it is rendered as, so both have one id; an answer that was cut
-    before its end differs from the finished one.
-    """
-    prompt = [{"role": "user", "content": one.prompt}] if isinstance(one.prompt, str) else one.prompt
-    answer = {"content": one.answer} if isinstance(one.answer, str) else one.answer
-    return digest(
-        [*map(dict, prompt), {"role": "assistant", **answer, **({} if one.finished else {"finished": False})}]
-    )
+
+def row_ids(said: Responses) -> list[str]:
+    """The id of each of N responses."""
+    return [row_id(prompt, answer) for prompt, answer in zip(said.prompts, said.texts, strict=True)]
 
 
 def digest(value: Any) -> str:

@@ -34,9 +34,9 @@ from pyrite.models import reference_tables as tables
 from pyrite.models.forward import score
 from pyrite.models.loading import Dtype, backbone, tokenizer_of
 from pyrite.models.policy import Policy
-from pyrite.models.reference_tables import BadReference, Table, Text, load, margins, row_id, texts_of
+from pyrite.models.reference_tables import BadReference, Table, load, margins, row_ids
 
-__all__ = ["BadReference", "Source", "Table", "Text", "load", "margins", "obtain", "parse", "row_id", "texts_of"]
+__all__ = ["BadReference", "Source", "Table", "load", "margins", "obtain", "parse"]
 
 PART = 1024  # rows in a part: what an interruption can cost
 SIBLINGS = 64  # answers that share their prompt in one packed row
@@ -46,7 +46,6 @@ COLUMNS = (("chosen_logprob", "rejected_logprob"), ("ref_chosen_logps", "ref_rej
 EXAMPLE = 'write self, none, column, prior, ema(rate=0.01), a path, or a sum such as "0.5*self + 0.5*PATH"'
 
 Conditioning = Literal["prompt", "prior"]
-Where = Callable[[int], str]  # what an error calls the i-th text
 
 
 # Specs: "self", "prior", a path, "0.5*self + 0.5*PATH" ---------------------------------------------------------------
@@ -161,25 +160,24 @@ def _kind_of(name: str, piece: str) -> Literal["model", "table"]:
 # Compute: the texts as a scorer reads them, then their log-probabilities in a file -----------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Reading:
-    """N distinct texts as a scorer reads them, and the part of the recipe that says how.
+    """N distinct answers as a scorer reads them, and the part of the recipe that says how.
 
-    cut: whether its prompt lost its beginning; where: its name in an error; unknown: the id that stands for text the
-    tokenizer does not know, None without one.
+    cut: whether its prompt lost its beginning; unknown: the id that stands for text the tokenizer does not know, None
+    without one.
     """
 
+    said: Responses
     ids: list[str]
-    encoded: Responses
     cut: list[bool]
-    where: list[str]
     unknown: int | None
     recipe: dict[str, Any]
 
     @cached_property
     def hashes(self) -> list[tuple[str, str]]:
         """Of the prompt and answer ids of each text."""
-        asked, said = self.encoded.asked(), self.encoded.tokens()
+        asked, said = self.said.asked(), self.said.tokens()
         return [(tables.ids_hash(prompt), tables.ids_hash(ids)) for prompt, ids in zip(asked, said, strict=True)]
 
     @cached_property
@@ -197,31 +195,29 @@ def limits(context: int, max_length: int | None, max_prompt: int | None) -> tupl
 
 def read(
     tokenizer: Any,
-    texts: Sequence[Text],
+    said: Responses,
     *,
     conditioning: Conditioning = "prompt",
     max_length: int,
     max_prompt: int,
-    where: Where | None = None,
-    encoded: Responses | None = None,
+    known: bool = False,
 ) -> Reading:
-    """Texts as ids, each distinct one once, answers to one prompt side by side.
+    """Answers as ids, each distinct one once, those to one prompt side by side.
 
-    conditioning "prior" reads the answers without their prompts, after `tables.prior_prompt`. encoded: the texts with
-    their prompts as this tokenizer and these limits give them, if that was done before. Raises ValueError naming
-    `where(text)` for a text that leaves no room.
+    conditioning "prior" reads the answers without their prompts, after `tables.prior_prompt`. known: `said` has the
+    tokens that this tokenizer and these limits give already. Raises ValueError naming the answer for a prompt that
+    leaves no room.
     """
-    lengths = {"max_length": max_length, "max_prompt": max_prompt}
+    lengths: dict[str, Any] = {"max_length": max_length, "max_prompt": max_prompt}
     recipe = tables.recipe_of_reading(tokenizer, conditioning=conditioning, **lengths)
-    first: dict[str, int] = {}
-    asked: dict[str, int] = {}
-    for i, one in enumerate(texts):
-        first.setdefault(row_id(one), i)
-        asked.setdefault(repr(one.prompt), i)
-    index = sorted(first.values(), key=lambda i: asked[repr(texts[i].prompt)])
-    some, names = [texts[i] for i in index], [(where or name_of(texts))(i) for i in index]
-    made = encode(tokenizer, some, where=names.__getitem__, **lengths) if encoded is None else encoded.take(index)
-    cut = cut_prompts(tokenizer, some, made) if conditioning == "prompt" else [False] * len(some)
+    ids, prompts = row_ids(said), [repr(prompt) for prompt in said.prompts]
+    first = {name: i for i, name in reversed([*enumerate(ids)])}
+    asked = {prompt: i for i, prompt in reversed([*enumerate(prompts)])}
+    index = sorted(sorted(first.values()), key=lambda i: asked[prompts[i]])
+    made = said.take(index) if known else texts(said, index)
+    if not known:
+        made = text.encode(tokenizer, made, where=name_of(made), **lengths)
+    cut = cut_prompts(tokenizer, made) if conditioning == "prompt" else [False] * len(made)
     if conditioning == "prior":
         _, opening = tables.prior_prompt(tokenizer)
         if len(opening) > max_prompt:
@@ -230,33 +226,30 @@ def read(
             )
         made = replace(made, prompt_ids=[opening] * len(made.prompt_ids))
     unknown = tokenizer.unk_token_id if tokenizer.unk_token_id != text.end_id(tokenizer) else None
-    return Reading([row_id(one) for one in some], made, cut, names, unknown, recipe)
+    return Reading(made, [ids[i] for i in index], cut, unknown, recipe)
 
 
-def encode(tokenizer: Any, texts: Sequence[Text], **options: Any) -> Responses:
-    """Texts as ids; options of `text.encode`."""
-    rows, answers = [{"prompt": one.prompt} for one in texts], [one.answer for one in texts]
-    said = Responses.said(rows, answers, finished=[one.finished for one in texts])
-    return text.encode(tokenizer, said, **options)
+def texts(said: Responses, index: Sequence[int]) -> Responses:
+    """Some of the answers without their tokens, as they were before a tokenizer cut them."""
+    rows = [said.rows[p] for p in said.prompt[torch.tensor(index, dtype=torch.int64)].tolist()]
+    ends = said.finished if said.truncated is None else said.finished | said.truncated
+    return Responses.said(rows, [said.texts[i] for i in index], finished=ends[torch.tensor(index, dtype=torch.int64)])
 
 
-def cut_prompts(tokenizer: Any, texts: Sequence[Text], encoded: Responses) -> list[bool]:
+def cut_prompts(tokenizer: Any, said: Responses) -> list[bool]:
     """Whether each prompt lost its beginning to a limit."""
-    whole = text.encode_prompts(tokenizer, [one.prompt for one in texts])
-    return [len(prompt) < len(ids) for prompt, ids in zip(encoded.asked(), whole, strict=True)]
+    whole = text.encode_prompts(tokenizer, said.prompts)
+    return [len(prompt) < len(ids) for prompt, ids in zip(said.asked(), whole, strict=True)]
 
 
-def name_of(texts: Sequence[Text]) -> Where:
-    """What errors call a text: its number, and the beginning of its prompt."""
-    return lambda i: f"text {i + 1} ({plain(texts[i].prompt)[:40]!r})"
-
-
-def name_of_pair(rows: Sequence[dict[str, Any]]) -> Where:
-    """What errors call an answer of pairs: its side, with file and line if the rows know them, else the prompt."""
+def name_of(said: Responses) -> Callable[[int], str]:
+    """What errors call an answer: how it begins, and how its prompt does, with file and line if they are known."""
 
     def name(i: int) -> str:
-        place = data.place(rows[i // 2], repr(plain(rows[i // 2]["prompt"])[:40]))
-        return f"the {('chosen', 'rejected')[i % 2]} answer of pair {i // 2 + 1} ({place})"
+        row, answer = said.rows[int(said.prompt[i])], said.texts[i]
+        begins, asked = answer if isinstance(answer, str) else answer["content"], repr(plain(row["prompt"])[:40])
+        place = data.place(row, asked)
+        return f"the answer {begins[:40]!r} to {asked}{'' if place == asked else f' ({place})'}"
 
     return name
 
@@ -293,7 +286,7 @@ def compute(
             if tables.whole_part(path, [reading.ids[i] for i in rows]):
                 advance(len(rows))
                 continue
-            values = token_values(policy, reading.encoded.take(rows), budget, recipe["numerics"]["compute"], advance)
+            values = token_values(policy, reading.said.take(rows), budget, recipe["numerics"]["compute"], advance)
             tables.write_part(path, _part(reading, rows, values), fingerprint)
     state.wait_for_everyone()
     if state.is_main_process:
@@ -305,16 +298,16 @@ def compute(
 
 
 def token_values(
-    policy: Policy, encoded: Responses, budget: int, precision: Dtype, advance: Advance | None = None
+    policy: Policy, said: Responses, budget: int, precision: Dtype, advance: Advance | None = None
 ) -> list[np.ndarray]:
     """log π(y_t | x, y_<t) of each text, (T,) float32, neighbors with the same prompt packed together."""
-    training, prompts = policy.training, encoded.asked()
+    training, prompts = policy.training, said.asked()
     runs = [list(run) for _, run in itertools.groupby(range(len(prompts)), key=prompts.__getitem__)]
     groups = [run[begin : begin + SIBLINGS] for run in runs for begin in range(0, len(run), SIBLINGS)]
     with torch.autocast(policy.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-        values = score(policy, encoded, groups, budget=budget, progress=advance)
+        values = score(policy, said, groups, budget=budget, progress=advance)
     policy.train(training)
-    return [value.numpy() for value in encoded.split(values)]
+    return [value.numpy() for value in said.split(values)]
 
 
 def _part(reading: Reading, rows: range, values: list[np.ndarray]) -> pa.Table:
@@ -322,8 +315,9 @@ def _part(reading: Reading, rows: range, values: list[np.ndarray]) -> pa.Table:
     sums = np.array([value.sum(dtype=np.float64) for value in values])
     if not np.isfinite(sums).all():
         bad = int((~np.isfinite(sums)).argmax())
-        raise BadReference(f"R1: {reading.where[rows[bad]]}: the model gives {sums[bad]}; is it sound, in this dtype?")
-    some, at = reading.encoded.take(rows), slice(rows.start, rows.stop)
+        name = name_of(reading.said)(rows[bad])
+        raise BadReference(f"R1: {name}: the model gives {sums[bad]}; is it sound, in this dtype?")
+    some, at = reading.said.take(rows), slice(rows.start, rows.stop)
     assert some.truncated is not None  # they have been encoded
     columns: dict[str, Any] = {
         "row_id": reading.ids[at],
@@ -344,14 +338,14 @@ def _part(reading: Reading, rows: range, values: list[np.ndarray]) -> pa.Table:
 # Import: log-probabilities that someone else computed ----------------------------------------------------------------
 
 
-def given_sums(rows: Sequence[dict[str, Any]], names: tuple[str, str]) -> np.ndarray:
-    """The log-probabilities (2B,) that pairs bring along in two columns, chosen and rejected alternately.
+def given_sums(said: Responses, names: tuple[str, str]) -> np.ndarray:
+    """The log-probabilities (2B,) that the rows of pairs bring along in two columns, chosen and rejected alternately.
 
-    Raises BadReference (R1), naming the first row, for a sum that is missing, not finite or positive.
+    Raises BadReference (R1), naming the first, for a sum that is missing, not finite or positive.
     """
-    sums, where = np.empty(2 * len(rows)), name_of_pair(rows)
-    for i, (row, name) in enumerate((row, name) for row in rows for name in names):
-        value, holds = row.get(name), f"R1: column {name!r} of {where(i)} holds"
+    sums, where = np.empty(len(said)), name_of(said)
+    for i, p in enumerate(said.prompt.tolist()):
+        value, holds = said.rows[p].get(names[i % 2]), f"R1: column {names[i % 2]!r} of {where(i)} holds"
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise BadReference(f"{holds} {value!r:.40}; a number is needed, the log-probability in nats")
         if not (math.isfinite(value) and value <= POSITIVE):
@@ -360,25 +354,25 @@ def given_sums(rows: Sequence[dict[str, Any]], names: tuple[str, str]) -> np.nda
     return sums
 
 
-def check_import(texts: Sequence[Text], sums: np.ndarray, *, where: Where) -> None:
-    """Raises BadReference (R1) for one text with two different sums."""
-    seen: dict[str, float] = {}
-    for i, (one, value) in enumerate(zip(texts, sums, strict=True)):
-        if seen.setdefault(row_id(one), value) != value:
-            raise BadReference(f"R1: {where(i)} has {value}, another row {seen[row_id(one)]} for the same answer")
+def by_id(said: Responses, sums: np.ndarray) -> dict[str, float]:
+    """The log-probability of each distinct answer. Raises BadReference (R1) for one with two."""
+    found: dict[str, float] = {}
+    for i, (name, value) in enumerate(zip(row_ids(said), sums.tolist(), strict=True)):
+        if found.setdefault(name, value) != value:
+            raise BadReference(f"R1: {name_of(said)(i)} has {value}, another row {found[name]} for the same answer")
+    return found
 
 
-def store(texts: Sequence[Text], sums: np.ndarray, *, folder: Path, scorer: str, about: Mapping[str, Any]) -> Table:
-    """Texts with their log-probabilities, nats, as a reference; about: where they came from, for the recipe.
+def store(sums: Mapping[str, float], *, folder: Path, scorer: str, about: Mapping[str, Any]) -> Table:
+    """Log-probabilities, nats, by row_id, as a reference; about: where they came from, for the recipe.
 
     Nothing is known of tokenizer, template or truncation, so only losses of sums can use it. Raises BadReference (R7)
     if the folder is taken or cannot be written.
     """
-    by_id = dict(zip(map(row_id, texts), sums, strict=True))
     unknown = {"prompt_ids_sha": "", "resp_ids_sha": "", "n_prompt_tokens": -1, "n_resp_tokens": -1, "n_unknown": 0}
     unknown |= {"truncated": False, "prompt_truncated": False}
-    rows = [{**unknown, "row_id": name, "sum_logp": value} for name, value in by_id.items()]
-    known = {"rows": len(by_id), "sha256": tables.digest(sorted(by_id))}
+    rows = [{**unknown, "row_id": name, "sum_logp": value} for name, value in sums.items()]
+    known = {"rows": len(sums), "sha256": tables.digest(sorted(sums))}
     recipe = {"imported": dict(about), "data": known, "tokens": False}
     if not tables.begin(folder, tables.digest(recipe)):
         part = pa.Table.from_pylist(rows, schema=tables.SCHEMA)
@@ -396,25 +390,18 @@ def same_tokenizer(table: Table, tokenizer: Any) -> bool:
 
 
 def verify(
-    table: Table,
-    texts: Sequence[Text],
-    encoded: Responses | None = None,
-    *,
-    tokenizer: Any = None,
-    tokens: bool = False,
-    same_prompts: bool = True,
-    where: Where | None = None,
+    table: Table, said: Responses, *, tokenizer: Any = None, tokens: bool = False, same_prompts: bool = True
 ) -> list[str | None]:
-    """Why each of N texts must be dropped, None for those to keep.
+    """Why each of N answers must be dropped, None for those to keep.
 
-    encoded: the texts as the trainer reads them, with its tokenizer; a reference of that tokenizer must have read the
-    same ids (R2), one of another must have scored the same whole text (R3, otherwise the text is dropped).
-    Without `tokenizer`, `encoded` is taken to be of the reference's own. tokens: token log-probabilities are needed.
-    same_prompts: R2 holds for prompts too. Raises BadReference, naming the rule and the first row, if the reference
+    said: the answers, with their tokens if a trainer has read them with its tokenizer; a reference of that tokenizer
+    must have read the same ids (R2), one of another must have scored the same whole text (R3, otherwise the answer is
+    dropped). Without `tokenizer` it is taken to be the reference's own. tokens: token log-probabilities are needed.
+    same_prompts: R2 holds for prompts too. Raises BadReference, naming the rule and the first answer, if the reference
     cannot be used.
     """
-    name = where or name_of(texts)
-    rows = [_row_of(table, one, name, i) for i, one in enumerate(texts)]
+    name = name_of(said)
+    rows = [_row_of(table, one, name, i) for i, one in enumerate(row_ids(said))]
     same = not table.imported and (tokenizer is None or same_tokenizer(table, tokenizer))
     if tokens and not same:
         raise BadReference(
@@ -423,42 +410,38 @@ def verify(
         )
     if tokens and table.token_logp is None:
         raise BadReference(f"R3: {table.folder} holds sums only and the loss reads tokens; compute it with tokens")
-    reasons: list[str | None] = [None] * len(texts)
-    if encoded is not None:
+    reasons: list[str | None] = [None] * len(said)
+    if said.truncated is not None:
         prior = not table.imported and table.recipe["conditioning"]["kind"] == "prior"
         if not (same and same_prompts):
-            unseen = prior or tokenizer is None
-            cut = [False] * len(texts) if unseen else cut_prompts(tokenizer, texts, encoded)
-            assert encoded.truncated is not None  # they have been encoded
-            ends = encoded.truncated.tolist()
-            reasons = [_cut(table, *sides, lossless=same) for sides in zip(rows, ends, cut, strict=True)]
+            cut = [False] * len(said) if prior or tokenizer is None else cut_prompts(tokenizer, said)
+            sides = zip(rows, said.truncated.tolist(), cut, strict=True)
+            reasons = [_cut(table, *side, lossless=same) for side in sides]
         if same:
-            for i, (row, asked, said) in enumerate(zip(rows, encoded.asked(), encoded.tokens(), strict=True)):
+            for i, (row, asked, ids) in enumerate(zip(rows, said.asked(), said.tokens(), strict=True)):
                 if reasons[i] is None:
-                    _check_ids(table, row, asked, said, name(i), prompt=same_prompts and not prior)
+                    _check_ids(table, row, asked if same_prompts and not prior else None, ids, name(i))
     none = "R4: the answer has no tokens"
     return [none if table.n_resp_tokens[row] == 0 else why for row, why in zip(rows, reasons, strict=True)]
 
 
-def _row_of(table: Table, one: Text, where: Where, i: int) -> int:
-    """R1: every text is there, with a log-probability."""
-    row = table.places.get(row_id(one))
+def _row_of(table: Table, one: str, name: Callable[[int], str], i: int) -> int:
+    """R1: every answer is there, with a log-probability."""
+    row = table.places.get(one)
     if row is None:
-        raise BadReference(
-            f"R1: {table.folder}: {where(i)} is not there; it was made from other data: compute it again"
-        )
+        raise BadReference(f"R1: {table.folder}: {name(i)} is not there; it was made from other data: compute it again")
     value = table.sum_logp[row]
     if not (np.isfinite(value) and value <= POSITIVE):
         wrong = f"has {value:g}, which is no log-probability; it must be finite and at most 0"
-        raise BadReference(f"R1: {table.folder}: {where(i)} {wrong}: compute it again")
+        raise BadReference(f"R1: {table.folder}: {name(i)} {wrong}: compute it again")
     return row
 
 
-def _check_ids(table: Table, row: int, asked: Sequence[int], said: Sequence[int], name: str, *, prompt: bool) -> None:
-    """R2: an answer was read as the trainer's tokens, and its prompt too."""
+def _check_ids(table: Table, row: int, asked: Sequence[int] | None, said: Sequence[int], name: str) -> None:
+    """R2: an answer was read as the trainer's tokens, and its prompt too, if that is given."""
     other = tables.ids_hash(said) != table.resp_ids_sha[row]
-    if other or (prompt and tables.ids_hash(asked) != table.prompt_ids_sha[row]):
-        counts, mine = (table.n_resp_tokens, said) if other else (table.n_prompt_tokens, asked)
+    if other or (asked is not None and tables.ids_hash(asked) != table.prompt_ids_sha[row]):
+        counts, mine = (table.n_resp_tokens, said) if other or asked is None else (table.n_prompt_tokens, asked)
         raise BadReference(
             f"R2: {table.folder}: {'' if other else 'the prompt of '}{name} was read as other tokens ({counts[row]}) "
             f"than the policy's ({len(mine)}): another truncation or chat template; compute it again with the "
@@ -477,27 +460,27 @@ def _cut(table: Table, row: int, truncated: bool, cut: bool, *, lossless: bool) 
     return None
 
 
-def spot_check(table: Table, policy: Policy, texts: Sequence[Text], *, rows: int = 32, seed: int = 0) -> float:
+def spot_check(table: Table, policy: Policy, said: Responses, *, rows: int = 32, seed: int = 0) -> float:
     """R6: random rows computed again by the scorer; the largest difference, nats.
 
     Raises BadReference if a row differs by more than 1e-3 · max(1, T) nats over T tokens in float32 (2e-2 in
     bfloat16): another model, template or arithmetic, or a changed file.
     """
-    pick = torch.randperm(len(texts), generator=seeds.generator(seed, "spot check"))[:rows].tolist()
+    pick = torch.randperm(len(said), generator=seeds.generator(seed, "spot check"))[:rows].tolist()
     recipe = table.recipe
     kind = recipe["conditioning"]["kind"]
     lengths = {name: recipe["truncation"][name] for name in ("max_length", "max_prompt")}
-    reading = read(policy.tokenizer, [texts[i] for i in pick], conditioning=kind, **lengths)
+    reading = read(policy.tokenizer, texts(said, pick), conditioning=kind, **lengths)
     coarse = "bfloat16" in (recipe["numerics"]["weights"], recipe["numerics"]["compute"])
     worst = 0.0
-    values = token_values(policy, reading.encoded, 16384, recipe["numerics"]["compute"])
-    for name, where, value in zip(reading.ids, reading.where, values, strict=True):
-        stored, now = float(table.sum_logp[table.places[name]]), float(value.sum(dtype=np.float64))
+    values = token_values(policy, reading.said, 16384, recipe["numerics"]["compute"])
+    for i, (one, value) in enumerate(zip(reading.ids, values, strict=True)):
+        stored, now = float(table.sum_logp[table.places[one]]), float(value.sum(dtype=np.float64))
         allowed = TOLERANCE["bfloat16" if coarse else "float32"] * max(1, len(value))
         if not abs(stored - now) <= allowed:
             raise BadReference(
-                f"R6: {table.folder}: {where} has {stored:.4f} nats there and {now:.4f} now (allowed: {allowed:.3f}); "
-                "another model, template or precision made it"
+                f"R6: {table.folder}: {name_of(reading.said)(i)} has {stored:.4f} nats there and {now:.4f} now "
+                f"(allowed: {allowed:.3f}); another model, template or precision made it"
             )
         worst = max(worst, abs(stored - now))
     return worst
@@ -508,10 +491,8 @@ def spot_check(table: Table, policy: Policy, texts: Sequence[Text], *, rows: int
 
 def obtain(
     sources: Sequence[Source],
-    texts: Sequence[Text],
-    encoded: Responses,
+    said: Responses,
     *,
-    pairs: Sequence[dict[str, Any]],
     policy: Policy,
     policy_path: str,
     cache: Path,
@@ -520,10 +501,10 @@ def obtain(
     max_prompt: int | None = None,
     precision: Dtype = "float32",
 ) -> tuple[Logps | None, list[str | None], list[str]]:
-    """Log-probabilities of 2B texts under a reference; why each of B pairs must be dropped, or None; notes.
+    """Log-probabilities of 2B answers under a reference; why each of B pairs must be dropped, or None; notes.
 
-    texts: chosen and rejected answers of the pairs alternately, `encoded` as the trainer reads them, by the policy's
-    tokenizer and these limits. The policy must be as it was before training. A model is scored once, into
+    said: chosen and rejected answers of the pairs alternately, as the trainer reads them, by the policy's tokenizer and
+    these limits. The policy must be as it was before training. A model is scored once, into
     cache/<fingerprint>, and found there by every later run with the same scorer, data and reading, whatever its loss,
     beta and seed. tokens: token log-probabilities are needed. The result is None for "none"; it is not `aligned` if a
     part of it is known by sums alone. What it returns for pairs that must be dropped means nothing.
@@ -531,26 +512,23 @@ def obtain(
     Raises BadReference, naming the rule, for a reference that cannot be used, also (R8) for "ema", which has none.
     """
     if any(source.kind == "none" for source in sources):
-        return None, [None] * len(pairs), []
+        return None, [None] * (len(said) // 2), []
     if any(source.kind == "ema" for source in sources):
         raise BadReference("R8: a reference that moves with the policy has no stored log-probabilities; run it along")
-    where, tokenizer = name_of_pair(pairs), policy.tokenizer
-    lengths = encoded.lengths.tolist()
-    total, by_text, aligned = np.zeros(len(texts)), [np.zeros(length, np.float32) for length in lengths], True
-    reasons: list[str | None] = [None] * len(texts)
+    tokenizer, aligned = policy.tokenizer, True
+    total, by_text = np.zeros(len(said)), [np.zeros(length, np.float32) for length in said.lengths.tolist()]
+    reasons: list[str | None] = [None] * len(said)
     notes: list[str] = []
     for source in sources:
         if source.kind == "column":
-            sums, why, aligned = _column(source, pairs, tokens=tokens), _cut_here(encoded), False
+            sums, why, aligned = _column(source, said, tokens=tokens), _cut_here(said), False
         else:
             if source.kind == "table":
-                table, same_prompts = _named(source, texts, policy, tokens=tokens, precision=precision), True
+                table, same_prompts = _named(source, said, policy, tokens=tokens, precision=precision), True
             else:
                 table, same_prompts = _scored(
                     source,
-                    texts,
-                    encoded,
-                    where=where,
+                    said,
                     policy=policy,
                     name=source.path or policy_path,
                     lengths=limits(policy.context, max_length, max_prompt),
@@ -558,15 +536,13 @@ def obtain(
                     tokens=tokens,
                     precision=precision,
                 )
-            options: dict[str, Any] = {"tokenizer": tokenizer, "tokens": tokens, "where": where}
-            why = verify(table, texts, encoded, same_prompts=same_prompts, **options)
-            rows = table.rows(texts)
-            sums = table.sum_logp[rows]
-            aligned = aligned and same_tokenizer(table, tokenizer)
+            why = verify(table, said, tokenizer=tokenizer, tokens=tokens, same_prompts=same_prompts)
+            rows = table.rows(said)
+            sums, aligned = table.sum_logp[rows], aligned and same_tokenizer(table, tokenizer)
             notes += _remarks(source, table, tokenizer)
             if tokens:
                 for mine, values in zip(by_text, map(table.tokens, rows), strict=True):
-                    if len(values) == len(mine):  # another length is that of a text which is dropped
+                    if len(values) == len(mine):  # another length is that of an answer which is dropped
                         mine += np.float32(source.weight) * values
         total = total + source.weight * sums
         reasons = [before or now for before, now in zip(reasons, why, strict=True)]
@@ -577,24 +553,25 @@ def obtain(
     if tokens:
         logps = Logps.from_tokens([torch.as_tensor(row) for row in by_text])
     else:
-        logps = Logps.from_sums(torch.as_tensor(total).float(), encoded.lengths, aligned=aligned)
+        logps = Logps.from_sums(torch.as_tensor(total).float(), said.lengths, aligned=aligned)
     return logps, dropped, [*notes, _margins_line(logps, dropped)]
 
 
-def _cut_here(encoded: Responses) -> list[str | None]:
-    assert encoded.truncated is not None  # they have been encoded
-    return ["R3: truncation cut the answer for the policy" if cut else None for cut in encoded.truncated.tolist()]
+def _cut_here(said: Responses) -> list[str | None]:
+    assert said.truncated is not None  # the trainer has read them
+    return ["R3: truncation cut the answer for the policy" if cut else None for cut in said.truncated.tolist()]
 
 
-def _column(source: Source, pairs: Sequence[dict[str, Any]], *, tokens: bool) -> np.ndarray:
+def _column(source: Source, said: Responses, *, tokens: bool) -> np.ndarray:
     """Log-probabilities the user's data bring along: sums, of unknown tokens."""
     if tokens:
         raise BadReference("R3: a column holds sums only and the loss reads tokens; use a loss of sums, such as dpo")
     named = [(source.options.get("chosen", c), source.options.get("rejected", r)) for c, r in COLUMNS]
-    return given_sums(pairs, next((both for both in named if all(name in pairs[0] for name in both)), named[0]))
+    row = said.rows[int(said.prompt[0])]
+    return given_sums(said, next((both for both in named if all(name in row for name in both)), named[0]))
 
 
-def _named(source: Source, texts: Sequence[Text], policy: Policy, *, tokens: bool, precision: Dtype) -> Table:
+def _named(source: Source, said: Responses, policy: Policy, *, tokens: bool, precision: Dtype) -> Table:
     """A finished reference the user names; one that claims to be of this very policy is computed again in part (R6)."""
     table = load(str(source.path), tokens=tokens)
     say(f"reference: reused {table.folder}, {len(table)} rows, no model needed")
@@ -606,18 +583,16 @@ def _named(source: Source, texts: Sequence[Text], policy: Policy, *, tokens: boo
                 f"{precision}, so margins would not begin at 0: use --ref self, or compute the reference again "
                 f"with --precision {precision}"
             )
-        known = [one for one in texts if row_id(one) in table.places]
-        worst = spot_check(table, policy, known)
+        known = [i for i, one in enumerate(row_ids(said)) if one in table.places]
+        worst = spot_check(table, policy, said.take(known))
         say(f"reference: {min(32, len(known))} rows computed again, they differ by {worst:.2g} nats at most (R6)")
     return table
 
 
 def _scored(
     source: Source,
-    texts: Sequence[Text],
-    encoded: Responses,
+    said: Responses,
     *,
-    where: Where,
     policy: Policy,
     name: str,
     lengths: tuple[int, int],
@@ -640,12 +615,11 @@ def _scored(
     max_length, max_prompt = lengths if alike else limits(context, None, None)
     reading = read(
         policy.tokenizer if same else theirs,  # the policy's has the run's template arguments, and its ends
-        texts,
+        said,
         conditioning="prior" if source.kind == "prior" else "prompt",
         max_length=max_length,
         max_prompt=max_prompt,
-        where=where,
-        encoded=encoded if alike else None,
+        known=alike,
     )
     inside = backbone(policy.model)
     dtype: Dtype = source.options.get("dtype") or ("bfloat16" if inside.dtype == torch.bfloat16 else "float32")

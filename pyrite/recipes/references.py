@@ -22,7 +22,7 @@ from pyrite.data import rows as data
 from pyrite.jobs import dpo, evaluate, generate, label, scratch, sft
 from pyrite.math import statistics
 from pyrite.math.seeds import derive
-from pyrite.models.references import load, texts_of
+from pyrite.models.references import load
 from pyrite.recipes import study, toy
 from pyrite.recipes.study import Chain, Claim, Row
 from pyrite.recipes.toy import Shares
@@ -30,6 +30,7 @@ from pyrite.report.charts import BLUE, BRASS, GREEN, ORANGE, PURPLE, Axis, Chart
 from pyrite.report.page import Part, figure, number, numbers, percent, table, text
 from pyrite.training.evaluation import Evaluation
 from pyrite.training.loop import Training
+from pyrite.training.pairs import paired_texts
 
 
 @dataclass(frozen=True)
@@ -232,12 +233,12 @@ def indicators(chains: Sequence[Chain]) -> list[Row]:
 def _margins(chain: Chain) -> dict[str, Tensor]:
     """Margins (B,) of the training pairs under every stored reference of a chain."""
     pairs = data.load(chain.folder / "pairs" / "pairs.parquet", "pairs")
-    texts = texts_of(pairs)
+    said = paired_texts(pairs)
     margins: dict[str, Tensor] = {}
     for manifest in sorted((chain.folder / "references").glob("*/manifest.json")):
         table = load(manifest.parent, tokens=False)
         kind, scorer = table.recipe["conditioning"]["kind"], Path(table.manifest["scorer"]["name"]).parent.name
-        sums = torch.from_numpy(table.sum_logp[table.rows(texts)])
+        sums = torch.from_numpy(table.sum_logp[table.rows(said)])
         margins["prior" if kind == "prior" else "self" if scorer == "sft" else scorer] = sums[::2] - sums[1::2]
     return margins
 

@@ -123,7 +123,7 @@ def test_refusals_before_work(tiny: Path, pairs: Path, demos: Path, tmp_path: Pa
         with pytest.raises(ValueError, match=words) as error:
             reference.run(replace(config, **change))
         assert "\n" not in str(error.value)
-    with pytest.raises(BadReference, match=r"^R1: column 'chosen_logprob' of the chosen answer of pair 1 .* None"):
+    with pytest.raises(BadReference, match=r"^R1: column 'chosen_logprob' of the answer .*, line 1\) holds None"):
         reference.run(reference.Import(str(pairs), "theirs", tmp_path / "run"))
     with pytest.raises(BadReference, match=r"^R7: .* holds no reference"):
         reference.run(reference.Verify(tmp_path / "nothing", str(pairs)))

@@ -2,27 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 from unittest.mock import patch
 
 import pytest
 import torch
 from conftest import WORDS, tiny_config
-from reading import asked
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from pyrite.data import rows as data
 from pyrite.data import text
-from pyrite.data.responses import Responses
+from pyrite.data.responses import Answer, Prompt, Responses
 from pyrite.models import references
 from pyrite.models.policy import Policy
-from pyrite.models.references import Table, Text
+from pyrite.models.reference_tables import row_id
+from pyrite.models.references import Table
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %} <user> {{ m['content'] }}{% endfor %}"
     "{% if add_generation_prompt %} <assistant>{% endif %}"
 )
+
+
+class Text(NamedTuple):
+    """A prompt and an answer to it."""
+
+    prompt: Prompt
+    answer: Answer
+    finished: bool = True
+
+
+def said(texts: Sequence[Text]) -> Responses:
+    """Answers without tokens, each to a prompt of its own."""
+    rows = [{"prompt": one.prompt} for one in texts]
+    return Responses.said(rows, [one.answer for one in texts], finished=[one.finished for one in texts])
+
+
+def id_of(one: Text) -> str:
+    return row_id(one.prompt, one.answer)
 
 
 def bytes_tokenizer() -> PreTrainedTokenizerFast:
@@ -79,8 +99,7 @@ def texts(rows: list[dict]) -> list[Text]:
 
 
 def encode(tokenizer: object, texts: list[Text], *, max_length: int = 64, max_prompt: int = 48) -> Responses:
-    said = asked([one.prompt for one in texts], [one.answer for one in texts])
-    return text.encode(tokenizer, said, max_length=max_length, max_prompt=max_prompt)
+    return text.encode(tokenizer, said(texts), max_length=max_length, max_prompt=max_prompt)
 
 
 def by_hand(policy: Policy, prompt: list[int], response: list[int]) -> torch.Tensor:
@@ -106,7 +125,7 @@ def compute(
     """Read, then score."""
     longest, longest_prompt = references.limits(policy.context, max_length, max_prompt)
     lengths = {"max_length": longest, "max_prompt": longest_prompt}
-    reading = references.read(policy.tokenizer, texts, conditioning=conditioning, **lengths)
+    reading = references.read(policy.tokenizer, said(texts), conditioning=conditioning, **lengths)
     recipe = references.recipe_of(policy, reading, precision=precision)
     return references.compute(policy, reading, recipe, folder=folder, scorer=scorer, budget=budget)
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from pyrite.models.policy import Policy
-from pyrite.models.references import BadReference, Text, load, obtain, parse
+from pyrite.models.references import BadReference, load, obtain, parse
 
-from .conftest import TEMPLATE, Forwards, compute, encode
+from .conftest import TEMPLATE, Forwards, Text, compute, encode
 
 Ask = Callable[..., Path]
 
@@ -25,10 +25,10 @@ def ask(policy: Policy, texts: list[Text], tmp_path: Path, capsys: pytest.Captur
 
     def ask(spec: Any = "self", *, asked: list[Text] = texts, limits: tuple[int, int] = (64, 48), **options) -> Path:
         lengths = dict(zip(("max_length", "max_prompt"), limits, strict=True))
-        encoded, pairs = encode(policy.tokenizer, asked, **lengths), [{"prompt": one.prompt} for one in asked[::2]]
+        encoded = encode(policy.tokenizer, asked, **lengths)
         where = {"policy": policy, "policy_path": "the policy", "cache": tmp_path / "cache"}
         capsys.readouterr()
-        obtain(parse(str(spec)), asked, encoded, pairs=pairs, **where, **lengths, **options)
+        obtain(parse(str(spec)), encoded, **where, **lengths, **options)
         said = capsys.readouterr().err
         found = re.search(
             r"reference: computed \d+ rows of .* in .* s, kept in (.*)|reused (.*), no forward pass", said

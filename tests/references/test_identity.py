@@ -13,9 +13,9 @@ from pyrite.models import reference_tables as identity
 from pyrite.models import references
 from pyrite.models.loading import Lora
 from pyrite.models.policy import Policy
-from pyrite.models.references import Text, read
+from pyrite.models.references import read
 
-from .conftest import TEMPLATE, bytes_tokenizer, tiny_config
+from .conftest import TEMPLATE, Text, bytes_tokenizer, said, tiny_config
 
 Change = dict
 
@@ -24,7 +24,7 @@ def fingerprint(policy: Policy, texts: list[Text], **change: object) -> str:
     options = {"conditioning": "prompt", "max_length": 64, "max_prompt": 48, "precision": "float32"}
     options |= change
     precision = options.pop("precision")
-    reading = read(policy.tokenizer, texts, **options)  # type: ignore[arg-type]
+    reading = read(policy.tokenizer, said(texts), **options)  # type: ignore[arg-type]
     return identity.digest(references.recipe_of(policy, reading, precision=precision))  # type: ignore[arg-type]
 
 
@@ -62,7 +62,6 @@ def test_every_change_that_can_move_a_number_changes_the_fingerprint(policy: Pol
         "precision": fingerprint(policy, texts, precision="bfloat16"),
         "fewer": fingerprint(policy, texts[:-1]),
         "a word": fingerprint(policy, [*texts[:-1], Text(texts[-1].prompt, "red")]),
-        "an end": fingerprint(policy, [*texts[:-1], Text(texts[-1].prompt, texts[-1].answer, finished=False)]),
     }
     assert len(set(found.values())) == len(found)
     assert fingerprint(Policy.load(tiny), texts) == found["base"]

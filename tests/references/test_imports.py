@@ -12,9 +12,9 @@ from pyrite.core.runs import read_json
 from pyrite.data import rows as data
 from pyrite.jobs import reference
 from pyrite.models.policy import Policy
-from pyrite.models.references import BadReference, Table, Text, load, row_id, verify
+from pyrite.models.references import BadReference, Table, load, verify
 
-from .conftest import encode
+from .conftest import Text, encode, id_of
 
 NAMES = ("prompt", "chosen", "rejected", "chosen_logprob", "rejected_logprob")
 
@@ -46,7 +46,7 @@ def test_sums_are_taken_in_exactly(name: str, given: list[dict], tmp_path: Path)
     table = imported(write(given, tmp_path / name), tmp_path / "table")
     for row in given:
         for side in ("chosen", "rejected"):
-            at = table.places[row_id(Text(row["prompt"], row[side]))]
+            at = table.places[id_of(Text(row["prompt"], row[side]))]
             assert table.sum_logp[at] == row[f"{side}_logprob"]
     assert table.imported
     assert table.recipe["imported"]["names"] == ["chosen_logprob", "rejected_logprob"]
@@ -63,7 +63,7 @@ def test_conversations_and_other_names(given: list[dict], tmp_path: Path) -> Non
     answers = {side: [*ask, {"role": "assistant", "content": given[0][side]}] for side in ("chosen", "rejected")}
     path = write([{**answers, "w": -1.0, "l": -2}], tmp_path / "given.jsonl")
     table = imported(path, tmp_path / "table", chosen="w", rejected="l")
-    assert row_id(Text(given[0]["prompt"], given[0]["chosen"])) in table.places
+    assert id_of(Text(given[0]["prompt"], given[0]["chosen"])) in table.places
     renamed = [{"question": row["prompt"], **{n: row[n] for n in NAMES[1:]}} for row in given]
     for name in ("q.jsonl", "q.csv"):
         path = write(renamed, tmp_path / name)
@@ -73,11 +73,11 @@ def test_conversations_and_other_names(given: list[dict], tmp_path: Path) -> Non
 def test_it_serves_losses_of_sums_only(given: list[dict], texts: list[Text], policy: Policy, tmp_path: Path) -> None:
     table = imported(write(given, tmp_path / "given.jsonl"), tmp_path / "table")
     encoded = encode(policy.tokenizer, texts)
-    assert verify(table, texts, encoded, tokenizer=policy.tokenizer) == [None] * len(texts)
+    assert verify(table, encoded, tokenizer=policy.tokenizer) == [None] * len(texts)
     with pytest.raises(BadReference, match=r"^R3"):
-        verify(table, texts, encoded, tokenizer=policy.tokenizer, tokens=True)
+        verify(table, encoded, tokenizer=policy.tokenizer, tokens=True)
     short = encode(policy.tokenizer, texts, max_length=12, max_prompt=9)
-    reasons = verify(table, texts, short, tokenizer=policy.tokenizer)
+    reasons = verify(table, short, tokenizer=policy.tokenizer)
     assert any(reasons)
     assert {reason.split(":")[0] for reason in reasons if reason} == {"R3"}
 
@@ -86,9 +86,9 @@ def test_it_serves_losses_of_sums_only(given: list[dict], texts: list[Text], pol
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"rejected_logprob": 0.5}, "'rejected_logprob' of the rejected answer of pair 3 .* 0.5, .* at most 0"),
-        ({"chosen_logprob": "high"}, "'chosen_logprob' of the chosen answer of pair . .* a number is needed"),
-        ({"chosen_logprob": None}, "'chosen_logprob' of the chosen answer of pair 3 .* a number is needed"),
+        ({"rejected_logprob": 0.5}, "'rejected_logprob' of the answer .*, line [34]\\) holds 0.5, .* at most 0"),
+        ({"chosen_logprob": "high"}, "'chosen_logprob' of the answer .*, line [1-4]\\) holds .* a number is needed"),
+        ({"chosen_logprob": None}, "'chosen_logprob' of the answer .*, line [34]\\) holds .* a number is needed"),
         ({"chosen_logprob": -math.inf}, "-?inf"),
     ],
 )
@@ -111,7 +111,7 @@ def test_bad_files_are_refused(given: list[dict], tmp_path: Path) -> None:
     twice = write([*given, {**given[0], "chosen_logprob": -99.0}], tmp_path / "twice.jsonl")
     with pytest.raises(BadReference, match=r"^R1: .* has -99.0, another row -10.0 for the same answer"):
         imported(twice, folder)
-    with pytest.raises(BadReference, match=r"^R1: column 'chosen_logprob' of the chosen answer of pair 1 .* None"):
+    with pytest.raises(BadReference, match=r"^R1: column 'chosen_logprob' of the answer .*, line 1\) holds None"):
         imported(write([{n: r[n] for n in NAMES[:3]} for r in given], tmp_path / "no.jsonl"), folder)
     with pytest.raises(ValueError, match="pairs need prompt, chosen, rejected"):
         imported(write([{"prompt": "x"}], tmp_path / "bare.csv"), folder)

@@ -14,9 +14,9 @@ import torch
 
 from pyrite.models import reference_tables as tables
 from pyrite.models.policy import Policy
-from pyrite.models.references import BadReference, Table, Text, load, same_tokenizer, spot_check, verify
+from pyrite.models.references import BadReference, Table, load, same_tokenizer, spot_check, verify
 
-from .conftest import TEMPLATE, compute, encode
+from .conftest import TEMPLATE, Text, compute, encode, id_of, said
 
 
 @pytest.fixture
@@ -47,17 +47,17 @@ def test_a_good_reference_keeps_every_row(table: Table, policy: Policy, texts: l
     encoded = encode(policy.tokenizer, texts)
     assert same_tokenizer(table, policy.tokenizer)
     for options in ({}, {"tokenizer": policy.tokenizer}, {"tokenizer": policy.tokenizer, "tokens": True}):
-        assert verify(table, texts, encoded, **options) == [None] * len(texts)
-    assert verify(table, texts) == [None] * len(texts)
+        assert verify(table, encoded, **options) == [None] * len(texts)
+    assert verify(table, said(texts)) == [None] * len(texts)
 
 
 def test_order_does_not_matter(table: Table, policy: Policy, texts: list[Text], tmp_path: Path) -> None:
     mixed = np.random.default_rng(0).permutation(len(table))
     shuffled = rewritten(table, lambda whole: whole.take(pa.array(mixed)), tmp_path / "shuffled")
     assert shuffled.row_id != table.row_id
-    assert verify(shuffled, texts, encode(policy.tokenizer, texts), tokens=True) == [None] * len(texts)
+    assert verify(shuffled, encode(policy.tokenizer, texts), tokens=True) == [None] * len(texts)
     for one in texts:
-        a, b = (t.places[tables.row_id(one)] for t in (table, shuffled))
+        a, b = (t.places[id_of(one)] for t in (table, shuffled))
         assert table.sum_logp[a] == shuffled.sum_logp[b]
         assert (table.tokens(a) == shuffled.tokens(b)).all()
 
@@ -65,37 +65,40 @@ def test_order_does_not_matter(table: Table, policy: Policy, texts: list[Text], 
 @pytest.mark.parametrize("value", [math.nan, -math.inf, math.inf, 0.5])
 def test_values_that_are_no_log_probabilities(value: float, table: Table, texts: list[Text], tmp_path: Path) -> None:
     bad = rewritten(table, with_sum(value), tmp_path / "bad")
-    with pytest.raises(BadReference, match=r"^R1: .*: text 4 \('tell me .*'\) has .*, which is no log-probability"):
-        verify(bad, texts)
+    with pytest.raises(
+        BadReference,
+        match=rf"^R1: .*: the answer '{texts[3].answer}' to 'tell me .*' has .*, which is no log-probability",
+    ):
+        verify(bad, said(texts))
 
 
 def test_missing_rows_and_other_data(table: Table, texts: list[Text], tmp_path: Path) -> None:
     without = pa.array([i for i in range(len(table)) if i != 5])
     fewer = rewritten(table, lambda whole: whole.take(without), tmp_path / "fewer")
-    with pytest.raises(BadReference, match=r"^R1: .*: number 5 is not there"):
-        verify(fewer, texts, where=lambda i: f"number {i}")
-    with pytest.raises(BadReference, match=r"^R1: .*: text 1 .* is not there; it was made from other data"):
-        verify(table, [Text("a cat", "a dog")])
+    with pytest.raises(BadReference, match=rf"^R1: .*: the answer '{texts[5].answer}' to .* is not there"):
+        verify(fewer, said(texts))
+    with pytest.raises(BadReference, match=r"^R1: .*: the answer 'a dog' to 'a cat' is not there; it was made"):
+        verify(table, said([Text("a cat", "a dog")]))
 
 
 def test_another_truncation(policy: Policy, texts: list[Text], table: Table, tmp_path: Path) -> None:
     shorter = compute(policy, texts, folder=tmp_path / "short", scorer="me", max_length=16, max_prompt=12)
     encoded = encode(policy.tokenizer, texts)
-    with pytest.raises(BadReference, match=r"^R2: .*: text \d+ .* was read as other tokens \(\d+\) .* truncation"):
-        verify(shorter, texts, encoded)
-    assert verify(shorter, texts, encode(policy.tokenizer, texts, max_length=16, max_prompt=12)) == [None] * len(texts)
+    with pytest.raises(BadReference, match=r"^R2: .*: the answer .* was read as other tokens \(\d+\) .* truncation"):
+        verify(shorter, encoded)
+    assert verify(shorter, encode(policy.tokenizer, texts, max_length=16, max_prompt=12)) == [None] * len(texts)
     prompts = compute(policy, texts, folder=tmp_path / "prompts", scorer="me", max_prompt=5)
-    with pytest.raises(BadReference, match=r"^R2: .*: the prompt of text \d+ .* was read as other tokens \(5\)"):
-        verify(prompts, texts, encoded)
+    with pytest.raises(BadReference, match=r"^R2: .*: the prompt of the answer .* was read as other tokens \(5\)"):
+        verify(prompts, encoded)
 
 
 def test_another_template(policy: Policy, texts: list[Text], table: Table) -> None:
     other = copy.deepcopy(policy.tokenizer)
     other.chat_template = TEMPLATE
     encoded = encode(other, texts)
-    with pytest.raises(BadReference, match=r"^R2: .*: the prompt of text 1 .* chat template"):
-        verify(table, texts, encoded, tokenizer=other)
-    assert verify(table, texts, encoded, tokenizer=other, same_prompts=False) == [None] * len(texts)
+    with pytest.raises(BadReference, match=rf"^R2: .*: the prompt of the answer '{texts[0].answer}' .* chat template"):
+        verify(table, encoded, tokenizer=other)
+    assert verify(table, encoded, tokenizer=other, same_prompts=False) == [None] * len(texts)
 
 
 def test_with_its_own_template_cut_answers_are_dropped(policy: Policy, tmp_path: Path) -> None:
@@ -103,7 +106,7 @@ def test_with_its_own_template_cut_answers_are_dropped(policy: Policy, tmp_path:
     table = compute(policy, texts, folder=tmp_path, scorer="me", max_length=32)
     policy.tokenizer.chat_template = TEMPLATE
     encoded = encode(policy.tokenizer, texts, max_length=14, max_prompt=10)
-    kept, answer, prompt = verify(table, texts, encoded, tokenizer=policy.tokenizer, same_prompts=False)
+    kept, answer, prompt = verify(table, encoded, tokenizer=policy.tokenizer, same_prompts=False)
     assert kept is None
     assert answer is not None
     assert answer.startswith("R3: truncation cut the answer")
@@ -122,51 +125,51 @@ def test_another_tokenizer_gives_sums_of_whole_texts(policy: Policy, foreign: Pa
     table = compute(reader, texts, folder=tmp_path, scorer="other", max_length=40)
     encoded = encode(policy.tokenizer, texts, max_length=64, max_prompt=5)
     assert not same_tokenizer(table, policy.tokenizer)
-    first, cut, prompt, last = verify(table, texts, encoded, tokenizer=policy.tokenizer)
+    first, cut, prompt, last = verify(table, encoded, tokenizer=policy.tokenizer)
     assert (first, last) == (None, None)
     assert cut is not None
     assert cut.startswith("R3: truncation cut the answer")
     assert prompt is not None
     assert prompt.startswith("R3: truncation cut the prompt")
     with pytest.raises(BadReference, match=r"^R3: .* another tokenizer, so its tokens are not the policy's"):
-        verify(table, texts, encoded, tokenizer=policy.tokenizer, tokens=True)
+        verify(table, encoded, tokenizer=policy.tokenizer, tokens=True)
 
 
 def test_text_the_other_tokenizer_does_not_know(policy: Policy, foreign: Path, tmp_path: Path) -> None:
     trainer, texts = Policy.load(foreign), [Text("a cat", "a dog"), Text("a cat", "a zebra")]
     table = compute(policy, texts, folder=tmp_path, scorer="words")
     encoded = encode(trainer.tokenizer, texts)
-    assert verify(table, texts, encoded, tokenizer=trainer.tokenizer) == [
+    assert verify(table, encoded, tokenizer=trainer.tokenizer) == [
         None,
         "R3: the tokenizer of the reference does not know part of the answer",
     ]
 
 
 def test_answers_without_tokens_are_dropped(policy: Policy, tmp_path: Path) -> None:
-    texts = [Text("a cat", "", finished=False), Text("a cat", "")]
+    texts = [Text("a cat", "", finished=False), Text("a cat", "a dog")]
     table = compute(policy, texts, folder=tmp_path, scorer="me")
-    assert verify(table, texts) == ["R4: the answer has no tokens", None]
+    assert verify(table, said(texts)) == ["R4: the answer has no tokens", None]
 
 
 def test_a_prior_need_not_share_prompts(policy: Policy, texts: list[Text], tmp_path: Path) -> None:
     table = compute(policy, texts, folder=tmp_path, scorer="me", conditioning="prior", max_length=12)
     encoded = encode(policy.tokenizer, texts, max_length=12, max_prompt=9)
     assert table.truncated.any()  # cut answers are the trainer's too, and stay
-    assert verify(table, texts, encoded, tokenizer=policy.tokenizer, tokens=True) == [None] * len(texts)
-    with pytest.raises(BadReference, match=r"^R2: .*: text \d+ .* another truncation"):
-        verify(table, texts, encode(policy.tokenizer, texts), tokenizer=policy.tokenizer)
+    assert verify(table, encoded, tokenizer=policy.tokenizer, tokens=True) == [None] * len(texts)
+    with pytest.raises(BadReference, match=r"^R2: .*: the answer .* another truncation"):
+        verify(table, encode(policy.tokenizer, texts), tokenizer=policy.tokenizer)
 
 
 def test_random_rows_computed_again(table: Table, policy: Policy, texts: list[Text], tmp_path: Path) -> None:
-    assert spot_check(table, policy, texts) < 1e-4
+    assert spot_check(table, policy, said(texts)) < 1e-4
     tampered = rewritten(table, lambda whole: with_sum(-1.0, 7)(whole), tmp_path / "tampered")
     with pytest.raises(BadReference, match=r"^R6: .* has -1.0000 nats there and -\d"):
-        spot_check(tampered, policy, texts, rows=len(texts))
+        spot_check(tampered, policy, said(texts), rows=len(texts))
     # a row is missed only where it is not drawn
     missed = 0
     for seed in range(20):
         try:
-            spot_check(tampered, policy, texts, rows=80, seed=seed)
+            spot_check(tampered, policy, said(texts), rows=80, seed=seed)
             missed += 1
         except BadReference:
             pass
@@ -176,19 +179,19 @@ def test_random_rows_computed_again(table: Table, policy: Policy, texts: list[Te
 def test_one_newline_in_the_template_is_noticed(policy: Policy, texts: list[Text], tmp_path: Path) -> None:
     policy.tokenizer.chat_template = TEMPLATE
     table = compute(policy, texts, folder=tmp_path, scorer="me")
-    assert spot_check(table, policy, texts) < 1e-4
+    assert spot_check(table, policy, said(texts)) < 1e-4
     policy.tokenizer.chat_template = TEMPLATE.replace("<assistant>", "<assistant> \n then")
     with pytest.raises(BadReference, match=r"^R6: .* another model, template or precision"):
-        spot_check(table, policy, texts)
+        spot_check(table, policy, said(texts))
 
 
 def test_another_model_is_noticed(table: Table, policy: Policy, texts: list[Text]) -> None:
     with torch.no_grad():
         policy.model.lm_head.weight[5] += 0.05
     with pytest.raises(BadReference, match=r"^R6"):
-        spot_check(table, policy, texts)
+        spot_check(table, policy, said(texts))
 
 
 def test_a_bfloat16_reference_passes_its_own_check(policy: Policy, texts: list[Text], tmp_path: Path) -> None:
     table = compute(policy, texts, folder=tmp_path, scorer="me", precision="bfloat16")
-    assert spot_check(table, policy, texts, rows=len(texts)) < 0.5
+    assert spot_check(table, policy, said(texts), rows=len(texts)) < 0.5

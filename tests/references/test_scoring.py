@@ -17,16 +17,16 @@ from pyrite.core import runs
 from pyrite.models import reference_tables as tables
 from pyrite.models import references
 from pyrite.models.policy import Policy
-from pyrite.models.references import BadReference, Text, load
+from pyrite.models.references import BadReference, load
 
-from .conftest import TEMPLATE, Forwards, by_hand, compute, encode
+from .conftest import TEMPLATE, Forwards, Text, by_hand, compute, encode, id_of
 
 
 @pytest.mark.parametrize("conditioning", ["prompt", "prior"])
 def test_the_numbers_are_the_models_own(policy: Policy, texts: list[Text], tmp_path: Path, conditioning: str) -> None:
     table = compute(policy, texts, folder=tmp_path / "t", scorer="me", conditioning=conditioning)  # type: ignore[arg-type]
     for text, one in zip(texts, each(encode(policy.tokenizer, texts)), strict=True):
-        row = table.places[tables.row_id(text)]
+        row = table.places[id_of(text)]
         prompt = one.prompt if conditioning == "prompt" else [policy.tokenizer.bos_token_id]
         want = by_hand(policy, prompt, one.response)
         np.testing.assert_allclose(table.tokens(row), want, atol=2e-5)
@@ -48,14 +48,13 @@ def test_own_template_and_prior_header(policy: Policy, texts: list[Text], tmp_pa
 def test_what_is_said_of_a_row(policy: Policy, tmp_path: Path) -> None:
     texts = [
         Text("a cat", "a dog"),
-        Text("a cat", "a dog", finished=False),
         Text("a cat", "zebra " * 9),
         Text("a " * 7, "b"),
     ]
     table = compute(policy, texts, folder=tmp_path, scorer="me", max_length=8, max_prompt=4)
-    assert table.truncated.tolist() == [False, False, True, False]
-    assert table.prompt_truncated.tolist() == [False, False, False, True]
-    assert table.n_unknown.tolist() == [0, 0, 5, 1]
+    assert table.truncated.tolist() == [False, True, False]
+    assert table.prompt_truncated.tolist() == [False, False, True]
+    assert table.n_unknown.tolist() == [0, 5, 1]
     assert table.recipe["truncation"]["max_length"] == 8
     assert table.manifest["scorer"] == {"name": "me", "revision": None, "files": None}
 
@@ -160,7 +159,7 @@ def test_a_real_limit_on_file_size(policy: Policy, texts: list[Text], tmp_path: 
 def test_a_model_that_gives_no_number_is_refused(policy: Policy, texts: list[Text], tmp_path: Path) -> None:
     with torch.no_grad():
         policy.model.model.norm.weight.fill_(float("nan"))
-    with pytest.raises(BadReference, match=r"^R1: text 1 .*: the model gives nan"):
+    with pytest.raises(BadReference, match=rf"^R1: the answer '{texts[0].answer}' to .*: the model gives nan"):
         compute(policy, texts, folder=tmp_path, scorer="me")
     assert not list(tmp_path.glob("part-*"))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +16,9 @@ from pyrite.models import reference_tables as tables
 from pyrite.models.forward import by_response
 from pyrite.models.loading import Lora
 from pyrite.models.policy import Policy
-from pyrite.models.references import BadReference, Text, obtain, parse
+from pyrite.models.references import BadReference, obtain, parse
 
-from .conftest import TEMPLATE, Forwards, by_hand, compute, encode
+from .conftest import TEMPLATE, Forwards, Text, by_hand, compute, encode, id_of
 from .test_imports import imported, write
 
 Supply = tuple[Logps, list[str | None], list[str]]
@@ -29,11 +30,12 @@ def supply(policy: Policy, texts: list[Text], rows: list[dict], tmp_path: Path):
 
     def ask(spec: str, *, asked: list[Text] = texts, by: Policy = policy, **options) -> Supply:
         limits = {name: options[name] for name in ("max_length", "max_prompt") if name in options}
+        encoded = encode(by.tokenizer, asked, **limits)
+        if "columns" in options:
+            encoded = replace(encoded, rows=[row for row in options.pop("columns") for _ in ("chosen", "rejected")])
         logps, reasons, notes = obtain(
             parse(spec),
-            asked,
-            encode(by.tokenizer, asked, **limits),
-            pairs=options.pop("columns", [{"prompt": one.prompt} for one in asked[::2]]),
+            encoded,
             policy=by,
             policy_path="mine",
             cache=tmp_path / "cache",
@@ -141,7 +143,7 @@ def test_a_model_with_its_own_template_stays_aligned(supply, stronger: Path, tmp
     assert reasons == [None] * 80
     assert any("in its own chat template, which is not the policy's" in note for note in notes)
     table = next(path for path in (tmp_path / "cache").iterdir())
-    with pytest.raises(BadReference, match=r"^R2: .*the prompt of the chosen answer of pair 1 "):
+    with pytest.raises(BadReference, match=r"^R2: .*the prompt of the answer '"):
         supply(str(table))
     again, *_ = supply(str(tmp_path / "chat"))
     torch.testing.assert_close(again.sum, logps.sum)
@@ -151,20 +153,18 @@ def test_a_finished_reference(
     supply, policy: Policy, stronger: Path, texts: list[Text], tmp_path: Path, forwards: Forwards, capsys
 ) -> None:
     other = compute(Policy.load(stronger), texts[::-1], folder=tmp_path / "other", scorer="strong")
-    want = {tables.row_id(one): other.sum_logp[other.places[tables.row_id(one)]] for one in texts}
+    want = {id_of(one): other.sum_logp[other.places[id_of(one)]] for one in texts}
     passes = forwards.passes
     logps, *_ = supply(str(tmp_path / "other"))
     assert forwards.passes == passes
-    assert logps.sum.tolist() == [np.float32(want[tables.row_id(one)]).item() for one in texts]
+    assert logps.sum.tolist() == [np.float32(want[id_of(one)]).item() for one in texts]
     mine = compute(policy, texts, folder=tmp_path / "mine", scorer="me")
     capsys.readouterr()
     supply(str(mine.folder))
     assert "32 rows computed again, they differ by" in capsys.readouterr().err
-    with pytest.raises(
-        BadReference, match=r"^R2: .* the rejected answer of pair \d+|^R2: .* the chosen answer of pair \d+"
-    ):
+    with pytest.raises(BadReference, match=r"^R2: .* the answer '.*' to '.*' was read as other tokens"):
         supply(str(mine.folder), max_length=12, max_prompt=9)
-    with pytest.raises(BadReference, match=r"^R1: .*: the chosen answer of pair 1 \('a cat'\) is not there"):
+    with pytest.raises(BadReference, match=r"^R1: .*: the answer 'a dog' to 'a cat' is not there"):
         supply(str(mine.folder), asked=[Text("a cat", "a dog"), Text("a cat", "a bird")])
 
 
@@ -190,12 +190,14 @@ def test_bad_columns_are_refused(supply, rows: list[dict], value: object) -> Non
     given = [
         {**row, "chosen_logprob": -1.0, "rejected_logprob": value if i == 2 else -2.0} for i, row in enumerate(rows)
     ]
-    with pytest.raises(BadReference, match=r"^R1: column 'rejected_logprob' of the rejected answer of pair 3 .* holds"):
+    with pytest.raises(
+        BadReference, match=rf"^R1: column 'rejected_logprob' of the answer '{rows[2]['rejected']}' to .* holds"
+    ):
         supply("column", columns=given)
 
 
 def test_columns_hold_sums_only_and_must_be_given(supply, rows: list[dict]) -> None:
     with pytest.raises(BadReference, match=r"^R3: a column holds sums only"):
         supply("column", columns=rows, tokens=True)
-    with pytest.raises(BadReference, match=r"^R1: column 'chosen_logprob' of the chosen answer of pair 1 .* None"):
+    with pytest.raises(BadReference, match=r"^R1: column 'chosen_logprob' of the answer .* None"):
         supply("column", columns=rows)

@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from pyrite.models import reference_tables as t
-from pyrite.models.references import BadReference, Text, load, margins, row_id
+from pyrite.models.reference_tables import row_id
+from pyrite.models.references import BadReference, load, margins
 
 PART = "part-00000.parquet"
 
@@ -61,18 +62,18 @@ def test_round_trip(folder: Path) -> None:
 
 
 def test_the_id_of_a_row_is_that_of_its_messages() -> None:
-    as_messages = Text([{"role": "user", "content": "hi"}], "yes")
-    assert row_id(Text("hi", "yes")) == row_id(as_messages)
+    as_messages = [{"role": "user", "content": "hi"}], "yes"
+    assert row_id("hi", "yes") == row_id("hi", {"content": "yes"}) == row_id(*as_messages)
     canonical = '[{"content":"hi","role":"user"},{"content":"yes","role":"assistant"}]'
-    assert row_id(as_messages) == hashlib.sha256(canonical.encode()).hexdigest()
+    assert row_id(*as_messages) == hashlib.sha256(canonical.encode()).hexdigest()
     others = [
-        Text("hi", "no"),
-        Text("ho", "yes"),
-        Text("hi", "yes", finished=False),
-        Text([{"role": "system", "content": "hi"}], "yes"),
-        Text([{"role": "user", "content": "hi"}, {"role": "user", "content": "yes"}], ""),
+        ("hi", "no"),
+        ("ho", "yes"),
+        ("hi", {"content": "yes", "reasoning_content": "so"}),
+        ([{"role": "system", "content": "hi"}], "yes"),
+        ([{"role": "user", "content": "hi"}, {"role": "user", "content": "yes"}], ""),
     ]
-    assert len({row_id(one) for one in [as_messages, *others]}) == 6
+    assert len({row_id(*one) for one in [as_messages, *others]}) == 6
 
 
 def test_every_file_is_checked(folder: Path) -> None:
