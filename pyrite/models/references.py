@@ -103,7 +103,7 @@ def parse(spec: str) -> list[Source]:
 def _source(piece: str) -> Source:
     """One term of a sum."""
     number, body = re.fullmatch(r"(?:([-+]?[\d.]+(?:e[-+]?\d+)?)\s*\*\s*)?(.*)", piece, re.DOTALL).groups()  # type: ignore[union-attr]
-    name, path, options = body, None, {"rate": 0.01, "every": 1} if body.startswith("ema") else {}
+    name, path, options = body, None, {}
     if body.endswith(")") and not Path(body).exists():
         name, _, call = body[:-1].partition("(")
         known = OPTIONS.get(name, {"dtype": Dtype})
@@ -129,7 +129,8 @@ def _source(piece: str) -> Source:
         weight = math.nan
     if not 0 < weight < math.inf:
         raise ValueError(f"the weight in {piece!r} must be a positive number")
-    return Source(kind, path, weight, options)  # type: ignore[arg-type]
+    defaults = {"rate": 0.01, "every": 1} if kind == "ema" else {}
+    return Source(kind, path, weight, defaults | options)  # type: ignore[arg-type]
 
 
 def _value(word: str, hint: Any, where: str) -> Any:
