@@ -219,7 +219,7 @@ class Ours:
         from pyrite.models.policy import Policy, RewardEnsemble, RewardModel
         from pyrite.models.value import ValueModel, WithValue
         from pyrite.training.loop import Learner, Training
-        from pyrite.training.ppo import Learners, Passes, Reward, standardized
+        from pyrite.training.ppo import Learners, Reward, Value, standardized
         from pyrite.training.rounds import Players
 
         reads = tokenizer(case)
@@ -230,7 +230,7 @@ class Ours:
             "max_grad_norm": 1e9,
         }
         training = Training(batch_size=ANSWERS // by.minibatches, epochs=by.passes, **same)
-        passes = Passes(steps=case.steps + 1)
+        rest: dict[str, Any] = {"by": Value(), "steps": case.steps + 1, "clip": 0.2, "seed": 0}
         policy = Policy(talker(case), reads)
         policy.to("cuda" if torch.cuda.is_available() else "cpu")
         start = copy.deepcopy(policy) if ref is None else Policy(ref, reads).to(policy.device)
@@ -238,10 +238,10 @@ class Ours:
         reward = Reward("model", standardized(members))
         if critic == "shared":
             both = WithValue(policy)
-            learners = Learners(passes, Learner(both, training), both)
+            learners = Learners(Learner(both, training), both, None, **rest)
         else:
             value = ValueModel(classifier(case, seed=2), reads).to(policy.device)
-            learners = Learners(passes, Learner(policy, training), value, Learner(value, training))
+            learners = Learners(Learner(policy, training), value, Learner(value, training), **rest)
         return cls(Players(policy, start.requires_grad_(False)), [reward], learners)
 
     def collect(self, number: int, ids: list[list[int]], *, reread: bool = False) -> Any:

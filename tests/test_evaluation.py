@@ -92,7 +92,7 @@ def test_kl_is_unbiased_on_an_enumerable_model(asked: Evaluation, policy: Policy
     for name in ("kl_k1", "kl_k3"):
         values = made(policy).values[name]
         assert abs(values.mean().item() - exact) < 3 * values.std().item() / 3000**0.5
-    wanted = replace(made, options=replace(asked, eval_exact=True))
+    wanted = replace(made, exact=True)
     values, k1 = (wanted(policy).values[name] for name in ("kl_exact", "kl_k1"))
     assert abs(values.mean().item() - exact) < 3 * values.std().item() / 3000**0.5
     assert values.std() < 0.7 * k1.std()
@@ -116,7 +116,7 @@ def test_exact_values_are_those_by_hand_and_leave_the_others_as_they_were(
         for parameter in other.parameters():
             parameter.mul_(1.5)
     plain = Evaluator.load(replace(asked, max_new_tokens=1), policy, ref=other, seed=0)
-    before, after = plain(policy), replace(plain, options=replace(plain.options, eval_exact=True))(policy)
+    before, after = plain(policy), replace(plain, exact=True)(policy)
     assert before.exact is None and after.exact is not None
     assert after.values.keys() - before.values.keys() == {"kl_exact", "entropy_exact"}
     for name, values in before.values.items():

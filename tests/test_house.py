@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "pyrite"
 FILES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = ("math", "core", "data", "models", "feedback", "training", "report", "jobs", "recipes", "cli")  # upward
-SCHEMAS = ("Config", "Training", "Logging", "Evaluation", "Stopping", "GoldLimits", "Compute", "Verify", "Import")
+SCHEMAS = ("Config", "Training", "Logging", "Evaluation", "Compute", "Verify", "Import")
 SCHEMAS += ("Ask", "Export", "Agreement", "JudgeOptions", "Variants")
 
 

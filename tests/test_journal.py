@@ -46,7 +46,7 @@ def test_a_row_a_round_of_a_real_run(tiny: Path, demos: Path, tmp_path: Path) ->
         tmp_path / "run",
         rounds=2,
         prompts_per_round=8,
-        silver="implicit(lr=0.001)",
+        annotator="implicit(lr=0.001)",
         evaluation=Evaluation(gold="length()", max_new_tokens=6, eval_k=2),
         training=Training(lr=1e-3, lr_scheduler_type="cosine(warmup_steps=0)"),
     )

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 import pyrite.training.metrics
-from pyrite.training.metrics import Stopping, best, fitted, parted
+from pyrite.training.evaluation import Evaluation
+from pyrite.training.metrics import best, check_stopping, fitted, parted
 
 
 def rows(gold: list[float], proxy: list[float], se: float = 0.1) -> list[dict[str, Any]]:
@@ -59,10 +60,6 @@ def test_gold_may_be_asked_seldom() -> None:
 def test_patience() -> None:
     some = rows([0, 2, 1, 1, 1], [0, 1, 2, 3, 4])
     assert [parted(some, patience=n) is not None for n in (1, 2, 3, 4)] == [True, True, True, False]
-    assert Stopping().parted(some) is None
-    assert Stopping(stop_when_parted=True, patience=3).parted(some) == some[1]
-    with pytest.raises(ValueError, match="--patience 0: give at least 1"):
-        Stopping(patience=0)
 
 
 def test_it_seldom_cries_wolf_and_does_see_a_fall() -> None:
@@ -130,7 +127,7 @@ def test_a_peak_that_is_not_there_is_not_told() -> None:
 
 def test_a_stop_that_nothing_could_cause_is_refused() -> None:
     for gold, proxy in ((None, "runs/reward"), ("length()", None)):
-        with pytest.raises(ValueError, match="--stop-when-parted compares gold with a proxy"):
-            Stopping(stop_when_parted=True).check(gold=gold, proxy=proxy)
-        Stopping().check(gold=gold, proxy=proxy)
-    Stopping(stop_when_parted=True).check(gold="length()", proxy="runs/reward")
+        with pytest.raises(ValueError, match="--early-stopping-patience compares gold with a proxy"):
+            check_stopping(2, Evaluation(gold=gold, rewards=proxy))
+        check_stopping(None, Evaluation(gold=gold, rewards=proxy))
+    check_stopping(2, Evaluation(gold="length()", rewards="runs/reward"))

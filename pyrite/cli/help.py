@@ -71,8 +71,8 @@ EXAMPLES = {
 }
 COMMON = set(  # what --help shows, if the job has it; --help-all shows all
     """
-    columns held_out limit seed loss ref gold judge rewards pairs noise members objective objectives method value
-    steps rounds prompts_per_round prompts_per_step k n beta sampler silver gold_budget max_length max_prompt
+    columns held_out limit seed loss ref gold judge rewards pairs noise members ensemble objectives advantage value
+    steps rounds prompts_per_round prompts_per_step k n beta sampler gold_budget max_length max_prompt
     on_long max_new_tokens temperature eval_prompts lora lr epochs batch_size precision weights mode dimensions
     kinds candidates ties model second scale seeds samplers actions instances layers hidden vocabulary context
     annotator format estimate base_url options general tokens out
@@ -141,11 +141,11 @@ ALIASES = {
 # Options of earlier versions: the name now ("--a or --b" if that depends on the job), or why it went and what to do.
 OLD_NAMES: dict[str, str] = {
     "--budget": "--gold-budget",
-    "--budget-scope": "each run has its own budget; give runs that share money a --gold-max-cost each",
-    "--label-batch": "--gold-batch",
-    "--label-cost": "--gold-cost",
-    "--ledger": "--gold-ledger",
-    "--max-cost": "--gold-max-cost",
+    "--budget-scope": "each run has its own budget; give runs that share money a max_cost each",
+    "--label-batch": "--gold-limits, as in --gold-limits 'limits(batch=8)'",
+    "--label-cost": "--gold-limits, as in --gold-limits 'limits(cost=0.01)'",
+    "--ledger": "--gold-limits, as in --gold-limits 'limits(ledger=\"gold.db\")'",
+    "--max-cost": "--gold-limits, as in --gold-limits 'limits(cost=0.01, max_cost=5)'",
     "--betas": "--optim, as in --optim 'adamw(betas=(0.9, 0.98))'",
     "--clip": "--max-grad-norm",
     "--floor": "--lr-scheduler-type, as in --lr-scheduler-type 'cosine(min_lr_ratio=0.1)'",
@@ -156,7 +156,48 @@ OLD_NAMES: dict[str, str] = {
     "--lora-targets": "--lora, as in --lora 'lora(r=16, target_modules=\"q_proj,v_proj\")'",
     "--micro-tokens": "--micro-batch-tokens",
     "--on-equal": "pairs whose answers are equal are always left out and counted",
+    "--combinations": "--preferences, as in --preferences all",
+    "--combine": "--preferences, as in --preferences all:P1A,P2A,P2B",
+    "--eval-exact": "training measures sampled KL; `pyrite evaluate --ref` has the exact one",
+    "--gamma": "--advantage, as in --advantage 'gae(gamma=1.0)'",
+    "--gap": "--pairing, as in --pairing 'best_worst(min_margin=0.5)'",
+    "--gold-batch": "--gold-limits, as in --gold-limits 'limits(batch=8)'",
+    "--gold-cost": "--gold-limits, as in --gold-limits 'limits(cost=0.01)'",
+    "--gold-every": "--gold-limits, as in --gold-limits 'limits(every=2)'",
+    "--gold-ledger": "--gold-limits, as in --gold-limits 'limits(ledger=\"gold.db\")'",
+    "--gold-max-cost": "--gold-limits, as in --gold-limits 'limits(cost=0.01, max_cost=5)'",
+    "--gold-prompts": "--gold-limits, as in --gold-limits 'limits(prompts=64)'",
+    "--keep-every": "give a run fewer --rounds, and --out another folder, to keep policies along the way",
+    "--kl-control": "--kl, as in --kl 'k1(target=6.0)'",
+    "--kl-horizon": "--kl, as in --kl 'k1(target=6.0, horizon=10000)'",
+    "--kl-target": "--kl, as in --kl 'k1(target=6.0)'",
+    "--label-schedule": '--annotator, as in --annotator \'reward(path="runs/reward", schedule="never()")\'',
+    "--labels": "--pairing, as in --pairing 'best_worst(labels=\"hard\")'",
+    "--lam": "--advantage, as in --advantage 'gae(lam=0.95)'",
+    "--method": "--advantage, as in --advantage 'rloo()'",
+    "--missing-eos": "--missing-eos-penalty",
+    "--normalize": "--reward-scaling, as in --reward-scaling 'running()'",
+    "--objective": "--ensemble",
+    "--on-cut": "pairs of cut answers are kept in online, and left out in dpo if one answer only was cut",
+    "--option-weights": "--combine-rewards, as in --combine-rewards P1A=0.5 P2B=0.25",
+    "--patience": "--early-stopping-patience",
+    "--ratio-clip": "--cliprange",
     "--recompute": "--gradient-checkpointing",
+    "--ref-cache": "reference files are in references/ beside the run's folder",
+    "--restart": "--reset-optimizer",
+    "--reward-clip": "--reward-scaling, as in --reward-scaling 'fixed(clip=10.0)'",
+    "--silver": "--annotator",
+    "--stop-kl": "lower --lr or --epochs, or raise --beta",
+    "--stop-when-parted": "--early-stopping-patience, as in --early-stopping-patience 2",
+    "--top-k": "answers to learn from are drawn from the whole distribution",
+    "--top-p": "answers to learn from are drawn from the whole distribution",
+    "--train-top": "--lora, as in --lora 'lora(r=16)'",
+    "--value-clip": "--value, as in --value 'shared(clip=0.2)'",
+    "--value-lora-rank": '--value, as in --value \'model(path="runs/reward/member_0", lora="lora(r=16)")\'',
+    "--value-lr": "--value, as in --value 'model(path=\"runs/reward/member_0\", lr=1e-5)'",
+    "--value-top": '--value, as in --value \'model(path="runs/reward/member_0", lora="lora(r=16)")\'',
+    "--value-weight": "--value, as in --value 'shared(weight=0.1)'",
+    "--whiten": "--advantage, as in --advantage 'gae(whiten=False)'",
     "--save-every": "--save-steps",
     "--schedule": "--lr-scheduler-type, as in --lr-scheduler-type 'linear(warmup_steps=10)'",
     "--standardize": "scores are always standardized on the candidates",

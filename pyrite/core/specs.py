@@ -339,6 +339,11 @@ class Discriminating:
     inner: Any
 
     @property
+    def schedule(self) -> str:
+        """When it buys labels and learns; even() unless it says otherwise."""
+        return getattr(self.inner, "schedule", "even()")
+
+    @property
     def learners(self) -> Sequence[Any]:
         """Of its members, for checkpoints."""
         return self.inner.learners

@@ -199,11 +199,8 @@ class Variants:
     dimensions: str | None = None
     """Preference dimensions: a YAML file, or the shipped soups."""
     preferences: tuple[str, ...] = ()
-    """What each prompt is asked under: an option such as P1A, several as in P1A+P2B, or neutral."""
-    combinations: bool = False
-    """Also under every combination of one option of each dimension."""
-    combine: tuple[str, ...] = ()
-    """The options that --combinations takes; by default all that were not added later."""
+    """What each prompt is asked under: an option such as P1A, several as in P1A+P2B, or neutral. "all" is every
+    combination of one option of each dimension, but for options added later; "all:P1A,P2A,P2B" takes these options."""
     preference_turn: Turn = "user"
     """Where preferences stand: at the end of the last user turn, or in the system turn."""
 
@@ -218,8 +215,8 @@ class Variants:
         other way round, unknown options, prompts that carry preferences already, and two that become the same.
         """
         if not self.dimensions:
-            if self.preferences or self.combinations or self.combine:
-                raise ValueError("--preferences, --combinations and --combine need --dimensions, a YAML file or soups")
+            if self.preferences:
+                raise ValueError("--preferences needs --dimensions, a YAML file or soups")
             return list(rows)
         wanted = self.wanted(Dimensions.load(self.dimensions))
         raw = {plain(row["prompt"]): row for row in reversed(rows)}
@@ -238,13 +235,15 @@ class Variants:
 
     def wanted(self, dimensions: Dimensions) -> list[tuple[Option, ...]]:
         """The options of each variant, each variant once. Raises ValueError where there is none."""
-        named = [() if name == NEUTRAL else dimensions.chosen(name.split("+")) for name in self.preferences]
-        if self.combinations:
-            named += map(dimensions.chosen, dimensions.combinations(self.combine or None))
-        elif self.combine:
-            raise ValueError("--combine says which options --combinations takes: give both")
-        if not named:
-            raise ValueError("--dimensions: say under which --preferences prompts are asked, or --combinations")
+        if not self.preferences:
+            raise ValueError("--dimensions: say under which --preferences prompts are asked")
+        named: list[tuple[Option, ...]] = []
+        for name in self.preferences:
+            every, _, some = name.partition(":")
+            if every == "all":
+                named += map(dimensions.chosen, dimensions.combinations(some.split(",") if some else None))
+            else:
+                named.append(() if name == NEUTRAL else dimensions.chosen(name.split("+")))
         return list(dict.fromkeys(named))
 
 

@@ -35,7 +35,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from pyrite.core import runs
+from pyrite.core import runs, specs
 from pyrite.data import rows as data
 from pyrite.math import ranges
 from pyrite.math.ranges import Count, Natural, NonNegative, Several
@@ -888,7 +888,7 @@ class GoldLimits:
     gold_cost: NonNegative = 0.0
     """Price of one answer."""
     gold_max_cost: NonNegative | None = None
-    """Money to spend at most; needs --gold-cost."""
+    """Money to spend at most; needs a cost."""
     gold_ledger: Path | None = None
     """SQLite file of paid answers, which runs may share; ledger.db in the run's folder by default."""
     gold_batch: Count = 1
@@ -901,7 +901,16 @@ class GoldLimits:
     def __post_init__(self) -> None:
         ranges.check(self)
         if self.gold_max_cost is not None and not self.gold_cost:
-            raise ValueError(f"--gold-max-cost {self.gold_max_cost}: give --gold-cost, the price of one answer, too")
+            raise ValueError(f"--gold-limits max_cost={self.gold_max_cost}: give cost, the price of one answer, too")
+
+    @classmethod
+    def parse(cls, budget: int | None, spec: str) -> GoldLimits:
+        """From the options --gold-budget and --gold-limits."""
+        try:
+            made: Any = specs.part(spec, {"limits": limits}).function
+        except ValueError as error:
+            raise ValueError(f"--gold-limits {spec}: {error}".replace("--gold-limits max_cost", "max_cost")) from None
+        return replace(made, gold_budget=budget)
 
     @property
     def counted(self) -> bool:
@@ -925,6 +934,19 @@ class GoldLimits:
         ledger = Ledger(self.gold_ledger or folder / "ledger.db")
         budget = Budget(self.gold_budget, self.gold_max_cost, self.gold_cost)
         return Account(ledger, str(folder.resolve()), gold, kind, budget, Pace(batch=self.gold_batch))
+
+
+def limits(
+    *,
+    cost: NonNegative = 0.0,
+    max_cost: NonNegative | None = None,
+    ledger: str | None = None,
+    batch: Count = 1,
+    every: Count = 1,
+    prompts: Several | None = None,
+) -> GoldLimits:
+    """What asking gold costs and how often it is asked; see `GoldLimits`."""
+    return GoldLimits(None, cost, max_cost, Path(ledger) if ledger else None, batch, every, prompts)
 
 
 def with_own_code(spec: str) -> str:

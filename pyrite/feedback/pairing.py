@@ -57,7 +57,7 @@ def label(
     *,
     pairing: Pairing = "best_worst",
     labels: Labels = "soft",
-    gap: float = 0.0,
+    min_margin: float = 0.0,
     seed: int = 0,
     name: str = "judge",
     names: Sequence[object] | None = None,
@@ -67,8 +67,8 @@ def label(
     pairing: consecutive (0 1, 2 3, ...); all; best_worst, by mean probability of winning against the group's others.
     labels: soft and hard take the likelier answer as chosen; sampled draws it by the verdict, one draw a pair from the
     stream (seed, names of the two answers). names: of the answers, their places by default; a pair of the same names
-    is drawn alike in whatever batch it stands. gap: log-odds, nats, that a pair must exceed, or it is a tie. Equal
-    texts are not asked about. Raises ValueError if the judge's verdicts are no probabilities.
+    is drawn alike in whatever batch it stands. min_margin: log-odds, nats, that a pair must exceed, or it is a tie.
+    Equal texts are not asked about. Raises ValueError if the judge's verdicts are no probabilities.
     """
     couples = paired(groups, pairing)
     asked = [(a, b) for a, b in couples if answers[a] != answers[b]]
@@ -79,7 +79,7 @@ def label(
     if pairing == "best_worst":
         couples = [couple for group in groups if (couple := _ends(group, known))]
     wanted = [known.get(couple, 0.5) for couple in couples]
-    pairs = decided(couples, wanted, len(answers), labels=labels, gap=gap, seed=seed, names=names)
+    pairs = decided(couples, wanted, len(answers), labels=labels, min_margin=min_margin, seed=seed, names=names)
     missing = sum(map(math.isnan, wanted))
     return Labelled(pairs, int((~verdicts.isnan()).sum()), len(couples) - len(pairs) - missing, missing)
 
@@ -105,7 +105,7 @@ def decided(
     n: int,
     *,
     labels: Labels = "soft",
-    gap: float = 0.0,
+    min_margin: float = 0.0,
     seed: int = 0,
     sources: Sequence[Source] | None = None,
     names: Sequence[object] | None = None,
@@ -120,7 +120,7 @@ def decided(
     for (a, b), p, source in zip(couples, verdicts, whose, strict=True):
         uniform = seeds.uniform(seed, "label", str(known[a]), str(known[b])) if labels == "sampled" else 0.5
         found.append(_decided(a, b, p, uniform, source))
-    return [pair for pair in found if pair and abs(pair.strength) > gap]
+    return [pair for pair in found if pair and abs(pair.strength) > min_margin]
 
 
 def _ends(group: Sequence[int], known: dict[tuple[int, int], float]) -> tuple[int, int] | None:

@@ -34,7 +34,7 @@ from pyrite.models.policy import Lora, Policy
 from pyrite.training import loop
 from pyrite.training.evaluation import Evaluation, Evaluator
 from pyrite.training.loop import BatchLoss, Logging, Training
-from pyrite.training.pairs import Loss, OnCut, Preferences, batch_loss, encode_pairs, gaps, measure, value_at_ref
+from pyrite.training.pairs import Loss, Preferences, batch_loss, encode_pairs, gaps, measure, value_at_ref
 
 OUTPUTS = {
     "model/": "the last policy, Hugging Face layout",
@@ -66,8 +66,6 @@ class Config:
     """The direct loss of a pair, with its options; see `pyrite list losses`."""
     ref: str = "self"
     """self, none, prior, column, a model, a reference folder, ema(rate=0.01), or a sum: "0.5*self + 0.5*PATH"."""
-    ref_cache: Path | None = None
-    """Where reference files are kept and looked for; "references" beside the run's folder by default."""
     max_length: Several | None = None
     """Longest prompt + response in tokens; the model's context by default."""
     max_prompt: Count | None = None
@@ -77,8 +75,6 @@ class Config:
     on_contradiction: rows.OnContradiction = "error"
     """What to do with a pair whose strength is below 0, or probability below one half, so that its rejected answer is
     the better one: stop, exchange the answers, leave it out, or take it as it stands, as a label that was drawn."""
-    on_cut: OnCut = "drop"
-    """What to do with a pair of which truncation cut one answer only."""
     measure_every: Count | None = None
     """Steps between measurements on held-out pairs; a tenth of the run by default."""
     evaluation: Evaluation = Evaluation()
@@ -231,7 +227,7 @@ def _prepare(
     """
     length = config.max_length or policy.context
     prompt = config.max_prompt if config.max_prompt is not None else length * 3 // 4
-    limits = {"max_length": length, "max_prompt": prompt}
+    limits: dict[str, Any] = {"max_length": length, "max_prompt": prompt}
     fitted = rows.fit(
         policy.tokenizer,
         pairs + held,
@@ -240,7 +236,7 @@ def _prepare(
         on_long=config.on_long,
         note=lambda words: say(f"dpo: {words}"),
     )
-    made = encode_pairs(policy.tokenizer, fitted.rows, on_cut=config.on_cut, source=config.data, **limits)
+    made = encode_pairs(policy.tokenizer, fitted.rows, source=config.data, **limits)
     made = replace(made, dropped=fitted.dropped + made.dropped)
     if "strength" in wanted and made.strength is None:
         raise ValueError(f"--loss {config.loss} reads how strong a preference is: give {config.data} a strength column")
@@ -254,7 +250,7 @@ def _prepare(
             made.responses,
             policy=policy,
             policy_path=config.model,
-            cache=config.ref_cache or Path(config.out).parent / "references",
+            cache=Path(config.out).parent / "references",
             tokens="ref_tokens" in wanted,
             precision=config.training.precision,
             **limits,

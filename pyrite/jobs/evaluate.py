@@ -106,6 +106,8 @@ def run(config: Config) -> Run:
         ref=config.ref,
         seed=config.seed,
         columns=config.columns,
+        ensemble=config.ensemble,
+        exact=config.ref is not None,
         max_prompt=config.max_prompt,
         on_long=config.on_long,
     )
@@ -176,10 +178,8 @@ def _options(config: Config) -> Evaluation:
         eval_prompts=config.prompts,
         gold=config.gold,
         rewards=config.rewards,
-        ensemble=config.ensemble,
         eval_limit=config.limit,
         eval_k=config.k,
-        eval_exact=config.ref is not None,
         max_new_tokens=config.max_new_tokens,
     )
 

@@ -2,7 +2,7 @@
 
 for every round:
     candidates = answers drawn by the sampler from the policy, the reference, or both mixed
-    pairs      = what the judge makes of them; with --silver, what a discriminator makes of them, which learns from
+    pairs      = what the judge makes of them; with --annotator, what an annotator makes of them, which learns from
                  the pairs whose labels the budget pays for
     policy     = a direct loss on the pairs
     measure      gold, proxy and KL from the start, always together, and labels spent
@@ -23,26 +23,23 @@ from pyrite.data.rows import OnLong
 from pyrite.data.text import Template
 from pyrite.feedback import judges, schedules
 from pyrite.feedback.ledger import GoldLimits, Ledger
-from pyrite.feedback.pairing import Labels, Pairing
-from pyrite.feedback.schedules import Schedule
 from pyrite.math import losses, samplers, seeds
 from pyrite.math.losses.needs import needs
-from pyrite.math.ranges import Amplitude, Count, Fraction, Natural, NonNegative, Positive, Several
+from pyrite.math.ranges import Count, Fraction, Natural, Positive, Several
 from pyrite.math.samplers import Sampler
 from pyrite.models.policy import Lora, Policy
 from pyrite.training import annotators, loop, prompts
 from pyrite.training.annotators import Discriminator, Labeler, Live, Maker, Rules
 from pyrite.training.evaluation import Evaluation, Evaluator
 from pyrite.training.loop import Training
-from pyrite.training.metrics import Journal, Stopping
+from pyrite.training.metrics import Journal, check_stopping
 from pyrite.training.prompts import Turns
 from pyrite.training.rounds import Drawing, Players, RoundLearner
 
 OUTPUTS = {
     "model/": "the last policy, Hugging Face layout",
-    "policies/": "with --keep-every: policies along the way",
     "rounds/*.parquet": "every pair: prompt_id, prompt, chosen, rejected, strength",
-    "best/": "with --stop-when-parted: the policy with the most gold",
+    "best/": "with --early-stopping-patience: the policy with the most gold",
     "metrics.jsonl": "a row a round: gold, proxy, KL, length, agreement with gold, labels spent",
     "ledger.db": "every paid label, and every paid score of gold, where they are paid for",
 }
@@ -80,39 +77,33 @@ class Config:
     come again in a new order."""
     k: Several = 2
     """Answers a prompt; an even number."""
-    pairing: Pairing = "best_worst"
-    """Which answers to a prompt make pairs."""
-    labels: Labels = "soft"
-    """soft and hard: the likelier answer is chosen; sampled: drawn by the judge's probability."""
-    gap: NonNegative = 0.0
-    """Log-odds, nats, by which a pair's answers must differ; closer ones are ties."""
+    pairing: str = "best_worst()"
+    """Which answers to a prompt make pairs: best_worst(), consecutive() or all(). labels="soft" or "hard": the likelier
+    answer is chosen; "sampled": drawn by the judge's probability. min_margin: log-odds, nats, by which a pair's answers
+    must differ; closer ones are ties."""
     ref: Literal["start", "previous"] = "start"
     """The reference of loss and sampler: the first policy, or the one each round begins with."""
-    restart: bool = True
-    """Every round has its own optimizer and learning rate schedule; --no-restart carries both through the run."""
     temperature: Positive = 1.0
-    """After mixing, as are the next two."""
-    top_p: Amplitude = 1.0
-    """After mixing, draw among the likeliest tokens that hold this share of the probability."""
-    top_k: Natural = 0
-    """After mixing, draw among so many of the likeliest tokens; 0 is all."""
-    on_cut: Literal["keep", "drop"] = "keep"
-    """Pairs with an answer that was cut before its end; kept ones have no end token."""
-    silver: str | None = None
-    """A discriminator that labels what the judge is not paid for: "reward(path='runs/reward')", "implicit()",
-    "self_reward()"; without one every pair is the judge's."""
-    label_schedule: str = "even()"
-    """When labels are bought and learned by the discriminator: "even(selector='random()')", "never()"."""
+    """Of the draws, after mixing."""
+    reset_optimizer: bool = True
+    """Every round has its own optimizer and learning rate schedule; --no-reset-optimizer carries both through the
+    run."""
+    annotator: str | None = None
+    """What labels the pairs that the judge is not paid for: "reward(path='runs/reward')", implicit() or self_reward().
+    Its option schedule says when it buys labels and learns from them: "even(selector='random()')", "never()". Without
+    an annotator the judge labels every pair."""
     measure_every: Count = 1
     """Rounds between measurements and checkpoints."""
-    keep_every: Natural = 0
-    """Rounds between policies that are kept in policies/, to be evaluated side by side; 0 keeps none."""
-    stopping: Stopping = Stopping()
+    early_stopping_patience: Count | None = None
+    """Stop once gold has fallen from its best while the proxy has not, in so many measurements in a row; the best
+    policy by gold is kept in best/."""
     evaluation: Evaluation = Evaluation()
-    asking: GoldLimits = GoldLimits()
-    train_top: Natural | None = None
-    """Layers of the policy that are trained, the last ones, with final norm and head; the rest it shares with the
-    reference. All by default."""
+    gold_budget: Natural | None = None
+    """Labels of the judge to buy at most."""
+    gold_limits: str = "limits()"
+    """What asking gold costs and how often it is asked: "limits(cost=0.01, max_cost=5, ledger='gold.db', batch=8,
+    every=2, prompts=64)". Paid answers are kept in the ledger, which runs may share; every and prompts are about
+    measurements: one in so many asks gold, about answers to the first prompts."""
     template: Template = Template()
     lora: str | None = None
     """Low-rank adapters in place of the weights: "lora(r=16, alpha=32)"; see `pyrite.models.loading.Lora`."""
@@ -131,11 +122,12 @@ def run(config: Config) -> Run:
     run = runs.start("online", config, inputs=inputs)
     if run.done:
         return run
-    named = _parts(config)
+    asking = GoldLimits.parse(config.gold_budget, config.gold_limits)
+    named = _parts(config, asking)
     asked, test = prompts.split(
         config.prompts, config.evaluation, columns=config.columns, held_out=config.held_out, seed=config.seed
     )
-    policy = Policy.load(config.model, lora=Lora.parse(config.lora), top=config.train_top, template=config.template)
+    policy = Policy.load(config.model, lora=Lora.parse(config.lora), template=config.template)
     loop.set_dropout(policy, name=config.model)
     weights = loop.Weights.of(policy)
     start = policy if policy.reversible else policy.frozen_copy()
@@ -146,13 +138,13 @@ def run(config: Config) -> Run:
         ref=start,
         seed=config.seed,
         prompts=test,
-        asking=config.asking.measuring(config.evaluation.gold),
+        asking=asking.measuring(config.evaluation.gold),
         **limits,
     )
     ref = start if config.ref == "start" else policy.frozen_copy()
     players = Players(policy, ref, config.training.precision)
     learner = RoundLearner(
-        policy, named.loss, config.training, rounds=config.rounds, restart=config.restart, seed=config.seed
+        policy, named.loss, config.training, rounds=config.rounds, restart=config.reset_optimizer, seed=config.seed
     )
     # a discriminator has a precision of its own, in which it reads its policy and the start
     silver = named.silver(Players(policy, start), seeds.derive(config.seed, "silver")) if named.silver else None
@@ -163,8 +155,8 @@ def run(config: Config) -> Run:
     players.draw(asked[:1], ids[:1], replace(drawing, max_new_tokens=1), number=0)  # refuses options out of range
     run.open()
     say(f"online: {config.rounds} rounds of {turns.size} prompts, {len(test)} to measure on")
-    labeler = _labeler(run, config, named, silver)
-    journal = Journal(run, evaluator, policy, silver, stopping=config.stopping)
+    labeler = _labeler(run, config, asking, named, silver)
+    journal = Journal(run, evaluator, policy, silver, patience=config.early_stopping_patience)
     begin = loop.resume(run.folder / "checkpoints", learner.learner, learner.state)
     journal.begin(begin)
     labeler.resume(begin, journal.labels)
@@ -178,15 +170,13 @@ def run(config: Config) -> Run:
             places = turns(number)
             rows, some = [asked[i] for i in places], [ids[i] for i in places]
             answers = players.answers(rows, some, players.draw(rows, some, drawing, number=number))
-            judged = labeler([one for one in answers if one.finished or config.on_cut == "keep"], number)
+            judged = labeler(answers, number)
             prefs = players.preferences(judged.answers, judged.labelled.pairs, learner.wanted)
             over = number + 1 == config.rounds or (labeler.spent(number) and not silver)
             measured = over or (number + 1) % config.measure_every == 0
             learned = learner.learn(prefs, number)
             journal.write(number, len(answers), judged, learned, measured=measured, over=over)
             advance(1)
-            if run.writes and config.keep_every and (number + 1) % config.keep_every == 0:
-                policy.save(run.folder / "policies" / f"{number + 1:05d}")
             if over or (measured and journal.parted()):
                 break
             stop = stops()
@@ -213,21 +203,21 @@ class Parts:
     sampler: Sampler
     judge: judges.Judge
     loss: Any
-    schedule: Schedule
+    rules: Rules
     silver: Maker | None
 
 
-def _parts(config: Config) -> Parts:
+def _parts(config: Config, asking: GoldLimits) -> Parts:
     """The named parts, and whatever the options alone show to be impossible."""
-    if config.asking.gold_ledger and config.asking.gold_ledger.exists():
-        Ledger(config.asking.gold_ledger).close()  # refuses a file that is none
-    config.stopping.check(gold=config.evaluation.gold, proxy=config.evaluation.rewards)
+    if asking.gold_ledger and asking.gold_ledger.exists():
+        Ledger(asking.gold_ledger).close()  # refuses a file that is none
+    check_stopping(config.early_stopping_patience, config.evaluation)
     sampler: Any = specs.part(config.sampler, samplers).function
     judge = specs.part(config.judge, judges)
-    if judge.own and not config.asking.counted:  # one that cannot judge is refused now, unless a try has a price
+    if judge.own and not asking.counted:  # one that cannot judge is refused now, unless a try has a price
         judges.check_verdicts(judge(["Say hi."] * 2, ["hi", "hello"], ["hello", "hi"]), 2, name=config.judge)
-    schedule: Any = specs.part(config.label_schedule, schedules).function
-    silver: Any = specs.part(config.silver, annotators).function if config.silver else None
+    silver: Any = specs.part(config.annotator, annotators).function if config.annotator else None
+    rules: Any = specs.part(config.pairing, annotators.PAIRINGS).function
     try:
         samplers.check_decodable(sampler)
     except ValueError as error:
@@ -239,16 +229,17 @@ def _parts(config: Config) -> Parts:
         raise ValueError(f"--k {config.k}: answers are drawn two by two; give an even number")
     if needs(loss) & {"batch", "running"} and world().num_processes > 1:
         raise ValueError(f"--loss {config.loss} reads the whole batch at once: run it in one process")
-    if not config.silver and config.label_schedule != Config.label_schedule:
-        raise ValueError(f"--label-schedule {config.label_schedule} is about a discriminator; give one with --silver")
-    return Parts(sampler, judge, loss, schedule, silver)
+    return Parts(sampler, judge, loss, rules, silver)
 
 
-def _labeler(run: Run, config: Config, named: Parts, silver: Discriminator | None) -> Labeler:
-    rules = Rules(config.pairing, config.labels, config.gap, config.seed, config.judge)
-    limits, counted = config.asking, silver or config.asking.counted
+def _labeler(run: Run, config: Config, limits: GoldLimits, named: Parts, silver: Discriminator | None) -> Labeler:
+    rules = replace(named.rules, seed=config.seed, judge=config.judge)
+    counted = silver or limits.counted
     account = limits.account(run.folder, config.judge, "verdict") if counted else None
-    live = Live(silver, named.schedule, rules, config.rounds, limits.gold_budget) if silver else None
+    live = None
+    if silver:
+        schedule: Any = specs.part(silver.schedule, schedules).function
+        live = Live(silver, schedule, rules, config.rounds, limits.gold_budget)
     return Labeler(named.judge, rules, run.folder, limits.gold_budget, account, live)
 
 
@@ -258,7 +249,5 @@ def _drawing(sampler: Sampler, config: Config) -> Drawing:
         k=config.k,
         max_new_tokens=config.evaluation.max_new_tokens,
         temperature=config.temperature,
-        top_p=config.top_p,
-        top_k=config.top_k,
         seed=config.seed,
     )

@@ -13,10 +13,10 @@ Answers are drawn at temperature 1 without truncation. The first step must find 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
@@ -35,15 +35,15 @@ from pyrite.models.policy import Lora, Policy, RewardEnsemble
 from pyrite.training import loop, prompts
 from pyrite.training.evaluation import Evaluation, Evaluator
 from pyrite.training.loop import Training, TrainingError
-from pyrite.training.metrics import Journal, Stopping
-from pyrite.training.ppo import HEADS, Combine, Learners, Method, Passes, Reward, Rollouts, State, collect, estimates
+from pyrite.training.metrics import Journal, check_stopping
+from pyrite.training.ppo import Combine, Learners, Method, Reward, Rollouts, State, Value, collect, estimates
 from pyrite.training.prompts import Turns
 from pyrite.training.rounds import Players
 
 OUTPUTS = {
     "model/": "the last policy, Hugging Face layout; a value head on its trunk beside it",
     "value/": "a value model of its own",
-    "best/": "with --stop-when-parted: the policy with the most gold",
+    "best/": "with --early-stopping-patience: the policy with the most gold",
     "ledger.db": "every paid score of gold, where they are paid for",
     "metrics.jsonl": "a row a step: scores, KL, ratio, clip fraction, explained variance; gold and proxy when measured",
 }
@@ -72,67 +72,47 @@ class Config:
     on_long: OnLong | None = None
     """What to do with a longer prompt: cut it to its end, leave its row out, or stop. By default it is cut, unless all
     prompts are too long."""
-    objective: str = "mean()"
-    """How the members of a reward run become one score: mean(), wco(), uwo(weight=0.5)."""
-    method: Method = "gae"
-    """gae (PPO, with a critic); rloo, group (GRPO), center, reinforce (without)."""
-    value: str = "shared"
-    """The critic: shared or detached, a head on the policy's trunk; or a folder, a model or reward model of its own."""
-    value_top: Natural | None = None
-    """Layers of a critic of its own that are trained, the last ones; all by default."""
-    value_lora_rank: Natural = 0
-    """Adapters on a critic of its own in place of its weights, of the policy's --lora-alpha, -dropout and -targets."""
-    value_lr: Positive | None = None
-    """Learning rate of a critic of its own; the policy's by default."""
+    ensemble: str = "mean()"
+    """How the members of a reward run become one score, learned from and measured: mean(), wco(), uwo(weight=0.5)."""
+    advantage: str = "gae()"
+    """gae(gamma=1.0, lam=0.95), which is PPO and needs a critic; rloo(), grpo(), reinforce(). Advantages get mean 0 and
+    variance 1 over the tokens of a batch, unless whiten=False."""
+    value: str = "shared()"
+    """The critic: shared(weight=0.1, clip=0.2) or detached(...), a head on the policy's trunk; or a model of its own,
+    a folder or "model(path='runs/reward/member_0', lr=1e-5, lora='lora(r=16)')"."""
     steps: Count = 100
     """Batches of answers."""
     prompts_per_step: Count = 32
     """Each step takes the next ones; once all have been asked, they come again in a new order."""
     k: Count = 1
-    """Answers a prompt; rloo, group and center need 2."""
+    """Answers a prompt; rloo and grpo need 2."""
     beta: NonNegative = 0.05
     """Price of a nat of KL from the reference, in units of the reward."""
-    kl: Literal["k1", "k3", "none"] = "k1"
-    """How a token's price of KL is estimated from its log-ratio: k1, the log-ratio; k3, never below 0; none."""
-    kl_control: Literal["fixed", "adaptive", "target"] = "fixed"
-    """fixed: beta stays; adaptive and target: beta follows the KL, towards --kl-target."""
-    kl_target: Positive | None = None
-    """Nats an answer."""
-    kl_horizon: Positive = 10_000.0
-    """Answers over which an adaptive beta follows the KL."""
-    stop_kl: Positive | None = None
-    """Nats a token from the policy that drew: beyond it a batch is not learned any further."""
-    ratio_clip: Positive = 0.2
+    kl: str = "k1()"
+    """How a token's price of KL is estimated from its log-ratio: k1(), the log-ratio; k3(), never below 0; none(). With
+    k1(target=6.0, horizon=10000) beta follows the KL towards so many nats an answer."""
+    cliprange: Positive = 0.2
     """How far a token's probability ratio may move in a batch and still be rewarded for it."""
-    value_clip: Positive | None = 0.2
-    """How far a predicted value may move in a batch and still be rewarded for it; None for no limit."""
-    value_weight: NonNegative = 0.1
-    """Weight of the critic's loss on a shared trunk."""
-    gamma: Share = 1.0
-    """Discount of the reward of later tokens."""
-    lam: Share = 0.95
-    """Of generalized advantage estimation: 0 trusts the critic, 1 the returns."""
-    whiten: bool = True
-    """Advantages get mean 0 and variance 1 over the tokens of a batch."""
-    normalize: bool = False
-    """Scores are divided by their running standard deviation, and centered."""
-    reward_clip: Positive | None = 10.0
-    """Largest score of an answer, in absolute value; None for no limit."""
-    missing_eos: NonNegative | None = None
+    reward_scaling: str = "fixed(clip=10.0)"
+    """What is done to scores: fixed, nothing; running, divided by their running standard deviation and centered. clip:
+    the largest score of an answer, in absolute value; None for no limit."""
+    missing_eos_penalty: NonNegative | None = None
     """Taken off the score of an answer that was cut."""
     measure_every: Count = 10
     """Steps between measurements and checkpoints."""
-    stopping: Stopping = Stopping()
+    early_stopping_patience: Count | None = None
+    """Stop once gold has fallen from its best while the proxy has not, in so many measurements in a row; the best
+    policy by gold is kept in best/."""
     evaluation: Evaluation = Evaluation()
-    asking: GoldLimits = GoldLimits()
+    gold_budget: Natural | None = None
+    """Answers gold may score at most, in the measurements; none is scored twice."""
+    gold_limits: str = "limits()"
+    """What asking gold costs and how often it is asked: "limits(cost=0.01, max_cost=5, ledger='gold.db', batch=8,
+    every=2, prompts=64)". Paid answers are kept in the ledger, which runs may share; every and prompts are about
+    measurements: one in so many asks gold, about answers to the first prompts."""
     variants: Variants = Variants()
-    combine_rewards: Combine = "mean"
-    """How the scores of a prompt's options become one: mean, weighted or min."""
-    option_weights: tuple[str, ...] = ()
-    """Of the options with --combine-rewards weighted: P1A=0.5."""
-    train_top: Natural | None = None
-    """Layers of the policy that are trained, the last ones, with final norm and head; the rest it shares with the
-    reference. All by default."""
+    combine_rewards: tuple[str, ...] = ("mean",)
+    """How the scores of a prompt's options become one: mean, min, or weights such as P1A=0.5 P2B=0.25."""
     template: Template = Template()
     lora: str | None = None
     """Low-rank adapters in place of the weights: "lora(r=16, alpha=32)"; see `pyrite.models.loading.Lora`."""
@@ -146,9 +126,9 @@ def inputs(config: Config) -> dict[str, str | Path]:
     """What the job reads."""
     found: dict[str, str | Path] = {"model": config.model, "prompts": config.prompts, **config.evaluation.inputs()}
     found |= config.variants.inputs()
-    critic = config.value not in HEADS and config.method == "gae"
+    path = _part(config, "value", VALUES).path if _part(config, "advantage", ADVANTAGES).method == "gae" else None
     folders = [folder for _, name in map(_weighed, config.reward) for _, folder in [_owned(name)]]
-    found |= {"value": config.value} if critic else {}
+    found |= {"value": path} if path else {}
     return found | {f"reward {i}": folder for i, folder in enumerate(folders) if Path(folder).exists()}
 
 
@@ -160,7 +140,7 @@ def run(config: Config) -> Run:
     loaded: dict[Path, RewardEnsemble] = {}  # a reward run that is the proxy too is loaded once
     control, rewards = _checked(config), _rewards(config, loaded)
     asked, test = _prompts(config, rewards)
-    policy = Policy.load(config.model, lora=Lora.parse(config.lora), top=config.train_top, template=config.template)
+    policy = Policy.load(config.model, lora=Lora.parse(config.lora), template=config.template)
     loop.set_dropout(policy, name=config.model)
     weights = loop.Weights.of(policy)
     start = policy if policy.reversible else policy.frozen_copy()
@@ -171,7 +151,8 @@ def run(config: Config) -> Run:
         ref=start,
         seed=config.seed,
         prompts=test,
-        asking=config.asking,
+        asking=GoldLimits.parse(config.gold_budget, config.gold_limits),
+        ensemble=config.ensemble,
         loaded=loaded,
         **limits,
     )
@@ -183,7 +164,7 @@ def run(config: Config) -> Run:
     turns = Turns(len(asked), min(config.prompts_per_step, len(asked)), config.seed)
     say(f"ppo: {config.steps} steps of {turns.size * config.k} answers, {len(test)} prompts to measure on")
     state = State.of(control)
-    journal = Journal(run, evaluator, policy, part="ppo", stopping=config.stopping)
+    journal = Journal(run, evaluator, policy, part="ppo", patience=config.early_stopping_patience)
     begin = learners.resume(run.folder, state)
     journal.begin(begin)
     with progress("ppo", config.steps, unit="steps", done=begin) as advance, processes.after_steps("step") as stops:
@@ -256,22 +237,22 @@ def _check_start(players: Players, drawn: Rollouts) -> None:
 
 def _shaped(drawn: Rollouts, state: State, config: Config) -> tuple[Tensor, dict[str, float]]:
     """Token rewards (N, T): the score at the end, the price of KL on the way. And what --reward-clip cut."""
-    scores = drawn.scores.total
+    scaling, scores = _part(config, "reward_scaling", SCALINGS), drawn.scores.total
     state.see("scores", scores)
-    if config.normalize:
+    if scaling.running:
         scores = normalized(scores, state.scores)
     assert drawn.logps.tokens is not None and drawn.ref.tokens is not None
-    cut = {} if config.reward_clip is None else {"reward_clipped": (scores.abs() > config.reward_clip).double().mean()}
+    cut = {} if scaling.clip is None else {"reward_clipped": (scores.abs() > scaling.clip).double().mean()}
     shaped = token_rewards(
         scores.float(),
         drawn.logps.tokens,
         drawn.ref.tokens,
         drawn.mask,
         beta=state.beta.item(),
-        kl=config.kl,
+        kl=_part(config, "kl", KLS).estimator,
         finished=drawn.finished,
-        missing_eos=config.missing_eos,
-        clip=config.reward_clip,
+        missing_eos=config.missing_eos_penalty,
+        clip=scaling.clip,
     )
     return shaped, {name: share.item() for name, share in cut.items()}
 
@@ -280,8 +261,9 @@ def _advantages(drawn: Rollouts, shaped: Tensor, state: State, config: Config) -
     """Against the critic, the prompt's other answers, or the mean of earlier batches."""
     before = state.see("returns", shaped.sum(1))
     baseline = before.mean if before.count else None
-    made = estimates(drawn, shaped, method=config.method, gamma=config.gamma, lam=config.lam, baseline=baseline)
-    return made._replace(advantages=whiten(made.advantages, drawn.mask)) if config.whiten else made
+    by = _part(config, "advantage", ADVANTAGES)
+    made = estimates(drawn, shaped, method=by.method, gamma=by.gamma, lam=by.lam, baseline=baseline)
+    return made._replace(advantages=whiten(made.advantages, drawn.mask)) if by.whiten else made
 
 
 def _summary(drawn: Rollouts, shaped: Tensor, made: Estimates, state: State) -> dict[str, float]:
@@ -307,67 +289,148 @@ def _summary(drawn: Rollouts, shaped: Tensor, made: Estimates, state: State) -> 
     return found
 
 
+# Parts ------------------------------------------------------------------------------------------------------------
+
+
+class Advantage(NamedTuple):
+    """How rewards become advantages."""
+
+    method: Method
+    gamma: float = 1.0
+    lam: float = 0.95
+    whiten: bool = True
+
+
+def gae(*, gamma: Share = 1.0, lam: Share = 0.95, whiten: bool = True) -> Advantage:
+    """Generalized advantage estimation against a critic: lam 0 trusts the critic, 1 the returns; gamma discounts."""
+    return Advantage("gae", gamma, lam, whiten)
+
+
+def rloo(*, whiten: bool = True) -> Advantage:
+    """Against the mean of the prompt's other answers."""
+    return Advantage("rloo", whiten=whiten)
+
+
+def grpo(*, whiten: bool = True) -> Advantage:
+    """Against the mean of the prompt's answers, divided by their standard deviation."""
+    return Advantage("group", whiten=whiten)
+
+
+def reinforce(*, whiten: bool = True) -> Advantage:
+    """Against the mean of earlier batches."""
+    return Advantage("reinforce", whiten=whiten)
+
+
+def shared(*, weight: NonNegative = 0.1, clip: Positive | None = 0.2) -> Value:
+    """A head on the policy's trunk, which learns from both losses. weight: of the critic's loss. clip: how far a
+    predicted value may move in a batch and still be rewarded for it; None for no limit."""
+    return Value("shared", weight=weight, clip=clip)
+
+
+def detached(*, weight: NonNegative = 0.1, clip: Positive | None = 0.2) -> Value:
+    """A head on the policy's trunk, which learns from the policy's loss alone."""
+    return Value("detached", weight=weight, clip=clip)
+
+
+def model(*, path: str, lr: Positive | None = None, lora: str | None = None, clip: Positive | None = 0.2) -> Value:
+    """A model or reward model of its own. lr: the policy's by default. lora: adapters in place of its weights."""
+    return Value("model", path, lr, Lora.parse(lora), clip=clip)
+
+
+class KL(NamedTuple):
+    """How a token's price of KL is estimated, and the KL that beta follows."""
+
+    estimator: Literal["k1", "k3", "none"]
+    target: float | None = None
+    horizon: float = 10_000.0
+
+
+def k1(*, target: Positive | None = None, horizon: Positive = 10_000.0) -> KL:
+    """The log-ratio. target: nats an answer towards which beta moves, over `horizon` answers."""
+    return KL("k1", target, horizon)
+
+
+def k3(*, target: Positive | None = None, horizon: Positive = 10_000.0) -> KL:
+    """Never below 0. target: nats an answer towards which beta moves, over `horizon` answers."""
+    return KL("k3", target, horizon)
+
+
+def none() -> KL:
+    """Tokens have no price."""
+    return KL("none")
+
+
+class Scaling(NamedTuple):
+    """What is done to scores."""
+
+    running: bool
+    clip: float | None
+
+
+def fixed(*, clip: Positive | None = 10.0) -> Scaling:
+    """Scores as they are, held at `clip`."""
+    return Scaling(False, clip)
+
+
+def running(*, clip: Positive | None = 10.0) -> Scaling:
+    """Scores divided by their running standard deviation and centered, held at `clip`."""
+    return Scaling(True, clip)
+
+
+ADVANTAGES = {one.__name__: one for one in (gae, rloo, grpo, reinforce)}
+VALUES = {one.__name__: one for one in (shared, detached, model)}
+KLS = {one.__name__: one for one in (k1, k3, none)}
+SCALINGS = {one.__name__: one for one in (fixed, running)}
+
+
+def _part(config: Config, name: str, known: Mapping[str, Callable[..., Any]]) -> Any:
+    """What an option's spec string makes."""
+    spec = getattr(config, name)
+    if name == "value" and not re.match(rf"\s*({'|'.join(known)})\s*(\(|$)", spec):
+        spec = f"model(path={spec!r})"  # a folder or Hub name
+    try:
+        return specs.part(spec, known).function
+    except ValueError as error:
+        raise ValueError(f"--{name.replace('_', '-')} {spec}: {error}") from None
+
+
 # Options ----------------------------------------------------------------------------------------------------------
 
 
 def _checked(config: Config) -> KLControl:
     """Whatever the options alone show to be impossible."""
-    config.stopping.check(gold=config.evaluation.gold, proxy=config.evaluation.rewards)
-    specs.part(config.objective, ensembles)  # also where no reward has members
+    check_stopping(config.early_stopping_patience, config.evaluation)
+    specs.part(config.ensemble, ensembles)  # also where no reward has members
     names = [name for _, name in _each(config.reward)]
     if twice := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"--reward names {twice[0]} more than once; give each reward once, with its weight")
-    if config.method in ("rloo", "group", "center") and config.k < 2:
-        raise ValueError(f"--method {config.method} compares the answers to a prompt: give --k 2 or more")
-    own = (config.value_top, config.value_lora_rank, config.value_lr) != (None, 0, None)
-    if config.method != "gae" and (own or config.value != "shared"):
-        raise ValueError(f"--method {config.method} has no critic: leave --value and options --value-... of one out")
-    if config.value in HEADS and own:
-        raise ValueError(
-            f"--value {config.value} learns with the policy: leave --value-top, --value-lora-rank and --value-lr out"
-        )
-    moves = config.kl_control != "fixed"
-    if moves != (config.kl_target is not None):
-        raise ValueError(
-            f"--kl-control {config.kl_control} needs --kl-target, in nats an answer"
-            if moves
-            else f"--kl-target {config.kl_target:g} is not read: --kl-control is fixed, targets are of the others"
-        )
-    return KLControl(config.beta, config.kl_control, config.kl_target, config.kl_horizon)
+    method, kl = _part(config, "advantage", ADVANTAGES).method, _part(config, "kl", KLS)
+    if method in ("rloo", "group") and config.k < 2:
+        raise ValueError(f"--advantage {config.advantage} compares the answers to a prompt: give --k 2 or more")
+    _part(config, "value", VALUES)
+    if method != "gae" and config.value != Config.value:
+        raise ValueError(f"--advantage {config.advantage} has no critic: leave --value out")
+    _part(config, "reward_scaling", SCALINGS)
+    return KLControl(config.beta, kl.target, kl.horizon)
 
 
 def _learners(policy: Policy, config: Config) -> Learners:
     """Who learns, as the options say."""
-    passes = Passes(
-        steps=config.steps,
-        seed=config.seed,
-        clip=config.ratio_clip,
-        value_clip=config.value_clip,
-        value_weight=config.value_weight,
-        stop_kl=config.stop_kl,
-    )
-    return Learners.make(
-        policy,
-        config.training,
-        passes,
-        value=config.value if config.method == "gae" else None,
-        top=config.value_top,
-        lora=replace(Lora.parse(config.lora) or Lora(), r=config.value_lora_rank) if config.value_lora_rank else None,
-        lr=config.value_lr,
-    )
+    critic = _part(config, "value", VALUES) if _part(config, "advantage", ADVANTAGES).method == "gae" else None
+    return Learners.make(policy, config.training, critic, steps=config.steps, clip=config.cliprange, seed=config.seed)
 
 
 def _rewards(config: Config, loaded: dict[Path, RewardEnsemble]) -> list[Reward]:
     """Every reward, loaded."""
     if config.variants.dimensions:
         return _of_preferences(config, Dimensions.load(config.variants.dimensions), loaded)
-    if config.combine_rewards != "mean" or config.option_weights:
-        raise ValueError("--combine-rewards and --option-weights are of preferences: give --dimensions")
+    if config.combine_rewards != Config.combine_rewards:
+        raise ValueError("--combine-rewards is about preferences: give --dimensions")
     for _, name in _each(config.reward):
         if re.fullmatch(r"[^()]+", name) and not Path(name).is_dir() and not hasattr(scorers, name) and ":" not in name:
             raise ValueError(f"--reward {name}: no such folder{checkpoints.nearest(name)}; scorers have parentheses")
     return [
-        Reward.of_models(name, ensemble=config.objective, weight=weight, loaded=loaded)
+        Reward.of_models(name, ensemble=config.ensemble, weight=weight, loaded=loaded)
         if Path(name).is_dir()
         else Reward.of_scorer(name, weight=weight)
         for weight, name in _each(config.reward)
@@ -381,18 +444,20 @@ def _of_preferences(config: Config, dimensions: Dimensions, loaded: dict[Path, R
     if own and len(own) < len(given):
         raise ValueError(f"--reward {' '.join(config.reward)}: give ID=FOLDER for every option, or none")
     sources = [(1.0, own)] if own else [(weight, None if name == "golds" else name) for weight, name in given]
-    pairs = [weight.partition("=") for weight in config.option_weights]
+    how: Combine = {("mean",): "mean", ("min",): "min"}.get(config.combine_rewards, "weighted")  # type: ignore[assignment]
+    pairs = [weight.partition("=") for weight in config.combine_rewards if how == "weighted"]
     try:
         weights = {id: float(value) for id, _, value in pairs}
     except ValueError as error:
-        raise ValueError(f"--option-weights {' '.join(config.option_weights)}: write them as P1A=0.5") from error
+        said = " ".join(config.combine_rewards)
+        raise ValueError(f"--combine-rewards {said}: write mean, min, or weights as P1A=0.5") from error
     return [
         Reward.of_preferences(
             source,
             dimensions,
-            combine=config.combine_rewards,
+            combine=how,
             weights=weights,
-            ensemble=config.objective,
+            ensemble=config.ensemble,
             turn=config.variants.preference_turn,
             weight=weight,
             loaded=loaded,

@@ -21,7 +21,7 @@ from pyrite.core import runs, specs
 from pyrite.core.runs import Run
 from pyrite.data import rows as data
 from pyrite.feedback import judges
-from pyrite.feedback.ledger import Account, Budget, GoldLimits, Ledger, Pace
+from pyrite.feedback.ledger import Account, Budget, Ledger, Pace
 from pyrite.feedback.pairing import label
 from pyrite.jobs import dpo, generate, online, reward, sft
 from pyrite.math import statistics
@@ -301,6 +301,14 @@ def _offline(place: Place, name: str, method: Method) -> Run:
     return dpo.run(config)
 
 
+def _annotator(method: Method, folders: dict[str, str]) -> str | None:
+    """The spec of what labels beside the judge, with its schedule."""
+    if method.silver is None:
+        return None
+    options = method.silver.format(**folders)[:-1]
+    return f"{options}{'' if options.endswith('(') else ', '}schedule={method.schedule!r})"
+
+
 def _online(place: Place, name: str, method: Method) -> Run:
     """Rounds. Prompts and streams are those of every other method."""
     settings = place.settings
@@ -310,15 +318,14 @@ def _online(place: Place, name: str, method: Method) -> Run:
         place.prompts,
         place.judge,
         place.folder / name,
-        silver=method.silver and method.silver.format(**folders),
-        label_schedule=method.schedule if method.silver else "even()",
-        asking=GoldLimits(gold_budget=method.online, gold_batch=64),
+        annotator=_annotator(method, folders),
+        gold_budget=method.online,
+        gold_limits="limits(batch=64)",
         rounds=settings.rounds,
         prompts_per_round=settings.labels // settings.rounds if method.pairs == "labels" else settings.prompts,
         loss=settings.loss,
-        labels="hard",
-        restart=False,
-        pairing="consecutive",
+        pairing="consecutive(labels='hard')",
+        reset_optimizer=False,
         training=replace(settings.online, epochs=method.epochs),
         evaluation=place.evaluation,
         seed=derive(place.seed, "rounds"),

@@ -144,7 +144,6 @@ def chain(folder: Path, settings: ReferencesSettings, seed: int) -> dict[str, Ru
             held_out=str(folder / "pairs" / "held_out.parquet"),
             loss=f"dpo(beta={beta:g})",
             ref=ref if ref in OWN else str(folder / ref / "model"),
-            ref_cache=folder / "references",
             training=settings.dpo,
             measure_every=settings.measure_every,
             evaluation=Evaluation(

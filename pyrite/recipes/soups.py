@@ -283,7 +283,7 @@ def _ppo(place: SoupsChain, name: str, wanted: Sequence[str]) -> ppo.Config:
         beta=settings.beta,
         steps=settings.steps,
         prompts_per_step=settings.prompts_per_step,
-        missing_eos=settings.missing_eos,
+        missing_eos_penalty=settings.missing_eos,
         measure_every=settings.steps,
         evaluation=Evaluation(
             eval_prompts=place.prompts("pool"),

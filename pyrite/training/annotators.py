@@ -17,13 +17,14 @@ from pyrite.core import runs, specs
 from pyrite.core.processes import on_main, say, world
 from pyrite.data import text
 from pyrite.data.responses import Responses
+from pyrite.feedback import schedules
 from pyrite.feedback.judges import Judge, check_verdicts
 from pyrite.feedback.ledger import Account
 from pyrite.feedback.pairing import Labelled, Labels, Pairing, Source, decided, label, paired
 from pyrite.feedback.schedules import Schedule
 from pyrite.feedback.selectors import pick
 from pyrite.math import losses, reward_losses, seeds, statistics
-from pyrite.math.ranges import Count, Natural, Positive
+from pyrite.math.ranges import Count, Natural, NonNegative, Positive
 from pyrite.models.forward import token_logps
 from pyrite.models.loading import member_paths
 from pyrite.models.packing import Packed, singles
@@ -43,7 +44,10 @@ Better = tuple[Answer, Answer]  # chosen, rejected
 
 
 class Discriminator(Protocol):
-    """Scores answers; learns from labeled pairs, where it has learners."""
+    """Scores answers; learns from labeled pairs, if it has learners. schedule: when it does (`feedback.schedules`)."""
+
+    @property
+    def schedule(self) -> str: ...
 
     @property
     def learners(self) -> Sequence[Learner]:
@@ -73,6 +77,7 @@ def reward(
     batch_size: Count = 16,
     precision: loop.Precision = "float32",
     loss: str = "bradley_terry(center=0.001)",
+    schedule: str = "even()",
 ) -> Maker:
     """A reward model or an ensemble of them, r(x, y): a folder of `pyrite reward`, or any model with a new head (cold).
 
@@ -82,6 +87,7 @@ def reward(
     training = _training(lr, epochs, batch_size, precision)
     teach = specs.part(loss, reward_losses)
     teach(torch.zeros(1), torch.zeros(1))  # an option out of range is refused now
+    specs.part(schedule, schedules)
 
     def make(players: Players, seed: int) -> Discriminator:
         lora = Lora(r=rank) if rank else None
@@ -90,7 +96,7 @@ def reward(
         models = [RewardModel.load(p, lora=lora, head_seed=h) for p, h in zip(paths, heads, strict=True)]
         for i, model in enumerate(models):
             loop.set_dropout(model, name=None if i else path)
-        return Rewards(models, [Learner(model, training) for model in models], teach)
+        return Rewards(models, [Learner(model, training) for model in models], teach, schedule)
 
     return make
 
@@ -104,6 +110,7 @@ def implicit(
     epochs: Count = 2,
     batch_size: Count = 16,
     precision: loop.Precision = "float32",
+    schedule: str = "even()",
 ) -> Maker:
     """A second policy that learns the labels by DPO and is read as a reward: r(x, y) = β log π_D(y|x) / π_0(y|x).
 
@@ -111,22 +118,24 @@ def implicit(
     Rafailov et al. 2023, arXiv:2305.18290, eq. 5.
     """
     training = _training(lr, epochs, batch_size, precision)
+    specs.part(schedule, schedules)
 
     def make(players: Players, seed: int) -> Discriminator:
         lora = Lora(r=rank) if rank else None
         own = Policy.load(path, lora=lora) if path else copy.deepcopy(players.policy)
         loop.set_dropout(own, name=path)
-        return Implicit(own, replace(players, precision=precision), beta, [Learner(own, training)])
+        return Implicit(own, replace(players, precision=precision), beta, [Learner(own, training)], schedule)
 
     return make
 
 
-def self_reward(*, beta: Positive = 0.1) -> Maker:
+def self_reward(*, beta: Positive = 0.1, schedule: str = "even()") -> Maker:
     """The policy itself: r(x, y) = β log π(y|x) / π_0(y|x). What it is taught it learns as the policy.
 
     At the start it scores every answer 0: only paid labels make pairs then.
     """
-    return lambda players, seed: Implicit(players.policy, players, beta, [])
+    specs.part(schedule, schedules)
+    return lambda players, seed: Implicit(players.policy, players, beta, [], schedule)
 
 
 @dataclass(frozen=True)
@@ -136,6 +145,7 @@ class Rewards:
     models: list[RewardModel]
     learners: list[Learner]
     loss: Callable[..., Tensor]
+    schedule: str = "even()"
 
     def scores(self, answers: Sequence[Answer]) -> Tensor:
         """Raw scores (E, N)."""
@@ -160,6 +170,7 @@ class Implicit:
     players: Players
     beta: Positive
     learners: list[Learner]
+    schedule: str = "even()"
 
     def scores(self, answers: Sequence[Answer]) -> Tensor:
         """β log-ratio of the very tokens that were drawn, (1, N)."""
@@ -243,13 +254,31 @@ class Rules:
 
     pairing: Pairing = "best_worst"
     labels: Labels = "soft"
-    gap: float = 0.0
+    min_margin: float = 0.0
     seed: int = 0
     judge: str = "judge"
     """Its name, for messages."""
 
     def stream(self, *names: Any) -> int:
         return seeds.derive(self.seed, *names)
+
+
+def best_worst(*, labels: Labels = "soft", min_margin: NonNegative = 0.0) -> Rules:
+    """The best and the worst answer to a prompt."""
+    return Rules("best_worst", labels, min_margin)
+
+
+def consecutive(*, labels: Labels = "soft", min_margin: NonNegative = 0.0) -> Rules:
+    """Answers 0 and 1, 2 and 3, ..."""
+    return Rules("consecutive", labels, min_margin)
+
+
+def every_two(*, labels: Labels = "soft", min_margin: NonNegative = 0.0) -> Rules:
+    """Every two answers to a prompt."""
+    return Rules("all", labels, min_margin)
+
+
+PAIRINGS = {"all": every_two, "best_worst": best_worst, "consecutive": consecutive}
 
 
 @dataclass
@@ -303,7 +332,7 @@ class Live:
             verdicts,
             len(every),
             labels=self.rules.labels,
-            gap=self.rules.gap,
+            min_margin=self.rules.min_margin,
             seed=self.rules.stream("labels", number),
             sources=sources,
             names=[*names(answers), *(f"{begun} {i}" for i, (begun, _, _) in enumerate(pool) for _ in "ab")],
@@ -451,7 +480,7 @@ class Labeler:
             groups(answers),
             pairing=self.rules.pairing,
             labels=self.rules.labels,
-            gap=self.rules.gap,
+            min_margin=self.rules.min_margin,
             seed=self.rules.stream("labels", number),
             name=self.rules.judge,
             names=names(answers),

@@ -168,14 +168,10 @@ class Evaluation:
     """The scorer that plays the truth."""
     rewards: str | None = None
     """Folder of a reward run: the proxy."""
-    ensemble: str = "mean()"
-    """How its members become one score."""
     eval_limit: Count | None = 256
     """Prompts to answer at most."""
     eval_k: Count = 1
     """Answers a prompt."""
-    eval_exact: bool = False
-    """Also KL and entropy of the policy over the whole vocabulary at every position: less noise, one more forward."""
     max_new_tokens: Count = 256
     """Longest answer in tokens."""
 
@@ -229,6 +225,8 @@ class Evaluator:
     asking: GoldLimits = ALWAYS
     long: Mapping[str, int] = field(default_factory=dict)
     """How many prompts were too long, by what was done with them."""
+    exact: bool = False
+    """Also measure KL and entropy over the whole vocabulary at every position: less noise, one more forward."""
 
     @classmethod
     def load(
@@ -241,6 +239,8 @@ class Evaluator:
         columns: str | None = None,
         prompts: list[dict[str, Any]] | None = None,
         asking: GoldLimits = ALWAYS,
+        ensemble: str = "mean()",
+        exact: bool = False,
         loaded: dict[Path, RewardEnsemble] | None = None,
         max_prompt: int | None = None,
         on_long: OnLong | None = None,
@@ -249,7 +249,7 @@ class Evaluator:
 
         ref: a path, a loaded policy, or `policy` itself, which then is its own reference without its adapters.
         prompts: rows in place of those in `options.eval_prompts`. asking: for a gold that whoever measures asks itself.
-        loaded: reward runs that the job has loaded already.
+        ensemble: how the proxy's members become one score. loaded: reward runs that the job has loaded already.
         """
         if asking.sparing and not options.gold:
             raise ValueError("options --gold-... say when gold is asked and what it may cost: give --gold too, or none")
@@ -269,8 +269,8 @@ class Evaluator:
             note=lambda words: say(f"to measure on: {words}"),
         )
         prompts, ids = fitted.rows, fitted.ids
-        scorers = gold, _proxy(options, loaded), _reference(policy, ref)
-        made = cls(prompts, ids, *scorers, options, seed, asking, fitted.counts())
+        scorers = gold, _proxy(options, ensemble, loaded), _reference(policy, ref)
+        made = cls(prompts, ids, *scorers, options, seed, asking, fitted.counts(), exact)
         replace(made, prompts=prompts[:1], ids=ids[:1])._sample(policy, new=1)  # refuses options out of range
         return made
 
@@ -313,7 +313,7 @@ class Evaluator:
         asked = Responses.of([(self.ids[p], [response]) for p, response in both])
         mask = torch.arange(drawn.tokens.shape[1]) < drawn.length[:, None]
         ours = Logps(drawn.policy_logps.double().sum(1), drawn.length, drawn.policy_logps, mask)
-        exact = divergences(policy, ref, asked) if self.options.eval_exact else None
+        exact = divergences(policy, ref, asked) if self.exact else None
         with policy.without_adapters() if ref is policy else nullcontext():
             theirs = exact.ref if exact else token_logps(ref, asked, singles(asked))
         found = {f"kl_{name}": statistics.kl(ours, theirs, estimator=name).double() for name in ("k1", "k3")}
@@ -321,9 +321,9 @@ class Evaluator:
 
 
 def _proxy(
-    options: Evaluation, loaded: dict[Path, RewardEnsemble] | None
+    options: Evaluation, ensemble: str, loaded: dict[Path, RewardEnsemble] | None
 ) -> Callable[[list[Any], list[str], list[bool]], Tensor] | None:
-    combine = specs.part(options.ensemble, ensembles)
+    combine = specs.part(ensemble, ensembles)
     combine(torch.zeros(2, 1))  # an option out of range is refused now
     if not options.rewards:
         return None

@@ -16,11 +16,10 @@ from pyrite.core.runs import Run
 from pyrite.data import rows as data
 from pyrite.data import text
 from pyrite.math import statistics
-from pyrite.math.ranges import Count, check
 from pyrite.math.statistics import fit_rl
 from pyrite.models.policy import Policy
 from pyrite.training.annotators import Discriminator, Judged
-from pyrite.training.evaluation import Answers, Evaluator, Truth
+from pyrite.training.evaluation import Answers, Evaluation, Evaluator, Truth
 from pyrite.training.loop import Shift
 from pyrite.training.rounds import Answer
 
@@ -32,26 +31,12 @@ SURE = 2.0  # standard errors of the difference
 FAR = 10.0  # times the largest d measured: a peak beyond is not told
 
 
-@dataclass(frozen=True)
-class Stopping:
-    """Whether a run stops by itself where its proxy is worth following no longer."""
-
-    stop_when_parted: bool = False
-    """Stop once gold has fallen from its best while the proxy has not; the best policy by gold is kept in best/."""
-    patience: Count = 2
-    """Measurements in a row that must say so."""
-
-    def __post_init__(self) -> None:
-        check(self)
-
-    def check(self, *, gold: object, proxy: object) -> None:
-        """Raises ValueError where a run is to be stopped by numbers that nobody measures."""
-        if self.stop_when_parted and not (gold and proxy):
-            raise ValueError("--stop-when-parted compares gold with a proxy: give --gold, and --rewards for the proxy")
-
-    def parted(self, rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
-        """What `parted` finds, where that is wanted."""
-        return parted(rows, patience=self.patience) if self.stop_when_parted else None
+def check_stopping(patience: int | None, evaluation: Evaluation) -> None:
+    """Raises ValueError if a run is to be stopped by numbers that nobody measures."""
+    if patience is not None and not (evaluation.gold and evaluation.rewards):
+        raise ValueError(
+            "--early-stopping-patience compares gold with a proxy: give --gold, and --rewards for the proxy"
+        )
 
 
 def best(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
@@ -126,7 +111,7 @@ class Journal:
     policy: Policy
     discriminator: Discriminator | None = None
     part: str = "online"
-    stopping: Stopping = Stopping()
+    patience: int | None = None
     rows: list[dict[str, Any]] = field(default_factory=list)
     labels: int = 0
     answers: int = 0
@@ -209,7 +194,8 @@ class Journal:
 
     def parted(self) -> bool:
         """Whether the proxy has parted from gold, where that is watched; said once it has."""
-        found = on_main(self.stopping.parted)(self.rows) if "gold" in self.last else None
+        watched = self.patience is not None and "gold" in self.last
+        found = on_main(parted)(self.rows, patience=self.patience) if watched else None
         if found:
             say(
                 f"{self.part}: the proxy has parted from gold at KL = {found['kl_k1']:.1f} (step {found['step']}: gold "
@@ -240,7 +226,7 @@ class Journal:
 
     def _keep_best(self) -> None:
         """Save the policy where this measurement is the best so far and a best one is wanted."""
-        top = best(self.rows) if self.stopping.stop_when_parted else None
+        top = best(self.rows) if self.patience is not None else None
         if top and top["step"] == self.last["step"] and self.run.writes:
             self.policy.save(self.run.folder / "best")
             runs.write_json(self.run.folder / "best.json", {"part": self.part, **top})

@@ -189,7 +189,7 @@ def _loaded(folder: str, beside: RewardEnsemble | None) -> RewardEnsemble:
 # Rollouts: a batch of answers with all that policy optimization learns from
 
 
-Method = Literal["gae", "rloo", "group", "center", "reinforce"]
+Method = Literal["gae", "rloo", "group", "reinforce"]
 Score = Callable[[Sequence[Answer]], Tensor]
 
 
@@ -425,9 +425,8 @@ def estimates(
     """Advantages and returns (N, T) from token rewards (N, T); not yet whitened.
 
     gae needs values. The others take a row's sum for the answer's score, give all its tokens one advantage and have no
-    returns to teach (0): rloo, group (`group_normalized`) and center (without its scale) compare the K answers of a
-    prompt; reinforce subtracts `baseline`, by default the mean of this batch. Raises ValueError for gae without values
-    or an unknown method.
+    returns to teach (0): rloo and group (`group_normalized`) compare the K answers of a prompt; reinforce subtracts
+    `baseline`, by default the mean of this batch. Raises ValueError for gae without values or an unknown method.
     """
     if method == "gae":
         if rollouts.values is None:
@@ -439,10 +438,10 @@ def estimates(
         one = reinforce(scores, baseline="mean" if baseline is None else baseline)
     elif method == "rloo":
         one = rloo(grouped).flatten()
-    elif method in ("group", "center"):
-        one = group_normalized(grouped, scale=method == "group").flatten()
+    elif method == "group":
+        one = group_normalized(grouped).flatten()
     else:
-        raise ValueError(f"estimates: unknown method {method!r}; choose gae, rloo, group, center or reinforce")
+        raise ValueError(f"estimates: unknown method {method!r}; choose gae, rloo, group or reinforce")
     advantages = one[:, None] * rollouts.mask
     return Estimates(advantages, torch.zeros_like(advantages))
 
@@ -496,9 +495,6 @@ def _drawn_logps(drawn: Samples) -> Logps:
 # Learners: the policy, its critic, and the running numbers between steps
 
 
-HEADS = ("shared", "detached")
-
-
 @dataclass
 class State:
     """0-dim tensors that belong in a checkpoint: the price of KL, moments of scores and of shaped returns, updates."""
@@ -533,65 +529,69 @@ class State:
 
 
 @dataclass(frozen=True)
-class Passes:
-    """How batches of answers are learned, so many in all; `stop_kl` in nats a token from the policy that drew."""
+class Value:
+    """Who predicts values: a head on the policy's trunk (shared, detached), or a model of its own at `path`.
 
-    steps: int
-    seed: int = 0
-    clip: float = 0.2
-    value_clip: float | None = 0.2
-    value_weight: float = 0.1
-    stop_kl: float | None = None
+    lr, lora: of a model of its own. weight: of the loss of a head. clip: of predicted values.
+    """
+
+    kind: Literal["shared", "detached", "model"] = "shared"
+    path: str | None = None
+    lr: float | None = None
+    lora: Lora | None = None
+    weight: float = 0.1
+    clip: float | None = 0.2
 
 
 @dataclass
 class Learners:
     """The policy's optimizer, with the value head on its trunk if it has one, or beside it the critic's."""
 
-    passes: Passes
     policy: Learner
-    critic: ValueModel | WithValue | None = None
-    value: Learner | None = None
+    critic: ValueModel | WithValue | None
+    value: Learner | None
+    by: Value
+    steps: int
+    clip: float
+    seed: int
 
     @classmethod
     def make(
         cls,
         policy: Policy,
         training: Training,
-        passes: Passes,
+        value: Value | None = None,
         *,
-        value: str | None = None,
-        top: int | None = None,
-        lora: Lora | None = None,
-        lr: float | None = None,
+        steps: int,
+        clip: float = 0.2,
+        seed: int = 0,
     ) -> Learners:
-        """value: shared or detached, a head on the policy's trunk; a folder, a critic of its own; None for none.
+        """value: the critic, None for none. steps: batches of answers, in all.
 
-        top, lora, lr: of a critic of its own. Raises ValueError where it cannot be loaded, or reads other tokens.
+        Raises ValueError for a critic that cannot be loaded, or reads other tokens.
         """
-        torch.manual_seed(seeds.derive(passes.seed, "dropout"))
+        torch.manual_seed(seeds.derive(seed, "dropout"))
+        by = value or Value()
         if value is None:
-            return cls(passes, Learner(policy, training))
-        if value in HEADS:
-            both = WithValue(policy, detach=value == "detached")
-            return cls(passes, Learner(both, training), both)
-        critic = ValueModel.load(value, top=top, lora=lora)
+            return cls(Learner(policy, training), None, None, by, steps, clip, seed)
+        if value.path is None:
+            both = WithValue(policy, detach=value.kind == "detached")
+            return cls(Learner(both, training), both, None, by, steps, clip, seed)
+        critic = ValueModel.load(value.path, lora=value.lora)
         if critic.tokenizer.get_vocab() != policy.tokenizer.get_vocab():
-            raise ValueError(f"--value {value}: its vocabulary is not the policy's, whose tokens it reads")
-        loop.set_dropout(critic, name=value)
-        return cls(passes, Learner(policy, training), critic, Learner(critic, replace(training, lr=lr or training.lr)))
+            raise ValueError(f"--value {value.path}: its vocabulary is not the policy's, whose tokens it reads")
+        loop.set_dropout(critic, name=value.path)
+        learner = Learner(critic, replace(training, lr=value.lr or training.lr))
+        return cls(Learner(policy, training), critic, learner, by, steps, clip, seed)
 
     def learn(self, drawn: Rollouts, made: Estimates, number: int) -> dict[str, float]:
         """A few passes over a batch; means over the updates. Raises TrainingError where one is not finite."""
-        training, by = self.policy.training, self.passes
+        training = self.policy.training
         seen: list[dict[str, Tensor]] = []
         each = loop.steps(len(drawn.groups), training)
-        order = loop.batches(len(drawn.groups), training, seed=seeds.derive(by.seed, "order", number))
+        order = loop.batches(len(drawn.groups), training, seed=seeds.derive(self.seed, "order", number))
         for update, batch in enumerate(order):
-            found = self._update(batch, drawn, made, at=number * each + update, of=by.steps * each)
-            seen.append(found)
-            if by.stop_kl is not None and found["step_kl"].item() > by.stop_kl:
-                break
+            seen.append(self._update(batch, drawn, made, at=number * each + update, of=self.steps * each))
         means = {name: torch.stack([row[name].float() for row in seen]).mean().item() for name in seen[0]}
         if not all(torch.tensor(list(means.values())).isfinite()):
             raise TrainingError(
@@ -623,8 +623,8 @@ class Learners:
 
     def _update(self, batch: list[int], drawn: Rollouts, made: Estimates, *, at: int, of: int) -> dict[str, Tensor]:
         """Update `at` of so many, by everybody who learns."""
-        by, found = self.passes, {}
-        options: dict[str, Any] = {"clip": by.clip, "value_clip": by.value_clip, "value_weight": by.value_weight}
+        found: dict[str, Tensor] = {}
+        options: dict[str, Any] = {"clip": self.clip, "value_clip": self.by.clip, "value_weight": self.by.weight}
         for learner in (self.policy, self.value):
             if learner is None:
                 continue

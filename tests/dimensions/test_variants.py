@@ -72,8 +72,8 @@ def test_every_prompt_under_every_variant() -> None:
         (id, preferences) for id in (7, "b") for preferences in (["P1A"], [], ["P1A", "P3B"])
     ]
     assert rows[2]["prompt"] == render("tell me", SOUPS.chosen(["P1A", "P3B"]))
-    assert len(Variants("soups", ("neutral",), combinations=True).of(ROWS)) == 2 * 9
-    everything = Variants("soups", combinations=True, combine=SOUPS.ids).of(ROWS[:1])
+    assert len(Variants("soups", ("neutral", "all")).of(ROWS)) == 2 * 9
+    everything = Variants("soups", (f"all:{','.join(SOUPS.ids)}",)).of(ROWS[:1])
     assert len(everything) == 16 and everything[2]["preferences"] == ["P1A", "P2A", "P3C"]
 
 
@@ -94,10 +94,9 @@ def test_without_dimensions_nothing_changes() -> None:
 
 
 BAD = [
-    (Variants(preferences=("P1A",)), "need --dimensions"),
-    (Variants(combinations=True), "need --dimensions"),
+    (Variants(preferences=("P1A",)), "needs --dimensions"),
+    (Variants(None, ("all",)), "needs --dimensions"),
     (Variants("soups"), "say under which --preferences"),
-    (Variants("soups", ("P1A",), combine=("P1A",)), "--combine says which options"),
     (Variants("soups", ("P1A+P1B",)), "P1A and P1B are both of expertise"),
     (Variants("soups", ("P1A+P9",)), "unknown preference 'P9'"),
     (Variants("soups", ("nutral",)), "unknown preference 'nutral'"),

@@ -123,7 +123,7 @@ def said(rows: list[dict]) -> dict[tuple, str]:
 
 
 def test_every_prompt_under_every_preference(config: generate.Config, few: Path, mine: str) -> None:
-    variants = Variants(mine, ("cat", "neutral", "dog"), combinations=True)
+    variants = Variants(mine, ("cat", "neutral", "dog", "all"))
     rows = rows_of(replace(config, variants=variants, limit=4))
     raw = data.load(few, "prompts")[:4]
     under = [["cat"], [], ["dog"], ["cat", "big"], ["cat", "small"], ["dog", "big"], ["dog", "small"]]
@@ -142,7 +142,7 @@ def test_every_prompt_under_every_preference(config: generate.Config, few: Path,
 
 def test_a_draw_belongs_to_its_rendered_prompt(config: generate.Config, mine: str) -> None:
     """Whatever else is asked for, however many rows at once: the same answers; a neutral one is the plain one."""
-    every = Variants(mine, ("cat", "neutral", "dog"), combinations=True)
+    every = Variants(mine, ("cat", "neutral", "dog", "all"))
     whole = said(rows_of(replace(config, variants=every)))
     some = replace(config, out=config.out.with_name("some"), variants=Variants(mine, ("dog", "cat+small")), rows=7)
     part = said(rows_of(some))

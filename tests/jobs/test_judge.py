@@ -18,7 +18,7 @@ from pyrite.data.files import DataError, read
 from pyrite.data.rows import load
 from pyrite.feedback.judges.llm import JudgeOptions
 from pyrite.feedback.judges.questions import WINS
-from pyrite.feedback.ledger import GoldLimits, GoldStopped, Ledger
+from pyrite.feedback.ledger import GoldStopped, Ledger
 from pyrite.jobs import judge, label, online
 from pyrite.training.evaluation import Evaluation
 from pyrite.training.loop import Training
@@ -169,7 +169,8 @@ def test_as_the_judge_of_online(server: Server, tiny: Path, demos: Path, tmp_pat
         held_out=0.2,
         rounds=1,
         prompts_per_round=8,
-        asking=GoldLimits(gold_budget=6, gold_ledger=tmp_path / "gold.db", gold_batch=6),
+        gold_budget=6,
+        gold_limits=f"limits(ledger={str(tmp_path / 'gold.db')!r}, batch=6)",
         evaluation=Evaluation(gold="length()", max_new_tokens=8),
         training=Training(lr=1e-3, batch_size=8, lr_scheduler_type="cosine(warmup_steps=0)"),
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import pickle
@@ -21,7 +20,7 @@ import pytest
 import torch
 
 from pyrite.core.runs import read_json, read_metrics
-from pyrite.feedback.ledger import GoldLimits, Ledger
+from pyrite.feedback.ledger import Ledger
 from pyrite.jobs import online
 from pyrite.models.policy import Policy
 from pyrite.training.evaluation import Evaluation
@@ -140,7 +139,7 @@ def test_a_cut_run_goes_on_exactly(config: online.Config, monkeypatch: pytest.Mo
 
 
 def test_strictly_on_policy(config: online.Config) -> None:
-    found = results(replace(config, rounds=6, prompts_per_round=4, restart=False, measure_every=3))
+    found = results(replace(config, rounds=6, prompts_per_round=4, reset_optimizer=False, measure_every=3))
     steps = [row["step"] for row in read_metrics(config.out)]
     assert steps == list(range(7))
     assert [row["step"] for row in read_metrics(config.out) if "gold" in row] == [0, 3, 6]
@@ -194,8 +193,8 @@ def live(config: online.Config, tiny: Path) -> online.Config:
     return replace(
         config,
         judge="bradley_terry(gold='length()', hard=True)",
-        silver=f"reward(path={str(tiny)!r}, cold=True, lr=0.003)",
-        asking=GoldLimits(gold_budget=12),
+        annotator=f"reward(path={str(tiny)!r}, cold=True, lr=0.003)",
+        gold_budget=12,
     )
 
 
@@ -217,15 +216,16 @@ def test_a_live_reward_spends_its_budget_and_learns(live: online.Config) -> None
 @pytest.mark.parametrize("silver", ["implicit(lr=0.001)", "self_reward()"])
 @pytest.mark.parametrize("schedule", ["even(window=2)", "never()"])
 def test_every_discriminator_and_schedule(live: online.Config, silver: str, schedule: str) -> None:
-    found = results(replace(live, silver=silver, label_schedule=schedule, rounds=2))
+    annotator = f"{silver[:-1]}{', ' if '=' in silver else ''}schedule={schedule!r})"
+    found = results(replace(live, annotator=annotator, rounds=2))
     assert found["labels"] == {"even(window=2)": 12, "never()": 0}[schedule]
 
 
 def test_a_budget_of_all_pairs_is_gold_alone(live: online.Config) -> None:
     """The same pairs in the same order, so the same policy; and without labels the reward model alone decides."""
-    alone = replace(live, silver=None, asking=GoldLimits(), out=live.out.with_name("alone"))
-    whole = replace(live, asking=GoldLimits(gold_budget=10_000), out=live.out.with_name("whole"))
-    nothing = replace(live, asking=GoldLimits(gold_budget=0), out=live.out.with_name("nothing"))
+    alone = replace(live, annotator=None, gold_budget=None, out=live.out.with_name("alone"))
+    whole = replace(live, gold_budget=10_000, out=live.out.with_name("whole"))
+    nothing = replace(live, gold_budget=0, out=live.out.with_name("nothing"))
     models = {}
     for one in (alone, whole, nothing):
         results(one)
@@ -246,7 +246,7 @@ def test_the_seed_decides_everything(live: online.Config) -> None:
 
 
 def test_gold_alone_stops_when_its_labels_are_spent(live: online.Config, capsys: pytest.CaptureFixture[str]) -> None:
-    found = results(replace(live, silver=None, asking=GoldLimits(gold_budget=20), rounds=9))
+    found = results(replace(live, annotator=None, gold_budget=20, rounds=9))
     assert found["labels"] == 20
     assert found["last"]["step"] == 2
     assert "gold" in found["last"]
@@ -255,8 +255,9 @@ def test_gold_alone_stops_when_its_labels_are_spent(live: online.Config, capsys:
 
 @pytest.mark.parametrize("silver", ["reward", "implicit(lr=0.001)"])
 def test_a_cut_live_run_goes_on_exactly(live: online.Config, monkeypatch: pytest.MonkeyPatch, silver: str) -> None:
-    live = replace(live, rounds=4, measure_every=2, label_schedule="even(window=3, replay=2.0)")
-    live = live if silver == "reward" else replace(live, silver=silver)
+    silver = str(live.annotator) if silver == "reward" else silver
+    annotator = f"{silver[:-1]}, schedule='even(window=3, replay=2.0)')"
+    live = replace(live, rounds=4, measure_every=2, annotator=annotator)
     whole = online.run(replace(live, out=live.out.with_name("whole"))).folder
     real, calls = online.Journal.write, []
 
@@ -321,7 +322,7 @@ def _killed(config: online.Config, folder: Path, *, kills: int, seed: int) -> tu
 def test_killed_at_random_and_never_paid_twice(live: online.Config, tmp_path: Path, kills: int) -> None:
     rounds = 3 * kills
     budget = 5 * rounds
-    live = replace(live, rounds=rounds, prompts_per_round=12, asking=GoldLimits(gold_budget=budget))
+    live = replace(live, rounds=rounds, prompts_per_round=12, gold_budget=budget)
     folders = [tmp_path / name for name in ("killed", "whole")]
     for folder in folders:
         folder.mkdir()
@@ -338,19 +339,17 @@ def test_killed_at_random_and_never_paid_twice(live: online.Config, tmp_path: Pa
     assert models[0] == models[1]
 
 
-def test_policies_along_the_way_are_kept(config: online.Config) -> None:
-    online.run(replace(config, rounds=5, keep_every=2))
-    assert sorted(path.name for path in (config.out / "policies").iterdir()) == ["00002", "00004"]
-    kept, last = (Policy.load(config.out / name).state_dict() for name in ("policies/00004", "model"))
-    assert not all(torch.equal(kept[name], last[name]) for name in kept)
-
-
 @pytest.mark.slow
 def test_two_processes_equal_one(live: online.Config, tmp_path: Path) -> None:
     """The reward model too; the judge is asked once, by one of them."""
 
     def command(out: Path) -> list[str]:
-        named = {"--model": live.model, "--prompts": live.prompts, "--judge": live.judge, "--silver": str(live.silver)}
+        named = {
+            "--model": live.model,
+            "--prompts": live.prompts,
+            "--judge": live.judge,
+            "--annotator": str(live.annotator),
+        }
         options = {"--gold-budget": "8", "--rounds": "2", "--prompts-per-round": "12", "--max-new-tokens": "8"}
         last = {
             "--gold": "length()",
@@ -374,8 +373,8 @@ def test_labels_and_measurements_share_the_money(config: online.Config, capsys: 
     """In one ledger; the budget is for labels. Gold is asked at measurements alone, so no agreement by round."""
     paid = replace(
         config,
-        evaluation=replace(config.evaluation, eval_exact=True),
-        asking=GoldLimits(gold_every=2, gold_prompts=3, gold_budget=12, gold_cost=1.0, gold_max_cost=19.0),
+        gold_budget=12,
+        gold_limits="limits(every=2, prompts=3, cost=1.0, max_cost=19.0)",
         rounds=3,
         prompts_per_round=4,
     )
@@ -383,22 +382,8 @@ def test_labels_and_measurements_share_the_money(config: online.Config, capsys: 
     rows = read_metrics(paid.out)
     assert [row["step"] for row in rows if "gold" in row] in ([0, 2], [0, 2, 3])
     assert rows[0]["gold_labels"] <= 3 * paid.evaluation.eval_k and rows[-1]["gold_labels"] <= 7
-    assert not any("agreement" in row for row in rows) and all("kl_exact" in row for row in rows)
+    assert not any("agreement" in row for row in rows)
     with Ledger(paid.out / "ledger.db") as ledger:
         kinds = {row["kind"]: row["answered"] for row in ledger.summary()}
     assert sum(kinds.values()) <= 19 and kinds["verdict"] <= 12
     assert kinds == {"verdict": rows[-1]["labels"], "score": rows[-1]["gold_labels"]}
-
-
-@pytest.mark.parametrize("ref", ["start", "previous"])
-def test_top_layers_learn_against_copies_of_themselves(
-    config: online.Config, monkeypatch: pytest.MonkeyPatch, ref: Any
-) -> None:
-    shared = replace(config, train_top=1, ref=ref, rounds=3, out=config.out.with_name("shared"))
-    apart = replace(shared, out=config.out.with_name("apart"))
-    online.run(shared)
-    monkeypatch.setattr(Policy, "frozen_copy", lambda self: copy.deepcopy(self).requires_grad_(False))
-    online.run(apart)
-    assert read_metrics(shared.out) == read_metrics(apart.out)
-    ours, theirs = ((run.out / "model" / "model.safetensors").read_bytes() for run in (shared, apart))
-    assert ours == theirs

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import time
 from dataclasses import replace
@@ -13,18 +12,15 @@ import launch
 import pytest
 import torch
 from families import Row
-from transformers import AutoModelForCausalLM
 
 from pyrite.core.runs import read_json, read_metrics
 from pyrite.data.conditioning import Variants
 from pyrite.data.responses import Responses
-from pyrite.feedback.ledger import GoldLimits
 from pyrite.jobs import ppo
 from pyrite.models.policy import Policy, RewardModel
 from pyrite.models.value import HEAD, ValueModel
 from pyrite.training.evaluation import Evaluation
 from pyrite.training.loop import Training, TrainingError
-from pyrite.training.metrics import Stopping
 from pyrite.training.ppo import Rollouts
 
 TRAINING = Training(lr=3e-3, epochs=2, batch_size=8, lr_scheduler_type="cosine(warmup_steps=0)")
@@ -51,10 +47,12 @@ def results(config: ppo.Config) -> dict[str, Any]:
     return read_json(ppo.run(config).folder / "done.json")
 
 
-@pytest.mark.parametrize("method", ["gae", "rloo", "group", "reinforce"])
+@pytest.mark.parametrize("method", ["gae", "rloo", "grpo", "reinforce"])
 def test_it_follows_its_reward(config: ppo.Config, method: Any) -> None:
     roomy = replace(config.evaluation, max_new_tokens=16)
-    found = results(replace(config, method=method, steps=18, k=4, beta=0.0, evaluation=roomy, measure_every=6))
+    found = results(
+        replace(config, advantage=f"{method}()", steps=18, k=4, beta=0.0, evaluation=roomy, measure_every=6)
+    )
     assert found["last"]["gold"] > found["start"]["gold"] + 3 * found["start"]["gold_se"]
     assert found["last"]["kl_k1"] > 0.1
     assert found["answers"] == 18 * 12 * 4
@@ -92,21 +90,22 @@ def test_a_price_on_kl_holds_the_policy_back(config: ppo.Config) -> None:
 
 
 def test_beta_follows_its_target(config: ppo.Config) -> None:
-    far = replace(config, steps=8, beta=0.01, kl_control="target", kl_target=0.01, measure_every=8)
+    far = replace(config, steps=8, beta=0.01, kl="k1(target=0.01, horizon=100)", measure_every=8)
     ppo.run(far)
     betas = [row["beta"] for row in read_metrics(far.out)[1:]]
     assert betas[-1] > betas[0]
-    assert all(b / a in (0.5, 1.0, 2.0) for a, b in itertools.pairwise(betas))
+    assert all(0.8 <= b / a <= 1.2 for a, b in itertools.pairwise(betas))
 
 
 @pytest.mark.parametrize("value", ["shared", "detached", "model", "reward"])
 def test_every_critic_learns_the_returns(config: ppo.Config, tiny: Path, tmp_path: Path, value: str) -> None:
     RewardModel.load(tiny, head_seed=0).save(tmp_path / "reward")
     (tmp_path / "three.py").write_text("import torch\ndef score(p, r):\n    return torch.full((len(r),), 3.0)\n")
-    named = {"model": str(tiny), "reward": str(tmp_path / "reward")}.get(value, value)
     own = value in ("model", "reward")
-    config = replace(config, reward=(f"{tmp_path}/three.py:score",), value=named, value_lr=3e-3 if own else None)
-    ppo.run(replace(config, value_weight=0.5, value_clip=None, steps=12, whiten=False, beta=0.0))
+    path = {"model": tiny, "reward": tmp_path / "reward"}.get(value)
+    value = f"model(path={str(path)!r}, lr=3e-3, clip=None)" if own else f"{value}(weight=0.5, clip=None)"
+    config = replace(config, reward=(f"{tmp_path}/three.py:score",), value=value)
+    ppo.run(replace(config, steps=12, advantage="gae(whiten=False)", beta=0.0))
     rows = read_metrics(config.out)[1:]
     name = "critic_value_loss" if own else "value_loss"
     assert rows[-1][name] < 0.5 * rows[0][name]
@@ -123,7 +122,7 @@ def test_an_ensemble_and_a_scorer_together(config: ppo.Config, tiny: Path, tmp_p
         RewardModel.load(tiny, head_seed=member).save(tmp_path / "rewards" / f"member_{member}")
     (tmp_path / "rewards" / "done.json").write_text("{}")
     folder = str(tmp_path / "rewards")
-    ppo.run(replace(config, reward=(folder, "0.1*length()"), objective="uwo(weight=0.5)"))
+    ppo.run(replace(config, reward=(folder, "0.1*length()"), ensemble="uwo(weight=0.5)"))
     row = read_metrics(config.out)[1]
     assert {f"{folder} mean", f"{folder} variance", f"{folder} member 1", "length() mean"} <= row.keys()
     assert row["score"] == pytest.approx(row[f"{folder} mean"] + 0.1 * row["length() mean"], abs=1e-4)
@@ -139,10 +138,10 @@ def test_adapters_alone_are_trained(config: ppo.Config) -> None:
     "change",
     [
         {},
-        {"value": "own", "normalize": True},
-        {"method": "reinforce", "kl_control": "adaptive", "kl_target": 1.0},
-        {"value": "own", "value_lora_rank": 2, "value_lr": 1e-3, "train_top": 1},
-        {"asking": GoldLimits(gold_every=2, gold_prompts=3, gold_budget=8)},
+        {"value": "own", "reward_scaling": "running()"},
+        {"advantage": "reinforce()", "kl": "k1(target=1.0)"},
+        {"value": "own", "lora": "lora(r=2)"},
+        {"gold_budget": 8, "gold_limits": "limits(every=2, prompts=3)"},
     ],
 )
 def test_a_cut_run_goes_on_exactly(
@@ -167,13 +166,6 @@ def test_a_cut_run_goes_on_exactly(
     assert read_metrics(config.out) == read_metrics(whole)
     ours, theirs = ((folder / "model" / "model.safetensors").read_bytes() for folder in (config.out, whole))
     assert ours == theirs
-
-
-def test_inner_passes_stop_where_the_policy_has_moved_enough(config: ppo.Config) -> None:
-    eager = replace(config, training=replace(TRAINING, lr=3e-2, epochs=8), stop_kl=0.01)
-    ppo.run(eager)
-    updates = [row["updates"] for row in read_metrics(eager.out)[1:]]
-    assert all(n < 8 * 2 for n in updates)
 
 
 @pytest.mark.parametrize(
@@ -204,7 +196,7 @@ def test_it_stops_where_the_proxy_has_parted_from_gold(
 
     monkeypatch.setattr(ppo.Journal, "measure", measure)
     watched = replace(config, evaluation=replace(config.evaluation, rewards=str(rewards)))
-    found = results(replace(watched, steps=6, measure_every=1, stopping=Stopping(stop_when_parted=True)))
+    found = results(replace(watched, steps=6, measure_every=1, early_stopping_patience=2))
     assert found["last"]["step"] == last
     assert read_json(config.out / "best.json")["step"] == best
     assert ("the proxy has parted from gold at KL" in capsys.readouterr().err) == (last < 6)
@@ -212,26 +204,8 @@ def test_it_stops_where_the_proxy_has_parted_from_gold(
     assert all(torch.equal(kept[name], ended[name]) for name in kept) == (best == last)
 
 
-def test_top_layers_learn_against_copies_of_themselves(
-    config: ppo.Config, tiny: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A reference on the shared trunk gives what a second model in memory gives; the trunk stays as it was."""
-    shared = replace(config, train_top=1, value="detached", out=config.out.with_name("shared"))
-    apart = replace(shared, out=config.out.with_name("apart"))
-    ppo.run(shared)
-    monkeypatch.setattr(Policy, "frozen_copy", lambda self: copy.deepcopy(self).requires_grad_(False))
-    ppo.run(apart)
-    assert read_metrics(shared.out) == read_metrics(apart.out)
-    assert read_metrics(shared.out)[-1]["kl_k1"] > 0.01
-    ours, theirs = (AutoModelForCausalLM.from_pretrained(f.out / "model").state_dict() for f in (shared, apart))
-    begun = AutoModelForCausalLM.from_pretrained(tiny).state_dict()
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    moved = {name for name in ours if not torch.equal(ours[name], begun[name])}
-    assert moved == {name for name in ours if "layers.1." in name or name in ("model.norm.weight", "lm_head.weight")}
-
-
 def test_adapters_of_a_critic_are_saved_with_it(config: ppo.Config, tiny: Path) -> None:
-    ppo.run(replace(config, value=str(tiny), value_lora_rank=2, value_lr=1e-2))
+    ppo.run(replace(config, value=f"model(path={str(tiny)!r}, lora='lora(r=2)', lr=1e-2)"))
     assert (config.out / "value" / "adapter_model.safetensors").exists()
     assert not (config.out / "model" / "adapter_model.safetensors").exists()
     prompt = [Row([1, 20, 21], [[4, 5, 6, 2]])]
@@ -255,9 +229,9 @@ def test_gold_is_asked_within_its_budget(
 ) -> None:
     """Every second measurement, 4 prompts, 9 answers in all; and never twice for one."""
     (tmp_path / "dear.py").write_text(SCORER.format(log=str(tmp_path / "asked.txt")))
-    dear = replace(config.evaluation, gold=f"{tmp_path}/dear.py:score()", eval_exact=True)
-    asking = GoldLimits(gold_every=2, gold_prompts=4, gold_budget=9)
-    ppo.run(replace(config, evaluation=dear, asking=asking, steps=8, measure_every=1))
+    dear = replace(config.evaluation, gold=f"{tmp_path}/dear.py:score()")
+    limits = {"gold_budget": 9, "gold_limits": "limits(every=2, prompts=4)"}
+    ppo.run(replace(config, evaluation=dear, steps=8, measure_every=1, **limits))
     asked = (tmp_path / "asked.txt").read_text().splitlines()
     assert len(asked) == len(set(asked)) <= 9
     rows = read_metrics(config.out)
@@ -275,7 +249,7 @@ def test_an_ample_budget_changes_nothing(config: ppo.Config) -> None:
     free, paid = (replace(config, out=config.out.with_name(name)) for name in ("free", "paid"))
     ends = (
         results(free),
-        results(replace(paid, asking=GoldLimits(gold_budget=1000, gold_cost=0.5, gold_max_cost=500.0))),
+        results(replace(paid, gold_budget=1000, gold_limits="limits(cost=0.5, max_cost=500.0)")),
     )
     rows = read_metrics(paid.out)
     books = [(row.pop("gold_labels"), row.pop("gold_money")) for row in rows]
@@ -292,7 +266,7 @@ def test_a_stop_while_gold_is_paid_for_buys_nothing_twice(config: ppo.Config, tm
     (tmp_path / "dear.py").write_text(SCORER.format(**files) + STOP.format(**files))
     dear = replace(config.evaluation, gold=f"{tmp_path}/dear.py:stops()")
     config = replace(
-        config, evaluation=dear, asking=GoldLimits(gold_prompts=3, gold_budget=100), steps=5, measure_every=1
+        config, evaluation=dear, gold_budget=100, gold_limits="limits(prompts=3)", steps=5, measure_every=1
     )
     with pytest.raises(KeyboardInterrupt):
         ppo.run(replace(config, out=tmp_path / "cut"))
@@ -328,20 +302,16 @@ def test_the_end_is_said_with_its_errors(config: ppo.Config, capsys: pytest.Capt
 
 def test_refusals_before_work(config: ppo.Config) -> None:
     for change, words in (
-        ({"method": "rloo", "k": 1}, "give --k 2"),
-        ({"method": "rloo", "value": "detached"}, "has no critic"),
-        ({"value_lr": 1e-3}, "learns with the policy"),
-        ({"value_lora_rank": 2}, "learns with the policy"),
-        ({"method": "reinforce", "value_lora_rank": 2}, "has no critic"),
-        ({"value": config.model, "value_top": 1, "value_lora_rank": 2}, "not both"),
-        ({"train_top": 3}, "has 2 layers"),
-        ({"train_top": 1, "lora": "lora(r=2)"}, "not both"),
-        ({"evaluation": Evaluation(), "asking": GoldLimits(gold_every=2)}, "give --gold too"),
+        ({"advantage": "rloo()", "k": 1}, "give --k 2"),
+        ({"advantage": "rloo()", "value": "detached()"}, "has no critic"),
+        ({"value": "shared(lr=1e-3)"}, "has no option 'lr'"),
+        ({"kl": "k2()"}, "unknown name 'k2'"),
+        ({"reward_scaling": "running(clip=-1.0)"}, "above 0"),
+        ({"evaluation": Evaluation(), "gold_limits": "limits(every=2)"}, "give --gold too"),
         ({"steps": 0}, "at least 1"),
         ({"reward": ()}, "at least one"),
         ({"reward": ("lenght()",)}, "did you mean length"),
-        ({"kl_target": 3.0}, "fixed, target"),
-        ({"objective": "mea()", "reward": (config.model,)}, "mea"),
+        ({"ensemble": "mea()", "reward": (config.model,)}, "mea"),
     ):
         with pytest.raises(ValueError, match=words) as error:
             ppo.run(replace(config, **change))
@@ -373,9 +343,10 @@ def _command(config: ppo.Config, out: Path, **more: str) -> list[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("value", ["shared", "own", "own with adapters, gold paid"])
 def test_two_processes_equal_one(config: ppo.Config, tmp_path: Path, value: str) -> None:
-    more = {"--value": config.model if "own" in value else value}
+    more = {"--value": config.model if "own" in value else f"{value}()"}
     if "paid" in value:
-        more |= {"--value-lora-rank": "2", "--train-top": "1", "--gold-every": "2", "--gold-budget": "30"}
+        more |= {"--value": f"model(path={config.model!r}, lora='lora(r=2)')"}
+        more |= {"--gold-limits": "limits(every=2)", "--gold-budget": "30"}
     for name, processes in (("one", 1), ("two", 2)):
         launch.launch([_command(config, tmp_path / name, **more)], processes=processes)
     one, two = (Policy.load(tmp_path / name / "model").state_dict() for name in ("one", "two"))
@@ -421,7 +392,7 @@ def test_prompts_under_preferences_are_rewarded_for_them(preferring: ppo.Config)
         assert row["preferences long"] > 0 > row["preferences short"]
         assert row["preferences vowels"] >= row["preferences long"]  # characters, not words, of the same answers
     weights = ("long=1", "short=1", "vowels=0")
-    heavy = replace(preferring, combine_rewards="weighted", option_weights=weights, out=preferring.out / "w")
+    heavy = replace(preferring, combine_rewards=weights, out=preferring.out / "w")
     first = read_metrics(ppo.run(heavy).folder)[1]
     assert first["preferences long"] == rows[0]["preferences long"]  # the same draws
     assert first["score"] < rows[0]["score"]  # characters count no longer
@@ -431,9 +402,8 @@ def test_prompts_under_preferences_are_rewarded_for_them(preferring: ppo.Config)
     ("options", "message"),
     [
         ({"variants": Variants()}, "golds"),
-        ({"variants": Variants(), "reward": ("length()",), "combine_rewards": "min"}, "give --dimensions"),
-        ({"option_weights": ("long=1",)}, "give weights to weighted"),
-        ({"option_weights": ("long",), "combine_rewards": "weighted"}, "write them as P1A=0.5"),
+        ({"variants": Variants(), "reward": ("length()",), "combine_rewards": ("min",)}, "give --dimensions"),
+        ({"combine_rewards": ("long",)}, "weights as P1A=0.5"),
         ({"reward": ("long=a", "b")}, "ID=FOLDER for every option"),
     ],
 )

@@ -159,7 +159,7 @@ def reward_jobs(world: dict[str, Path], model: Path) -> dict[str, list[object]]:
             *("ppo", "--model", policy, "--prompts", prompts, "--steps", 1, *draws),
             *("--reward", f"noisy(gold={f'reward_model(path={str(model)!r})'!r}, sd=0.1)"),
         ],
-        "online --silver": [
+        "online --annotator": [
             *(
                 "online",
                 "--model",
@@ -174,7 +174,7 @@ def reward_jobs(world: dict[str, Path], model: Path) -> dict[str, list[object]]:
                 2,
                 *draws,
             ),
-            *("--silver", f"reward(path={str(model)!r})"),
+            *("--annotator", f"reward(path={str(model)!r})"),
         ],
     }
 

@@ -355,9 +355,9 @@ def test_whatever_a_spec_string_names_is_read(reward_run: Path, tiny: Path, pair
     several = f'weighted_sum(golds=["{gold}", "length()"], weights=[1.0, 0.1])'
     online = ("online", "--prompts", pairs, "--judge")
     judge = "bradley_terry(gold='length()')"
-    assert str(reward_run) in reads(*online, judge, "--model", tiny, "--silver", f"reward(path='{reward_run}')")
+    assert str(reward_run) in reads(*online, judge, "--model", tiny, "--annotator", f"reward(path='{reward_run}')")
     assert str(reward_run) in reads(*online, f'bradley_terry(gold="{gold}")', "--model", tiny)
-    assert str(tiny) in reads(*online, judge, "--model", reward_run, "--silver", f"implicit(path='{tiny}')")
+    assert str(tiny) in reads(*online, judge, "--model", reward_run, "--annotator", f"implicit(path='{tiny}')")
     assert str(reward_run) in reads("label", "--candidates", candidates, "--gold", several)
     ppo = ("ppo", "--model", tiny, "--prompts", pairs, "--reward")
     assert str(reward_run) in reads(*ppo, reward_run)

@@ -40,30 +40,35 @@ DPO |= {
     "lora recomputed": ("--lora", "lora(r=4)", "--gradient-checkpointing"),
     "measured": (
         *("--eval-prompts", "{demos}", "--gold", "length()", "--max-new-tokens", "8"),
-        *("--rewards", "{reward}", "--eval-exact"),
+        *("--rewards", "{reward}"),
     ),
 }
 ONLINE = {
     "plain": (),
     "previous": ("--ref", "previous"),
-    "mixed": ("--sampler", "mixed()", "--eval-exact"),
+    "mixed": ("--sampler", "mixed()"),
     "lora": ("--sampler", "hybrid()", "--lora", "lora(r=4)", "--gradient-checkpointing"),
-    "top": ("--train-top", "1"),
-    "live": ("--silver", "reward(path='{reward}',precision='bfloat16')", "--gold-budget", "8", "--rewards", "{reward}"),
-    "implicit": ("--silver", "implicit(precision='bfloat16')", "--gold-budget", "8"),
-    "self_reward": ("--silver", "self_reward()", "--gold-budget", "8"),
+    "live": (
+        "--annotator",
+        "reward(path='{reward}',precision='bfloat16')",
+        "--gold-budget",
+        "8",
+        "--rewards",
+        "{reward}",
+    ),
+    "implicit": ("--annotator", "implicit(precision='bfloat16')", "--gold-budget", "8"),
+    "self_reward": ("--annotator", "self_reward()", "--gold-budget", "8"),
 }
 PPO = {
     "shared": (),
     "detached": ("--value", "detached"),
     "own critic": ("--value", "{tiny}"),
     "reward critic": ("--value", "{reward}", "--value-top", "1"),
-    "lora critic": ("--value", "{tiny}", "--value-lora-rank", "4"),
-    "top": ("--train-top", "1"),
+    "lora critic": ("--value", "model(path='{tiny}',lora='lora(r=4)')"),
     "lora": ("--lora", "lora(r=4)", "--gradient-checkpointing"),
     "rloo": ("--method", "rloo"),
-    "group": ("--method", "group", "--gradient-checkpointing"),
-    "reinforce": ("--method", "reinforce", "--eval-exact"),
+    "group": ("--advantage", "grpo()", "--gradient-checkpointing"),
+    "reinforce": ("--advantage", "reinforce()"),
     "reward": ("--reward", "{reward}", "--rewards", "{reward}"),
 }
 
@@ -182,7 +187,7 @@ def test_ppo(places: dict[str, Path], tmp_path: Path, name: str) -> None:
         ("reward", ("--save-steps", "1")),
         ("dpo", ("--save-steps", "1", "--lora", "lora(r=4)", "--gradient-checkpointing")),
         ("online", ()),
-        ("ppo", ("--value", "{tiny}", "--value-lora-rank", "4")),
+        ("ppo", ("--value", "model(path='{tiny}',lora='lora(r=4)')")),
     ],
 )
 def test_a_stopped_run_goes_on_exactly(
