@@ -51,7 +51,7 @@ WAYS: dict[str, list[str]] = {
     "online": ["online", "--model", "{tiny}", "--prompts", "{demos}", *JUDGE, "--rounds", "2", "--lr", "1e-3"],
     "live_reward": [
         *("online", "--model", "{tiny}", "--prompts", "{demos}", *JUDGE, "--rounds", "2", "--lr", "1e-3"),
-        *("--silver", "reward(path='{reward}')", "--gold-budget", "24", *MEASURE, *EIGHT),
+        *("--annotator", "reward(path='{reward}')", "--gold-budget", "24", *MEASURE, *EIGHT),
     ],
     "ppo": [
         *("ppo", "--model", "{tiny}", "--prompts", "{demos}", "--reward", "{reward}", "--steps", "3"),

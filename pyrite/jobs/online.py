@@ -217,7 +217,10 @@ def _parts(config: Config, asking: GoldLimits) -> Parts:
     if judge.own and not asking.counted:  # one that cannot judge is refused now, unless a try has a price
         judges.check_verdicts(judge(["Say hi."] * 2, ["hi", "hello"], ["hello", "hi"]), 2, name=config.judge)
     silver: Any = specs.part(config.annotator, annotators).function if config.annotator else None
-    rules: Any = specs.part(config.pairing, annotators.PAIRINGS).function
+    try:
+        rules: Any = specs.part(config.pairing, annotators.PAIRINGS).function
+    except ValueError as error:
+        raise ValueError(f"--pairing {config.pairing}: {error}") from None
     try:
         samplers.check_decodable(sampler)
     except ValueError as error:
