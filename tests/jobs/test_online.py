@@ -116,7 +116,7 @@ def test_adapters_alone_are_trained_and_switched_off_for_the_reference(config: o
     assert math.isfinite(found["last"]["kl_k1"])
 
 
-@pytest.mark.parametrize("change", [{}, {"restart": False, "loss": "bco(delta=None)"}, {"ref": "previous"}])
+@pytest.mark.parametrize("change", [{}, {"reset_optimizer": False, "loss": "bco(delta=None)"}, {"ref": "previous"}])
 def test_a_cut_run_goes_on_exactly(config: online.Config, monkeypatch: pytest.MonkeyPatch, change: dict) -> None:
     config = replace(config, rounds=5, measure_every=2, sampler="mixed(on_policy=0.5)", **change)
     whole = online.run(replace(config, out=config.out.with_name("whole"))).folder
