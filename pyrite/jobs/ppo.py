@@ -126,7 +126,11 @@ def inputs(config: Config) -> dict[str, str | Path]:
     """What the job reads."""
     found: dict[str, str | Path] = {"model": config.model, "prompts": config.prompts, **config.evaluation.inputs()}
     found |= config.variants.inputs()
-    path = _part(config, "value", VALUES).path if _part(config, "advantage", ADVANTAGES).method == "gae" else None
+    path = (
+        _part("value", config.value, VALUES).path
+        if _part("advantage", config.advantage, ADVANTAGES).method == "gae"
+        else None
+    )
     folders = [folder for _, name in map(_weighed, config.reward) for _, folder in [_owned(name)]]
     found |= {"value": path} if path else {}
     return found | {f"reward {i}": folder for i, folder in enumerate(folders) if Path(folder).exists()}
@@ -237,7 +241,7 @@ def _check_start(players: Players, drawn: Rollouts) -> None:
 
 def _shaped(drawn: Rollouts, state: State, config: Config) -> tuple[Tensor, dict[str, float]]:
     """Token rewards (N, T): the score at the end, the price of KL on the way. And what --reward-clip cut."""
-    scaling, scores = _part(config, "reward_scaling", SCALINGS), drawn.scores.total
+    scaling, scores = _part("reward-scaling", config.reward_scaling, SCALINGS), drawn.scores.total
     state.see("scores", scores)
     if scaling.running:
         scores = normalized(scores, state.scores)
@@ -249,7 +253,7 @@ def _shaped(drawn: Rollouts, state: State, config: Config) -> tuple[Tensor, dict
         drawn.ref.tokens,
         drawn.mask,
         beta=state.beta.item(),
-        kl=_part(config, "kl", KLS).estimator,
+        kl=_part("kl", config.kl, KLS).estimator,
         finished=drawn.finished,
         missing_eos=config.missing_eos_penalty,
         clip=scaling.clip,
@@ -261,7 +265,7 @@ def _advantages(drawn: Rollouts, shaped: Tensor, state: State, config: Config) -
     """Against the critic, the prompt's other answers, or the mean of earlier batches."""
     before = state.see("returns", shaped.sum(1))
     baseline = before.mean if before.count else None
-    by = _part(config, "advantage", ADVANTAGES)
+    by = _part("advantage", config.advantage, ADVANTAGES)
     made = estimates(drawn, shaped, method=by.method, gamma=by.gamma, lam=by.lam, baseline=baseline)
     return made._replace(advantages=whiten(made.advantages, drawn.mask)) if by.whiten else made
 
@@ -383,15 +387,14 @@ KLS = {one.__name__: one for one in (k1, k3, none)}
 SCALINGS = {one.__name__: one for one in (fixed, running)}
 
 
-def _part(config: Config, name: str, known: Mapping[str, Callable[..., Any]]) -> Any:
+def _part(name: str, spec: str, known: Mapping[str, Callable[..., Any]]) -> Any:
     """What an option's spec string makes."""
-    spec = getattr(config, name)
     if name == "value" and not re.match(rf"\s*({'|'.join(known)})\s*(\(|$)", spec):
         spec = f"model(path={spec!r})"  # a folder or Hub name
     try:
         return specs.part(spec, known).function
     except ValueError as error:
-        raise ValueError(f"--{name.replace('_', '-')} {spec}: {error}") from None
+        raise ValueError(f"--{name} {spec}: {error}") from None
 
 
 # Options ----------------------------------------------------------------------------------------------------------
@@ -404,19 +407,23 @@ def _checked(config: Config) -> KLControl:
     names = [name for _, name in _each(config.reward)]
     if twice := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"--reward names {twice[0]} more than once; give each reward once, with its weight")
-    method, kl = _part(config, "advantage", ADVANTAGES).method, _part(config, "kl", KLS)
+    method, kl = _part("advantage", config.advantage, ADVANTAGES).method, _part("kl", config.kl, KLS)
     if method in ("rloo", "group") and config.k < 2:
         raise ValueError(f"--advantage {config.advantage} compares the answers to a prompt: give --k 2 or more")
-    _part(config, "value", VALUES)
+    _part("value", config.value, VALUES)
     if method != "gae" and config.value != Config.value:
         raise ValueError(f"--advantage {config.advantage} has no critic: leave --value out")
-    _part(config, "reward_scaling", SCALINGS)
+    _part("reward-scaling", config.reward_scaling, SCALINGS)
     return KLControl(config.beta, kl.target, kl.horizon)
 
 
 def _learners(policy: Policy, config: Config) -> Learners:
     """Who learns, as the options say."""
-    critic = _part(config, "value", VALUES) if _part(config, "advantage", ADVANTAGES).method == "gae" else None
+    critic = (
+        _part("value", config.value, VALUES)
+        if _part("advantage", config.advantage, ADVANTAGES).method == "gae"
+        else None
+    )
     return Learners.make(policy, config.training, critic, steps=config.steps, clip=config.cliprange, seed=config.seed)
 
 
