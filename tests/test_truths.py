@@ -119,7 +119,7 @@ def test_when_it_is_due() -> None:
         ({"gold_every": 0}, "--gold-every 0: give at least 1"),
         ({"gold_prompts": 1}, "--gold-prompts 1: give at least 2"),
         ({"gold_batch": 0}, "--gold-batch 0"),
-        ({"gold_max_cost": 3.0}, "give --gold-cost"),
+        ({"gold_max_cost": 3.0}, "give cost"),
         ({"gold_budget": -1}, "at least 0"),
     ],
 )

@@ -66,7 +66,7 @@ PPO = {
     "reward critic": ("--value", "{reward}", "--value-top", "1"),
     "lora critic": ("--value", "model(path='{tiny}',lora='lora(r=4)')"),
     "lora": ("--lora", "lora(r=4)", "--gradient-checkpointing"),
-    "rloo": ("--method", "rloo"),
+    "rloo": ("--advantage", "rloo()"),
     "group": ("--advantage", "grpo()", "--gradient-checkpointing"),
     "reinforce": ("--advantage", "reinforce()"),
     "reward": ("--reward", "{reward}", "--rewards", "{reward}"),
@@ -224,10 +224,10 @@ def test_a_model_stored_in_half_is_trained_in_float32(places: dict[str, Path], t
     for name in ("half", "same"):
         assert Policy.load(tmp_path / name).model.dtype == torch.float32
         here = {**places, "tiny": tmp_path / name}
-        rows[name] = run("dpo", here, tmp_path / f"run {name}", "--ref-cache", str(tmp_path / name), "--lr", "1e-6")
-        assert changed(tmp_path / name, tmp_path / f"run {name}" / "model")
+        rows[name] = run("dpo", here, tmp_path / f"run {name}" / "dpo", "--lr", "1e-6")
+        assert changed(tmp_path / name, tmp_path / f"run {name}" / "dpo" / "model")
     assert rows["half"] == rows["same"]
-    assert read_json(tmp_path / "run half" / "model" / "config.json")["dtype"] == "float32"
+    assert read_json(tmp_path / "run half" / "dpo" / "model" / "config.json")["dtype"] == "float32"
 
 
 def test_a_reference_of_the_policy_in_another_precision_is_refused(places: dict[str, Path], tmp_path: Path) -> None:

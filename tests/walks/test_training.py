@@ -112,7 +112,7 @@ def test_ppo_and_online_count_theirs(tiny: Path, demos: Path, tmp_path: Path, mo
 
 
 def test_dpo_at_its_default_rate_says_that_nothing_moved(tiny: Path, pairs: Path, tmp_path: Path) -> None:
-    given = ("dpo", "--model", tiny, "--data", pairs, "--ref-cache", tmp_path / "refs")
+    given = ("dpo", "--model", tiny, "--data", pairs)
     said = done(*given, "--out", tmp_path / "still")
     assert "hardly moved" in said
     assert "--lr was 1e-06" in said
@@ -202,7 +202,7 @@ def noisy(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 def test_preference_losses_learn_without_dropout(noisy: Path, pairs: Path, tmp_path: Path) -> None:
     """Policy and reference are read alike, so the first loss is ln 2."""
-    given = ("dpo", "--model", noisy, "--data", pairs, *QUICK, "--lr", "1e-3", "--ref-cache", tmp_path / "refs")
+    given = ("dpo", "--model", noisy, "--data", pairs, *QUICK, "--lr", "1e-3")
     said = done(*given, "--out", tmp_path / "none")
     assert said.count("dropout of 0.1") == 1
     first = read_metrics(tmp_path / "none")[1]
