@@ -1,1 +1,86 @@
-"""One file, one job: a config and `run(config) -> Run`, read top to bottom like the paper's algorithm."""
+"""Jobs: one file, one job, each a command `pyrite JOB` and a function `pyrite.JOB(...)`."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import tempfile
+from collections.abc import Callable
+from dataclasses import MISSING, fields, is_dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_type_hints
+
+if TYPE_CHECKING:  # the command line lists jobs before it loads anything
+    from pyrite.core.runs import Run
+
+
+@cache
+def function(job: str) -> Callable[..., Run]:
+    """A job as a function of its options; models, rows, scorers and losses may be objects in place of paths and specs.
+
+    A model that is given as an object is trained in place. Without `out` the run's folder is a new temporary one.
+    """
+    from pyrite.core import given, runs
+
+    module = importlib.import_module(f"pyrite.jobs.{job}")
+    options = _options(module.Config)
+
+    def run(*args: Any, **values: Any) -> Run:
+        bound = signature.bind(*args, **values).arguments
+        bound.setdefault("out", tempfile.mkdtemp(prefix=f"pyrite-{job}-"))
+        with given.objects():
+            return module.run(_made(module.Config, {name: _plain(value, given.name) for name, value in bound.items()}))
+
+    required = [name for name, (_, default) in options.items() if default is MISSING and name != "out"]
+    kinds = inspect.Parameter
+    signature = inspect.Signature(
+        [kinds(name, kinds.POSITIONAL_OR_KEYWORD, annotation=options[name][0]) for name in required]
+        + [
+            kinds(name, kinds.KEYWORD_ONLY, annotation=hint, default=None if default is MISSING else default)
+            for name, (hint, default) in options.items()
+            if name not in required
+        ],
+        return_annotation=runs.Run,
+    )
+    run.__name__ = run.__qualname__ = job
+    run.__doc__ = f"{module.__doc__}\n\n{inspect.getdoc(function)}\nOptions: `pyrite {job} --help-all`."
+    run.__module__ = module.__name__
+    run.__annotations__ = {name: hint for name, (hint, _) in options.items()} | {"return": runs.Run}
+    run.__signature__ = signature  # type: ignore[attr-defined]
+    return run
+
+
+def _options(schema: Any) -> dict[str, tuple[Any, Any]]:
+    """Every option by name, groups opened: its type and its default, MISSING if it is required."""
+    found, hints = dict[str, tuple[Any, Any]](), get_type_hints(schema, include_extras=True)
+    for field in fields(schema):
+        default = field.default_factory() if field.default_factory is not MISSING else field.default
+        if is_dataclass(default):
+            inner = _options(type(default))
+            found |= {name: (hint, getattr(default, name)) for name, (hint, _) in inner.items()}
+        else:
+            found[field.name] = hints[field.name], default
+    return found
+
+
+def _made(schema: Any, values: dict[str, Any]) -> Any:
+    """The config with these options, wherever their groups are."""
+    made = {}
+    for field in fields(schema):
+        default = field.default_factory() if field.default_factory is not MISSING else field.default
+        if is_dataclass(default):
+            own = {one: values[one] for one in _options(type(default)) if one in values}
+            made[field.name] = type(default)(**{**vars(default), **own})
+        elif field.name in values:
+            made[field.name] = values[field.name]
+    return schema(**made)
+
+
+def _plain(value: Any, name: Callable[[Any], str]) -> Any:
+    """Objects by their names; everything else as it is."""
+    if value is None or isinstance(value, str | int | float | Path):
+        return value
+    if isinstance(value, list | tuple) and not (value and isinstance(value[0], dict)):
+        return type(value)(_plain(one, name) for one in value)
+    return name(value)
