@@ -1,7 +1,7 @@
 """Objects in place of paths and spec strings: what jobs called from Python are given.
 
-An object has a name, "given:" with its kind and a hash of its content, which stands in config.json where a path would.
-The same object gives the same name, so a run goes on after a stop if it is called again with the same objects.
+Models and rows are written to a folder named by their content, so that the same objects give the same run, which goes
+on after a stop. A function keeps its place in memory under a name with the hash of its source.
 """
 
 from __future__ import annotations
@@ -9,59 +9,59 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+from pyrite.core.runs import fingerprint
+
 PREFIX = "given:"
-_objects: dict[str, Any] = {}
+_functions: dict[str, Callable[..., Any]] = {}
 
 
-@contextmanager
-def objects() -> Iterator[None]:
-    """Within this block names given by `name` are known; a job runs in it."""
-    before = dict(_objects)
-    try:
-        yield
-    finally:
-        _objects.clear()
-        _objects.update(before)
+def spec(thing: Any) -> str:
+    """The path or the name that stands for an object in a job's options.
 
-
-def name(thing: Any) -> str:
-    """The name of an object from here on. Raises ValueError for one that jobs cannot be given."""
-    found = f"{PREFIX}{_kind(thing)}-{_digest(thing)[:12]}"
-    _objects[found] = thing
-    return found
-
-
-def get(spec: object) -> Any | None:
-    """The object of a name, None if it is a path or a spec string."""
-    return _objects.get(spec) if isinstance(spec, str) else None
-
-
-def digest(spec: object) -> str | None:
-    """The hash of a named object's content."""
-    return spec.rpartition("-")[2] if isinstance(spec, str) and spec in _objects else None
-
-
-def _kind(thing: Any) -> str:
-    return "rows" if isinstance(thing, list) else getattr(thing, "__name__", type(thing).__name__).lower()
-
-
-def _digest(thing: Any) -> str:
+    thing: a model, anything with `save(folder)`; rows, a list of dictionaries; or a function, such as a loss or a
+    scorer. Raises ValueError for anything else.
+    """
     if isinstance(thing, list):
-        return hashlib.sha256(json.dumps(thing, sort_keys=True, default=str).encode()).hexdigest()
-    if callable(getattr(thing, "digest", None)):
-        return thing.digest()
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in thing)
+        path = _folder() / f"rows-{hashlib.sha256(text.encode()).hexdigest()[:16]}.jsonl"
+        path.write_text(text)
+        return str(path)
+    if callable(getattr(thing, "save", None)):
+        draft = Path(tempfile.mkdtemp(dir=_folder()))
+        thing.save(draft)
+        path = _folder() / f"{type(thing).__name__.lower()}-{fingerprint(draft)}"
+        shutil.rmtree(draft) if path.exists() else draft.rename(path)
+        return str(path)
     if callable(thing):
-        return hashlib.sha256(_source(thing).encode()).hexdigest()
-    raise ValueError(f"a job cannot be given a {type(thing).__name__}: give a model, rows, a function, or a path")
+        name = getattr(getattr(thing, "func", thing), "__name__", type(thing).__name__)
+        key = f"{PREFIX}{name}-{hashlib.sha256(_source(thing).encode()).hexdigest()[:16]}"
+        _functions[key] = thing
+        return key
+    raise ValueError(f"a job cannot be given a {type(thing).__name__}: give a model, rows, a function or a path")
 
 
-def _source(function: Any) -> str:
+def function(name: str) -> Callable[..., Any]:
+    """The function of a name. Raises ValueError for one that was given to another process."""
+    if name not in _functions:
+        raise ValueError(f"{name} was a function in the memory of another process: give it again")
+    return _functions[name]
+
+
+def _folder() -> Path:
+    folder = Path(tempfile.gettempdir()) / "pyrite-given"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    return folder
+
+
+def _source(thing: Any) -> str:
     """What a function does: its source and its options."""
-    inner, options = getattr(function, "func", function), getattr(function, "keywords", {})
+    inner, options = getattr(thing, "func", thing), getattr(thing, "keywords", {})
     try:
         text = inspect.getsource(inspect.unwrap(inner))
     except (OSError, TypeError):

@@ -52,6 +52,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyrite.core import given
 from pyrite.math import ranges, seeds
 from pyrite.math.losses.needs import toy_pairs
 
@@ -513,6 +514,8 @@ def part(spec: str, registry: Registry) -> ReadyPart:
     >>> part("dpo(beta=0.3)", pyrite.math.losses)
     dpo(beta=0.3)
     """
+    if spec.startswith(given.PREFIX):
+        return _given(spec, registry)
     match = _SPEC.fullmatch(spec)
     if match is None:
         raise ValueError(f"cannot read {spec!r}: {_EXAMPLE}")
@@ -533,6 +536,16 @@ def part(spec: str, registry: Registry) -> ReadyPart:
         return ReadyPart(name, options, made, where)
     own = Own.of(where, name, function)
     return ReadyPart(name, options, held(own, lambda: _ready(function, options), registry), where)
+
+
+def _given(spec: str, registry: Registry) -> Part:
+    """The part of a function that a job was given as an object; one's own is held to the contract of its kind."""
+    function = given.function(spec)
+    inner = getattr(function, "func", function)
+    if getattr(inner, "__module__", "").partition(".")[0] == "pyrite":
+        return Part(inner.__name__, getattr(function, "keywords", {}), function)
+    name = spec.removeprefix(given.PREFIX)
+    return Part(name, {}, held(Own.of("", name, function), lambda: function, registry), given.PREFIX)
 
 
 def members(registry: Registry) -> list[Member]:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # the command line lists jobs before it loads anything
 def function(job: str) -> Callable[..., Run]:
     """A job as a function of its options; models, rows, scorers and losses may be objects in place of paths and specs.
 
-    A model that is given as an object is trained in place. Without `out` the run's folder is a new temporary one.
+    What is given stays as it is: a trained model is in the run's folder, a new temporary one if there is no `out`.
     """
     from pyrite.core import given, runs
 
@@ -29,8 +29,7 @@ def function(job: str) -> Callable[..., Run]:
     def run(*args: Any, **values: Any) -> Run:
         bound = signature.bind(*args, **values).arguments
         bound.setdefault("out", tempfile.mkdtemp(prefix=f"pyrite-{job}-"))
-        with given.objects():
-            return module.run(_made(module.Config, {name: _plain(value, given.name) for name, value in bound.items()}))
+        return module.run(_made(module.Config, {name: _plain(value, given.spec) for name, value in bound.items()}))
 
     required = [name for name, (_, default) in options.items() if default is MISSING and name != "out"]
     kinds = inspect.Parameter
@@ -77,10 +76,10 @@ def _made(schema: Any, values: dict[str, Any]) -> Any:
     return schema(**made)
 
 
-def _plain(value: Any, name: Callable[[Any], str]) -> Any:
-    """Objects by their names; everything else as it is."""
+def _plain(value: Any, spec: Callable[[Any], str]) -> Any:
+    """Objects by the paths and names that stand for them; everything else as it is."""
     if value is None or isinstance(value, str | int | float | Path):
         return value
     if isinstance(value, list | tuple) and not (value and isinstance(value[0], dict)):
-        return type(value)(_plain(one, name) for one in value)
-    return name(value)
+        return type(value)(_plain(one, spec) for one in value)
+    return spec(value)
