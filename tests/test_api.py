@@ -1,0 +1,105 @@
+"""The public names: documented, typed, loaded without torch; the lines a notebook starts with run as they stand."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+import pyrite
+
+NAMES = [name for name in pyrite.__all__ if name != "__version__"]
+JOBS = ("sft", "generate", "label", "reward", "dpo", "online", "ppo", "evaluate")
+
+
+def test_about_25_names() -> None:
+    assert 20 <= len(NAMES) <= 30
+    assert set(NAMES) <= set(dir(pyrite))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_is_documented_and_typed(name: str) -> None:
+    thing = getattr(pyrite, name)
+    assert inspect.getdoc(thing)
+    if inspect.isfunction(thing):
+        signature = inspect.signature(thing)
+        assert signature.return_annotation is not inspect.Signature.empty
+        assert all(one.annotation is not inspect.Parameter.empty for one in signature.parameters.values())
+
+
+def test_an_unknown_name_is_refused_with_the_nearest() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'Polcy'; did you mean 'Policy'"):
+        pyrite.Polcy  # noqa: B018
+
+
+def test_importing_loads_no_torch() -> None:
+    code = "import sys, pyrite; assert pyrite.__version__; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_first_lines_of_a_notebook(tiny: Path, demos: Path, pairs: Path, tmp_path: Path) -> None:
+    rewards_run = pyrite.reward(str(tiny), str(pairs), members=2, epochs=1, out=tmp_path / "reward")
+    prompts = [row["prompt"] for row in pyrite.load(demos, "prompts")]
+
+    policy = pyrite.Policy.load(tiny, dtype="float32")
+    base = pyrite.Policy.load(tiny)
+    rewards = pyrite.RewardEnsemble.load(rewards_run.folder)
+    gold = pyrite.scorer("length()")
+    answers = policy.sample(prompts, k=16, seed=0, max_new_tokens=20)
+    curve = pyrite.best_of_n(
+        rewards.score(answers).mean(0).view(-1, 16), gold(answers).view(-1, 16), torch.tensor([1, 4, 16])
+    )
+    found = pyrite.evaluate(policy, prompts, gold=gold, proxy=rewards, ref=base, max_new_tokens=20)
+    run = pyrite.dpo(policy, pyrite.load(pairs, "pairs"), loss=pyrite.losses.simpo(beta=2.0), out=tmp_path / "dpo")
+
+    assert len(answers) == 16 * len(prompts) and curve.shape == (3, len(prompts))
+    assert (curve[0] <= curve[2] + 1e9).all()
+    assert {"gold", "proxy", "kl_k1"} <= found.results.keys() | set(found.results.get("means", {}))
+    assert json.loads((run.folder / "config.json").read_text())["loss"].startswith("given:simpo")
+    assert (run.folder / "model" / "model.safetensors").exists()
+
+
+def test_ten_lines_of_an_own_training_loop(tiny: Path, pairs: Path) -> None:
+    policy = pyrite.Policy.load(tiny)
+    prefs = pyrite.preferences(policy, pyrite.load(pairs, "pairs"), ref=policy)
+    optimizer, losses = torch.optim.AdamW(policy.parameters(), lr=1e-2), []
+    for batch in prefs.batches(16, epochs=3, seed=0):
+        loss = pyrite.losses.dpo(pyrite.pair_logps(policy, batch), beta=0.1).mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+
+    assert losses[0] == pytest.approx(0.693147, abs=1e-5) and losses[-1] < 0.6
+
+
+def test_objects_and_paths_give_equal_runs(tiny: Path, pairs: Path, tmp_path: Path) -> None:
+    options = {"epochs": 1, "batch_size": 16, "lr": 1e-3}
+    by_path = pyrite.dpo(str(tiny), str(pairs), loss="ipo(tau=0.5)", out=tmp_path / "paths", **options)
+    policy, rows = pyrite.Policy.load(tiny), pyrite.load(pairs, "pairs")
+    given = pyrite.dpo(policy, rows, loss=pyrite.losses.ipo(tau=0.5), out=tmp_path / "objects", **options)
+    assert given.results["last"] == by_path.results["last"]
+    again = pyrite.dpo(policy, rows, loss=pyrite.losses.ipo(tau=0.5), out=tmp_path / "objects", **options)
+    assert again.done
+
+
+def test_own_functions_are_held_to_their_contract(tiny: Path, pairs: Path) -> None:
+    def mine(pair: pyrite.PairLogps) -> torch.Tensor:
+        return pair.chosen.sum.mean()
+
+    with pytest.raises(ValueError, match="one value a pair"):
+        pyrite.dpo(str(tiny), str(pairs), loss=mine)
+
+
+def test_a_scorer_of_ones_own(tiny: Path) -> None:
+    def cats(prompts: Sequence[str], responses: Sequence[str]) -> list[int]:
+        return [response.count("cat") for response in responses]
+
+    answers = pyrite.Policy.load(tiny).sample(["tell me about the cat"], k=3, max_new_tokens=8)
+    assert pyrite.scorer(cats)(answers).tolist() == [text.count("cat") for text in answers.texts]
