@@ -48,11 +48,15 @@ def modules() -> dict[str, Path]:
 
 @cache
 def imports() -> Graph:
-    """What every module imports, anywhere in its file: modules of the package and the roots of others."""
+    """What every module imports, anywhere in its file but for type checkers: modules of the package, and others."""
     graph: Graph = {}
     for name, path in modules().items():
         found: set[str] = set()
-        for node in ast.walk(ast.parse(path.read_text())):
+        tree = ast.parse(path.read_text())
+        tree.body = [
+            one for one in tree.body if not (isinstance(one, ast.If) and ast.unparse(one.test) == "TYPE_CHECKING")
+        ]
+        for node in ast.walk(tree):
             if isinstance(node, ast.Import):
                 found |= {alias.name for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.module:
