@@ -24,9 +24,13 @@ _functions: dict[str, Callable[..., Any]] = {}
 def spec(thing: Any) -> str:
     """The path or the name that stands for an object in a job's options.
 
-    thing: a model, anything with `save(folder)`; rows, a list of dictionaries; or a function, such as a loss or a
+    thing: a model, anything with `save(folder)`; rows, a list of dictionaries or of prompts; or a function, such as a loss or a
     scorer. Raises ValueError for anything else.
     """
+    if isinstance(known := getattr(thing, "spec", None), str):
+        return known
+    if isinstance(thing, list) and all(isinstance(row, str) for row in thing):
+        thing = [{"prompt_id": str(i), "prompt": prompt} for i, prompt in enumerate(thing)]
     if isinstance(thing, list):
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in thing)
         path = _folder() / f"rows-{hashlib.sha256(text.encode()).hexdigest()[:16]}.jsonl"
@@ -60,10 +64,12 @@ def _folder() -> Path:
 
 
 def _source(thing: Any) -> str:
-    """What a function does: its source and its options."""
+    """What a function does: its source, its options and what it holds."""
     inner, options = getattr(thing, "func", thing), getattr(thing, "keywords", {})
     try:
         text = inspect.getsource(inspect.unwrap(inner))
     except (OSError, TypeError):
         text = repr(inner)
-    return f"{text}{sorted(options.items())}"
+    holds = [repr(cell.cell_contents) for cell in getattr(inner, "__closure__", None) or ()]
+    defaults = getattr(inner, "__defaults__", None), getattr(inner, "__kwdefaults__", None)
+    return f"{text}{sorted(options.items())}{holds}{defaults}"

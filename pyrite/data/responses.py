@@ -100,6 +100,13 @@ class Responses:
             found.setdefault(p, []).append(i)
         return list(found.values())
 
+    def table(self, values: Tensor) -> Tensor:
+        """Values (N,) as a table (P, K), a row for each prompt. Raises ValueError if prompts have unequal numbers."""
+        groups = self.groups()
+        if len({len(group) for group in groups}) > 1:
+            raise ValueError("these prompts have unequal numbers of responses: values do not make a table")
+        return values[torch.tensor(groups, dtype=torch.int64)]
+
     def take(self, index: Sequence[int] | Tensor) -> Responses:
         """Some of the responses, by their indices; the prompts stay as they are."""
         at = torch.as_tensor(index, dtype=torch.int64)

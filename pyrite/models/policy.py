@@ -25,9 +25,9 @@ from transformers import (
 
 from pyrite.core.processes import once
 from pyrite.data.responses import Prompt, Responses
-from pyrite.data.text import PLAIN, Template, encode, remembering, stop_ids
+from pyrite.data.text import PLAIN, Template, decode, encode, encode_prompts, remembering, stop_ids
 from pyrite.math.logps import Logps
-from pyrite.models import forward
+from pyrite.models import forward, generation
 from pyrite.models.forward import (
     Ways,
     by_group,
@@ -177,6 +177,46 @@ class Policy(nn.Module):
         """Within this block its adapters, if it has any, do nothing."""
         with self.model.disable_adapter() if isinstance(self.model, PeftModel) else nullcontext():
             yield self
+
+    def sample(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        k: int = 1,
+        max_new_tokens: int = 256,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        seed: int = 0,
+    ) -> Responses:
+        """k responses to each prompt, a text or a conversation; they depend on the seed and the prompt's index alone.
+
+        Tokens are drawn from softmax(logits / temperature), cut to top_k, then to top_p; temperature 0 is greedy.
+        Raises ValueError for a prompt that leaves no room for max_new_tokens in the context.
+        """
+        ids = encode_prompts(self.tokenizer, prompts)
+        drawn = generation.sample(
+            backbone(self.model),
+            ids,
+            eos=self.stops,
+            k=k,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            seed=seed,
+        )
+        said, within = drawn.responses(), torch.arange(drawn.tokens.shape[1], device=drawn.length.device)
+        mask = within < drawn.length[:, None]
+        return Responses(
+            rows=[{"prompt_id": str(i), "prompt": prompt} for i, prompt in enumerate(prompts)],
+            prompt_ids=ids,
+            prompt=drawn.prompt.cpu(),
+            texts=decode(self.tokenizer, said),
+            ids=drawn.tokens[mask].cpu(),
+            lengths=drawn.length.cpu(),
+            finished=drawn.finished.cpu(),
+        )
 
     def frozen_copy(self) -> Policy:
         """The policy as it is now, for a reference: the weights it does not train are shared, the others copied.
@@ -396,9 +436,18 @@ class RewardEnsemble:
         self, prompts: Sequence[Prompt], responses: Sequence[str], *, finished: bool | Sequence[bool] = True
     ) -> Tensor:
         """Standardized scores (E, N) of texts."""
-        return self.score(Responses.said([{"prompt": prompt} for prompt in prompts], responses, finished=finished))
+        return self.standardized(
+            Responses.said([{"prompt": prompt} for prompt in prompts], responses, finished=finished)
+        )
 
     def score(self, said: Responses) -> Tensor:
+        """The members' mean standardized score, a row for each prompt and a column for each of its K answers, (P, K).
+
+        Raises ValueError if prompts have unequal numbers of answers.
+        """
+        return said.table(self.standardized(said).mean(0))
+
+    def standardized(self, said: Responses) -> Tensor:
         """Standardized scores (E, N)."""
         raw = self.raw(said)
         return torch.stack([(row - member.mean) / member.std for member, row in zip(self.members, raw, strict=True)])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -13,6 +13,7 @@ from pyrite.data import rows as data
 from pyrite.data import text
 from pyrite.data.responses import Responses
 from pyrite.math import logps as clamps
+from pyrite.math import seeds
 from pyrite.math import statistics as estimators
 from pyrite.math.logps import Logps, PairLogps, Running, update_running
 from pyrite.math.losses.needs import needs
@@ -74,6 +75,13 @@ class Preferences:
         ref = None if self.ref is None else self.ref.at(answers)
         return replace(made, ref=ref, dropped=self.dropped + lost)
 
+    def batches(self, size: int, *, epochs: int = 1, seed: int = 0) -> Iterator[Preferences]:
+        """Batches of `size` pairs, the last of an epoch possibly smaller, in a new order each epoch."""
+        for epoch in range(epochs):
+            g = seeds.generator(seed, "batches", epoch)
+            for some in torch.randperm(len(self), generator=g).split(size):
+                yield self.at(some.tolist())
+
     def zeros(self, *, tokens: bool) -> Logps:
         """The reference that gives every response the same log-probability, 0."""
         full = Logps.from_tokens(self.responses.split(torch.zeros(len(self.responses.ids))))
@@ -118,6 +126,26 @@ def encode_pairs(
     strength = None if any(value is None for value in strengths) else torch.tensor(strengths, dtype=torch.float32)
     chosen, rejected = torch.arange(len(read)).view(-1, 2).unbind(1)
     return Preferences(read, chosen, rejected, strength).without(_faults(read, on_cut=on_cut))
+
+
+def preferences(
+    policy: Policy, pairs: Sequence[dict[str, Any]], *, ref: Policy | None = None, max_length: int | None = None
+) -> Preferences:
+    """Pairs {prompt, chosen, rejected} as tokens of a policy, with log-probabilities under a reference if there is one.
+
+    ref: a policy with the same tokenizer; `policy` itself is the reference as it is now. max_length: longest prompt +
+    response in tokens, the model's context by default. Pairs that cannot teach are left out; `dropped` says why.
+    """
+    made = encode_pairs(policy.tokenizer, pairs, max_length=max_length or policy.context)
+    return made if ref is None else replace(made, ref=token_logps(ref, made.responses, made.groups))
+
+
+def pair_logps(policy: Policy, prefs: Preferences) -> PairLogps:
+    """Log-probabilities of pairs under the policy, token by token and with gradients, beside those of the reference."""
+    batch = policy.pack(prefs.responses, prefs.groups)
+    ours = by_response(policy(batch), batch, tokens=True)
+    strength = None if prefs.strength is None else prefs.strength.to(policy.device)
+    return PairLogps(*_sides(ours), *_ref_sides(prefs, policy.device), strength)
 
 
 def batch_loss(

@@ -5,6 +5,7 @@ response alone. The toy world's gold is `pyrite.recipes.toy:story_quality()`.
 """
 
 from pyrite.feedback.scorers.compose import noisy, truncated, weighted_sum, with_prompt
+from pyrite.feedback.scorers.compose import scorer as scorer
 from pyrite.feedback.scorers.neural import distillation, reward_model
 from pyrite.feedback.scorers.words import Scorer as Scorer
 from pyrite.feedback.scorers.words import check_scores as check_scores

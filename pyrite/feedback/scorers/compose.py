@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from pyrite.core import specs
+from pyrite.data.responses import Responses
+from pyrite.data.text import plain
 from pyrite.feedback.scorers.words import Scorer, check_rows, check_scores
 from pyrite.math.ranges import AnyText, Count, Natural, NonNegative, Real, require
 from pyrite.math.seeds import derive
@@ -74,6 +76,27 @@ def with_prompt(*, gold: str, separator: AnyText = " ") -> Scorer:
         whole = [prompt + separator + response for prompt, response in zip(prompts, responses, strict=True)]
         return scorer([""] * len(whole), whole)
 
+    return score
+
+
+def scorer(gold: str | Scorer) -> Callable[..., Tensor]:
+    """A gold that also reads a record of answers: score(answers) is a table (P, K), a row for each prompt.
+
+    gold: a spec string, or a function scorer(prompts, responses) of one's own. With lists of texts, score(prompts,
+    responses), it is that scorer: (N,). Raises ValueError for an unknown gold.
+    """
+    function = named(gold) if isinstance(gold, str) else gold
+
+    def score(prompts: Responses | list[str], responses: list[str] | None = None) -> Tensor:
+        if responses is not None:
+            return torch.as_tensor(function(prompts, responses))  # type: ignore[arg-type]
+        assert isinstance(prompts, Responses)
+        texts = [str(said) for said in prompts.texts]
+        found = check_scores(function([plain(one) for one in prompts.prompts], texts), len(texts), name=str(gold))
+        return prompts.table(found)
+
+    if isinstance(gold, str):
+        score.spec = gold  # type: ignore[attr-defined]
     return score
 
 
