@@ -52,14 +52,11 @@ def test_the_first_lines_of_a_notebook(tiny: Path, demos: Path, pairs: Path, tmp
     rewards = pyrite.RewardEnsemble.load(rewards_run.folder)
     gold = pyrite.scorer("length()")
     answers = policy.sample(prompts, k=16, seed=0, max_new_tokens=20)
-    curve = pyrite.best_of_n(
-        rewards.score(answers).mean(0).view(-1, 16), gold(answers).view(-1, 16), torch.tensor([1, 4, 16])
-    )
+    curve = pyrite.best_of_n(rewards.score(answers), gold(answers), n=[1, 4, 16])
     found = pyrite.evaluate(policy, prompts, gold=gold, proxy=rewards, ref=base, max_new_tokens=20)
     run = pyrite.dpo(policy, pyrite.load(pairs, "pairs"), loss=pyrite.losses.simpo(beta=2.0), out=tmp_path / "dpo")
 
     assert len(answers) == 16 * len(prompts) and curve.shape == (3, len(prompts))
-    assert (curve[0] <= curve[2] + 1e9).all()
     assert {"gold", "proxy", "kl_k1"} <= found.results.keys() | set(found.results.get("means", {}))
     assert json.loads((run.folder / "config.json").read_text())["loss"].startswith("given:simpo")
     assert (run.folder / "model" / "model.safetensors").exists()
@@ -102,4 +99,4 @@ def test_a_scorer_of_ones_own(tiny: Path) -> None:
         return [response.count("cat") for response in responses]
 
     answers = pyrite.Policy.load(tiny).sample(["tell me about the cat"], k=3, max_new_tokens=8)
-    assert pyrite.scorer(cats)(answers).tolist() == [text.count("cat") for text in answers.texts]
+    assert pyrite.scorer(cats)(answers)[0].tolist() == [text.count("cat") for text in answers.texts]

@@ -24,8 +24,8 @@ _functions: dict[str, Callable[..., Any]] = {}
 def spec(thing: Any) -> str:
     """The path or the name that stands for an object in a job's options.
 
-    thing: a model, anything with `save(folder)`; rows, a list of dictionaries or of prompts; or a function, such as a loss or a
-    scorer. Raises ValueError for anything else.
+    thing: a model, anything with `save(folder)`; rows, a list of dictionaries or of prompts; or a function, such
+    as a loss or a scorer. Raises ValueError for anything else.
     """
     if isinstance(known := getattr(thing, "spec", None), str):
         return known

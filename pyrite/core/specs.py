@@ -538,14 +538,14 @@ def part(spec: str, registry: Registry) -> ReadyPart:
     return ReadyPart(name, options, held(own, lambda: _ready(function, options), registry), where)
 
 
-def _given(spec: str, registry: Registry) -> Part:
+def _given(spec: str, registry: Registry) -> ReadyPart:
     """The part of a function that a job was given as an object; one's own is held to the contract of its kind."""
     function = given.function(spec)
     inner = getattr(function, "func", function)
     if getattr(inner, "__module__", "").partition(".")[0] == "pyrite":
-        return Part(inner.__name__, getattr(function, "keywords", {}), function)
+        return ReadyPart(inner.__name__, getattr(function, "keywords", {}), function)
     name = spec.removeprefix(given.PREFIX)
-    return Part(name, {}, held(Own.of("", name, function), lambda: function, registry), given.PREFIX)
+    return ReadyPart(name, {}, held(Own.of("", name, function), lambda: function, registry), given.PREFIX)
 
 
 def members(registry: Registry) -> list[Member]:
