@@ -312,7 +312,7 @@ def place(tiny: Path, tmp_path: Path) -> Path:
 LABEL = "label --candidates {place}/candidates.jsonl --out {place}/run --gold "
 REWARD = "reward --model {tiny} --data {place}/{} --out {place}/run"
 GOOD_REWARD = REWARD.replace("{}", "pairs.jsonl")
-BEST = "best_of_n --candidates {place}/candidates.jsonl --rewards {place}/rewards --out {place}/run"
+BEST = "best_of_n --candidates {place}/candidates.jsonl --proxy {place}/rewards --out {place}/run"
 BAD_INPUT = {
     "missing columns": (
         REWARD.replace("{}", "columns.jsonl"),

@@ -30,7 +30,7 @@ def test_the_three_numbers(asked: Evaluation, policy: Policy, tiny: Path, tmp_pa
     from dataclasses import replace
 
     RewardModel.load(tiny, head_seed=0).save(tmp_path / "rewards")
-    asked = replace(asked, rewards=str(tmp_path / "rewards"))
+    asked = replace(asked, proxy=str(tmp_path / "rewards"))
     answers = Evaluator.load(asked, policy, ref=str(tiny), seed=0)(policy)
     assert len(answers.rows) == 15
     assert all(len(value) == 15 for value in answers.values.values())

@@ -28,7 +28,7 @@ JUDGE = ["--judge", "bradley_terry(gold='length()')"]
 EIGHT = ["--batch-size", "8"]
 ONE = ["--logging-steps", "1", *EIGHT]
 NEW = ["--max-new-tokens", "40"]
-MEASURE = ["--eval-limit", "16", "--rewards", "{reward}", *GOLD, *NEW]
+MEASURE = ["--eval-limit", "16", "--proxy", "{reward}", *GOLD, *NEW]
 
 WAYS: dict[str, list[str]] = {
     "sft": ["sft", "--model", "{tiny}", "--data", "{demos}", "--lr", "1e-3", *ONE],
@@ -43,9 +43,9 @@ WAYS: dict[str, list[str]] = {
     ],
     "generate": ["generate", "--model", "{tiny}", "--prompts", "{demos}", "--k", "8", "--limit", "20", *NEW],
     "label": ["label", "--candidates", "{generate}/candidates.parquet", *GOLD],
-    "best_of_n": ["best_of_n", "--candidates", "{label}/candidates.parquet", "--rewards", "{reward}"],
+    "best_of_n": ["best_of_n", "--candidates", "{label}/candidates.parquet", "--proxy", "{reward}"],
     "evaluate": [
-        *("evaluate", "--model", "{dpo}/model", "--ref", "{tiny}", "--prompts", "{demos}", "--rewards", "{reward}"),
+        *("evaluate", "--model", "{dpo}/model", "--ref", "{tiny}", "--prompts", "{demos}", "--proxy", "{reward}"),
         *(*GOLD, *NEW),
     ],
     "online": ["online", "--model", "{tiny}", "--prompts", "{demos}", *JUDGE, "--rounds", "2", "--lr", "1e-3"],

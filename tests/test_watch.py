@@ -128,6 +128,6 @@ def test_a_peak_that_is_not_there_is_not_told() -> None:
 def test_a_stop_that_nothing_could_cause_is_refused() -> None:
     for gold, proxy in ((None, "runs/reward"), ("length()", None)):
         with pytest.raises(ValueError, match="--early-stopping-patience compares gold with a proxy"):
-            check_stopping(2, Evaluation(gold=gold, rewards=proxy))
-        check_stopping(None, Evaluation(gold=gold, rewards=proxy))
-    check_stopping(2, Evaluation(gold="length()", rewards="runs/reward"))
+            check_stopping(2, Evaluation(gold=gold, proxy=proxy))
+        check_stopping(None, Evaluation(gold=gold, proxy=proxy))
+    check_stopping(2, Evaluation(gold="length()", proxy="runs/reward"))

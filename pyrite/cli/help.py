@@ -46,7 +46,7 @@ Several values for an option that takes one make a sweep: one run for each combi
 --out. Results are JSON on standard output if that is no terminal; everything else goes to standard error."""
 EXAMPLES = {
     "bandit": "--samplers uniform mix_r mix_p --out runs/bandit",
-    "best_of_n": "--candidates runs/gold/candidates.parquet --rewards runs/reward --out runs/best_of_n",
+    "best_of_n": "--candidates runs/gold/candidates.parquet --proxy runs/reward --out runs/best_of_n",
     "dpo": "--model runs/sft/model --data pairs.jsonl --loss 'dpo(beta=0.1)' --out runs/dpo",
     "duel": "--answers a=runs/a/candidates.parquet b=runs/b/candidates.parquet --dimensions soups --out runs/duel",
     "evaluate": "--model runs/dpo/model --prompts prompts.jsonl --ref runs/sft/model --out runs/evaluate",
@@ -150,6 +150,7 @@ OLD_NAMES: dict[str, str] = {
     "--clip": "--max-grad-norm",
     "--floor": "--lr-scheduler-type, as in --lr-scheduler-type 'cosine(min_lr_ratio=0.1)'",
     "--log-every": "--logging-steps",
+    "--rewards": "--proxy",
     "--lora-alpha": "--lora, as in --lora 'lora(r=16, alpha=32)'",
     "--lora-dropout": "--lora, as in --lora 'lora(r=16, dropout=0.1)'",
     "--lora-rank": "--lora, as in --lora 'lora(r=16)'",

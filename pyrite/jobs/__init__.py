@@ -29,7 +29,9 @@ def function(job: str) -> Callable[..., Run]:
     def run(*args: Any, **values: Any) -> Run:
         bound = signature.bind(*args, **values).arguments
         bound.setdefault("out", tempfile.mkdtemp(prefix=f"pyrite-{job}-"))
-        return module.run(_made(module.Config, {name: _plain(value, given.spec) for name, value in bound.items()}))
+        return module.run(
+            _made(module.Config, {name: _plain(value, options[name][0], given.spec) for name, value in bound.items()})
+        )
 
     required = [name for name, (_, default) in options.items() if default is MISSING and name != "out"]
     kinds = inspect.Parameter
@@ -76,10 +78,10 @@ def _made(schema: Any, values: dict[str, Any]) -> Any:
     return schema(**made)
 
 
-def _plain(value: Any, spec: Callable[[Any], str]) -> Any:
+def _plain(value: Any, hint: Any, spec: Callable[[Any], str]) -> Any:
     """Objects by the paths and names that stand for them; everything else as it is."""
     if value is None or isinstance(value, str | int | float | Path):
         return value
-    if isinstance(value, list | tuple) and not (value and isinstance(value[0], dict)):
-        return type(value)(_plain(one, spec) for one in value)
+    if isinstance(value, list | tuple) and "tuple" in str(hint):
+        return tuple(_plain(one, str, spec) for one in value)
     return spec(value)

@@ -39,7 +39,7 @@ class Config:
 
     candidates: str
     """Candidates with a column `gold`, as `pyrite label` writes them."""
-    rewards: str
+    proxy: str
     """Folder of a reward run."""
     out: Path
     """Folder of the run, new or empty."""
@@ -56,7 +56,7 @@ class Config:
 
 def inputs(config: Config) -> dict[str, str | Path]:
     """What the job reads."""
-    return {"candidates": config.candidates, "rewards": config.rewards}
+    return {"candidates": config.candidates, "proxy": config.proxy}
 
 
 def run(config: Config) -> Run:
@@ -72,7 +72,7 @@ def run(config: Config) -> Run:
     cut = sum(not row["finished"] for row in rows)
     n = _counts(config.n, pool.shape[1])
     gold = _gold(rows, pool, config)
-    members = member_paths(config.rewards)
+    members = member_paths(config.proxy)
     for path in members:
         verify(AutoModelForSequenceClassification, path)
     run.open()

@@ -198,8 +198,8 @@ def _read(config: Config, loss: Loss) -> tuple[list[dict[str, Any]], list[dict[s
 
 def _evaluator(config: Config, policy: Policy) -> Evaluator | None:
     if config.evaluation.eval_prompts is None:
-        if config.evaluation.gold or config.evaluation.rewards:
-            raise ValueError("--gold and --rewards score answers to --eval-prompts: name that file too")
+        if config.evaluation.gold or config.evaluation.proxy:
+            raise ValueError("--gold and --proxy score answers to --eval-prompts: name that file too")
         return None
     return Evaluator.load(
         config.evaluation,

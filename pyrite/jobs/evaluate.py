@@ -54,7 +54,7 @@ class Config:
     """Folder of the run, new or empty."""
     gold: str | None = None
     """The scorer that plays the truth."""
-    rewards: str | None = None
+    proxy: str | None = None
     """Folder of a reward run: the proxy."""
     ensemble: str = "mean()"
     """How its members become one score."""
@@ -90,7 +90,7 @@ class Config:
 def inputs(config: Config) -> dict[str, str | Path]:
     """What the job reads."""
     named = {"model": config.model, "prompts": config.prompts, "ref": config.ref, "pairs": config.pairs}
-    return {name: path for name, path in {**named, "rewards": config.rewards}.items() if path}
+    return {name: path for name, path in {**named, "proxy": config.proxy}.items() if path}
 
 
 def run(config: Config) -> Run:
@@ -177,7 +177,7 @@ def _options(config: Config) -> Evaluation:
     return Evaluation(
         eval_prompts=config.prompts,
         gold=config.gold,
-        rewards=config.rewards,
+        proxy=config.proxy,
         eval_limit=config.limit,
         eval_k=config.k,
         max_new_tokens=config.max_new_tokens,

@@ -462,6 +462,11 @@ class RewardEnsemble:
             [score(group, group.members[0].encode(said, as_drawn=True), each="response") for group in groups]
         )
 
+    def save(self, folder: str | Path) -> None:
+        """Every member in a folder of its own, as `load` reads them."""
+        for i, member in enumerate(self.members):
+            member.save(Path(folder) / f"member_{i}")
+
     def pack(self, responses: Responses, groups: Groups | None = None) -> Packed:
         """As the first member packs."""
         return self.members[0].pack(responses, groups)

@@ -154,7 +154,7 @@ class Place:
         return Evaluation(
             eval_prompts=self.pool,
             gold=self.gold,
-            rewards=str(self.folder / "reward_static"),
+            proxy=str(self.folder / "reward_static"),
             eval_limit=None,
             eval_k=self.settings.answers,
             max_new_tokens=self.task.max_new_tokens,

@@ -188,7 +188,7 @@ def _rewarded(
     )
     chosen = best_of_n.Config(
         candidates=str(folder / "pool_labels" / "candidates.parquet"),
-        rewards=str(trained.out),
+        proxy=str(trained.out),
         objectives=settings.objectives,
         n=settings.n,
         min_answers=1,  # every prompt with a finished answer stays in the curves
@@ -243,7 +243,7 @@ def _ppo(folder: Path, settings: Settings, world: toy.ToyFiles, target: Target, 
         evaluation=Evaluation(
             eval_prompts=str(world.pool_prompts),
             gold=settings.gold,
-            rewards=against,
+            proxy=against,
             eval_limit=settings.pool,
             eval_k=settings.eval_k,
             max_new_tokens=settings.max_new_tokens,
@@ -368,7 +368,7 @@ def _measurements(one: Chain, target: Target) -> list[Row]:
 
 def _pool_proxy(raw: Tensor, run: Run, target: Target) -> Tensor:
     """What a run's reward gives the pool: raw scores (E, Q, N), standardized as the reward run has it."""
-    saved = [loading.settings(path) for path in loading.member_paths(run.config["evaluation"]["rewards"])]
+    saved = [loading.settings(path) for path in loading.member_paths(run.config["evaluation"]["proxy"])]
     mean, std = (torch.tensor([row[key] for row in saved], dtype=raw.dtype) for key in ("mean", "std"))
     scores = raw if target.member is None else raw[[target.member]]
     return specs.part(target.spec, ensembles)(ensembles.standardize(scores.flatten(1), mean, std))

@@ -117,7 +117,7 @@ def chain(folder: Path, settings: SamplersSettings, seed: int) -> dict[str, Run]
                 model=str(folder / name / "model"),
                 prompts=held_out,
                 gold=settings.gold,
-                rewards=str(folder / "scorer"),
+                proxy=str(folder / "scorer"),
                 ref=start,
                 k=settings.answers,
                 max_new_tokens=settings.max_new_tokens,
@@ -181,7 +181,7 @@ def chain(folder: Path, settings: SamplersSettings, seed: int) -> dict[str, Run]
             evaluation=Evaluation(
                 eval_prompts=held_out,
                 gold=settings.gold,
-                rewards=str(folder / "scorer"),
+                proxy=str(folder / "scorer"),
                 eval_limit=None,
                 eval_k=settings.round_answers,
                 max_new_tokens=settings.max_new_tokens,

@@ -166,7 +166,7 @@ class Evaluation:
     """Prompts to answer: prompt, prompt_id."""
     gold: str | None = None
     """The scorer that plays the truth."""
-    rewards: str | None = None
+    proxy: str | None = None
     """Folder of a reward run: the proxy."""
     eval_limit: Count | None = 256
     """Prompts to answer at most."""
@@ -177,7 +177,7 @@ class Evaluation:
 
     def inputs(self) -> dict[str, str]:
         """What is read."""
-        named = {"eval_prompts": self.eval_prompts, "rewards": self.rewards}
+        named = {"eval_prompts": self.eval_prompts, "proxy": self.proxy}
         return {name: path for name, path in named.items() if path}
 
 
@@ -325,9 +325,9 @@ def _proxy(
 ) -> Callable[[list[Any], list[str], list[bool]], Tensor] | None:
     combine = specs.part(ensemble, ensembles)
     combine(torch.zeros(2, 1))  # an option out of range is refused now
-    if not options.rewards:
+    if not options.proxy:
         return None
-    rewards = RewardEnsemble.load(options.rewards, loaded=loaded)
+    rewards = RewardEnsemble.load(options.proxy, loaded=loaded)
     # an answer that was cut gets no end token
     return lambda prompts, responses, finished: combine(rewards.scores(prompts, responses, finished=finished))
 

@@ -33,10 +33,8 @@ FAR = 10.0  # times the largest d measured: a peak beyond is not told
 
 def check_stopping(patience: int | None, evaluation: Evaluation) -> None:
     """Raises ValueError if a run is to be stopped by numbers that nobody measures."""
-    if patience is not None and not (evaluation.gold and evaluation.rewards):
-        raise ValueError(
-            "--early-stopping-patience compares gold with a proxy: give --gold, and --rewards for the proxy"
-        )
+    if patience is not None and not (evaluation.gold and evaluation.proxy):
+        raise ValueError("--early-stopping-patience compares gold with a proxy: give --gold, and --proxy")
 
 
 def best(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:

@@ -85,7 +85,7 @@ def test_cut_answers(config: best_of_n.Config) -> None:
 
 
 def test_one_reward_model_folder_is_an_ensemble_of_one(config: best_of_n.Config) -> None:
-    run = best_of_n.run(replace(config, rewards=str(Path(config.rewards) / "member_1")))
+    run = best_of_n.run(replace(config, proxy=str(Path(config.proxy) / "member_1")))
     assert load_file(run.folder / "scores.safetensors")["proxy"].shape[0] == 1
 
 

@@ -159,7 +159,7 @@ def test_a_cut_run_goes_on_exactly(config: dpo.Config, monkeypatch: pytest.Monke
 
 
 def test_evaluation_shows_the_three_numbers(config: dpo.Config, rewards: Path, demos: Path) -> None:
-    asked = Evaluation(eval_prompts=str(demos), gold="length()", rewards=str(rewards), eval_limit=8, max_new_tokens=6)
+    asked = Evaluation(eval_prompts=str(demos), gold="length()", proxy=str(rewards), eval_limit=8, max_new_tokens=6)
     found = results(replace(config, evaluation=asked, measure_every=8))
     assert {"gold", "proxy", "kl_k1", "kl_k3", "length"} <= set(found["last"])
     assert found["start"]["kl_k1"] == pytest.approx(0, abs=1e-5)

@@ -70,7 +70,7 @@ def test_summaries_are_over_prompts(config: evaluate.Config, few: Path) -> None:
 
 
 def test_proxy_sees_an_end_token_only_where_there_is_one(config: evaluate.Config, rewards: Path) -> None:
-    results, rows = answers(replace(config, rewards=str(rewards), ensemble="wco()"))
+    results, rows = answers(replace(config, proxy=str(rewards), ensemble="wco()"))
     assert {row["finished"] for row in rows} == {True, False}
     ensemble = RewardEnsemble.load(rewards)
     for row in rows:

@@ -196,7 +196,7 @@ def test_it_stops_where_the_proxy_has_parted_from_gold(
         return {**known, "proxy": float(number), "kl_k1": float(number), "kl_k1_se": 0.1}
 
     monkeypatch.setattr(ppo.Journal, "measure", measure)
-    watched = replace(config, evaluation=replace(config.evaluation, rewards=str(rewards)))
+    watched = replace(config, evaluation=replace(config.evaluation, proxy=str(rewards)))
     found = results(replace(watched, steps=6, measure_every=1, early_stopping_patience=2))
     assert found["last"]["step"] == last
     assert read_json(config.out / "best.json")["step"] == best

@@ -148,8 +148,8 @@ def reward_jobs(world: dict[str, Path], model: Path) -> dict[str, list[object]]:
     draws = ["--max-new-tokens", 4]
     return {
         "ppo --reward": ["ppo", "--model", policy, "--prompts", prompts, "--reward", model, "--steps", 1, *draws],
-        "best_of_n": ["best_of_n", "--candidates", candidates, "--rewards", model],
-        "evaluate --rewards": ["evaluate", "--model", policy, "--prompts", prompts, "--rewards", model, *draws],
+        "best_of_n": ["best_of_n", "--candidates", candidates, "--proxy", model],
+        "evaluate --proxy": ["evaluate", "--model", policy, "--prompts", prompts, "--proxy", model, *draws],
         "label": ["label", "--candidates", candidates, "--no-pairs", "--gold", f"reward_model(path={str(model)!r})"],
         "label --judge": [
             *("label", "--candidates", candidates),
@@ -576,7 +576,7 @@ def test_adapters_open_from_elsewhere(
     draw = ["generate", "--model", "adapters", "--prompts", world["prompts"], "--k", 1, "--max-new-tokens", 4]
     status, said = pyrite(*draw, "--out", "drawn")
     assert (status, said) == (0, said)
-    measure = ["best_of_n", "--candidates", world["candidates"], "--rewards", "../here/rewards"]
+    measure = ["best_of_n", "--candidates", world["candidates"], "--proxy", "../here/rewards"]
     status, said = pyrite(*measure, "--out", "measured")
     assert (status, said) == (0, said)
     note = json.loads(Path("adapters/base.json").read_text())

@@ -218,7 +218,7 @@ def test_a_folder_of_a_sweep_or_of_another_job_is_no_place_for_a_run(candidates:
     refused(label(candidates, tmp_path / "sweep"), "holds a sweep", "--out")
     assert label(candidates, tmp_path / "sweep", "--seed", 1, 2)[0] == 0  # more runs of a sweep
     refused(label(candidates, tmp_path / "sweep" / "seed=0", "--seed", 4, 5), "no sweep's")
-    best = pyrite("best_of_n", "--candidates", candidates, "--rewards", "x", "--out", tmp_path / "sweep" / "seed=0")
+    best = pyrite("best_of_n", "--candidates", candidates, "--proxy", "x", "--out", tmp_path / "sweep" / "seed=0")
     refused(best, "job: 'label' there, 'best_of_n' now")
 
 
@@ -371,7 +371,7 @@ def test_a_changed_reward_run_in_a_sweep_is_noticed(
 ) -> None:
     ppo = ("ppo", "--model", tiny, "--prompts", pairs, "--reward", reward_run, "--value", reward_run / "member_0")
     ppo += ("--steps", 1, "--prompts-per-step", 2, "--max-new-tokens", 2, "--out", tmp_path / "ppo")
-    best = ("best_of_n", "--candidates", candidates, "--rewards", reward_run, "--out", tmp_path / "best")
+    best = ("best_of_n", "--candidates", candidates, "--proxy", reward_run, "--out", tmp_path / "best")
     for command in (ppo, best, ppo, best):
         status, _, err = pyrite(*command)
         assert status == 0, err

@@ -340,7 +340,7 @@ def test_one_prompt_with_one_finished_answer_does_not_limit_n_for_all(tiny: Path
     """Seven prompts with eight finished answers, one with one, one with none: the curve is that of the seven."""
     reward = ("reward", "--model", tiny, "--data", written(tmp_path / "p.jsonl", [pair(i) for i in range(12)]))
     assert pyrite(*reward, "--held-out", 0.25, *FAST, *LOG, "--out", tmp_path / "reward")[0] == 0
-    best = ("best_of_n", "--rewards", tmp_path / "reward", "--candidates")
+    best = ("best_of_n", "--proxy", tmp_path / "reward", "--candidates")
     rows = pool([8] * 7 + [1, 0])
     file, only = written(tmp_path / "c.jsonl", rows), written(tmp_path / "only.jsonl", rows[: 7 * 8])
     status, said = pyrite(*best, file, "--out", tmp_path / "all")

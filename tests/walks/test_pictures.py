@@ -44,7 +44,7 @@ def walked(tiny: Path, pairs: Path, tmp_path_factory: pytest.TempPathFactory) ->
             "gold",
         ),
         (
-            *("best_of_n", "--candidates", "gold/candidates.parquet", "--rewards", "reward", "--truncated", "keep"),
+            *("best_of_n", "--candidates", "gold/candidates.parquet", "--proxy", "reward", "--truncated", "keep"),
             *("--objectives", "mean()", "wco()", "uwo(weight=0.5)", "uwo(weight=2.0)", "--out", "best_of_n"),
         ),
     )
@@ -110,7 +110,7 @@ def test_every_run_on_the_way_has_a_page(folder: str, walked: Path, monkeypatch:
 def test_a_policy_is_drawn_on_its_way(walked: Path, tiny: Path, pairs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What dpo measured of gold, proxy and KL is one chart with both, and their standard errors as bands."""
     monkeypatch.chdir(walked)
-    measured = ("--eval-prompts", "prompts.jsonl", "--gold", "mine.py:score()", "--rewards", "reward")
+    measured = ("--eval-prompts", "prompts.jsonl", "--gold", "mine.py:score()", "--proxy", "reward")
     run(monkeypatch, "dpo", "--model", tiny, "--data", pairs, "--out", "dpo", *QUICK, *measured, "--max-new-tokens", 8)
     run(monkeypatch, "report", "dpo")
     text = Path("dpo/report.html").read_text()

@@ -40,7 +40,7 @@ DPO |= {
     "lora recomputed": ("--lora", "lora(r=4)", "--gradient-checkpointing"),
     "measured": (
         *("--eval-prompts", "{demos}", "--gold", "length()", "--max-new-tokens", "8"),
-        *("--rewards", "{reward}"),
+        *("--proxy", "{reward}"),
     ),
 }
 ONLINE = {
@@ -53,7 +53,7 @@ ONLINE = {
         "reward(path='{reward}',precision='bfloat16')",
         "--gold-budget",
         "8",
-        "--rewards",
+        "--proxy",
         "{reward}",
     ),
     "implicit": ("--annotator", "implicit(precision='bfloat16')", "--gold-budget", "8"),
@@ -69,7 +69,7 @@ PPO = {
     "rloo": ("--advantage", "rloo()"),
     "group": ("--advantage", "grpo()", "--gradient-checkpointing"),
     "reinforce": ("--advantage", "reinforce()"),
-    "reward": ("--reward", "{reward}", "--rewards", "{reward}"),
+    "reward": ("--reward", "{reward}", "--proxy", "{reward}"),
 }
 
 

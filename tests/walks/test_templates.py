@@ -347,7 +347,7 @@ def test_every_job_ends_an_answer_where_the_template_ends_a_turn(tmp_path, name)
         "ends", [end]
     )
     assert (tmp_path / "dpo" / "model" / "generation_config.json").exists()  # beside adapters too
-    rewards = ("--rewards", tmp_path / "reward", "--max-new-tokens", 12)
+    rewards = ("--proxy", tmp_path / "reward", "--max-new-tokens", 12)
     for model in (policy, tmp_path / "dpo" / "model"):
         out = tmp_path / f"evaluate-{model.parent.name}"
         pyrite("evaluate", "--model", model, "--prompts", asked, "--gold", "length()", *rewards, "--out", out)

@@ -244,7 +244,7 @@ def test_ppo_loads_a_reward_run_once(
         return real(cls, path, **options)
 
     monkeypatch.setattr(policy.RewardModel, "load", classmethod(load))
-    given = ("--model", tiny, "--prompts", demos, *DRAW, "--rewards", reward, "--steps", 1, "--prompts-per-step", 4)
+    given = ("--model", tiny, "--prompts", demos, *DRAW, "--proxy", reward, "--steps", 1, "--prompts-per-step", 4)
     done("ppo", *given, "--reward", spelled.format(reward), "--out", tmp_path / "run")
     assert len(loaded) == 1
     assert ppo.RewardEnsemble is policy.RewardEnsemble
