@@ -49,7 +49,7 @@ def test_scores_belong_to_their_rows(config: best_of_n.Config) -> None:
     rows = data.load(config.candidates, "candidates")
     grid = stored["row"]
     assert stored["proxy"].shape == (2, *grid.shape)
-    for index, path in enumerate(member_paths(config.rewards)):
+    for index, path in enumerate(member_paths(config.proxy)):
         model = RewardModel.load(path)
         some = [rows[i] for i in grid.flatten().tolist()]
         encoded = model.encode(asked([row["prompt"] for row in some], [row["response"] for row in some]))
