@@ -120,7 +120,7 @@ class Ours:
         from pyrite.math.samplers import on_policy
         from pyrite.models.policy import Policy
         from pyrite.training.loop import Training
-        from pyrite.training.rounds import Drawing, Players, RoundLearner
+        from pyrite.training.rounds import Players, RoundLearner, Sampling
 
         policy = Policy(*talker(case))
         policy.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -130,7 +130,7 @@ class Ours:
             lr=1e-6, batch_size=PAIRS, precision=precision, lr_scheduler_type="constant(warmup_steps=0)"
         )
         learner = RoundLearner(policy, dpo, training, rounds=case.steps + 1, restart=False)
-        drawing = Drawing(on_policy(), max_new_tokens=NEW, temperature=TEMPERATURE)
+        drawing = Sampling(on_policy(), max_new_tokens=NEW, temperature=TEMPERATURE)
         return cls(Players(policy, start.requires_grad_(False), precision), learner, drawing)
 
     def draw(self, number: int, ids: list[list[int]]) -> Any:

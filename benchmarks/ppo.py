@@ -219,7 +219,7 @@ class Ours:
         from pyrite.models.policy import Policy, RewardEnsemble, RewardModel
         from pyrite.models.value import ValueModel, WithValue
         from pyrite.training.loop import Learner, Training
-        from pyrite.training.ppo import Learners, Reward, Value, standardized
+        from pyrite.training.ppo import Critic, Learners, Reward, standardized
         from pyrite.training.rounds import Players
 
         reads = tokenizer(case)
@@ -230,7 +230,7 @@ class Ours:
             "max_grad_norm": 1e9,
         }
         training = Training(batch_size=ANSWERS // by.minibatches, epochs=by.passes, **same)
-        rest: dict[str, Any] = {"by": Value(), "steps": case.steps + 1, "clip": 0.2, "seed": 0}
+        rest: dict[str, Any] = {"by": Critic(), "steps": case.steps + 1, "clip": 0.2, "seed": 0}
         policy = Policy(talker(case), reads)
         policy.to("cuda" if torch.cuda.is_available() else "cpu")
         start = copy.deepcopy(policy) if ref is None else Policy(ref, reads).to(policy.device)

@@ -15,7 +15,7 @@ from pyrite.models.policy import Policy
 from pyrite.models.value import ValueModel, WithValue
 from pyrite.recipes import toy
 from pyrite.training.loop import Training
-from pyrite.training.ppo import Learners, Reward, Rollouts, State, Value, collect, estimates
+from pyrite.training.ppo import Critic, Learners, Reward, Rollouts, State, collect, estimates
 from pyrite.training.rounds import Players
 
 TRAINING = Training(lr=3e-3, epochs=2, batch_size=2, lr_scheduler_type="cosine(warmup_steps=0)")
@@ -65,7 +65,7 @@ def test_the_critic_asked_for_learns_and_goes_on(
 ) -> None:
     """Trained, stopped and gone on, it has the weights of one that was not stopped."""
     own = {"path": str(tiny)} if kind is ValueModel else {}
-    value = Value(**own, **options) if options else None
+    value = Critic(**own, **options) if options else None
 
     def made() -> tuple[Policy, Learners]:
         policy = Policy.load(tiny)
@@ -105,4 +105,4 @@ def test_a_critic_of_other_tokens_is_refused(tiny: Path, tmp_path: Path) -> None
     model.resize_token_embeddings(len(toy.tokenizer()))
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="its vocabulary is not the policy's"):
-        Learners.make(Policy.load(tiny), TRAINING, Value("model", str(tmp_path)), steps=1)
+        Learners.make(Policy.load(tiny), TRAINING, Critic("model", str(tmp_path)), steps=1)

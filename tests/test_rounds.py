@@ -19,7 +19,7 @@ from pyrite.math.samplers import Arm, Sampler
 from pyrite.models.generation import Samples
 from pyrite.models.policy import Lora, Policy
 from pyrite.training.loop import Precision, Training
-from pyrite.training.rounds import Drawing, Players, RoundLearner
+from pyrite.training.rounds import Players, RoundLearner, Sampling
 
 ROWS = [{"prompt_id": "a", "prompt": "tell me"}, {"prompt_id": "b", "prompt": "please"}]
 IDS = [[1, 20, 21], [1, 22]]
@@ -31,7 +31,7 @@ def policy(tiny: Path) -> Policy:
 
 
 def test_arms_come_two_by_two_and_belong_to_the_prompt() -> None:
-    how = Drawing(samplers.mixed(on_policy=0.5), k=8, seed=1)
+    how = Sampling(samplers.mixed(on_policy=0.5), k=8, seed=1)
     first = how.arms(0, "a")
     assert first == how.arms(0, "a")
     every = [how.arms(number, name) for number in range(20) for name in ("a", "b", "c")]
@@ -47,7 +47,7 @@ def test_rows_are_the_drawn_tokens_and_the_reference_s_view_of_them(policy: Poli
         for parameter in other.parameters():
             parameter.mul_(1.1)
     players = Players(policy, other)
-    drawn = players.draw(ROWS, IDS, Drawing(samplers.on_policy(), k=2, max_new_tokens=6), number=0)
+    drawn = players.draw(ROWS, IDS, Sampling(samplers.on_policy(), k=2, max_new_tokens=6), number=0)
     prefs = players.preferences(players.answers(ROWS, IDS, drawn), [Pair(3, 2, 0.7)], frozenset({"ref"}))
     tokens = drawn.responses()
     assert prefs.responses.tokens() == [tokens[3], tokens[2]] and prefs.groups == [[0, 1]]
@@ -66,7 +66,7 @@ def test_without_its_adapters_the_policy_is_its_reference(tiny: Path) -> None:
             if "lora_B" in name:
                 parameter.add_(0.5)
     players = Players(policy, policy)
-    drawn = players.draw(ROWS, IDS, Drawing(samplers.on_policy(), k=2, max_new_tokens=6), number=0)
+    drawn = players.draw(ROWS, IDS, Sampling(samplers.on_policy(), k=2, max_new_tokens=6), number=0)
     prefs = players.preferences(players.answers(ROWS, IDS, drawn), [Pair(0, 1, 1.0)], frozenset({"ref"}))
     assert prefs.ref is not None
     torch.testing.assert_close(prefs.ref.sum, read_rows(Policy.load(tiny), prefs.responses).sum, atol=1e-4, rtol=1e-4)
@@ -90,7 +90,7 @@ def test_bfloat16_draws_and_scores_are_a_forward_s_under_autocast(
 ) -> None:
     policy = Policy.load(tiny, lora=lora)
     ref = policy if lora else copy.deepcopy(policy).requires_grad_(False)
-    how = Drawing(sampler, k=8, max_new_tokens=12)
+    how = Sampling(sampler, k=8, max_new_tokens=12)
     for precision in ("float32", "bfloat16"):
         players = Players(policy, ref, precision)
         drawn = players.draw(ROWS, IDS, how, number=0)
@@ -119,7 +119,7 @@ def test_the_first_margin_is_zero_where_learning_and_reference_are_rounded_alike
     margins, first = {}, {}
     for ref in ("float32", "bfloat16"):
         players = Players(copy.deepcopy(policy), start, ref)
-        drawn = players.draw(ROWS, IDS, Drawing(samplers.on_policy(), k=2, max_new_tokens=12), number=0)
+        drawn = players.draw(ROWS, IDS, Sampling(samplers.on_policy(), k=2, max_new_tokens=12), number=0)
         answers = players.answers(ROWS, IDS, drawn)
         prefs = players.preferences(answers, [Pair(0, 1, 1.0), Pair(3, 2, 1.0)], frozenset({"ref"}))
         learner = RoundLearner(
@@ -137,7 +137,7 @@ def test_the_first_margin_is_zero_where_learning_and_reference_are_rounded_alike
 @pytest.mark.parametrize("restart", [True, False])
 def test_moments_and_schedule_restart_or_last(policy: Policy, restart: bool) -> None:
     players = Players(policy, copy.deepcopy(policy))
-    drawn = players.draw(ROWS, IDS, Drawing(samplers.on_policy(), k=2, max_new_tokens=6), number=0)
+    drawn = players.draw(ROWS, IDS, Sampling(samplers.on_policy(), k=2, max_new_tokens=6), number=0)
     prefs = players.preferences(
         players.answers(ROWS, IDS, drawn), [Pair(0, 1, 1.0), Pair(2, 3, 1.0)], frozenset({"ref"})
     )
@@ -154,7 +154,7 @@ def test_moments_and_schedule_restart_or_last(policy: Policy, restart: bool) -> 
 
 def test_an_empty_round_changes_nothing(policy: Policy) -> None:
     players = Players(policy, copy.deepcopy(policy))
-    drawn = players.draw(ROWS, IDS, Drawing(samplers.on_policy(), k=2, max_new_tokens=6), number=0)
+    drawn = players.draw(ROWS, IDS, Sampling(samplers.on_policy(), k=2, max_new_tokens=6), number=0)
     before = copy.deepcopy(policy.state_dict())
     learner = RoundLearner(policy, losses.dpo, Training(), rounds=1)
     assert learner.learn(players.preferences(players.answers(ROWS, IDS, drawn), [], frozenset({"ref"})), 0) == {}

@@ -136,7 +136,7 @@ def _made(name: str, state: Any) -> Any:
 # answer ends.
 
 
-Message = Mapping[str, Any]
+ChatTurn = Mapping[str, Any]
 REASONING = ("reasoning_content", "reasoning", "thinking")  # one field under three names
 CALLS = ("tool_calls", "function_call")
 SHOWN = (*REASONING, *CALLS)  # a template must write them, or they would be lost
@@ -162,7 +162,7 @@ PLAIN = Template()
 
 
 @dataclass(frozen=True)
-class Answers:
+class AnswerForm:
     """How a model's answers begin and end.
 
     end: the token that ends an answer; stops: all tokens that end drawing, `end` first. opening: what the template
@@ -236,7 +236,7 @@ def template_arguments(tokenizer: Any) -> dict[str, Any]:
     return dict(_record(tokenizer).get("template_args", {}))
 
 
-def render(tokenizer: Any, messages: Sequence[Message], *, ask: bool) -> str:
+def render(tokenizer: Any, messages: Sequence[ChatTurn], *, ask: bool) -> str:
     """Text of a conversation; `ask`: with what the template writes for the next answer to follow.
 
     Raises Unreadable where the template refuses it.
@@ -250,7 +250,7 @@ def render(tokenizer: Any, messages: Sequence[Message], *, ask: bool) -> str:
         raise Unreadable(f"the tokenizer's chat template refuses this prompt: {error}") from error
 
 
-def rendered_prompt(tokenizer: Any, messages: Sequence[Message]) -> str:
+def rendered_prompt(tokenizer: Any, messages: Sequence[ChatTurn]) -> str:
     """A prompt as a model is asked it. Raises Unreadable where what a user or the system says, or a turn's reasoning or
     tool calls, would be left out."""
     shown = render(tokenizer, messages, ask=True)
@@ -271,9 +271,9 @@ def rendered_prompt(tokenizer: Any, messages: Sequence[Message]) -> str:
 
 def rendered_answer(
     tokenizer: Any,
-    messages: Sequence[Message],
+    messages: Sequence[ChatTurn],
     prompt: str,
-    answer: str | Message,
+    answer: str | ChatTurn,
     *,
     finished: bool,
     as_drawn: bool = False,
@@ -284,7 +284,7 @@ def rendered_answer(
     one that the template cannot show there. Raises Unreadable where it cannot be told which part is the answer, where
     a think block that the prompt opens stays open, or where the template leaves out a part of the answer.
     """
-    turn: Message = {"content": answer} if isinstance(answer, str) else answer
+    turn: ChatTurn = {"content": answer} if isinstance(answer, str) else answer
     said, how = str(turn["content"]), answers(tokenizer)
     if how.blind and not any(turn.get(name) for name in SHOWN):
         return Body([(said, False)], how.end if finished else None)
@@ -303,7 +303,7 @@ def rendered_answer(
         raise
 
 
-def answers(tokenizer: Any) -> Answers:
+def answers(tokenizer: Any) -> AnswerForm:
     """How answers begin and end under this tokenizer and its chat template: found once, from a probe conversation.
 
     Without a chat template the end token ends an answer (the separator, for encoders). With one it is the token that
@@ -318,7 +318,7 @@ def answers(tokenizer: Any) -> Answers:
     return kept[1]
 
 
-_KNOWN: WeakKeyDictionary[Any, tuple[str, Answers]] = WeakKeyDictionary()
+_KNOWN: WeakKeyDictionary[Any, tuple[str, AnswerForm]] = WeakKeyDictionary()
 
 
 def spoken(tokenizer: Any, ids: Sequence[int]) -> list[int]:
@@ -347,7 +347,7 @@ def trimmed(tokenizer: Any, text: str, *, ended: bool) -> str:
 
 
 def _behind_prompt(
-    tokenizer: Any, turns: Sequence[Message], prompt: str, said: str, opened: re.Match[str] | None
+    tokenizer: Any, turns: Sequence[ChatTurn], prompt: str, said: str, opened: re.Match[str] | None
 ) -> Body:
     """The answer as the template shows it behind the prompt, which may have opened a think block for it."""
     shown = render(tokenizer, turns, ask=False)
@@ -371,7 +371,7 @@ def _behind_prompt(
     return Body(_parts(tokenizer, body, said), end)
 
 
-def _until_end(tokenizer: Any, rest: str, how: Answers) -> tuple[str, int]:
+def _until_end(tokenizer: Any, rest: str, how: AnswerForm) -> tuple[str, int]:
     """What stands before the end token of the answer, and that token: a tool call may have one of its own."""
     if rest.endswith(how.behind):
         return rest[: len(rest) - len(how.behind)] + how.closing, how.end
@@ -400,26 +400,26 @@ def _parts(tokenizer: Any, body: str, said: str) -> list[tuple[str, bool]]:
     raise Unreadable(f"the answer spells out {spelled!r}, and the chat template rewrites it: take that out")
 
 
-def _templated(tokenizer: Any) -> Answers:
+def _templated(tokenizer: Any) -> AnswerForm:
     user, assistant = {"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER}
     if _alike(tokenizer, [user, assistant], [user, {**assistant, "role": "user"}]):
         end = _plain(tokenizer).end
-        return Answers(end, _stops(tokenizer, end), blind=True)
+        return AnswerForm(end, _stops(tokenizer, end), blind=True)
     end, closing, behind = _ending(tokenizer)
     stops = _stops(tokenizer, end)
     try:
         asked, shown = render(tokenizer, [user], ask=True), render(tokenizer, [user, assistant], ask=False)
     except Unreadable:
-        return Answers(end, stops, "", closing, behind)
+        return AnswerForm(end, stops, "", closing, behind)
     before = shown.rpartition(_ANSWER)[0]
     opening = before[len(asked) :] if before.startswith(asked) else None
     inside = _goes_on(tokenizer, asked, shown)
     (ids,) = to_ids(tokenizer, [opening or ""], inside=inside)
     visible = bool(to_texts(tokenizer, [ids])[0].strip())
-    return Answers(end, stops, opening, closing, behind, visible, inside, tuple(ids))
+    return AnswerForm(end, stops, opening, closing, behind, visible, inside, tuple(ids))
 
 
-def _alike(tokenizer: Any, a: Sequence[Message], b: Sequence[Message]) -> bool:
+def _alike(tokenizer: Any, a: Sequence[ChatTurn], b: Sequence[ChatTurn]) -> bool:
     """Whether the template writes two conversations alike."""
     try:
         return render(tokenizer, a, ask=False) == render(tokenizer, b, ask=False)
@@ -471,14 +471,14 @@ def _ending(tokenizer: Any) -> tuple[int, str, str]:
     return eos, "", last
 
 
-def _plain(tokenizer: Any) -> Answers:
+def _plain(tokenizer: Any) -> AnswerForm:
     found = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
     if found is None:
         raise ValueError(
             "no token ends an answer: the tokenizer has no end-of-sequence token and no chat template that writes "
             "one; set tokenizer.eos_token and save it again"
         )
-    return Answers(found, _stops(tokenizer, found))
+    return AnswerForm(found, _stops(tokenizer, found))
 
 
 def _stops(tokenizer: Any, end: int) -> tuple[int, ...]:
@@ -519,7 +519,7 @@ def _tags(tokenizer: Any, text: str) -> list[int]:
     return [token for token in to_ids(tokenizer, [text])[0] if token in added] if text else []
 
 
-def _shows(tokenizer: Any, turns: Sequence[Message], i: int, names: Sequence[str], shown: str, *, ask: bool) -> bool:
+def _shows(tokenizer: Any, turns: Sequence[ChatTurn], i: int, names: Sequence[str], shown: str, *, ask: bool) -> bool:
     """Whether the rendering depends on these fields of a turn."""
     without = {name: value for name, value in turns[i].items() if name not in names}
     try:

@@ -25,7 +25,7 @@ from pyrite.math import seeds
 
 Pairing = Literal["consecutive", "all", "best_worst"]
 Labels = Literal["soft", "hard", "sampled"]
-Source = Literal["judge", "gold", "silver"]
+LabelSource = Literal["judge", "gold", "silver"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Pair:
     chosen: int
     rejected: int
     strength: float
-    source: Source = "judge"
+    source: LabelSource = "judge"
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def decided(
     labels: Labels = "soft",
     min_margin: float = 0.0,
     seed: int = 0,
-    sources: Sequence[Source] | None = None,
+    sources: Sequence[LabelSource] | None = None,
     names: Sequence[object] | None = None,
 ) -> list[Pair]:
     """The pairs of verdicts P(a beats b), for couples among n answers; none of a tie or of no verdict.
@@ -115,7 +115,7 @@ def decided(
     names: of the n answers, their places by default. A sampled label is drawn from the stream (seed, both names).
     """
     known = range(n) if names is None else names
-    whose: list[Source] = list(sources) if sources else ["judge" for _ in couples]
+    whose: list[LabelSource] = list(sources) if sources else ["judge" for _ in couples]
     found = []
     for (a, b), p, source in zip(couples, verdicts, whose, strict=True):
         uniform = seeds.uniform(seed, "label", str(known[a]), str(known[b])) if labels == "sampled" else 0.5
@@ -138,7 +138,7 @@ def _ends(group: Sequence[int], known: dict[tuple[int, int], float]) -> tuple[in
     return (best, worst) if best < worst else (worst, best)
 
 
-def _decided(a: int, b: int, p: float, uniform: float, source: Source) -> Pair | None:
+def _decided(a: int, b: int, p: float, uniform: float, source: LabelSource) -> Pair | None:
     """The pair of a verdict P(a beats b): a wins if `uniform` lies below it; None for a tie or no verdict."""
     if math.isnan(p) or p == 0.5:
         return None

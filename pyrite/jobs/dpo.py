@@ -109,7 +109,7 @@ def run(config: Config) -> Run:
     if evaluator:
         _tell_overlap(pairs, evaluator)
     learn, test, dropped, cut = _prepare(run, policy, pairs, held, config, wanted)
-    live = Live.of(policy, config, wanted)
+    live = LiveReference.of(policy, config, wanted)
     running = Running.zero(device=policy.device) if "running" in wanted else None
     whole = bool(wanted & {"batch", "running"})
     training = replace(config.training, micro_batch_tokens=WHOLE) if whole else config.training
@@ -298,7 +298,7 @@ def _check_start(start: dict[str, float], test: Preferences, loss: Loss, config:
         )
 
 
-def _after(step: int, policy: Policy, live: Live | None, watch: Watch) -> None:
+def _after(step: int, policy: Policy, live: LiveReference | None, watch: Watch) -> None:
     if live:
         live.follow(policy, step)
     watch(step)
@@ -310,7 +310,7 @@ def _line(measured: dict[str, float]) -> str:
 
 
 @dataclass
-class Live:
+class LiveReference:
     """A reference that runs along: a copy of the first policy, or one that follows the policy.
 
     ref <- (1 - rate) ref + rate policy, every `every` steps (Gorbatovski et al. 2024, arXiv:2404.09656, eq. 5, 6).
@@ -321,7 +321,7 @@ class Live:
     every: int
 
     @classmethod
-    def of(cls, policy: Policy, config: Config, wanted: frozenset[str]) -> Live | None:
+    def of(cls, policy: Policy, config: Config, wanted: frozenset[str]) -> LiveReference | None:
         """None where log-probabilities from a file will do."""
         (source, *_) = references.parse(config.ref)
         moves = source.kind == "ema" and "ref" in wanted

@@ -25,11 +25,12 @@ from pyrite.core.processes import progress, say
 from pyrite.core.runs import Run
 from pyrite.data import rows as data
 from pyrite.data.conditioning import Dimensions, Option, files, filled
+from pyrite.data.files import Row
 from pyrite.data.text import plain
 from pyrite.feedback import judges
 from pyrite.feedback import scorers as golds
 from pyrite.math import duels
-from pyrite.math.duels import Missing, Rates
+from pyrite.math.duels import DuelRates, Missing
 from pyrite.math.ranges import Natural, Several
 from pyrite.training.ppo import OneScore, gold_scorers, model_scorers
 from pyrite.training.rounds import Answer
@@ -37,7 +38,6 @@ from pyrite.training.rounds import Answer
 OUTPUTS = {"verdicts.parquet": "every verdict: first, second, combination, asked_id, sample, option, p, verdict"}
 GENERAL = "general"
 PART = 64  # questions kept at once
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -75,14 +75,14 @@ class Unit(NamedTuple):
         return f"prompt {self.asked_id} under {_name(self.combination) or 'no preference'}, sample {self.sample}"
 
 
-Answers = Mapping[str, Mapping[Unit, Row]]
+DuelAnswers = Mapping[str, Mapping[Unit, Row]]
 
 
 @dataclass(frozen=True)
 class Contest:
     """All answers by method and unit, the units in order, and the criteria of a combination with their judges."""
 
-    answers: Answers
+    answers: DuelAnswers
     units: Sequence[Unit]
     judges: Mapping[str, judges.Judge]
     general: bool
@@ -188,7 +188,7 @@ def _under(mine: Mapping[Unit, Row], name: str, combinations: Sequence[tuple[str
     return {unit._replace(combination=each): row for each in combinations for unit, row in neutral.items()}
 
 
-def _check_alike(answers: Answers, first: str, second: str) -> None:
+def _check_alike(answers: DuelAnswers, first: str, second: str) -> None:
     one, other = answers[first], answers[second]
     for unit in [*one, *other]:
         if unit not in one or unit not in other:
@@ -248,7 +248,7 @@ def _counted(verdicts: Sequence[Row], contest: Contest, config: Config) -> dict[
         said.setdefault(key, []).append(math.nan if row["verdict"] is None else row["verdict"])
     table = {key: torch.tensor(values, dtype=torch.float64) for key, values in said.items()}
 
-    def rates(some: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Rates:
+    def rates(some: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> DuelRates:
         outcome, prompt = (torch.cat(column) for column in zip(*some, strict=True))
         return duels.rates(outcome, prompt, times=config.times, seed=config.seed)
 
@@ -267,7 +267,7 @@ def _counted(verdicts: Sequence[Row], contest: Contest, config: Config) -> dict[
     return found | {"averages": _averages(found["matrix"], list(contest.answers))}
 
 
-def _both(pair: tuple[str, str], rates: Rates, **place: str) -> list[Row]:
+def _both(pair: tuple[str, str], rates: DuelRates, **place: str) -> list[Row]:
     """A row for each direction."""
     rows = []
     for (first, second), seen in ((pair, rates), (pair[::-1], duels.mirrored(rates))):

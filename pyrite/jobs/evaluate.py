@@ -30,7 +30,7 @@ from pyrite.math.ranges import Count, Natural
 from pyrite.math.statistics import TokenRatios
 from pyrite.models.forward import token_logps
 from pyrite.models.policy import Policy
-from pyrite.training.evaluation import Answers, Evaluation, Evaluator
+from pyrite.training.evaluation import Evaluation, Evaluator, Measurement
 from pyrite.training.pairs import Preferences, encode_pairs
 
 OUTPUTS = {
@@ -135,7 +135,7 @@ def run(config: Config) -> Run:
     return run.finish(answers=len(answers.rows), **summary, **worth, **ranked, **evaluator.long)
 
 
-def _for_alpaca_eval(answers: Answers, config: Config) -> list[dict[str, str]]:
+def _for_alpaca_eval(answers: Measurement, config: Config) -> list[dict[str, str]]:
     """instruction, output, generator, dataset: the leaderboard's columns."""
     named = {"generator": str(config.alpaca_eval), "dataset": Path(config.prompts).stem}
     first = [row for row in answers.rows if row["sample"] == 0]
@@ -212,7 +212,7 @@ def _encoded(policy: Policy, pairs: list[dict[str, Any]], config: Config) -> Pre
     return made
 
 
-def _by_position(answers: Answers) -> dict[str, Any]:
+def _by_position(answers: Measurement) -> dict[str, Any]:
     """The exact KL at each position, over the answers that reach it; {} without a reference."""
     if answers.exact is None:
         return {}
@@ -220,7 +220,7 @@ def _by_position(answers: Answers) -> dict[str, Any]:
     return {"kl_by_position": nats.tolist(), "answers_by_position": reached.tolist()}
 
 
-def _rows(answers: Answers) -> list[dict[str, Any]]:
+def _rows(answers: Measurement) -> list[dict[str, Any]]:
     values = {name: value.tolist() for name, value in answers.values.items()}
     values["repetition"] = [statistics.repetition(tokens) for tokens in answers.drawn.responses()]
     return [{**row, **{name: value[i] for name, value in values.items()}} for i, row in enumerate(answers.rows)]

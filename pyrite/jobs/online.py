@@ -34,7 +34,7 @@ from pyrite.training.evaluation import Evaluation, Evaluator
 from pyrite.training.loop import Training
 from pyrite.training.metrics import Journal, check_stopping
 from pyrite.training.prompts import Turns
-from pyrite.training.rounds import Drawing, Players, RoundLearner
+from pyrite.training.rounds import Players, RoundLearner, Sampling
 
 OUTPUTS = {
     "model/": "the last policy, Hugging Face layout",
@@ -246,8 +246,8 @@ def _labeler(run: Run, config: Config, limits: GoldLimits, named: Parts, silver:
     return Labeler(named.judge, rules, run.folder, limits.gold_budget, account, live)
 
 
-def _drawing(sampler: Sampler, config: Config) -> Drawing:
-    return Drawing(
+def _drawing(sampler: Sampler, config: Config) -> Sampling:
+    return Sampling(
         sampler,
         k=config.k,
         max_new_tokens=config.evaluation.max_new_tokens,

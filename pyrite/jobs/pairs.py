@@ -36,7 +36,7 @@ OUTPUTS = {
     "demos.parquet": "the chosen answers of judged training pairs",
 }
 PairKind = Literal["labelled", "positive_vs_neutral", "positive_vs_negative", "neutral_vs_negative"]
-Answer = dict[str, Any]
+Candidate = dict[str, Any]
 KINDS: tuple[PairKind, ...] = ("labelled", "positive_vs_neutral", "positive_vs_negative", "neutral_vs_negative")
 JUDGED = ("labelled", "general")
 REASONS = ("cut", "equal", "empty", "duplicate", "no_verdict", "tie")
@@ -93,8 +93,8 @@ class Comparison:
     """Two answers to one raw prompt; of a kind that nobody judges, `a` is the better one."""
 
     kind: str
-    a: Answer
-    b: Answer
+    a: Candidate
+    b: Candidate
 
     @property
     def judged(self) -> bool:
@@ -119,7 +119,7 @@ def run(config: Config) -> Run:
     couples = [_sound(_couples(rows, task, config), left_out) for task in tasks]
     run.open()
     learned = {row["asked_id"] for row in train}
-    sides: tuple[list[Answer], list[Answer]] = ([], [])
+    sides: tuple[list[Candidate], list[Candidate]] = ([], [])
     for task, some in zip(tasks, couples, strict=True):
         pairs = _pairs(some, _verdicts(run, some, task), task, config, left_out)
         if not any(pair["asked_id"] in learned for pair in pairs):
@@ -157,7 +157,7 @@ def _tasks(config: Config) -> list[OptionTask]:
     ]
 
 
-def _rows(config: Config) -> list[Answer]:
+def _rows(config: Config) -> list[Candidate]:
     """The candidates; one without preferences is neutral. Raises ValueError for preferences that are not among the
     dimensions'."""
     plain = data.load(config.candidates, "candidates")
@@ -175,9 +175,9 @@ def _rows(config: Config) -> list[Answer]:
 # Couples ----------------------------------------------------------------------------------------------------------
 
 
-def _couples(rows: Sequence[Answer], task: OptionTask, config: Config) -> list[Comparison]:
+def _couples(rows: Sequence[Candidate], task: OptionTask, config: Config) -> list[Comparison]:
     """Answers set against each other, kind by kind. Raises ValueError for a kind of which there is none."""
-    groups: dict[Any, dict[str | None, list[Answer]]] = {}
+    groups: dict[Any, dict[str | None, list[Candidate]]] = {}
     for row in rows:
         own = next((id for id in row["preferences"] if id == task.id or id in task.others), None)
         rest = tuple(id for id in row["preferences"] if id != own)
@@ -195,7 +195,9 @@ def _couples(rows: Sequence[Answer], task: OptionTask, config: Config) -> list[C
     return found
 
 
-def _set_against(kind: str, group: dict[str | None, list[Answer]], task: OptionTask) -> Iterator[tuple[Answer, Answer]]:
+def _set_against(
+    kind: str, group: dict[str | None, list[Candidate]], task: OptionTask
+) -> Iterator[tuple[Candidate, Candidate]]:
     """Couples among the answers of one raw prompt, by what they were asked for in the option's dimension."""
     positive, neutral = group.get(task.id, []), group.get(None, [])
     if kind in JUDGED:
@@ -241,7 +243,7 @@ def _verdicts(run: Run, couples: Sequence[Comparison], task: OptionTask) -> list
 
 def _pairs(
     couples: Sequence[Comparison], verdicts: Sequence[float], task: OptionTask, config: Config, left_out: Counter[str]
-) -> list[Answer]:
+) -> list[Candidate]:
     """The rows of pairs; no verdict makes no pair, nor does a tie unless it is kept, with strength 0."""
     pairs = []
     for couple, p in zip(couples, verdicts, strict=True):
@@ -260,7 +262,12 @@ def _pairs(
 
 
 def _written(
-    run: Run, train: list[Answer], held: list[Answer], tasks: Sequence[OptionTask], left_out: Counter[str], hint: str
+    run: Run,
+    train: list[Candidate],
+    held: list[Candidate],
+    tasks: Sequence[OptionTask],
+    left_out: Counter[str],
+    hint: str,
 ) -> dict[str, Any]:
     """Store everything; what there is of each option, and what is not."""
     demos = _demos(train)
@@ -275,13 +282,13 @@ def _written(
     return counts | {f"left_out_{reason}": left_out[reason] for reason in REASONS}
 
 
-def _counts(train: Sequence[Answer], held: Sequence[Answer], task: OptionTask) -> dict[str, int]:
+def _counts(train: Sequence[Candidate], held: Sequence[Candidate], task: OptionTask) -> dict[str, int]:
     mine = [option.id for option in task.options]
     kinds = Counter(pair["kind"] for pair in train if pair["preferences"] == mine)
     return {**{kind: kinds[kind] for kind in task.kinds}, "held_out": sum(p["preferences"] == mine for p in held)}
 
 
-def _demos(pairs: Sequence[Answer]) -> list[Answer]:
+def _demos(pairs: Sequence[Candidate]) -> list[Candidate]:
     """The chosen answers of judged pairs, each once; of a tie, neither was chosen."""
     names = ("prompt_id", "prompt", *data.CONDITIONED)
     judged = [pair for pair in pairs if pair["kind"] in JUDGED and pair["strength"]]

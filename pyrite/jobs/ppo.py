@@ -36,7 +36,7 @@ from pyrite.training import loop, prompts
 from pyrite.training.evaluation import Evaluation, Evaluator
 from pyrite.training.loop import Training, TrainingError
 from pyrite.training.metrics import Journal, check_stopping
-from pyrite.training.ppo import Combine, Learners, Method, Reward, Rollouts, State, Value, collect, estimates
+from pyrite.training.ppo import AdvantageMethod, Combine, Critic, Learners, Reward, Rollouts, State, collect, estimates
 from pyrite.training.prompts import Turns
 from pyrite.training.rounds import Players
 
@@ -299,7 +299,7 @@ def _summary(drawn: Rollouts, shaped: Tensor, made: Estimates, state: State) -> 
 class Advantage(NamedTuple):
     """How rewards become advantages."""
 
-    method: Method
+    method: AdvantageMethod
     gamma: float = 1.0
     lam: float = 0.95
     whiten: bool = True
@@ -325,20 +325,20 @@ def reinforce(*, whiten: bool = True) -> Advantage:
     return Advantage("reinforce", whiten=whiten)
 
 
-def shared(*, weight: NonNegative = 0.1, clip: Positive | None = 0.2) -> Value:
+def shared(*, weight: NonNegative = 0.1, clip: Positive | None = 0.2) -> Critic:
     """A head on the policy's trunk, which learns from both losses. weight: of the critic's loss. clip: how far a
     predicted value may move in a batch and still be rewarded for it; None for no limit."""
-    return Value("shared", weight=weight, clip=clip)
+    return Critic("shared", weight=weight, clip=clip)
 
 
-def detached(*, weight: NonNegative = 0.1, clip: Positive | None = 0.2) -> Value:
+def detached(*, weight: NonNegative = 0.1, clip: Positive | None = 0.2) -> Critic:
     """A head on the policy's trunk, which learns from the policy's loss alone."""
-    return Value("detached", weight=weight, clip=clip)
+    return Critic("detached", weight=weight, clip=clip)
 
 
-def model(*, path: str, lr: Positive | None = None, lora: str | None = None, clip: Positive | None = 0.2) -> Value:
+def model(*, path: str, lr: Positive | None = None, lora: str | None = None, clip: Positive | None = 0.2) -> Critic:
     """A model or reward model of its own. lr: the policy's by default. lora: adapters in place of its weights."""
-    return Value("model", path, lr, Lora.parse(lora), clip=clip)
+    return Critic("model", path, lr, Lora.parse(lora), clip=clip)
 
 
 class KL(NamedTuple):

@@ -22,7 +22,7 @@ from pyrite.math.ranges import Count, Natural, Several
 from pyrite.models import reference_tables, references
 from pyrite.models.loading import Dtype
 from pyrite.models.policy import Policy
-from pyrite.models.references import BadReference, Table, margins
+from pyrite.models.references import BadReference, ReferenceTable, margins
 from pyrite.training.pairs import encode_pairs, paired_texts
 
 OUTPUTS = {"table/": "the reference: part-*.parquet and manifest.json, to be named in --ref"}
@@ -212,7 +212,7 @@ def verify(config: Verify) -> Run:
     return Run(config.table, runs.plain_config(config), {}, {"rules": outcome})
 
 
-def _summary(table: Table, said: Responses) -> dict[str, Any]:
+def _summary(table: ReferenceTable, said: Responses) -> dict[str, Any]:
     found = margins(table.sum_logp[table.rows(said)])
     say(f"reference: {_words(found)}; use it as --ref {table.folder}")
     return {"rows": len(table), "fingerprint": table.manifest["fingerprint"], "margins": found}

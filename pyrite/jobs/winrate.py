@@ -80,7 +80,7 @@ class Config:
     """Of everything that is drawn at random."""
 
 
-class Judged(NamedTuple):
+class JudgedComparison(NamedTuple):
     """One comparison; win is NaN without a verdict."""
 
     prompt: Any
@@ -93,7 +93,7 @@ class Judged(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Table:
+class ComparisonTable:
     """Comparisons of M models on Q prompts, (M, Q) each, NaN where there is none; difficulty (Q,) where it is given."""
 
     models: list[str]
@@ -144,10 +144,10 @@ def run(config: Config) -> Run:
     return run.finish(models=rows, prompts=table.wins.shape[1], no_verdict=missing, **said)
 
 
-def tabled(path: str) -> Table:
+def tabled(path: str) -> ComparisonTable:
     """The comparisons of a file, checked. Raises DataError with file, row and what to do."""
     source = read(path)
-    rows: dict[tuple[Any, str], Judged] = {}
+    rows: dict[tuple[Any, str], JudgedComparison] = {}
     for i, raw in enumerate(source.rows):
         try:
             row = judged(raw)
@@ -183,13 +183,13 @@ def difficulties(path: str, prompts: Sequence[Any]) -> Tensor:
     return torch.tensor([found[str(prompt)] for prompt in prompts], dtype=torch.float64)
 
 
-def judged(raw: dict[str, Any]) -> Judged:
+def judged(raw: dict[str, Any]) -> JudgedComparison:
     """One row's comparison. Raises ValueError, without the place, for what is missing, not a number or out of range."""
     row = {ours: next((raw[name] for name in names if name in raw), None) for ours, names in NAMES.items()}
     for name in ("prompt_id", "model"):
         if not isinstance(row[name], (str, int)) or row[name] == "":
             raise ValueError(f"{name} is {row[name]!r:.40}; give every comparison a {name}")
-    return Judged(
+    return JudgedComparison(
         prompt=row["prompt_id"],
         model=str(row["model"]),
         baseline=str(row["baseline"] or "baseline"),
@@ -261,7 +261,7 @@ def _number(value: Any, name: str) -> float:
     return float(value)
 
 
-def _check_against(row: Judged, rows: dict[tuple[Any, str], Judged]) -> None:
+def _check_against(row: JudgedComparison, rows: dict[tuple[Any, str], JudgedComparison]) -> None:
     first = next(iter(rows.values()), row)
     if row.baseline != first.baseline:
         raise ValueError(f"compared with {row.baseline!r}, not {first.baseline!r} as before; give a file one baseline")
@@ -269,7 +269,7 @@ def _check_against(row: Judged, rows: dict[tuple[Any, str], Judged]) -> None:
         raise ValueError("difficulty is in some rows only; give it in all, or in none")
 
 
-def _grid(rows: list[Judged], source: Source) -> Table:
+def _grid(rows: list[JudgedComparison], source: Source) -> ComparisonTable:
     models, prompts = (list(dict.fromkeys(values)) for values in zip(*((r.model, r.prompt) for r in rows), strict=True))
     at = {model: m for m, model in enumerate(models)}, {prompt: q for q, prompt in enumerate(prompts)}
     where = torch.tensor([[at[0][row.model], at[1][row.prompt]] for row in rows]).T.unbind()
@@ -284,10 +284,10 @@ def _grid(rows: list[Judged], source: Source) -> Table:
         if row.difficulty is not None and hard.setdefault(row.prompt, row.difficulty) != row.difficulty:
             raise DataError(f"{source.name}: prompt {row.prompt!r:.60} has two difficulties; a prompt has one")
     given = torch.tensor([hard[prompt] for prompt in prompts], dtype=torch.float64) if hard else None
-    return Table(models, rows[0].baseline, wins, length, baseline_length, given, prompts)
+    return ComparisonTable(models, rows[0].baseline, wins, length, baseline_length, given, prompts)
 
 
-def _comparisons(table: Table, config: Config) -> tuple[Comparisons, str]:
+def _comparisons(table: ComparisonTable, config: Config) -> tuple[Comparisons, str]:
     """What is to be fitted, and where the difficulty of prompts comes from."""
     gap = winrates.length_gap(table.baseline_length, table.length)
     gamed = [table.models.index(name) for name in config.gamed if _known(name, table.models)]
@@ -323,7 +323,7 @@ def _known(name: str, models: list[str]) -> bool:
     return True
 
 
-def _models(table: Table, several: Sequence[Rates], level: float) -> Iterator[dict[str, Any]]:
+def _models(table: ComparisonTable, several: Sequence[Rates], level: float) -> Iterator[dict[str, Any]]:
     """A row for each model, by the first rates; intervals that hold those of all."""
     rates = several[0]
     for m, model in enumerate(table.models):

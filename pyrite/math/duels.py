@@ -20,7 +20,7 @@ NONE = (math.nan, math.nan)
 Missing = Literal["drop", "tie"]
 
 
-class Rates(NamedTuple):
+class DuelRates(NamedTuple):
     """Units by outcome, and the first method's share of wins by both tie rules, each with a 95 % interval.
 
     half = (W + T/2) / (W + L + T) and its standard error over units, sem;   without = W / (W + L).
@@ -58,7 +58,7 @@ def outcomes(verdicts: Tensor, *, missing: Missing = "drop") -> Tensor:
     return torch.where(total.isnan(), total, total.sign())  # the sign of NaN is 0
 
 
-def rates(outcomes: Tensor, prompt: Tensor, *, times: int = 2000, seed: int = 0) -> Rates:
+def rates(outcomes: Tensor, prompt: Tensor, *, times: int = 2000, seed: int = 0) -> DuelRates:
     """What N outcomes come to, with percentile intervals by a bootstrap over prompts.
 
     outcomes (N,) of 1, 0, -1, NaN; prompt (N,) whole numbers from 0, whose units are drawn together. Equal prompts and
@@ -79,10 +79,10 @@ def rates(outcomes: Tensor, prompt: Tensor, *, times: int = 2000, seed: int = 0)
         spread = [_interval(draws) for draws in _rates(_resampled(counts, times, seed))]
     points = kinds @ torch.tensor([1.0, 0.0, 0.5], dtype=torch.float64)
     sem = points.std().item() / len(points) ** 0.5 if len(points) > 1 else math.nan
-    return Rates(wins, losses, ties, int((~known).sum()), half, *spread[0], without, *spread[1], sem)
+    return DuelRates(wins, losses, ties, int((~known).sum()), half, *spread[0], without, *spread[1], sem)
 
 
-def mirrored(rates: Rates) -> Rates:
+def mirrored(rates: DuelRates) -> DuelRates:
     """The same units seen from the second method."""
     return rates._replace(
         wins=rates.losses,

@@ -57,7 +57,7 @@ class BadReference(ValueError):  # noqa: N818, there is a ReferenceError already
 
 
 @dataclass(frozen=True, eq=False)
-class Table:
+class ReferenceTable:
     """N texts scored by one model: a list or an array (N,) for each column, log-probabilities in nats.
 
     token_logp: float32, the rows' tokens one after the other; None if only the sums are known or were read.
@@ -148,7 +148,7 @@ def folder_of(path: str | Path) -> Path | None:
     return None
 
 
-def load(path: str | Path, *, tokens: bool = True) -> Table:
+def load(path: str | Path, *, tokens: bool = True) -> ReferenceTable:
     """A finished reference from its folder, a file in it, or the run that made it; without `tokens`, only its sums.
 
     Raises BadReference (R7) if it is not finished or was changed since, (R5) if numbers are below float32.
@@ -164,7 +164,7 @@ def load(path: str | Path, *, tokens: bool = True) -> Table:
         columns[name] = columns[name].tolist()
     has_tokens = tokens and "token_logp" in whole.column_names
     flat = pa.chunked_array([part["token_logp"].combine_chunks().flatten() for part in parts]) if has_tokens else None
-    table = Table(folder, manifest, **columns, token_logp=None if flat is None else flat.to_numpy())
+    table = ReferenceTable(folder, manifest, **columns, token_logp=None if flat is None else flat.to_numpy())
     if len(table.places) != len(table) or len(table) != manifest["recipe"]["data"]["rows"]:
         raise BadReference(f"R1: {folder}: {len(table)} rows, {len(table.places)} of them distinct; compute it again")
     return table

@@ -34,9 +34,9 @@ from pyrite.models import reference_tables as tables
 from pyrite.models.forward import score
 from pyrite.models.loading import Dtype, backbone, tokenizer_of
 from pyrite.models.policy import Policy
-from pyrite.models.reference_tables import BadReference, Table, load, margins, row_ids
+from pyrite.models.reference_tables import BadReference, ReferenceTable, load, margins, row_ids
 
-__all__ = ["BadReference", "Source", "Table", "load", "margins", "obtain", "parse"]
+__all__ = ["BadReference", "RefSource", "ReferenceTable", "load", "margins", "obtain", "parse"]
 
 PART = 1024  # rows in a part: what an interruption can cost
 SIBLINGS = 64  # answers that share their prompt in one packed row
@@ -52,7 +52,7 @@ Conditioning = Literal["prompt", "prior"]
 
 
 @dataclass(frozen=True)
-class Source:
+class RefSource:
     """One reference and its weight in a sum; `path` of a model, or of a finished reference for kind "table"."""
 
     kind: Literal["self", "none", "column", "prior", "ema", "model", "table"]
@@ -73,7 +73,7 @@ OPTIONS: dict[str, dict[str, Any]] = {  # what each kind takes, with its range; 
 }
 
 
-def parse(spec: str) -> list[Source]:
+def parse(spec: str) -> list[RefSource]:
     """The sources of a spec, a weighted sum of log-probabilities: log π_ref = Σ_k weight_k · log π_k.
 
     self               the policy before training
@@ -100,7 +100,7 @@ def parse(spec: str) -> list[Source]:
     return sources
 
 
-def _source(piece: str) -> Source:
+def _source(piece: str) -> RefSource:
     """One term of a sum."""
     number, body = re.fullmatch(r"(?:([-+]?[\d.]+(?:e[-+]?\d+)?)\s*\*\s*)?(.*)", piece, re.DOTALL).groups()  # type: ignore[union-attr]
     name, path, options = body, None, {}
@@ -130,7 +130,7 @@ def _source(piece: str) -> Source:
     if not 0 < weight < math.inf:
         raise ValueError(f"the weight in {piece!r} must be a positive number")
     defaults = {"rate": 0.01, "every": 1} if kind == "ema" else {}
-    return Source(kind, path, weight, defaults | options)  # type: ignore[arg-type]
+    return RefSource(kind, path, weight, defaults | options)  # type: ignore[arg-type]
 
 
 def _value(word: str, hint: Any, where: str) -> Any:
@@ -270,7 +270,7 @@ def compute(
     scorer: str,
     files: str | None = None,
     budget: int = 16384,
-) -> Table:
+) -> ReferenceTable:
     """Score what was read by its recipe and store it; parts are dealt out to the processes.
 
     An interrupted computation goes on where it stopped. scorer: the model's name, for the manifest. Raises BadReference
@@ -364,7 +364,7 @@ def by_id(said: Responses, sums: np.ndarray) -> dict[str, float]:
     return found
 
 
-def store(sums: Mapping[str, float], *, folder: Path, scorer: str, about: Mapping[str, Any]) -> Table:
+def store(sums: Mapping[str, float], *, folder: Path, scorer: str, about: Mapping[str, Any]) -> ReferenceTable:
     """Log-probabilities, nats, by row_id, as a reference; about: where they came from, for the recipe.
 
     Nothing is known of tokenizer, template or truncation, so only losses of sums can use it. Raises BadReference (R7)
@@ -385,13 +385,13 @@ def store(sums: Mapping[str, float], *, folder: Path, scorer: str, about: Mappin
 # Rules that a reference must keep before a run may use it; each refusal names the rule and the first row -------------
 
 
-def same_tokenizer(table: Table, tokenizer: Any) -> bool:
+def same_tokenizer(table: ReferenceTable, tokenizer: Any) -> bool:
     """Whether a reference was made with this tokenizer, so that its tokens are the trainer's."""
     return not table.imported and table.recipe["tokenizer"] == tables.tokenizer_hash(tokenizer)
 
 
 def verify(
-    table: Table, said: Responses, *, tokenizer: Any = None, tokens: bool = False, same_prompts: bool = True
+    table: ReferenceTable, said: Responses, *, tokenizer: Any = None, tokens: bool = False, same_prompts: bool = True
 ) -> list[str | None]:
     """Why each of N answers must be dropped, None for those to keep.
 
@@ -426,7 +426,7 @@ def verify(
     return [none if table.n_resp_tokens[row] == 0 else why for row, why in zip(rows, reasons, strict=True)]
 
 
-def _row_of(table: Table, one: str, name: Callable[[int], str], i: int) -> int:
+def _row_of(table: ReferenceTable, one: str, name: Callable[[int], str], i: int) -> int:
     """R1: every answer is there, with a log-probability."""
     row = table.places.get(one)
     if row is None:
@@ -438,7 +438,7 @@ def _row_of(table: Table, one: str, name: Callable[[int], str], i: int) -> int:
     return row
 
 
-def _check_ids(table: Table, row: int, asked: Sequence[int] | None, said: Sequence[int], name: str) -> None:
+def _check_ids(table: ReferenceTable, row: int, asked: Sequence[int] | None, said: Sequence[int], name: str) -> None:
     """R2: an answer was read as the trainer's tokens, and its prompt too, if that is given."""
     other = tables.ids_hash(said) != table.resp_ids_sha[row]
     if other or (asked is not None and tables.ids_hash(asked) != table.prompt_ids_sha[row]):
@@ -450,7 +450,7 @@ def _check_ids(table: Table, row: int, asked: Sequence[int] | None, said: Sequen
         )
 
 
-def _cut(table: Table, row: int, truncated: bool, cut: bool, *, lossless: bool) -> str | None:
+def _cut(table: ReferenceTable, row: int, truncated: bool, cut: bool, *, lossless: bool) -> str | None:
     """R3: both models must have scored the whole text."""
     if truncated or table.truncated[row]:
         return "R3: truncation cut the answer for the policy or the reference"
@@ -461,7 +461,7 @@ def _cut(table: Table, row: int, truncated: bool, cut: bool, *, lossless: bool) 
     return None
 
 
-def spot_check(table: Table, policy: Policy, said: Responses, *, rows: int = 32, seed: int = 0) -> float:
+def spot_check(table: ReferenceTable, policy: Policy, said: Responses, *, rows: int = 32, seed: int = 0) -> float:
     """R6: random rows computed again by the scorer; the largest difference, nats.
 
     Raises BadReference if a row differs by more than 1e-3 · max(1, T) nats over T tokens in float32 (2e-2 in
@@ -491,7 +491,7 @@ def spot_check(table: Table, policy: Policy, said: Responses, *, rows: int = 32,
 
 
 def obtain(
-    sources: Sequence[Source],
+    sources: Sequence[RefSource],
     said: Responses,
     *,
     policy: Policy,
@@ -563,7 +563,7 @@ def _cut_here(said: Responses) -> list[str | None]:
     return ["R3: truncation cut the answer for the policy" if cut else None for cut in said.truncated.tolist()]
 
 
-def _column(source: Source, said: Responses, *, tokens: bool) -> np.ndarray:
+def _column(source: RefSource, said: Responses, *, tokens: bool) -> np.ndarray:
     """Log-probabilities the user's data bring along: sums, of unknown tokens."""
     if tokens:
         raise BadReference("R3: a column holds sums only and the loss reads tokens; use a loss of sums, such as dpo")
@@ -572,7 +572,7 @@ def _column(source: Source, said: Responses, *, tokens: bool) -> np.ndarray:
     return given_sums(said, next((both for both in named if all(name in row for name in both)), named[0]))
 
 
-def _named(source: Source, said: Responses, policy: Policy, *, tokens: bool, precision: Dtype) -> Table:
+def _named(source: RefSource, said: Responses, policy: Policy, *, tokens: bool, precision: Dtype) -> ReferenceTable:
     """A finished reference the user names; one that claims to be of this very policy is computed again in part (R6)."""
     table = load(str(source.path), tokens=tokens)
     say(f"reference: reused {table.folder}, {len(table)} rows, no model needed")
@@ -591,7 +591,7 @@ def _named(source: Source, said: Responses, policy: Policy, *, tokens: bool, pre
 
 
 def _scored(
-    source: Source,
+    source: RefSource,
     said: Responses,
     *,
     policy: Policy,
@@ -600,7 +600,7 @@ def _scored(
     cache: Path,
     tokens: bool,
     precision: Dtype,
-) -> tuple[Table, bool]:
+) -> tuple[ReferenceTable, bool]:
     """The file of a model, and whether its prompts are the policy's tokens or read in its own template and limits.
 
     A model with the policy's tokenizer and template reads like the policy if it has the room, any other in its own way
@@ -686,7 +686,7 @@ def _within(wanted: Mapping[str, Any], there: Mapping[str, Any]) -> bool:
     )
 
 
-def _remarks(source: Source, table: Table, tokenizer: Any) -> list[str]:
+def _remarks(source: RefSource, table: ReferenceTable, tokenizer: Any) -> list[str]:
     """What a user should know about one source."""
     if table.imported:
         return [f"{source} was imported: what was read is not known, only that its sums belong to these texts"]

@@ -37,7 +37,7 @@ from pyrite.training.loop import Training
 
 
 @dataclass(frozen=True)
-class Method:
+class LabelMethod:
     """How a policy is trained: options of the job online, or a direct loss on pairs of the start."""
 
     silver: str | None = None
@@ -53,20 +53,22 @@ class Method:
     """What the policy learns: paid pairs alone, all pairs of a round, or the offline ones by DPO."""
 
 
-def methods(labels: int, warm: int) -> dict[str, Method]:
+def methods(labels: int, warm: int) -> dict[str, LabelMethod]:
     """Every method with the same number of labels."""
     rest, learning = labels - warm, "reward(path={warm!r}, lr=1e-3, epochs=3)"
     several = learning.replace("warm", "several")
     return {
-        "offline": Method(offline=labels, epochs=6, pairs="offline"),
-        "gold": Method(online=labels, pairs="labels"),
-        "gold_matched": Method(online=labels, epochs=3, pairs="labels"),
-        "static": Method("reward(path={static!r})", "never()", offline=labels),
-        "live": Method(learning, "even(replay=3.0)", offline=warm, online=rest),
-        "live_random": Method(learning, "even(selector='random()', replay=3.0)", offline=warm, online=rest),
-        "live_disagreement": Method(several, "even(selector='disagreement()', replay=3.0)", offline=warm, online=rest),
-        "implicit": Method("implicit(lr=3e-4, epochs=2)", "even(selector='random()')", online=labels),
-        "self_reward": Method("self_reward()", "even(selector='random()')", online=labels),
+        "offline": LabelMethod(offline=labels, epochs=6, pairs="offline"),
+        "gold": LabelMethod(online=labels, pairs="labels"),
+        "gold_matched": LabelMethod(online=labels, epochs=3, pairs="labels"),
+        "static": LabelMethod("reward(path={static!r})", "never()", offline=labels),
+        "live": LabelMethod(learning, "even(replay=3.0)", offline=warm, online=rest),
+        "live_random": LabelMethod(learning, "even(selector='random()', replay=3.0)", offline=warm, online=rest),
+        "live_disagreement": LabelMethod(
+            several, "even(selector='disagreement()', replay=3.0)", offline=warm, online=rest
+        ),
+        "implicit": LabelMethod("implicit(lr=3e-4, epochs=2)", "even(selector='random()')", online=labels),
+        "self_reward": LabelMethod("self_reward()", "even(selector='random()')", online=labels),
     }
 
 
@@ -91,7 +93,7 @@ TASKS = {
 
 
 @dataclass(frozen=True)
-class Settings:
+class LiveRewardSettings:
     """Two worlds' policies; in each task every method with the same number of labels, from the same start."""
 
     tasks: dict[str, Task] = field(default_factory=lambda: dict(TASKS))
@@ -124,7 +126,7 @@ class Settings:
     loss: str = "dpo(beta=0.1)"
 
 
-SETTINGS = {"toy": Settings()}
+SETTINGS = {"toy": LiveRewardSettings()}
 
 
 # one chain
@@ -140,7 +142,7 @@ class Place:
     prompts: str
     pool: str
     gold: str
-    settings: Settings
+    settings: LiveRewardSettings
     seed: int
 
     @property
@@ -161,7 +163,7 @@ class Place:
         )
 
 
-def chain(folder: Path, settings: Settings, seed: int) -> dict[str, Run]:
+def chain(folder: Path, settings: LiveRewardSettings, seed: int) -> dict[str, Run]:
     """Run every stage that is not done yet."""
     done: dict[str, Run] = {}
     worlds = {}
@@ -177,7 +179,7 @@ def chain(folder: Path, settings: Settings, seed: int) -> dict[str, Run]:
     return done
 
 
-def _stories(folder: Path, settings: Settings, done: dict[str, Run], seed: int) -> tuple[Path, Path, Path]:
+def _stories(folder: Path, settings: LiveRewardSettings, done: dict[str, Run], seed: int) -> tuple[Path, Path, Path]:
     """Policy, prompts and pool of the toy world; and a weaker model, of a few demonstrations, to be told from."""
     world = toy.write(
         folder / "world", seed=derive(seed, "world"), n_pool=settings.answer_prompts, n_demos=settings.toy_demos
@@ -191,7 +193,7 @@ def _stories(folder: Path, settings: Settings, done: dict[str, Run], seed: int) 
     return folder / "sft" / "model", world.pair_prompts, world.pool_prompts
 
 
-def _arithmetic(folder: Path, settings: Settings, done: dict[str, Run], seed: int) -> tuple[Path, Path, Path]:
+def _arithmetic(folder: Path, settings: LiveRewardSettings, done: dict[str, Run], seed: int) -> tuple[Path, Path, Path]:
     """Sums and differences of three or four numbers up to 5, step by step; about a third of the answers are right."""
     world = toy.write_math(
         folder / "world",
@@ -286,7 +288,7 @@ def _reward(place: Place, kind: str, pairs: str, members: int) -> Run:
     return reward.run(config)
 
 
-def _offline(place: Place, name: str, method: Method) -> Run:
+def _offline(place: Place, name: str, method: LabelMethod) -> Run:
     """DPO on the start's own pairs."""
     config = dpo.Config(
         place.policy,
@@ -301,7 +303,7 @@ def _offline(place: Place, name: str, method: Method) -> Run:
     return dpo.run(config)
 
 
-def _annotator(method: Method, folders: dict[str, str]) -> str | None:
+def _annotator(method: LabelMethod, folders: dict[str, str]) -> str | None:
     """The spec of what labels beside the judge, with its schedule."""
     if method.silver is None:
         return None
@@ -309,7 +311,7 @@ def _annotator(method: Method, folders: dict[str, str]) -> str | None:
     return f"{options}{'' if options.endswith('(') else ', '}schedule={method.schedule!r})"
 
 
-def _online(place: Place, name: str, method: Method) -> Run:
+def _online(place: Place, name: str, method: LabelMethod) -> Run:
     """Rounds. Prompts and streams are those of every other method."""
     settings = place.settings
     folders = {kind: str(place.folder / f"reward_{kind}") for kind in ("static", "warm", "several")}
@@ -444,7 +446,7 @@ COLUMNS = ("gold", "proxy", "kl", "length", "labels", "live_accuracy", "proxy_ac
 LEVELS = (0.5, 1.0, 1.5)  # of what labels alone gain with all of them
 
 
-def collect(chains: list[Chain], settings: Settings) -> Row:
+def collect(chains: list[Chain], settings: LiveRewardSettings) -> Row:
     """Every round of every method, labels to fixed levels of gold, claims, books, reward models, samples."""
     every = methods(settings.labels, settings.warm)
     tried = [(task, name) for task, options in settings.tasks.items() for name in options.methods]
@@ -465,7 +467,7 @@ def collect(chains: list[Chain], settings: Settings) -> Row:
     }
 
 
-def _rounds(one: Chain, task: str, name: str, method: Method) -> list[Row]:
+def _rounds(one: Chain, task: str, name: str, method: LabelMethod) -> list[Row]:
     """A row for the start and each measured round; of offline DPO for the start and the end."""
     rows = [row for row in runs.read_metrics(one.runs[f"{task}: {name}"].folder) if "gold" in row]
     rows = rows if method.pairs != "offline" else [rows[0], rows[-1]]
@@ -508,7 +510,7 @@ def _levels(task: str, chains: Sequence[Lines]) -> list[Row]:
     return rows
 
 
-def _books(one: Chain, task: str, name: str, method: Method) -> Row:
+def _books(one: Chain, task: str, name: str, method: LabelMethod) -> Row:
     """What was paid and what was learned, over all rounds."""
     run = one.runs[f"{task}: {name}"]
     rows = runs.read_metrics(run.folder)

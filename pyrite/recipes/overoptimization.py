@@ -38,7 +38,7 @@ from pyrite.training.metrics import FAR
 
 
 @dataclass(frozen=True)
-class Settings:
+class OveroptimizationSettings:
     """One chain: SFT, candidates, labels, reward models at every noise level, best-of-n, PPO."""
 
     gold: str = "pyrite.toy:story_quality()"
@@ -85,7 +85,7 @@ class Settings:
     )
 
 
-TOY = Settings()
+TOY = OveroptimizationSettings()
 # What a whole study adds: more KL strengths, fewer pairs, larger reward models.
 TOY_WIDE = replace(TOY, betas=((0.25, (0.0, 0.05, 0.2)),), shares=(0.25, 0.5), sizes=("base",))
 SETTINGS = {"toy": TOY, "toy_wide": TOY_WIDE}
@@ -111,7 +111,7 @@ class Target:
         return f"PPO, noise {100 * self.noise:g} %, beta {self.beta:g}, {against}"
 
 
-def targets(settings: Settings) -> list[Target]:
+def targets(settings: OveroptimizationSettings) -> list[Target]:
     """By label noise and KL strength: single members first, then every ensemble."""
     known = {specs.part(spec, ensembles).name: spec for spec in settings.objectives}
     return [
@@ -125,7 +125,7 @@ def targets(settings: Settings) -> list[Target]:
     ]
 
 
-def chain(folder: Path, settings: Settings, seed: int) -> dict[str, Run]:
+def chain(folder: Path, settings: OveroptimizationSettings, seed: int) -> dict[str, Run]:
     """Run every stage that is not done yet."""
     world = toy.write(folder / "world", seed=derive(seed, "world"), n_pool=settings.pool, n_demos=settings.toy_demos)
     done = {"sft": _tuned(folder / "sft", world.model, world.demos, settings, derive(seed, "sft"))}
@@ -168,12 +168,12 @@ def chain(folder: Path, settings: Settings, seed: int) -> dict[str, Run]:
     return done | {target.name: ppo.run(_ppo(folder, settings, world, target, seed)) for target in targets(settings)}
 
 
-def _tuned(out: Path, model: Path, demos: Path, settings: Settings, seed: int) -> Run:
+def _tuned(out: Path, model: Path, demos: Path, settings: OveroptimizationSettings, seed: int) -> Run:
     return sft.run(sft.Config(model=str(model), data=str(demos), training=settings.sft, out=out, seed=seed))
 
 
 def _rewarded(
-    folder: Path, settings: Settings, name: str, told: str, start: Path, pairs: Path, seed: int
+    folder: Path, settings: OveroptimizationSettings, name: str, told: str, start: Path, pairs: Path, seed: int
 ) -> dict[str, Run]:
     """Reward models trained from an SFT run on a folder of pairs, and best-of-n against them."""
     trained = reward.Config(
@@ -197,7 +197,7 @@ def _rewarded(
     return {f"reward models, {told}": reward.run(trained), f"best of n, {told}": best_of_n.run(chosen)}
 
 
-def _variants(folder: Path, settings: Settings, world: toy.ToyFiles, seed: int) -> dict[str, Run]:
+def _variants(folder: Path, settings: OveroptimizationSettings, world: toy.ToyFiles, seed: int) -> dict[str, Run]:
     """Best-of-n against reward models of fewer pairs and of other sizes, at the first level of noise."""
     pairs = folder / f"pairs_noise_{100 * settings.noise[0]:g}"
     done: dict[str, Run] = {}
@@ -221,12 +221,14 @@ def _variants(folder: Path, settings: Settings, world: toy.ToyFiles, seed: int) 
     return done
 
 
-def variants(settings: Settings) -> list[str]:
+def variants(settings: OveroptimizationSettings) -> list[str]:
     """How the stages of further reward models are named."""
     return [*(f"{100 * share:g} % of pairs" for share in settings.shares), *(f"size {size}" for size in settings.sizes)]
 
 
-def _ppo(folder: Path, settings: Settings, world: toy.ToyFiles, target: Target, seed: int) -> ppo.Config:
+def _ppo(
+    folder: Path, settings: OveroptimizationSettings, world: toy.ToyFiles, target: Target, seed: int
+) -> ppo.Config:
     rewards = folder / f"reward_noise_{100 * target.noise:g}"
     against = str(rewards if target.member is None else loading.member_paths(rewards)[target.member])
     told = target.objective if target.member is None else f"{target.objective}_{target.member}"
@@ -293,7 +295,7 @@ def read_pool(run: Run, rows: list[dict[str, Any]]) -> Pool:
     return Pool(standard, stored["proxy"].double(), torch.tensor(marks).view_as(gold), stored["row"], rows)
 
 
-def combined(proxy: Tensor, settings: Settings) -> dict[str, Tensor]:
+def combined(proxy: Tensor, settings: OveroptimizationSettings) -> dict[str, Tensor]:
     """The ensembles' scores (Q, N) of proxies (E, Q, N) by short name, standardized like any other proxy."""
     found = {}
     for spec in settings.objectives:
@@ -303,7 +305,7 @@ def combined(proxy: Tensor, settings: Settings) -> dict[str, Tensor]:
     return found
 
 
-def chosen(pool: Pool, values: Tensor, settings: Settings) -> dict[str, Tensor]:
+def chosen(pool: Pool, values: Tensor, settings: OveroptimizationSettings) -> dict[str, Tensor]:
     """Expected `values` (Q, N) of the best of n, (M, Q), by who chooses; single is the average over members."""
     n = list(settings.n)
     single = torch.stack([statistics.best_of_n(proxy, values, n) for proxy in pool.proxy]).mean(0)
@@ -311,7 +313,7 @@ def chosen(pool: Pool, values: Tensor, settings: Settings) -> dict[str, Tensor]:
     return {"single": single} | {name: statistics.best_of_n(proxy, values, n) for name, proxy in others}
 
 
-def gold_at(pool: Pool, settings: Settings) -> dict[str, Tensor]:
+def gold_at(pool: Pool, settings: OveroptimizationSettings) -> dict[str, Tensor]:
     """Gold of the best of n: "single" (E, M, Q), every ensemble (M, Q), how often those win, and other ensembles."""
     n = list(settings.n)
     found = {"single": torch.stack([statistics.best_of_n(proxy, pool.gold, n) for proxy in pool.proxy])}
@@ -330,7 +332,7 @@ def gold_at(pool: Pool, settings: Settings) -> dict[str, Tensor]:
 POLICY = ("kl", "kl_k3", "sqrt_kl", "gold", "proxy", "length", "missing_eos", "variance")
 
 
-def policy_rows(one: Chain, settings: Settings) -> list[Row]:
+def policy_rows(one: Chain, settings: OveroptimizationSettings) -> list[Row]:
     """A row for each measurement of each policy trained by PPO, in the units of the pool.
 
     single: averaged over members. kl in nats an answer. variance: of the members' standardized scores, averaged over
@@ -386,20 +388,20 @@ TOLD = {"mean": "the mean", "wco": "the worst case (WCO)", "uwo": "the uncertain
 WIN_RATES = {(0.25, "mean"): 57.8, (0.25, "wco"): 58.3, (0.25, "uwo"): 58.2}  # published, per cent
 WIN_RATES |= {(0.0, "mean"): 54.9, (0.0, "wco"): 57.1, (0.0, "uwo"): 57.2}
 NOISY, FREE, SMALL = 0.25, (0.25, 0.0), (0.25, 0.05)  # PPO: label noise and KL strength
-Value = Callable[[Curves], Tensor]
+CurveValue = Callable[[Curves], Tensor]
 
 
-def falls(*curve: Any) -> Value:
+def falls(*curve: Any) -> CurveValue:
     """Gold at the peak less gold at the end."""
     return lambda curves: curves.fall(curve).mean(1)
 
 
-def gain(ours: tuple, theirs: tuple) -> Value:
+def gain(ours: tuple, theirs: tuple) -> CurveValue:
     """Gold at the end of one curve less that of another."""
     return lambda curves: (curves.own[ours] - curves.own[theirs])[..., -1].mean(1)
 
 
-def relative_gain(ours: tuple, theirs: tuple) -> Value:
+def relative_gain(ours: tuple, theirs: tuple) -> CurveValue:
     """Gold at the end of one curve over that of another, less 1; NaN if the other has none to speak of."""
 
     def value(curves: Curves) -> Tensor:
@@ -409,22 +411,22 @@ def relative_gain(ours: tuple, theirs: tuple) -> Value:
     return value
 
 
-def above_half(*curve: Any) -> Value:
+def above_half(*curve: Any) -> CurveValue:
     """Share of prompts won at the end, ties one half, less one half."""
     return lambda curves: curves.own[curve][..., -1].mean(1) - 0.5
 
 
-def falls_less(*curve: Any) -> Value:
+def falls_less(*curve: Any) -> CurveValue:
     """The fall of a policy trained against a single reward model, less that of this one."""
     return lambda curves: (curves.fall((*curve[:2], "single")) - curves.fall(curve)).mean(1)
 
 
-def cost(objective: str) -> Value:
+def cost(objective: str) -> CurveValue:
     """What the small KL penalty costs: the most gold without it above the most gold with it."""
     return lambda curves: (curves.at_peak((*FREE, objective)) - curves.at_peak((*SMALL, objective))).mean(1)
 
 
-def growth(objective: str) -> Value:
+def growth(objective: str) -> CurveValue:
     """ln of the members' variance at the end over that at the start, without a KL penalty."""
 
     def value(curves: Curves) -> Tensor:
@@ -434,7 +436,7 @@ def growth(objective: str) -> Value:
     return value
 
 
-def best_beta(objective: str) -> Value:
+def best_beta(objective: str) -> CurveValue:
     """Gold at the end under the KL strength that is best on the other chains, above that of single reward models."""
 
     def at_best(curves: Curves, name: str) -> Tensor:
@@ -447,7 +449,7 @@ def best_beta(objective: str) -> Value:
     return lambda curves: at_best(curves, objective) - at_best(curves, "single")
 
 
-def _claim(name: str, where: str, statement: str, value: Value, rule: study.Rule = study.POSITIVE) -> Claim:
+def _claim(name: str, where: str, statement: str, value: CurveValue, rule: study.Rule = study.POSITIVE) -> Claim:
     return Claim(name, f"{SOURCE}, {where}", statement, value, rule)
 
 
@@ -673,7 +675,7 @@ SHOWN = (1, 16, 256, 1024)  # values of n in the browser of samples
 PROMPTS = 12  # prompts in the browser of samples
 
 
-def collect(chains: list[Chain], settings: Settings) -> Row:
+def collect(chains: list[Chain], settings: OveroptimizationSettings) -> Row:
     """Curves, fits, policies, claims, mechanism, reward models and samples."""
     labeled = [data.load(one.folder / "pool_labels" / "candidates.parquet", "candidates") for one in chains]
     stages = {noise: f"noise {100 * noise:g} %" for noise in settings.noise}
@@ -721,7 +723,7 @@ def collect(chains: list[Chain], settings: Settings) -> Row:
     }
 
 
-def end_index(settings: Settings, pools: Sequence[Pool]) -> int:
+def end_index(settings: OveroptimizationSettings, pools: Sequence[Pool]) -> int:
     """Index of the largest n that is at most a quarter of the answers to a prompt, in every pool."""
     fewest = min(pool.gold.shape[1] for pool in pools)
     return max(i for i, n in enumerate(settings.n) if n <= max(fewest / 4, 1))
@@ -732,7 +734,9 @@ def _point(noise: float, objective: str, n: int, member: int | None = None) -> R
     return {"noise": noise, "objective": objective, "member": member, "n": n, "kl": kl, "sqrt_kl": kl**0.5}
 
 
-def _curves(pools: Sequence[Pool], settings: Settings, noise: float, *, members: bool = True) -> list[Row]:
+def _curves(
+    pools: Sequence[Pool], settings: OveroptimizationSettings, noise: float, *, members: bool = True
+) -> list[Row]:
     """Gold and proxy by objective and n; bands over prompts of one chain, or over whole chains."""
     gold = [chosen(pool, pool.gold, settings) for pool in pools]
     proxy = [_own_proxy(pool, settings) for pool in pools]
@@ -753,7 +757,7 @@ def _curves(pools: Sequence[Pool], settings: Settings, noise: float, *, members:
     return rows
 
 
-def _own_proxy(pool: Pool, settings: Settings) -> dict[str, Tensor]:
+def _own_proxy(pool: Pool, settings: OveroptimizationSettings) -> dict[str, Tensor]:
     """What each chooser believes of its own choice, (M, Q)."""
     n = list(settings.n)
     single = torch.stack([statistics.best_of_n(proxy, proxy, n) for proxy in pool.proxy]).mean(0)
@@ -807,7 +811,9 @@ def _by_policy(rows: Sequence[Row]) -> dict[tuple[float, float, str], list[Row]]
     return found
 
 
-def _bars(golds: Mapping[str, Sequence[Mapping[str, Tensor]]], settings: Settings, end: int) -> list[Row]:
+def _bars(
+    golds: Mapping[str, Sequence[Mapping[str, Tensor]]], settings: OveroptimizationSettings, end: int
+) -> list[Row]:
     """Gold of best-of-n at the end by number of members, UWO's weight, number of pairs and reward-model size.
 
     At the first level of noise; intervals are over chains.
@@ -830,7 +836,7 @@ def _bars(golds: Mapping[str, Sequence[Mapping[str, Tensor]]], settings: Setting
     ]
 
 
-def _shares(pools: Sequence[Pool], settings: Settings, noise: float) -> list[Row]:
+def _shares(pools: Sequence[Pool], settings: OveroptimizationSettings, noise: float) -> list[Row]:
     """The share of marked answers among the best of n, by who chooses."""
     found = [{k: v.mean(1) for k, v in chosen(pool, pool.mark.double(), settings).items()} for pool in pools]
     base = torch.stack([pool.mark.double().mean() for pool in pools]).mean().item()
@@ -841,7 +847,7 @@ def _shares(pools: Sequence[Pool], settings: Settings, noise: float) -> list[Row
     ]
 
 
-def _exclusion(at: Mapping[float, Sequence[Pool]], settings: Settings) -> list[Row]:
+def _exclusion(at: Mapping[float, Sequence[Pool]], settings: OveroptimizationSettings) -> list[Row]:
     """The curves again on pools without marked answers; none if such an answer is all a prompt has."""
     fewest = min(int((~pool.mark).sum(1).min()) for some in at.values() for pool in some)
     shorter = replace(settings, n=tuple(n for n in settings.n if n <= fewest))
@@ -864,7 +870,7 @@ def _reward_models(seed: int, noise: float, run: Run, pool: Pool) -> list[Row]:
     ]
 
 
-def _samples(pool: Pool, settings: Settings, noise: float) -> list[Row]:
+def _samples(pool: Pool, settings: OveroptimizationSettings, noise: float) -> list[Row]:
     """What each scorer really picks among the first n answers of a prompt."""
     judges = {f"single {member}": proxy for member, proxy in enumerate(pool.proxy[:3])}
     judges |= combined(pool.proxy, settings)

@@ -301,7 +301,7 @@ def _accuracy(chain: Chain) -> Row:
 SOURCE = "arXiv:2409.19605"
 NO_HELD_OUT = f"not in {SOURCE}, where the scorer that labels is also the one that measures"
 Races = Mapping[str, Mapping[str, Mapping[str, float]]]
-Model = Mapping[str, Mapping[str, Mapping[str, Tensor]]]
+StepModel = Mapping[str, Mapping[str, Mapping[str, Tensor]]]
 
 
 def _order(sampler: str, order: int, statement: str) -> Claim:
@@ -391,7 +391,7 @@ BOUNDS = [  # a theorem about every reward table: one that breaks it is enough a
 ]
 
 
-def at_equal_kl(chain: Model, name: str, first: str, second: str) -> float:
+def at_equal_kl(chain: StepModel, name: str, first: str, second: str) -> float:
     """How far one method's curve of reward over KL is above another's, at the KL where the shorter one ends."""
     rounds = chain["rounds"]
     kl = min(rounds[method]["kl"].max().item() for method in (first, second))
@@ -449,7 +449,7 @@ MODEL = [
 CLAIMS = [*EXACT, *BOUNDS, *MODEL]
 
 
-def check(races: Mapping[str, Row], models: Sequence[Model]) -> list[Row]:
+def check(races: Mapping[str, Row], models: Sequence[StepModel]) -> list[Row]:
     """Every claim. Repetitions of the races stand for chains; prompts of a single chain give an interval."""
     repetitions = len(races["orders"]["samplers"]["uniform"]["by_repetition"]["order"])
     exact = [
@@ -476,7 +476,7 @@ def _over_tables(claim: Claim, race: Row) -> tuple[float, float]:
     return (0.05 ** (1 / tables), 1.0) if share == 1.0 else (share, share)
 
 
-def _over_prompts(claim: Claim, chain: Model) -> tuple[float, float] | None:
+def _over_prompts(claim: Claim, chain: StepModel) -> tuple[float, float] | None:
     values = claim.value(chain)
     if not isinstance(values, Tensor):
         return None

@@ -16,13 +16,12 @@ from pyrite.core import runs
 from pyrite.core.processes import say
 from pyrite.core.runs import Run
 from pyrite.data import rows as data
+from pyrite.data.files import Row
 from pyrite.math import statistics
 from pyrite.math.ranges import Count, Natural
 from pyrite.report import charts
 from pyrite.report.page import Part, details, figure, number, page, table, text
 from pyrite.report.page import claims as claims_table
-
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)

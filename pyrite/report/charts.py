@@ -11,7 +11,8 @@ from typing import Any, TypeGuard
 import altair as alt
 import vl_convert
 
-Row = Mapping[str, Any]
+from pyrite.data.files import Row
+
 Chart = alt.Chart | alt.LayerChart
 
 INK, FAINT, GRID, EDGE = "#1f2328", "#5f6670", "#ece9e2", "#a9a69d"

@@ -20,7 +20,7 @@ from pyrite.data.responses import Responses
 from pyrite.feedback import schedules
 from pyrite.feedback.judges import Judge, check_verdicts
 from pyrite.feedback.ledger import Account
-from pyrite.feedback.pairing import Labelled, Labels, Pairing, Source, decided, label, paired
+from pyrite.feedback.pairing import Labelled, Labels, LabelSource, Pairing, decided, label, paired
 from pyrite.feedback.schedules import Schedule
 from pyrite.feedback.selectors import pick
 from pyrite.math import losses, reward_losses, seeds, statistics
@@ -383,7 +383,7 @@ class Live:
         shelf.learned, shelf.fresh = [*shelf.learned, *new], []
         return {f"reward_{name}": value for name, value in found.items()}
 
-    def _verdicts(self, gold: dict[int, float], silver: Tensor, own: int) -> tuple[list[float], list[Source]]:
+    def _verdicts(self, gold: dict[int, float], silver: Tensor, own: int) -> tuple[list[float], list[LabelSource]]:
         """P(a beats b) of every couple of this round, and of earlier ones that were labeled just now."""
         verdicts, sources = [], []
         for i, guess in enumerate(silver.double().tolist()):

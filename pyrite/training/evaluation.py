@@ -182,7 +182,7 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
-class Answers:
+class Measurement:
     """N answers to P prompts and what they are worth: `values` are (N,), by name; gold is NaN where it is not known.
 
     exact: KL from the reference and entropy by position, where they were asked for.
@@ -274,7 +274,7 @@ class Evaluator:
         replace(made, prompts=prompts[:1], ids=ids[:1])._sample(policy, new=1)  # refuses options out of range
         return made
 
-    def __call__(self, policy: Policy, *, gold: bool = True, progress: Advance | None = None) -> Answers:
+    def __call__(self, policy: Policy, *, gold: bool = True, progress: Advance | None = None) -> Measurement:
         """Sample, score by everybody, or by all but gold."""
         drawn = self._sample(policy, new=self.options.max_new_tokens, progress=progress)
         rows = _rows(policy, self.prompts, drawn)
@@ -287,7 +287,7 @@ class Evaluator:
             values["proxy"] = self.proxy(asked, said, drawn.finished.tolist())
         found, exact = self._kl(policy, self.ref, drawn) if self.ref else ({}, None)
         values |= found | {"length": drawn.length.double(), "missing_eos": (~drawn.finished).double()}
-        return Answers(rows, values, drawn, len(self.prompts), exact)
+        return Measurement(rows, values, drawn, len(self.prompts), exact)
 
     @property
     def total(self) -> int:

@@ -19,7 +19,7 @@ from pyrite.math import statistics
 from pyrite.math.statistics import fit_rl
 from pyrite.models.policy import Policy
 from pyrite.training.annotators import Discriminator, Judged
-from pyrite.training.evaluation import Answers, Evaluation, Evaluator, Truth
+from pyrite.training.evaluation import Evaluation, Evaluator, Measurement, Truth
 from pyrite.training.loop import Shift
 from pyrite.training.rounds import Answer
 
@@ -229,7 +229,7 @@ class Journal:
             self.policy.save(self.run.folder / "best")
             runs.write_json(self.run.folder / "best.json", {"part": self.part, **top})
 
-    def _gold(self, truth: Truth, answers: Answers, step: int, *, over: bool) -> Tensor | None:
+    def _gold(self, truth: Truth, answers: Measurement, step: int, *, over: bool) -> Tensor | None:
         """Gold of the answers, where this measurement asks for it."""
         measured = sum("kl_k1" in row for row in self.rows)
         if not truth.due(measured, over=over):
@@ -237,7 +237,7 @@ class Journal:
         asked, said = [text.plain(row["prompt"]) for row in answers.rows], [row["response"] for row in answers.rows]
         return truth(asked, said, answers.drawn.prompt, step=step)
 
-    def _ranked(self, answers: Answers, step: int) -> dict[str, float]:
+    def _ranked(self, answers: Measurement, step: int) -> dict[str, float]:
         """What gold says of the start's answers, and of those who rank these."""
         found: dict[str, float] = {}
         first, mine = self.run.folder / "start.json", answers.by_prompt("gold")
@@ -263,7 +263,7 @@ class Journal:
         return {"agreement": statistics.wins(chosen, rejected).mean().item()}
 
 
-def drawn_answers(answers: Answers, evaluator: Evaluator) -> list[Answer]:
+def drawn_answers(answers: Measurement, evaluator: Evaluator) -> list[Answer]:
     """Measured answers as discriminators read them."""
     tokens, owner = answers.drawn.responses(), answers.drawn.prompt.tolist()
     return [
@@ -277,7 +277,7 @@ def _row(chosen: Answer, rejected: Answer, strength: float, source: str) -> dict
     return {"prompt_id": chosen.prompt_id, "prompt": chosen.prompt, **both, "strength": strength, "source": source}
 
 
-def _accuracy(answers: Answers, scores: Tensor) -> float | None:
+def _accuracy(answers: Measurement, scores: Tensor) -> float | None:
     """Of every two answers to a prompt that gold tells apart, the share a score ranks as gold does, ties ½."""
     gold, owner = answers.values["gold"].double(), answers.drawn.prompt
     a, b = _couples(owner)
@@ -297,7 +297,7 @@ def _couples(owner: Tensor) -> tuple[Tensor, Tensor]:
     return tuple(torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2).unbind(1))  # type: ignore[return-value]
 
 
-def _means(answers: Answers) -> dict[str, float]:
+def _means(answers: Measurement) -> dict[str, float]:
     measured: dict[str, float] = {}
     for name, value in answers.summary().items():
         measured |= {name: value["mean"], f"{name}_se": value["se"]}

@@ -43,7 +43,7 @@ from pyrite.models.policy import Policy, RewardEnsemble, RewardModel
 from pyrite.models.value import ValueModel, WithValue
 from pyrite.training import loop
 from pyrite.training.loop import BatchLoss, Learner, Training, TrainingError
-from pyrite.training.rounds import Answer, Drawing, Players
+from pyrite.training.rounds import Answer, Players, Sampling
 
 # Rewards of preferences: one score for every option that an answer was asked under, combined
 
@@ -189,7 +189,7 @@ def _loaded(folder: str, beside: RewardEnsemble | None) -> RewardEnsemble:
 # Rollouts: a batch of answers with all that policy optimization learns from
 
 
-Method = Literal["gae", "rloo", "group", "reinforce"]
+AdvantageMethod = Literal["gae", "rloo", "group", "reinforce"]
 Score = Callable[[Sequence[Answer]], Tensor]
 
 
@@ -393,7 +393,7 @@ def collect(
     policy's log-probabilities from the forward it learns by, not from the draws. In bfloat16, where draws are rounded
     otherwise, this is always done.
     """
-    drawing = Drawing(samplers.on_policy(), k=k, max_new_tokens=max_new_tokens, seed=seed)
+    drawing = Sampling(samplers.on_policy(), k=k, max_new_tokens=max_new_tokens, seed=seed)
     drawn = players.draw(prompts, ids, drawing, number=number)
     answers = players.answers(prompts, ids, drawn)
     tokens = drawn.responses()
@@ -417,7 +417,7 @@ def estimates(
     rollouts: Rollouts,
     rewards: Tensor,
     *,
-    method: Method = "gae",
+    method: AdvantageMethod = "gae",
     gamma: float = 1.0,
     lam: float = 0.95,
     baseline: float | Tensor | None = None,
@@ -529,7 +529,7 @@ class State:
 
 
 @dataclass(frozen=True)
-class Value:
+class Critic:
     """Who predicts values: a head on the policy's trunk (shared, detached), or a model of its own at `path`.
 
     lr, lora: of a model of its own. weight: of the loss of a head. clip: of predicted values.
@@ -550,7 +550,7 @@ class Learners:
     policy: Learner
     critic: ValueModel | WithValue | None
     value: Learner | None
-    by: Value
+    by: Critic
     steps: int
     clip: float
     seed: int
@@ -560,7 +560,7 @@ class Learners:
         cls,
         policy: Policy,
         training: Training,
-        value: Value | None = None,
+        value: Critic | None = None,
         *,
         steps: int,
         clip: float = 0.2,
@@ -571,7 +571,7 @@ class Learners:
         Raises ValueError for a critic that cannot be loaded, or reads other tokens.
         """
         torch.manual_seed(seeds.derive(seed, "dropout"))
-        by = value or Value()
+        by = value or Critic()
         if value is None:
             return cls(Learner(policy, training), None, None, by, steps, clip, seed)
         if value.path is None:

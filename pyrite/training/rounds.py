@@ -47,7 +47,7 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Drawing:
+class Sampling:
     """How candidates are drawn: k a prompt, each two of them by one pair of the sampler's arms."""
 
     sampler: Sampler
@@ -78,7 +78,7 @@ class Players:
     ref: Policy
     precision: Precision = "float32"
 
-    def draw(self, rows: Sequence[dict], ids: Sequence[list[int]], how: Drawing, *, number: int) -> Samples:
+    def draw(self, rows: Sequence[dict], ids: Sequence[list[int]], how: Sampling, *, number: int) -> Samples:
         """k answers to each prompt {prompt_id}; a sample's stream belongs to (seed, round, prompt_id, sample)."""
         options: dict[str, Any] = {
             "eos": self.policy.stops,

@@ -13,7 +13,7 @@ import torch
 from pyrite.feedback.ledger import Ledger
 from pyrite.recipes import live_reward as recipe
 from pyrite.recipes import study
-from pyrite.recipes.live_reward import Lines, Settings, Task, methods
+from pyrite.recipes.live_reward import Lines, LiveRewardSettings, Task, methods
 from pyrite.training.loop import Training
 
 EVERY = tuple(methods(2, 1))
@@ -44,12 +44,12 @@ SMALL = replace(
 
 
 @pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch) -> Settings:
+def small(monkeypatch: pytest.MonkeyPatch) -> LiveRewardSettings:
     monkeypatch.setitem(recipe.SETTINGS, "toy", SMALL)
     return SMALL
 
 
-def test_recipe_runs_once_with_equal_labels(small: Settings, tmp_path: Path) -> None:
+def test_recipe_runs_once_with_equal_labels(small: LiveRewardSettings, tmp_path: Path) -> None:
     config = study.Config(out=tmp_path / "run")
     page = recipe.RECIPE.run(config)
     found = json.loads((tmp_path / "run" / "results.json").read_text())

@@ -14,7 +14,7 @@ from pyrite.jobs import best_of_n, sft
 from pyrite.math import statistics
 from pyrite.recipes import overoptimization as recipe
 from pyrite.recipes import study
-from pyrite.recipes.overoptimization import Settings
+from pyrite.recipes.overoptimization import OveroptimizationSettings
 from pyrite.training.loop import Training
 
 TOY = recipe.SETTINGS["toy"]
@@ -42,12 +42,12 @@ TOY_SHORT = replace(TOY, n=(1, 4, 16, 64, 256))
 
 
 @pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch) -> Settings:
+def small(monkeypatch: pytest.MonkeyPatch) -> OveroptimizationSettings:
     monkeypatch.setitem(recipe.SETTINGS, "toy", SMALL)
     return SMALL
 
 
-def test_recipe_runs_once_and_is_returned_when_done(small: Settings, tmp_path: Path) -> None:
+def test_recipe_runs_once_and_is_returned_when_done(small: OveroptimizationSettings, tmp_path: Path) -> None:
     config = study.Config(out=tmp_path / "run")
     page = recipe.RECIPE.run(config)
     found = json.loads((tmp_path / "run" / "results.json").read_text())
@@ -80,7 +80,9 @@ def _check_policies(found: dict) -> None:
     assert {row["group"] for row in found["bars"]} == {"weight", "members", "pairs", "size"}
 
 
-def test_recipe_goes_on_after_a_stop(small: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recipe_goes_on_after_a_stop(
+    small: OveroptimizationSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = study.Config(out=tmp_path / "run")
 
     def stop(*_: object, **__: object) -> None:
@@ -113,7 +115,7 @@ def simulated(seed: int, *, fooled: bool, prompts: int = 200, answers: int = 102
     return recipe.Pool((truth - truth.mean()) / truth.std(correction=0), standard, marked, row, [])
 
 
-def by_id(pools: list[recipe.Pool], settings: Settings) -> dict[str, dict]:
+def by_id(pools: list[recipe.Pool], settings: OveroptimizationSettings) -> dict[str, dict]:
     golds = [{(0.25, name): gold for name, gold in recipe.gold_at(pool, settings).items()} for pool in pools]
     return {row["id"]: row for row in recipe.check_best_of_n(golds, end=settings.n.index(256))}
 

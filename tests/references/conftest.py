@@ -19,7 +19,7 @@ from pyrite.data.responses import Answer, Prompt, Responses
 from pyrite.models import references
 from pyrite.models.policy import Policy
 from pyrite.models.reference_tables import row_id
-from pyrite.models.references import Table
+from pyrite.models.references import ReferenceTable
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %} <user> {{ m['content'] }}{% endfor %}"
@@ -121,7 +121,7 @@ def compute(
     max_prompt: int | None = None,
     precision: references.Dtype = "float32",
     budget: int = 16384,
-) -> Table:
+) -> ReferenceTable:
     """Read, then score."""
     longest, longest_prompt = references.limits(policy.context, max_length, max_prompt)
     lengths = {"max_length": longest, "max_prompt": longest_prompt}

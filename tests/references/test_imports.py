@@ -12,7 +12,7 @@ from pyrite.core.runs import read_json
 from pyrite.data import rows as data
 from pyrite.jobs import reference
 from pyrite.models.policy import Policy
-from pyrite.models.references import BadReference, Table, load, verify
+from pyrite.models.references import BadReference, ReferenceTable, load, verify
 
 from .conftest import Text, encode, id_of
 
@@ -37,7 +37,7 @@ def write(rows: list[dict], path: Path) -> Path:
     return path
 
 
-def imported(file: Path, out: Path, scorer: str = "theirs", **options: str) -> Table:
+def imported(file: Path, out: Path, scorer: str = "theirs", **options: str) -> ReferenceTable:
     return load(reference.run(reference.Import(str(file), scorer, out, **options)).folder)
 
 

@@ -14,17 +14,17 @@ import torch
 
 from pyrite.models import reference_tables as tables
 from pyrite.models.policy import Policy
-from pyrite.models.references import BadReference, Table, load, same_tokenizer, spot_check, verify
+from pyrite.models.references import BadReference, ReferenceTable, load, same_tokenizer, spot_check, verify
 
 from .conftest import TEMPLATE, Text, compute, encode, id_of, said
 
 
 @pytest.fixture
-def table(policy: Policy, texts: list[Text], tmp_path: Path) -> Table:
+def table(policy: Policy, texts: list[Text], tmp_path: Path) -> ReferenceTable:
     return compute(policy, texts, folder=tmp_path / "table", scorer="me")
 
 
-def rewritten(table: Table, change, folder: Path) -> Table:
+def rewritten(table: ReferenceTable, change, folder: Path) -> ReferenceTable:
     """The reference with its rows changed and its checksums made good again, as an attacker or a script would."""
     folder.mkdir()
     whole = change(pq.read_table(table.folder / "part-00000.parquet"))
@@ -43,7 +43,7 @@ def with_sum(value: float, row: int = 3):
     return change
 
 
-def test_a_good_reference_keeps_every_row(table: Table, policy: Policy, texts: list[Text]) -> None:
+def test_a_good_reference_keeps_every_row(table: ReferenceTable, policy: Policy, texts: list[Text]) -> None:
     encoded = encode(policy.tokenizer, texts)
     assert same_tokenizer(table, policy.tokenizer)
     for options in ({}, {"tokenizer": policy.tokenizer}, {"tokenizer": policy.tokenizer, "tokens": True}):
@@ -51,7 +51,7 @@ def test_a_good_reference_keeps_every_row(table: Table, policy: Policy, texts: l
     assert verify(table, said(texts)) == [None] * len(texts)
 
 
-def test_order_does_not_matter(table: Table, policy: Policy, texts: list[Text], tmp_path: Path) -> None:
+def test_order_does_not_matter(table: ReferenceTable, policy: Policy, texts: list[Text], tmp_path: Path) -> None:
     mixed = np.random.default_rng(0).permutation(len(table))
     shuffled = rewritten(table, lambda whole: whole.take(pa.array(mixed)), tmp_path / "shuffled")
     assert shuffled.row_id != table.row_id
@@ -63,7 +63,9 @@ def test_order_does_not_matter(table: Table, policy: Policy, texts: list[Text], 
 
 
 @pytest.mark.parametrize("value", [math.nan, -math.inf, math.inf, 0.5])
-def test_values_that_are_no_log_probabilities(value: float, table: Table, texts: list[Text], tmp_path: Path) -> None:
+def test_values_that_are_no_log_probabilities(
+    value: float, table: ReferenceTable, texts: list[Text], tmp_path: Path
+) -> None:
     bad = rewritten(table, with_sum(value), tmp_path / "bad")
     with pytest.raises(
         BadReference,
@@ -72,7 +74,7 @@ def test_values_that_are_no_log_probabilities(value: float, table: Table, texts:
         verify(bad, said(texts))
 
 
-def test_missing_rows_and_other_data(table: Table, texts: list[Text], tmp_path: Path) -> None:
+def test_missing_rows_and_other_data(table: ReferenceTable, texts: list[Text], tmp_path: Path) -> None:
     without = pa.array([i for i in range(len(table)) if i != 5])
     fewer = rewritten(table, lambda whole: whole.take(without), tmp_path / "fewer")
     with pytest.raises(BadReference, match=rf"^R1: .*: the answer '{texts[5].answer}' to .* is not there"):
@@ -81,7 +83,7 @@ def test_missing_rows_and_other_data(table: Table, texts: list[Text], tmp_path: 
         verify(table, said([Text("a cat", "a dog")]))
 
 
-def test_another_truncation(policy: Policy, texts: list[Text], table: Table, tmp_path: Path) -> None:
+def test_another_truncation(policy: Policy, texts: list[Text], table: ReferenceTable, tmp_path: Path) -> None:
     shorter = compute(policy, texts, folder=tmp_path / "short", scorer="me", max_length=16, max_prompt=12)
     encoded = encode(policy.tokenizer, texts)
     with pytest.raises(BadReference, match=r"^R2: .*: the answer .* was read as other tokens \(\d+\) .* truncation"):
@@ -92,7 +94,7 @@ def test_another_truncation(policy: Policy, texts: list[Text], table: Table, tmp
         verify(prompts, encoded)
 
 
-def test_another_template(policy: Policy, texts: list[Text], table: Table) -> None:
+def test_another_template(policy: Policy, texts: list[Text], table: ReferenceTable) -> None:
     other = copy.deepcopy(policy.tokenizer)
     other.chat_template = TEMPLATE
     encoded = encode(other, texts)
@@ -160,7 +162,7 @@ def test_a_prior_need_not_share_prompts(policy: Policy, texts: list[Text], tmp_p
         verify(table, encode(policy.tokenizer, texts), tokenizer=policy.tokenizer)
 
 
-def test_random_rows_computed_again(table: Table, policy: Policy, texts: list[Text], tmp_path: Path) -> None:
+def test_random_rows_computed_again(table: ReferenceTable, policy: Policy, texts: list[Text], tmp_path: Path) -> None:
     assert spot_check(table, policy, said(texts)) < 1e-4
     tampered = rewritten(table, lambda whole: with_sum(-1.0, 7)(whole), tmp_path / "tampered")
     with pytest.raises(BadReference, match=r"^R6: .* has -1.0000 nats there and -\d"):
@@ -185,7 +187,7 @@ def test_one_newline_in_the_template_is_noticed(policy: Policy, texts: list[Text
         spot_check(table, policy, said(texts))
 
 
-def test_another_model_is_noticed(table: Table, policy: Policy, texts: list[Text]) -> None:
+def test_another_model_is_noticed(table: ReferenceTable, policy: Policy, texts: list[Text]) -> None:
     with torch.no_grad():
         policy.model.lm_head.weight[5] += 0.05
     with pytest.raises(BadReference, match=r"^R6"):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pyrite.models.reference_tables import MANIFEST
-from pyrite.models.references import Source, parse
+from pyrite.models.references import RefSource, parse
 
 PART = "part-00000.parquet"
 
@@ -15,27 +15,31 @@ PART = "part-00000.parquet"
 @pytest.mark.parametrize(
     ("spec", "expected"),
     [
-        ("self", Source("self")),
-        (" none ", Source("none")),
-        ("prior", Source("prior")),
-        ("column", Source("column")),
-        ("column(chosen=a, rejected=b)", Source("column", options={"chosen": "a", "rejected": "b"})),
-        ("ema", Source("ema", options={"rate": 0.01, "every": 1})),
-        ("ema(rate=0.5,every=4)", Source("ema", options={"rate": 0.5, "every": 4})),
-        ("org/name", Source("model", "org/name")),
-        ("gpt2", Source("model", "gpt2")),
-        ("org/name(dtype=bfloat16)", Source("model", "org/name", options={"dtype": "bfloat16"})),
-        ("prior(org/name, dtype=float32)", Source("prior", "org/name", options={"dtype": "float32"})),
-        ("1e-1*self", Source("self", weight=0.1)),
+        ("self", RefSource("self")),
+        (" none ", RefSource("none")),
+        ("prior", RefSource("prior")),
+        ("column", RefSource("column")),
+        ("column(chosen=a, rejected=b)", RefSource("column", options={"chosen": "a", "rejected": "b"})),
+        ("ema", RefSource("ema", options={"rate": 0.01, "every": 1})),
+        ("ema(rate=0.5,every=4)", RefSource("ema", options={"rate": 0.5, "every": 4})),
+        ("org/name", RefSource("model", "org/name")),
+        ("gpt2", RefSource("model", "gpt2")),
+        ("org/name(dtype=bfloat16)", RefSource("model", "org/name", options={"dtype": "bfloat16"})),
+        ("prior(org/name, dtype=float32)", RefSource("prior", "org/name", options={"dtype": "float32"})),
+        ("1e-1*self", RefSource("self", weight=0.1)),
     ],
 )
-def test_one_source(spec: str, expected: Source) -> None:
+def test_one_source(spec: str, expected: RefSource) -> None:
     assert parse(spec) == [expected]
 
 
 @pytest.mark.parametrize("spec", ["0.5*self + 0.25*org/name+0.25*prior", "0.5 * self  +  .25*org/name + 0.25 *prior"])
 def test_a_sum(spec: str) -> None:
-    assert parse(spec) == [Source("self", weight=0.5), Source("model", "org/name", 0.25), Source("prior", weight=0.25)]
+    assert parse(spec) == [
+        RefSource("self", weight=0.5),
+        RefSource("model", "org/name", 0.25),
+        RefSource("prior", weight=0.25),
+    ]
 
 
 def test_paths(tmp_path: Path) -> None:
@@ -47,11 +51,11 @@ def test_paths(tmp_path: Path) -> None:
     for folder in (table, run / "table"):
         (folder / MANIFEST).write_text("{}")
         (folder / PART).write_text("")
-    assert parse(str(model)) == [Source("model", str(model))]
-    assert parse(str(odd)) == [Source("model", str(odd))]
-    assert parse(f"0.5*self + 0.5*{table}")[1] == Source("table", str(table), 0.5)
-    assert parse(str(table / PART)) == parse(str(table / MANIFEST)) == [Source("table", str(table))]
-    assert parse(str(run)) == [Source("table", str(run / "table"))]
+    assert parse(str(model)) == [RefSource("model", str(model))]
+    assert parse(str(odd)) == [RefSource("model", str(odd))]
+    assert parse(f"0.5*self + 0.5*{table}")[1] == RefSource("table", str(table), 0.5)
+    assert parse(str(table / PART)) == parse(str(table / MANIFEST)) == [RefSource("table", str(table))]
+    assert parse(str(run)) == [RefSource("table", str(run / "table"))]
 
 
 @pytest.mark.parametrize(
