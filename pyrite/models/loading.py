@@ -320,8 +320,7 @@ def member_paths(folder: str | Path) -> list[Path]:
     """Folders of the members of a reward run, in order."""
     folder = Path(folder)
     members = sorted(folder.glob("member_*"), key=lambda path: int(path.name.split("_")[1]))
-    unfinished = (folder / "config.json").exists() and not (folder / "done.json").exists()
-    if members and unfinished:
+    if members and not (folder / "done.json").exists():
         raise ValueError(f"{folder}: this reward run is not done; run `pyrite reward` again to finish it")
     if members:
         return members

@@ -466,6 +466,7 @@ class RewardEnsemble:
         """Every member in a folder of its own, as `load` reads them."""
         for i, member in enumerate(self.members):
             member.save(Path(folder) / f"member_{i}")
+        (Path(folder) / "done.json").write_text("{}\n")
 
     def pack(self, responses: Responses, groups: Groups | None = None) -> Packed:
         """As the first member packs."""
