@@ -18,6 +18,12 @@ NAMES = [name for name in pyrite.__all__ if name != "__version__"]
 JOBS = ("sft", "generate", "label", "reward", "dpo", "online", "ppo", "evaluate")
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Objects that jobs are given lie in the test's own folder."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
 def test_about_25_names() -> None:
     assert 20 <= len(NAMES) <= 30
     assert set(NAMES) <= set(dir(pyrite))

@@ -32,6 +32,7 @@ import contextlib
 import difflib
 import dis
 import functools
+import hashlib
 import importlib
 import importlib.util
 import inspect
@@ -52,7 +53,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyrite.core import given
 from pyrite.math import ranges, seeds
 from pyrite.math.losses.needs import toy_pairs
 
@@ -514,7 +514,7 @@ def part(spec: str, registry: Registry) -> ReadyPart:
     >>> part("dpo(beta=0.3)", pyrite.math.losses)
     dpo(beta=0.3)
     """
-    if spec.startswith(given.PREFIX):
+    if spec.startswith(GIVEN):
         return _given(spec, registry)
     match = _SPEC.fullmatch(spec)
     if match is None:
@@ -538,14 +538,36 @@ def part(spec: str, registry: Registry) -> ReadyPart:
     return ReadyPart(name, options, held(own, lambda: _ready(function, options), registry), where)
 
 
+GIVEN = "given:"
+_given_functions: dict[str, Function] = {}
+
+
+def given(function: Function) -> str:
+    """A spec string for a function in memory: its name, and a hash of its source, its options and what it holds."""
+    inner, options = getattr(function, "func", function), getattr(function, "keywords", {})
+    try:
+        text = inspect.getsource(inspect.unwrap(inner))
+    except (OSError, TypeError):
+        text = repr(inner)
+    holds = [repr(cell.cell_contents) for cell in getattr(inner, "__closure__", None) or ()]
+    defaults = getattr(inner, "__defaults__", None), getattr(inner, "__kwdefaults__", None)
+    whole = f"{text}{sorted(options.items())}{holds}{defaults}"
+    name = getattr(inner, "__name__", type(function).__name__)
+    spec = f"{GIVEN}{name}-{hashlib.sha256(whole.encode()).hexdigest()[:16]}"
+    _given_functions[spec] = function
+    return spec
+
+
 def _given(spec: str, registry: Registry) -> ReadyPart:
     """The part of a function that a job was given as an object; one's own is held to the contract of its kind."""
-    function = given.function(spec)
+    if spec not in _given_functions:
+        raise ValueError(f"{spec} was a function in the memory of another process: give it again")
+    function = _given_functions[spec]
     inner = getattr(function, "func", function)
     if getattr(inner, "__module__", "").partition(".")[0] == "pyrite":
         return ReadyPart(inner.__name__, getattr(function, "keywords", {}), function)
-    name = spec.removeprefix(given.PREFIX)
-    return ReadyPart(name, {}, held(Own.of("", name, function), lambda: function, registry), given.PREFIX)
+    name = spec.removeprefix(GIVEN)
+    return ReadyPart(name, {}, held(Own.of("", name, function), lambda: function, registry), GIVEN)
 
 
 def members(registry: Registry) -> list[Member]:

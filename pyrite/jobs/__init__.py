@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import inspect
+import json
+import os
+import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import MISSING, fields, is_dataclass
@@ -21,7 +25,7 @@ def function(job: str) -> Callable[..., Run]:
 
     What is given stays as it is: a trained model is in the run's folder, a new temporary one if there is no `out`.
     """
-    from pyrite.core import given, runs
+    from pyrite.core import runs
 
     module = importlib.import_module(f"pyrite.jobs.{job}")
     options = _options(module.Config)
@@ -30,7 +34,7 @@ def function(job: str) -> Callable[..., Run]:
         bound = signature.bind(*args, **values).arguments
         bound.setdefault("out", tempfile.mkdtemp(prefix=f"pyrite-{job}-"))
         return module.run(
-            _made(module.Config, {name: _plain(value, options[name][0], given.spec) for name, value in bound.items()})
+            _made(module.Config, {name: _plain(value, options[name][0]) for name, value in bound.items()})
         )
 
     required = [name for name, (_, default) in options.items() if default is MISSING and name != "out"]
@@ -78,10 +82,44 @@ def _made(schema: Any, values: dict[str, Any]) -> Any:
     return schema(**made)
 
 
-def _plain(value: Any, hint: Any, spec: Callable[[Any], str]) -> Any:
-    """Objects by the paths and names that stand for them; everything else as it is."""
+def _plain(value: Any, hint: Any) -> Any:
+    """Objects by the paths and spec strings that stand for them; everything else as it is."""
     if value is None or isinstance(value, str | int | float | Path):
         return value
     if isinstance(value, list | tuple) and "tuple" in str(hint):
-        return tuple(_plain(one, str, spec) for one in value)
-    return spec(value)
+        return tuple(_plain(one, str) for one in value)
+    return _spec(value)
+
+
+def _spec(thing: Any) -> str:
+    """The path or the spec string of an object: a model, anything with `save(folder)`; rows, or prompts; a function.
+
+    Models and rows are written to a folder named by their content, so that the same objects give the same run, which
+    goes on after a stop. Raises ValueError for anything else.
+    """
+    from pyrite.core import runs, specs
+
+    if isinstance(known := getattr(thing, "spec", None), str):
+        return known
+    if isinstance(thing, list):
+        rows = [{"prompt_id": str(i), "prompt": one} if isinstance(one, str) else one for i, one in enumerate(thing)]
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        path = _folder() / f"rows-{hashlib.sha256(text.encode()).hexdigest()[:16]}.jsonl"
+        runs.write_text(path, text)
+        return str(path)
+    if callable(getattr(thing, "save", None)):
+        draft = Path(tempfile.mkdtemp(dir=_folder()))
+        thing.save(draft)
+        path = _folder() / f"{type(thing).__name__.lower()}-{runs.fingerprint(draft)}"
+        shutil.rmtree(draft) if path.exists() else draft.rename(path)
+        return str(path)
+    if callable(thing):
+        return specs.given(thing)
+    raise ValueError(f"a job cannot be given a {type(thing).__name__}: give a model, rows, a function or a path")
+
+
+def _folder() -> Path:
+    """Where given objects lie, in the user's cache; it may be emptied when no job runs."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pyrite" / "given"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return folder
