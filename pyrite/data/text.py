@@ -18,8 +18,9 @@ import torch
 from pyrite.core import checkpoints
 from pyrite.data.responses import Answer, Prompt, Responses
 
-# tokens: Texts to token ids as they stand in a longer text: no space is added before them, none is lost on the way
-# back.
+# Tokens ---------------------------------------------------------------------------------------------------------------
+
+# Texts to token ids as they stand in a longer text: no space is added before them, none is lost on the way back.
 
 
 MARK = "▁"  # how sentencepiece writes a space
@@ -132,8 +133,9 @@ def _made(name: str, state: Any) -> Any:
     return made
 
 
-# templates: Chat templates: what a template makes of a conversation, which part of that is the answer, and where an
-# answer ends.
+# Chat templates -------------------------------------------------------------------------------------------------------
+
+# What a template makes of a conversation, which part of that is the answer, and where an answer ends.
 
 
 ChatTurn = Mapping[str, Any]
@@ -604,7 +606,9 @@ def _variables(tokenizer: Any) -> set[str]:
     return {name for name in found if name not in _STANDARD and not name.endswith("_token")}
 
 
-# text: Text to token ids: one way to render prompts and responses, for training, scoring and generation alike.
+# Rendering ------------------------------------------------------------------------------------------------------------
+
+# Text to token ids: one way to render prompts and responses, for training, scoring and generation alike.
 
 
 _SPEAKERS = {"user": "Human", "assistant": "Assistant", "system": "System"}

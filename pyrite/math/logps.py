@@ -1,4 +1,4 @@
-"""Bounds inside losses, which keep numbers finite. A value beyond its bound has no gradient: such pairs are counted."""
+"""Log-probabilities of responses and of pairs of them, what losses read of a pair, and the bounds inside losses."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-# logps: The records every loss reads: log-probabilities of responses, and of pairs of them.
+# Records --------------------------------------------------------------------------------------------------------------
+
+# The records every loss reads: log-probabilities of responses, and of pairs of them.
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,8 +186,9 @@ def _check_token_shapes(tokens: Tensor, mask: Tensor, rows: int) -> None:
         )
 
 
-# ratios: What losses read of a pair: log-ratios to the reference, their margin, strengths, statistics; or why they
-# cannot.
+# Ratios ---------------------------------------------------------------------------------------------------------------
+
+# What losses read of a pair: log-ratios to the reference, their margin, strengths, statistics; or why they cannot.
 
 
 def references(pair: PairLogps, *, aligned: bool = False) -> tuple[Logps, Logps]:
@@ -245,8 +248,9 @@ def running(pair: PairLogps) -> Running:
     return pair.running
 
 
-# clamps: Bounds inside losses, which keep numbers finite. A value beyond its bound has no gradient: such pairs are
-# counted.
+# Bounds ---------------------------------------------------------------------------------------------------------------
+
+# Bounds inside losses, which keep numbers finite. A value beyond its bound has no gradient: such pairs are counted.
 
 
 _beyond: ContextVar[list[Tensor] | None] = ContextVar("beyond", default=None)

@@ -15,7 +15,9 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-# moments: Mean and variance of values that come batch by batch, or from several processes.
+# Moments --------------------------------------------------------------------------------------------------------------
+
+# Mean and variance of values that come batch by batch, or from several processes.
 
 
 EPS = 1e-8  # of a variance: what varies less is rounding
@@ -82,8 +84,9 @@ def normalized(scores: Tensor, seen: Moments, *, center: bool = True) -> Tensor:
     return (shifted / std).to(scores.dtype)
 
 
-# kl_control: How strongly the KL from the reference is priced in policy optimization: fixed, or led by the KL
-# measured.
+# The price of the KL --------------------------------------------------------------------------------------------------
+
+# How strongly the KL from the reference is priced in policy optimization: fixed, or led by the KL measured.
 
 
 @dataclass(frozen=True)
@@ -123,7 +126,9 @@ def controlled(control: KLControl, kl: float, *, answers: int) -> KLControl:
     return replace(control, beta=control.beta * (1 + error * answers / control.horizon))
 
 
-# policy_gradient: PPO and its simpler relatives as functions of tensors: rewards, advantages, losses.
+# Rewards, advantages, losses ------------------------------------------------------------------------------------------
+
+# PPO and its simpler relatives as functions of tensors: rewards, advantages, losses.
 
 
 FAR = 20.0  # nats; a log-ratio beyond it counts as this, so that no ratio overflows
@@ -402,13 +407,6 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
     error = (_only(returns, mask) - _only(values, mask)).double().square().sum() / mask.sum()
     var = moments(returns.flatten(), mask.flatten()).var
     return torch.where(var > 0, 1 - error / var, torch.nan)
-
-
-def entropy(logits: Tensor) -> Tensor:
-    """−Σ_v π(v) log π(v) of softmax(logits): (..., V) -> (...), nats, float32 or better; -inf is a token left out."""
-    logp = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-    p = logp.exp()
-    return -(p * logp.masked_fill(p == 0, 0)).sum(-1)  # 0 · log 0 = 0, for its gradient too
 
 
 def _kl(ratio: Tensor, estimator: str) -> Tensor:

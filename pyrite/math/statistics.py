@@ -1,10 +1,4 @@
-"""What training did to a policy, seen in its log-probabilities: rankings, single tokens, end tokens, positions.
-
-Axes: B pairs, N answers, T positions, C target tokens in all, U different ones. With r_t = log π(y_t) − log π_ref(y_t)
-in nats, over response tokens only, the end token included.
-
-The analyses are those of Liu, Liu and Cohan 2024, arXiv:2407.13709; equations and figures are numbered as there.
-"""
+"""Statistics of runs: overoptimization curves, what optimization against a proxy bought, what training did to a policy."""
 
 from __future__ import annotations
 
@@ -20,7 +14,9 @@ from torch import Tensor
 
 from pyrite.math.logps import Logps, PairLogps
 
-# fits: Overoptimization curves: how gold rises and falls with d = √KL, the KL in nats.
+# Curves ---------------------------------------------------------------------------------------------------------------
+
+# Overoptimization curves: how gold rises and falls with d = √KL, the KL in nats.
 
 
 class Fit(NamedTuple):
@@ -90,7 +86,9 @@ def _solved(first: list[float], second: list[float], wanted: list[float]) -> tup
     return (dot(wanted, first) - b * dot(first, second)) / dot(first, first), b
 
 
-# estimators: What optimization against a proxy bought: best-of-n curves, KL from the reference, wins, intervals.
+# Estimates ------------------------------------------------------------------------------------------------------------
+
+# What optimization against a proxy bought: best-of-n curves, KL from the reference, wins, intervals.
 
 
 Counts: TypeAlias = int | Sequence[int] | Tensor
@@ -345,8 +343,12 @@ def _row_chunks(scores: Tensor) -> Iterator[tuple[int, Tensor]]:
         yield start, scores[start : start + rows]
 
 
-# analyses: What training did to a policy, seen in its log-probabilities: rankings, single tokens, end tokens,
-# positions.
+# Log-probabilities ----------------------------------------------------------------------------------------------------
+
+# What training did to a policy, seen in its log-probabilities: rankings, single tokens, end tokens, positions.
+# Axes: B pairs, N answers, T positions, C target tokens in all, U different ones. With r_t = log π(y_t) − log π_ref(y_t)
+# in nats, over response tokens only, the end token included. The analyses are those of Liu, Liu and Cohan 2024,
+# arXiv:2407.13709; equations and figures are numbered as there.
 
 
 ENDLESS = 0.2  # a larger share of answers that hit the limit without an end token is degenerate,

@@ -335,8 +335,10 @@ def _online(place: Place, name: str, method: LabelMethod) -> Run:
     return online.run(config)
 
 
-# claims: Singhal et al. 2024, "D2PO: discriminator-guided DPO with response evaluation models", arXiv:2405.01511; its
-# abstract, and the curves of its figures
+# Claims ---------------------------------------------------------------------------------------------------------------
+
+# Singhal et al. 2024, "D2PO: discriminator-guided DPO with response evaluation models", arXiv:2405.01511; its abstract,
+# and the curves of its figures.
 
 Lines = Mapping[str, Mapping[str, Tensor]]  # of one task: method -> column -> (rounds + 1,)
 SOURCE = "arXiv:2405.01511"

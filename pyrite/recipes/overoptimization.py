@@ -380,7 +380,9 @@ def _standard(value: float, pool: Tensor) -> float:
     return (value - pool.mean().item()) / pool.std(correction=0).item()
 
 
-# claims: Coste et al. 2024, "Reward Model Ensembles Help Mitigate Overoptimization", arXiv:2310.02743
+# Claims ---------------------------------------------------------------------------------------------------------------
+
+# Coste et al. 2024, "Reward Model Ensembles Help Mitigate Overoptimization", arXiv:2310.02743.
 
 SOURCE = "arXiv:2310.02743"
 NEGLIGIBLE = 0.1  # standard deviations of gold: a fall or a difference below this counts as none

@@ -444,7 +444,9 @@ def _samples(chain: Chain, *, prompts: int = 3) -> list[Row]:
     return rows
 
 
-# claims: about the duels of a chain, {"duels": all combinations, "added": those of the added option, "general": ...}
+# Claims ---------------------------------------------------------------------------------------------------------------
+
+# About the duels of a chain, {"duels": all combinations, "added": those of the added option, "general": ...}.
 
 SOURCE = "arXiv:2310.11564"
 OWN, TABLE = f"not in {SOURCE}", f"{SOURCE}, table 3"

@@ -231,9 +231,3 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, st
             yield from _flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-
-
-# the names that pages of recipes still use
-Text, Numbers, Figure, Table, Claims, Samples, Keys, Views = (
-    text, numbers, figure, table, claims, answers, details, tabs,
-)  # fmt: skip

@@ -36,8 +36,9 @@ from pyrite.training.rounds import Answer, Players, tokens_of
 
 __all__ = ["implicit", "reward", "self_reward"]
 
-# discriminators: What labels pairs for free and may learn from the few that are paid: scores (E, N) of answers, in
-# nats of log-odds.
+# Discriminators -------------------------------------------------------------------------------------------------------
+
+# What labels pairs for free and may learn from the few that are paid: scores (E, N) of answers, in nats of log-odds.
 
 
 Better = tuple[Answer, Answer]  # chosen, rejected
@@ -233,7 +234,9 @@ def _taught(learner: Learner, responses: Responses, loss: BatchLoss, seed: int) 
     return {name: torch.stack([row[name].float() for row in seen]).mean().item() for name in seen[0]}
 
 
-# live: Labels of a discriminator that learns, round by round, from the few pairs the judge is paid for.
+# Live reward models ---------------------------------------------------------------------------------------------------
+
+# Labels of a discriminator that learns, round by round, from the few pairs the judge is paid for.
 
 
 Couple = tuple[int, int]
@@ -415,8 +418,9 @@ def _margins(scores: Tensor, couples: Sequence[Couple]) -> Tensor:
     return scores[:, first] - scores[:, second]
 
 
-# labelers: Who labels a round's pairs: the judge all of them, or a discriminator beside it; what is paid for is in a
-# ledger.
+# Labelers -------------------------------------------------------------------------------------------------------------
+
+# Who labels a round's pairs: the judge all of them, or a discriminator beside it; what is paid for is in a ledger.
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""What every online round leaves behind: its pairs on disk, its row of metrics, what was spent."""
+"""What a round leaves behind: pairs on disk, a row of metrics, what was spent; and where proxy and gold have parted."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ from pyrite.training.evaluation import Evaluation, Evaluator, Measurement, Truth
 from pyrite.training.loop import Shift
 from pyrite.training.rounds import Answer
 
-# watch: Watching a run for overoptimization: has the proxy parted from gold, and where?
+# Overoptimization -----------------------------------------------------------------------------------------------------
+
+# Watching a run for overoptimization: has the proxy parted from gold, and where?.
 
 
 NEEDS = ("gold", "gold_se", "proxy", "kl_k1")
@@ -94,7 +96,9 @@ def _nats(row: Mapping[str, Any]) -> float:
     return row.get("kl_exact", row.get("kl_k1", 0.0))
 
 
-# journal: What every online round leaves behind: its pairs on disk, its row of metrics, what was spent.
+# Metrics of a round ---------------------------------------------------------------------------------------------------
+
+# What every online round leaves behind: its pairs on disk, its row of metrics, what was spent.
 
 
 SHOWN = ("gold", "proxy", "kl_k1", "kl_exact")  # what a run ends by saying
