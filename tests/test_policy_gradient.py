@@ -17,7 +17,6 @@ from torch import Tensor
 import pyrite.math.policy_gradient
 from pyrite.math import tabular
 from pyrite.math.policy_gradient import (
-    entropy,
     explained_variance,
     gae,
     group_normalized,
@@ -220,17 +219,6 @@ def test_worked_baselines() -> None:
     close(group_normalized(tensor([1.0, 2.0, 3.0], [5.0, 5.0, 5.0]), eps=0.0)[0], [-1, 0, 1])
     close(group_normalized(tensor([1.0, 2.0, 3.0], [5.0, 5.0, 5.0])), [[-1 / 1.0001, 0, 1 / 1.0001], [0, 0, 0]])
     close(group_normalized(tensor([1.0, 2.0, 6.0]), scale=False) * 3 / 2, rloo(tensor([1.0, 2.0, 6.0])))
-
-
-def test_entropy_in_nats() -> None:
-    close(entropy(torch.zeros(2, 5, dtype=F64)), [math.log(5)] * 2)
-    logits = tensor(0.0, math.log(3), -math.inf).requires_grad_()  # a token left out by truncation
-    found = entropy(logits)
-    close(found, -(0.25 * math.log(0.25) + 0.75 * math.log(0.75)))
-    found.backward()
-    assert logits.grad is not None
-    p = 0.25
-    close(logits.grad, [-p * (math.log(p) + found.item()), p * (math.log(p) + found.item()), 0.0])
 
 
 # Plain loops

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from families import PACKED, Row, build, random_rows
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -116,10 +117,7 @@ def test_what_is_trained(tiny: Path) -> None:
         model = ValueModel.load(tiny, **options)  # type: ignore[arg-type]
         return {name for name, p in model.named_parameters() if p.requires_grad}
 
-    whole, last, head = trained(), trained(top=1), trained(top=0)
-    assert head == {"model.score.weight"} and head < last < whole
-    assert {name.split(".layers.")[1][0] for name in last if ".layers." in name} == {"1"}
-    assert "model.model.norm.weight" in last and not any("embed" in name for name in last)
+    assert {"model.score.weight", "model.model.norm.weight", "model.model.embed_tokens.weight"} <= trained()
     adapters = trained(lora=Lora(r=2))
     assert adapters and all("lora_" in name or "score" in name for name in adapters)
 
@@ -153,10 +151,8 @@ def test_saved_and_loaded_it_is_the_same(tiny: Path, tmp_path: Path) -> None:
     torch.nn.init.normal_(both.head.weight, generator=torch.Generator().manual_seed(1))
     both.save(tmp_path / "both")
     other = WithValue(Policy.load(tmp_path / "both"))
-    other.restore_head(tmp_path / "both")
+    other.head.load_state_dict(load_file(tmp_path / "both" / "value_head.safetensors"))
     torch.testing.assert_close(other(other.pack(rows)), both(both.pack(rows)))
-    with pytest.raises(ValueError, match="no value_head"):
-        other.restore_head(tmp_path / "value")
 
 
 @pytest.mark.parametrize("budget", [1, 20, 10_000])
@@ -172,7 +168,3 @@ def test_values_of_answers_come_in_their_order(budget: int, tokenizer: PreTraine
 def test_refusals(tiny: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(ValueError, match="reads ahead"):
         ValueModel(build("bert", classifier=True), tokenizer)
-    with pytest.raises(ValueError, match="has 2 layers"):
-        ValueModel.load(tiny, top=3)
-    with pytest.raises(ValueError, match="not both"):
-        ValueModel.load(tiny, top=1, lora=Lora(r=2))

@@ -1,4 +1,4 @@
-"""Statistics of runs: overoptimization curves, what optimization against a proxy bought, what training did to a policy."""
+"""Statistics of runs: overoptimization curves, what optimization bought, what training did to a policy."""
 
 from __future__ import annotations
 
@@ -346,8 +346,8 @@ def _row_chunks(scores: Tensor) -> Iterator[tuple[int, Tensor]]:
 # Log-probabilities ----------------------------------------------------------------------------------------------------
 
 # What training did to a policy, seen in its log-probabilities: rankings, single tokens, end tokens, positions.
-# Axes: B pairs, N answers, T positions, C target tokens in all, U different ones. With r_t = log π(y_t) − log π_ref(y_t)
-# in nats, over response tokens only, the end token included. The analyses are those of Liu, Liu and Cohan 2024,
+# Axes: B pairs, N answers, T positions, C target tokens in all, U different ones. r_t = log π(y_t) − log π_ref(y_t) in
+# nats, over response tokens only, the end token included. The analyses are those of Liu, Liu and Cohan 2024,
 # arXiv:2407.13709; equations and figures are numbered as there.
 
 

@@ -346,7 +346,7 @@ def save(model: Any, folder: str | Path, tokenizer: Any) -> None:
     tokenizer.save_pretrained(folder)
 
 
-# What is trained: adapters, a new head, the last layers ---------------------------------------------------------------
+# What is trained: adapters, a new head -------------------------------------------------------------------------------
 
 
 def has_bare_head(model: Any) -> bool:
@@ -437,27 +437,6 @@ def context_of(model: PreTrainedModel) -> int:
     tables = (m for name, m in model.named_modules() if name.endswith("position_embeddings"))
     kept = [m.padding_idx + 1 for m in tables if isinstance(m, nn.Embedding) and m.padding_idx is not None]
     return most - max(kept, default=0)
-
-
-def train_top(model: PreTrainedModel, top: int, *, option: str) -> None:
-    """Of the trunk, only the last `top` layers and what comes behind them keep their gradients; the head keeps its own.
-
-    A head tied to the input embedding is the trunk's. option: that asks for it, for errors. Raises
-    ValueError beyond the model's layers, or where nothing would be trained.
-    """
-    trunk = model.base_model
-    stacks = [m for m in trunk.children() if isinstance(m, nn.ModuleList)]
-    layers = max(stacks, key=len, default=nn.ModuleList())
-    if not 0 <= top <= len(layers):
-        raise ValueError(f"{option} {top}: the model has {len(layers)} layers; give 0, for the head alone, or more")
-    trunk.requires_grad_(False)
-    behind = [m for m in trunk.children() if m is not layers and not isinstance(m, nn.Embedding)]
-    for module in [*list(layers)[len(layers) - top :], *(behind if top else [])]:
-        module.requires_grad_(True)
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ValueError(
-            f"{option} {top}: the head is tied to the frozen embedding, so nothing is trained; give 1 or more"
-        )
 
 
 # Members of an ensemble: a trunk with several heads, or one base with several adapters, is in memory once -------------

@@ -60,7 +60,6 @@ from pyrite.models.loading import (
     save,
     settings,
     tokenizer_of,
-    train_top,
 )
 from pyrite.models.packing import Groups, Packed, longest, pack, recompute_layers
 
@@ -88,22 +87,15 @@ class Policy(nn.Module):
         path: str | Path,
         *,
         lora: Lora | None = None,
-        top: int | None = None,
         dtype: Dtype = "float32",
         template: Template = PLAIN,
     ) -> Policy:
         """From a folder or Hub name; a folder with adapters loads its base below them.
 
-        top: layers that are trained, the last ones, beside the final norm and the vocabulary head, unless it is tied
-        to the input embedding; None trains all. template: what its chat template is told.
-        Raises ValueError for `top` with adapters or beyond the model's layers.
+        template: what its chat template is told.
         """
         model, tokenizer = opened(AutoModelForCausalLM, path, dtype=dtype, template=template)
         made = cls(adapted(model, lora, task="CAUSAL_LM"), tokenizer)
-        if top is not None:
-            if isinstance(made.model, PeftModel):
-                raise ValueError(f"{path}: train the {top} top layers or adapters, not both")
-            train_top(made.model, top, option="--train-top")
         made.reversible = isinstance(made.model, PeftModel) and not isinstance(model, PeftModel)
         once(cost(made, path))
         return made

@@ -11,11 +11,10 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
-from pyrite.core import checkpoints
 from pyrite.core.processes import once
 from pyrite.data.responses import Responses
 from pyrite.models import forward
@@ -32,7 +31,6 @@ from pyrite.models.loading import (
     pad_id,
     save,
     settings,
-    train_top,
 )
 from pyrite.models.packing import Groups, Packed
 from pyrite.models.policy import Policy, cost, pack_for
@@ -60,14 +58,12 @@ class ValueModel(nn.Module):
         path: str | Path,
         *,
         lora: Lora | None = None,
-        top: int | None = None,
         dtype: Dtype = "float32",
     ) -> ValueModel:
         """From a reward model, whose head and standardization it takes over; or from any other model, at 0 everywhere.
 
-        lora: new adapters, which are trained beside the head in place of the trunk. top: layers that are trained, the
-        last ones, beside the final norm and the head; None trains all. Raises ValueError for a model that is no
-        decoder, for `top` with adapters or beyond the model's layers, for new adapters beside old ones.
+        lora: new adapters, which are trained beside the head in place of the trunk. Raises ValueError for a
+        model that is no decoder, for new adapters beside old ones.
         """
         about = settings(path)
         starts = not about and not is_classifier(path)
@@ -75,18 +71,13 @@ class ValueModel(nn.Module):
         backbone(model).config.pad_token_id = pad_id(tokenizer)
         if starts:
             draw_head(model, seed=0, std=0.0)
-        old, new = isinstance(model, PeftModel), lora is not None
-        if old and new:
+        if lora is not None and isinstance(model, PeftModel):
             raise ValueError(
                 f"{path} has adapters, which are trained on: no rank for new ones beside them, or merge them"
             )
-        if top is not None and (old or new):
-            raise ValueError(f"{path}: train the {top} top layers or adapters, not both")
         made = cls(
             adapted(model, lora, task="SEQ_CLS"), tokenizer, mean=about.get("mean", 0.0), std=about.get("std", 1.0)
         )
-        if top is not None:
-            train_top(backbone(made.model), top, option="--value-top")
         once(cost(made, path))
         return made
 
@@ -156,17 +147,6 @@ class WithValue(nn.Module):
         """The policy as it saves itself, and the head beside it."""
         self.policy.save(folder)
         save_file({name: value.contiguous() for name, value in self.head.state_dict().items()}, Path(folder) / HEAD)
-
-    def restore_head(self, folder: str | Path) -> None:
-        """The head that `save` left in a folder. Raises ValueError where there is none."""
-        if not (Path(folder) / HEAD).exists():
-            raise ValueError(
-                f"{folder}: no {HEAD} here; it is written beside a policy that was trained with a value head"
-            )
-        here = {name: tuple(value.shape) for name, value in self.head.state_dict().items()}
-        if (found := checkpoints.shapes(Path(folder) / HEAD)) != here:
-            raise ValueError(f"{Path(folder) / HEAD}: holds {found}, and the policy's value head has {here}")
-        self.head.load_state_dict(load_file(Path(folder) / HEAD))
 
     def _value(self, hidden: Tensor) -> Tensor:
         with torch.autocast(hidden.device.type, enabled=False):
