@@ -16,7 +16,7 @@ from asking import SERVER, open_at, open_together
 from pyrite import cli
 from pyrite.data import rows as data
 from pyrite.feedback import ledger
-from pyrite.feedback.judges.llm import JudgeOptions, LanguageJudge
+from pyrite.feedback.judges import JudgeOptions, LanguageJudge
 from pyrite.feedback.ledger import Account, Books, Budget, Ledger, LedgerError, Pace
 
 VERDICTS = {"a1": 0.75, "a2": 0.5, "a3": 0.1, "a4": float("nan")}

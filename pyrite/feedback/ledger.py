@@ -2,7 +2,7 @@
 
 A call is asked, then answered or failed. If its process dies in between, anybody may ask again; the ledger counts that
 the first call may have been paid for. What is answered is never asked again. `Account` asks golds for scores and
-verdicts; `pyrite.feedback.judges.llm` asks language models.
+verdicts; `pyrite.feedback.judges` asks language models.
 
 Every call costs money, even if it fails. Only answered calls use up a budget of labels. A call in flight counts as
 answered, also if its process has died, until somebody asks it again.

@@ -26,13 +26,16 @@ from pyrite.data.files import DataError, Row, Source, read
 from pyrite.data.rows import prompt_id
 from pyrite.data.text import plain
 from pyrite.feedback import pairing
-from pyrite.feedback.judges.llm import JudgeOptions, LanguageJudge, by_characters, by_tokenizer
-from pyrite.feedback.judges.questions import (
+from pyrite.feedback.judges import (
     WINS,
+    JudgeOptions,
     Label,
+    LanguageJudge,
     Said,
     Shown,
     Verdict,
+    by_characters,
+    by_tokenizer,
     combined,
     pair_id,
     request,

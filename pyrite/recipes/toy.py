@@ -36,7 +36,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from pyrite.data import rows as data
 from pyrite.data import toy_words as lexicon
 from pyrite.data.toy_words import BELONGINGS, CONTENT, LEXICONS, ODD, PATTERNS, TEMPLATES
-from pyrite.feedback.scorers.words import Scorer, chain
+from pyrite.feedback.scorers import Scorer, chain
 from pyrite.math.seeds import derive
 from pyrite.training.loop import Training
 

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pyrite.feedback import scorers
-from pyrite.feedback.scorers.words import FAILED, chain, evaluate, levenshtein
+from pyrite.feedback.scorers import FAILED, chain, evaluate, levenshtein
 
 WORKED = [  # prompt, answer, points as published, points where a negative value is needed once
     ("(7 * 2) = ", "14", 0, 0),

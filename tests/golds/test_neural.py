@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from pyrite.data import text
 from pyrite.feedback import scorers
-from pyrite.feedback.scorers.neural import turns
+from pyrite.feedback.scorers import turns
 from pyrite.models.policy import RewardModel
 
 PROMPTS = ["tell me about the cat", "tell me about the cat", "the big red tree", "on"]

@@ -3,7 +3,7 @@ import torch
 
 from pyrite.core import specs
 from pyrite.feedback import scorers
-from pyrite.feedback.scorers.words import each
+from pyrite.feedback.scorers import each
 
 
 def test_check_scores_passes_good_scores_as_they_are():

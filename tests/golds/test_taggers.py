@@ -3,7 +3,7 @@ import sys
 import pytest
 
 from pyrite.data.toy_words import TAGS
-from pyrite.feedback.scorers import words as taggers
+from pyrite.feedback import scorers as taggers
 
 LEAKS = "ignore::pytest.PytestUnraisableExceptionWarning"  # TextBlob leaves the file of its lexicon open
 

@@ -2,7 +2,7 @@ import pytest
 
 from pyrite.data.toy_words import VIVID
 from pyrite.feedback import scorers
-from pyrite.feedback.scorers.words import LISTS, tokens
+from pyrite.feedback.scorers import LISTS, tokens
 from pyrite.recipes import toy
 
 HOPE = "I hope this information can help. However, first have data; data!"

@@ -16,8 +16,7 @@ from pyrite.core.runs import RunError, read_json
 from pyrite.data import rows as data
 from pyrite.data.files import DataError, read
 from pyrite.data.rows import load
-from pyrite.feedback.judges.llm import JudgeOptions
-from pyrite.feedback.judges.questions import WINS
+from pyrite.feedback.judges import WINS, JudgeOptions
 from pyrite.feedback.ledger import GoldStopped, Ledger
 from pyrite.jobs import judge, label, online
 from pyrite.training.evaluation import Evaluation

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from judges.server import Server, truth
-from pyrite.feedback.judges.llm import JudgeOptions, LanguageJudge
-from pyrite.feedback.judges.questions import WINS
+from pyrite.feedback.judges import WINS, JudgeOptions, LanguageJudge
 
 Texts = tuple[list[str], list[str], list[str]]
 Make = Callable[..., LanguageJudge]

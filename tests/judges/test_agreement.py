@@ -15,7 +15,7 @@ import torch
 import pyrite.jobs.judge
 from pyrite.data import rows as data
 from pyrite.data.files import DataError
-from pyrite.feedback.judges.questions import Said, combined, verdict_row
+from pyrite.feedback.judges import Said, combined, verdict_row
 from pyrite.jobs.judge import Opinion, agreed, kappa, leaning, opinions
 
 SAID = {"A": Said("A", 1.0), "B": Said("B", 0.0), "T": Said("TIE", 0.5), "-": None}

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from judges.conftest import Make
-from pyrite.feedback.judges.llm import by_characters, by_tokenizer, most
+from pyrite.feedback.judges import by_characters, by_tokenizer, most
 
 MESSAGES = [{"role": "system", "content": "tell me"}, {"role": "user", "content": "about the cat ää"}]
 

@@ -11,7 +11,7 @@ from time import sleep, time
 import pytest
 
 from judges.server import PATIENCE, Server
-from pyrite.feedback.judges.llm import Endpoint
+from pyrite.feedback.judges import Endpoint
 from pyrite.feedback.ledger import Trouble
 
 BODY = {

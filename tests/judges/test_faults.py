@@ -25,8 +25,7 @@ from judges.conftest import Texts, pairs, wanted
 from judges.server import FAULTS, PATIENCE, Server, started
 from pyrite.data import rows as data
 from pyrite.data.files import read
-from pyrite.feedback.judges.llm import JudgeOptions, LanguageJudge
-from pyrite.feedback.judges.questions import Case, Form
+from pyrite.feedback.judges import Case, Form, JudgeOptions, LanguageJudge
 from pyrite.feedback.ledger import GoldStopped, Ledger
 
 PAID = {"answered", "slow", "cut", "malformed", "label", "empty"}

@@ -13,8 +13,7 @@ from pyrite.core import specs
 from pyrite.data import rows as data
 from pyrite.data.files import DataError, Row
 from pyrite.feedback import judges
-from pyrite.feedback.judges.basic import human
-from pyrite.feedback.judges.questions import verdict_row
+from pyrite.feedback.judges import human, verdict_row
 from pyrite.jobs.judge import blinded, filled, write_sheet
 
 ROWS: list[Row] = [

@@ -15,7 +15,7 @@ from judges.server import Server, tokens
 from pyrite.core import specs
 from pyrite.data.files import DataError
 from pyrite.feedback import judges
-from pyrite.feedback.judges.llm import JudgeOptions, LanguageJudge, llm
+from pyrite.feedback.judges import JudgeOptions, LanguageJudge, llm
 from pyrite.feedback.ledger import Account, GoldStopped, Ledger, Pace
 
 TEXTS = pairs(12)

@@ -8,8 +8,8 @@ import os
 import subprocess
 import sys
 
-import pyrite.feedback.judges.questions
-from pyrite.feedback.judges.questions import EQUAL, Said, combined, pair_id, request, shown, verdict_row
+import pyrite.feedback.judges
+from pyrite.feedback.judges import EQUAL, Said, combined, pair_id, request, shown, verdict_row
 
 A, B, TIE = Said("A", 1.0), Said("B", 0.0), Said("TIE", 0.5)
 
@@ -42,7 +42,7 @@ def test_probabilities_are_averaged() -> None:
 
 def test_the_order_is_the_seed_s_and_the_texts_alone() -> None:
     """Spec check 18."""
-    code = "from pyrite.feedback.judges.questions import shown\n"
+    code = "from pyrite.feedback.judges import shown\n"
     code += "print([shown(f'p{i}', f'a {i}', f'b {i}', seed=3) for i in range(1000)])"
     here, other = ([shown(f"p{i}", f"a {i}", f"b {i}", seed=seed) for i in range(1000)] for seed in (3, 4))
     env = {**os.environ, "PYTHONHASHSEED": "7" if hash("a") % 2 else "8"}
@@ -79,4 +79,4 @@ def test_rows_and_ids() -> None:
 
 
 def test_examples() -> None:
-    assert doctest.testmod(pyrite.feedback.judges.questions).failed == 0
+    assert doctest.testmod(pyrite.feedback.judges).failed == 0

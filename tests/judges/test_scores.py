@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import pyrite.feedback.judges.basic
+import pyrite.feedback.judges
 from pyrite.feedback.judges import bradley_terry, check_verdicts
 
 
@@ -52,4 +52,4 @@ def test_noise_hardness_and_one_score_a_text(tmp_path: Path) -> None:
 
 
 def test_examples() -> None:
-    assert doctest.testmod(pyrite.feedback.judges.basic).failed == 0
+    assert doctest.testmod(pyrite.feedback.judges).failed == 0

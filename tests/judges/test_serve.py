@@ -20,7 +20,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from judges.conftest import pairs
-from pyrite.feedback.judges.llm import JudgeOptions, LanguageJudge, by_tokenizer
+from pyrite.feedback.judges import JudgeOptions, LanguageJudge, by_tokenizer
 from pyrite.feedback.ledger import GoldStopped, Ledger
 from pyrite.jobs.judge import Opinion, leaning
 

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import pyrite.feedback.judges.questions
-from pyrite.feedback.judges.questions import PREFERENCES, WINS, Found, Reply, other, probability, read_verdict, several
+import pyrite.feedback.judges
+from pyrite.feedback.judges import PREFERENCES, WINS, Found, Reply, other, probability, read_verdict, several
 
 FIRST_LINE = {
     "A": "A",
@@ -155,4 +155,4 @@ def test_json_schema_of_a_reply_can_be_read_back() -> None:
 
 
 def test_examples() -> None:
-    assert doctest.testmod(pyrite.feedback.judges.questions).failed == 0
+    assert doctest.testmod(pyrite.feedback.judges).failed == 0

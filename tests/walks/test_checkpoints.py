@@ -28,7 +28,7 @@ from transformers import (
 
 from pyrite import cli
 from pyrite.data import rows as data
-from pyrite.feedback.scorers.neural import mean_logps
+from pyrite.feedback.scorers import mean_logps
 from pyrite.models.loading import Lora, load_model
 from pyrite.models.policy import Policy, RewardModel
 

@@ -1,18 +1,54 @@
-"""Golds that read a text by rule: they count words or nouns, or check the steps of an evaluation."""
+"""Gold functions of a text: scorers (prompts, responses) -> (N,), and the check on scores.
+
+Some read texts by rule, some ask models, some are made of other golds. A score depends on its own prompt and response
+alone. The toy world's gold is `pyrite.recipes.toy:story_quality()`.
+"""
 
 from __future__ import annotations
 
+import random
 import re
+import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
 from itertools import zip_longest
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from pyrite.core import specs
+from pyrite.data import text
+from pyrite.data.responses import Responses
+from pyrite.data.text import Prompt, plain
 from pyrite.data.toy_words import TAGS, VIVID_ADJECTIVES, VIVID_NOUNS
-from pyrite.math.ranges import Real, require
+from pyrite.math.ranges import AnyText, Count, Natural, NonNegative, Real, require
+from pyrite.math.seeds import derive
+from pyrite.models.forward import score
+from pyrite.models.loading import verify
+from pyrite.models.packing import Packed
+from pyrite.models.policy import Policy, RewardModel
+
+__all__ = [
+    "distillation",
+    "length",
+    "math_chain",
+    "noisy",
+    "nouns",
+    "reverse_word_collector",
+    "reward_model",
+    "truncated",
+    "unique_nouns",
+    "weighted_sum",
+    "with_prompt",
+    "word_collector",
+]
+
+
+# By rule ------------------------------------------------------------------------------------------------------------
+
 
 Scorer = Callable[[list[str], list[str]], Tensor]
 
@@ -260,3 +296,210 @@ def levenshtein(a: str, b: str) -> int:
         for j, y in enumerate(b, start=1):
             row.append(min(above[j] + 1, row[-1] + 1, above[j - 1] + (x != y)))
     return row[-1]
+
+
+# By models ----------------------------------------------------------------------------------------------------------
+
+
+_TURN = re.compile(r"(?:\A|\n\n)(Human|Assistant|System):\n")
+_ROLES = {"Human": "user", "Assistant": "assistant", "System": "system"}
+
+
+@dataclass(frozen=True)
+class Asks:
+    """A scorer that asks models, each with the class it is loaded by."""
+
+    score: Scorer
+    models: tuple[tuple[Any, str], ...]
+
+    def __call__(self, prompts: list[str], responses: list[str]) -> Tensor:
+        return self.score(prompts, responses)
+
+    def verify(self) -> None:
+        """Refuse a model that could not be loaded, without loading it."""
+        for kind, path in self.models:
+            verify(kind, path)
+
+
+def reward_model(*, path: str) -> Scorer:
+    """Scorer: a trained reward model, a folder or a Hub name, standardized if it knows how.
+
+    With a chat template, a prompt is the user's turn of it, and a conversation in text form its turns; without
+    one, the text itself. Loaded at the first texts. Raises ValueError if there is no such model.
+    """
+    model = cache(lambda: RewardModel.load(path))
+
+    def score(prompts: list[str], responses: list[str]) -> Tensor:
+        check_rows(prompts, responses)
+        if not responses:
+            return torch.empty(0)
+        asked = [turns(prompt) for prompt in prompts] if model().tokenizer.chat_template else prompts
+        return model().scores(asked, responses)
+
+    return Asks(score, ((AutoModelForSequenceClassification, path),))
+
+
+def distillation(*, strong: str, weak: str) -> Scorer:
+    """Scorer: mean_t log p_strong(y_t | x, y_<t) − mean_t log p_weak(y_t | x, y_<t), nats a token.
+
+    strong, weak: folders or Hub names of any two causal language models, each with its own tokenizer and template. The
+    mean is over the response's tokens alone, without the end token; a response without tokens scores 0. Singhal et al.
+    2024, Contrastive Distill (OPT-1.3b and OPT-125m; there also over the prompt: see `with_prompt`). Raises ValueError
+    if a text does not fit into a model.
+    """
+    first = cache(lambda: Policy.load(strong))
+    second = first if strong == weak else cache(lambda: Policy.load(weak))
+
+    def score(prompts: list[str], responses: list[str]) -> Tensor:
+        check_rows(prompts, responses)
+        if not responses:
+            return torch.empty(0)
+        return (mean_logps(first(), prompts, responses) - mean_logps(second(), prompts, responses)).float()
+
+    return Asks(score, ((AutoModelForCausalLM, strong), (AutoModelForCausalLM, weak)))
+
+
+def turns(prompt: str) -> Prompt:
+    """The messages of a conversation that `pyrite.data.text.plain` wrote as text; any other text as it is.
+
+    >>> turns("Human:\\nhi\\n\\nAssistant:\\nhello\\n\\nHuman:\\nbye\\n\\nAssistant:\\n")[1]
+    {'role': 'assistant', 'content': 'hello'}
+    """
+    before, *parts = _TURN.split(prompt)
+    if before or parts[-2:] != ["Assistant", ""] or len(parts) < 4:
+        return prompt
+    pairs = zip(parts[:-2:2], parts[1:-2:2], strict=True)
+    return [{"role": _ROLES[speaker], "content": content} for speaker, content in pairs]
+
+
+def mean_logps(policy: Policy, prompts: Sequence[str], responses: Sequence[str], *, budget: int = 16384) -> Tensor:
+    """Mean log-probability of each response's tokens, without the end token, (N,) float64 nats; 0 without tokens."""
+    said = Responses.said([{"prompt": prompt} for prompt in prompts], responses)
+    whole = text.encode(policy.tokenizer, said, max_length=policy.context + 1, as_drawn=True)
+    _refuse_cut(whole, policy.context)
+    kept = torch.ones(len(whole.ids), dtype=torch.bool)
+    kept[whole.lengths.cumsum(0) - 1] = False  # the end token
+    spoken = replace(whole, ids=whole.ids[kept], lengths=whole.lengths - 1)
+    some = [i for i, length in enumerate(spoken.lengths.tolist()) if length]
+
+    def read(batch: Packed) -> Tensor:
+        logps = policy.logps(batch)
+        return logps.sum.double() / logps.length
+
+    means = torch.zeros(len(spoken), dtype=torch.float64)
+    if some:
+        means[some] = score(policy, spoken.take(some), read=read, each="response", budget=budget)
+    return means
+
+
+def _refuse_cut(rows: Responses, context: int) -> None:
+    assert rows.truncated is not None  # they have been encoded
+    if rows.truncated.any():
+        long = int(rows.truncated.nonzero()[0])
+        raise ValueError(f"row {long + 1}: prompt and response do not fit into the {context} tokens a model reads")
+
+
+# Golds made of golds ------------------------------------------------------------------------------------------------
+
+
+def weighted_sum(*, golds: Sequence[str], weights: Sequence[Real]) -> Scorer:
+    """Scorer: Σ_i weights_i · golds_i, of golds named as spec strings. Raises ValueError unless one weight each.
+
+    >>> weighted_sum(golds=["length()", "word_collector(words=['fox'])"], weights=[-0.5, 3])([""], ["a fox"])
+    tensor([2.])
+    """
+    if isinstance(golds, str) or not golds or len(golds) != len(weights):
+        raise ValueError("weighted_sum needs as many weights as golds, as in golds=['length()'], weights=[1.0]")
+    scorers = [named(gold) for gold in golds]
+
+    def score(prompts: list[str], responses: list[str]) -> Tensor:
+        scored = [scorer(prompts, responses) for scorer in scorers]
+        return torch.stack([weight * some for weight, some in zip(weights, scored, strict=True)]).sum(0)
+
+    return score
+
+
+def noisy(*, gold: str, sd: NonNegative, seed: Natural = 0) -> Scorer:
+    """Scorer: gold + sd · ε, ε ~ N(0, 1) a function of (seed, prompt, response): a text asked twice answers the same.
+
+    >>> score = noisy(gold="length()", sd=1.0)
+    >>> bool((score(["p", "p"], ["one", "two"]) == score(["p", "p"], ["two", "one"]).flip(0)).all())
+    True
+    """
+    require(noisy, sd=sd)
+    scorer = named(gold)
+
+    def score(prompts: list[str], responses: list[str]) -> Tensor:
+        clean = scorer(prompts, responses)
+        keys = (derive(seed, "noisy", p, y) for p, y in zip(prompts, responses, strict=True))
+        return clean + sd * torch.tensor([random.Random(key).gauss() for key in keys], dtype=clean.dtype)
+
+    return score
+
+
+def truncated(*, gold: str, words: Count = 50) -> Scorer:
+    """Scorer: gold of the first `words` words of the response; the prompt stays whole.
+
+    >>> truncated(gold="length()", words=2)(["one two three"], ["one two three"])
+    tensor([2.])
+    """
+    require(truncated, words=words)
+    scorer = named(gold)
+    return lambda prompts, responses: scorer(prompts, [_first(y, words) for y in responses])
+
+
+def with_prompt(*, gold: str, separator: AnyText = " ") -> Scorer:
+    """Scorer: gold of prompt + separator + response, as the response to an empty prompt.
+
+    >>> with_prompt(gold="word_collector()")(["data hope"], ["nothing"])
+    tensor([2.])
+    """
+    scorer = named(gold)
+
+    def score(prompts: list[str], responses: list[str]) -> Tensor:
+        check_rows(prompts, responses)
+        whole = [prompt + separator + response for prompt, response in zip(prompts, responses, strict=True)]
+        return scorer([""] * len(whole), whole)
+
+    return score
+
+
+def scorer(gold: str | Scorer) -> Callable[..., Tensor]:
+    """A gold that also reads a record of answers: score(answers) is a table (P, K), a row for each prompt.
+
+    gold: a spec string, or a function scorer(prompts, responses) of one's own. With lists of texts, score(prompts,
+    responses), it is that scorer: (N,). Raises ValueError for an unknown gold.
+    """
+    function = named(gold) if isinstance(gold, str) else gold
+
+    def score(prompts: Responses | list[str], responses: list[str] | None = None) -> Tensor:
+        if responses is not None:
+            return torch.as_tensor(function(prompts, responses))  # type: ignore[arg-type]
+        assert isinstance(prompts, Responses)
+        texts = [str(said) for said in prompts.texts]
+        found = check_scores(function([plain(one) for one in prompts.prompts], texts), len(texts), name=str(gold))
+        return prompts.table(found)
+
+    if isinstance(gold, str):
+        score.spec = gold  # type: ignore[attr-defined]
+    return score
+
+
+def named(gold: str) -> Scorer:
+    """The gold of a spec string, its scores checked. Raises ValueError for one that is unknown, or cannot be read."""
+    scorer = specs.part(gold, sys.modules["pyrite.feedback.scorers"])
+
+    def score(prompts: list[str], responses: list[str]) -> Tensor:
+        check_rows(prompts, responses)
+        return check_scores(scorer(prompts, responses), len(responses), name=gold)
+
+    return score
+
+
+def _first(text: str, words: Count) -> str:
+    """A text up to the end of its n-th word, its spaces as they are."""
+    said = text.split()
+    if len(said) <= words:
+        return text
+    rest = text.split(maxsplit=words)[words]
+    return text[: len(text) - len(rest)].rstrip()
