@@ -99,7 +99,7 @@ def test_highest_against_lowest_score() -> None:
 @pytest.mark.parametrize(("gap", "kept"), [(0.0, 2), (1.0, 2), (1.1, 1), (3.0, 1), (3.1, 0)])
 def test_pairs_closer_than_the_gap_are_ties(gap: float, kept: int) -> None:
     """Log-odds of 3 and 1: a pair is kept if and only if it exceeds the gap."""
-    made = label(exact, PROMPTS, ANSWERS, [[0, 1, 2, 3]], pairing="consecutive", gap=gap)
+    made = label(exact, PROMPTS, ANSWERS, [[0, 1, 2, 3]], pairing="consecutive", min_margin=gap)
     assert (len(made.pairs), made.ties) == (kept, 2 - kept)
 
 

@@ -364,8 +364,9 @@ def _prepare(db: sqlite3.Connection, path: Path) -> None:
         if version < VERSION:  # nobody was faster
             for statement in SCHEMA.split(";"):
                 db.execute(statement)
-            for table in OLD.keys() & tables:
-                db.execute(OLD[table])
+            for table, moved in OLD.items():
+                if table in tables:
+                    db.execute(moved)
                 db.execute(f"DROP TABLE {table}")
             db.execute(f"PRAGMA user_version = {VERSION}")
         db.execute("COMMIT")
