@@ -174,7 +174,7 @@ def test_yaml_lies_under_the_command_line(tmp_path: Path) -> None:
 
 
 def test_yaml_lists_and_switches(tmp_path: Path) -> None:
-    (tmp_path / "c.yaml").write_text("candidates: c\nrewards: r\nout: o\nn: [1, 2]\nobjectives: ['wco()', 'mean()']\n")
+    (tmp_path / "c.yaml").write_text("candidates: c\nproxy: r\nout: o\nn: [1, 2]\nobjectives: ['wco()', 'mean()']\n")
     config = parse(best_of_n.Config, ["--config", str(tmp_path / "c.yaml")], prog="x")
     assert config == best_of_n.Config("c", "r", Path("o"), objectives=("wco()", "mean()"), n=(1, 2))
     from pyrite.jobs import label

@@ -220,7 +220,7 @@ def test_wrong_shapes_are_refused(shapes):
 FULL_SETTING = """
 import re, sys, torch
 from pathlib import Path
-from pyrite.estimators import best_of_n
+from pyrite.math.statistics import best_of_n
 
 def kib(field):
     return int(re.search(rf"{field}:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])

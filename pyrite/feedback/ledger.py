@@ -364,9 +364,8 @@ def _prepare(db: sqlite3.Connection, path: Path) -> None:
         if version < VERSION:  # nobody was faster
             for statement in SCHEMA.split(";"):
                 db.execute(statement)
-            for table, moved in OLD.items():
-                if table in tables:
-                    db.execute(moved)
+            for table in (one for one in OLD if one in tables):
+                db.execute(OLD[table])
                 db.execute(f"DROP TABLE {table}")
             db.execute(f"PRAGMA user_version = {VERSION}")
         db.execute("COMMIT")

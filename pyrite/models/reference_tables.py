@@ -174,7 +174,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a finished reference. Raises BadReference (R7) without one."""
     try:
         manifest = runs.read_json(folder / MANIFEST)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         fault = "is not finished" if any(folder.glob(PARTS)) else "holds no reference"
         raise BadReference(f"R7: {folder} {fault} (no {MANIFEST}); run `pyrite reference compute`") from None
     except (OSError, ValueError) as error:

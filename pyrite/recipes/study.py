@@ -87,7 +87,7 @@ class Recipe:
         Returns the page's path. Raises ValueError for a scale that the recipe does not have.
         """
         if config.scale not in self.scales:
-            raise ValueError(f"recipe {self.name}: no scale {config.scale!r}; there is {', '.join(self.scales)}")
+            raise ValueError(f"recipe {self.name}: --scale {config.scale}: there is {', '.join(self.scales)}")
         out, settings = self.folder(config), self.scales[config.scale]
         run = runs.start(self.name, Plan(out, config.scale, config.seeds, config.first_seed, settings), inputs={})
         if run.done:

@@ -102,7 +102,7 @@ def test_refusals_before_work(config: best_of_n.Config, tmp_path: Path) -> None:
         ({"n": (1, 50)}, "n = 50 but the fewest finished answers to a prompt are"),
         ({"n": (0, 2)}, "--n 0 2: give at least 1"),
         ({"objectives": ("wko()",)}, "did you mean wco"),
-        ({"rewards": str(tmp_path / "nowhere")}, "no reward model here"),
+        ({"proxy": str(tmp_path / "nowhere")}, "no reward model here"),
         ({"candidates": lambda row: {k: v for k, v in row.items() if k != "gold"}}, "row 1 has no `gold`"),
         ({"candidates": lambda row: {**row, "finished": False}}, "every answer was cut"),
         ({"candidates": lambda row: {**row, "gold": 1.0}}, "gold scores every answer 1"),

@@ -346,7 +346,7 @@ def test_from_a_model_to_the_winner(tiny: Path, mine: Dimensions, tmp_path: Path
             str(tiny),
             str(tmp_path / "p.jsonl"),
             tmp_path / name,
-            variants=Variants(str(tmp_path / "mine.yaml"), combinations=True),
+            variants=Variants(str(tmp_path / "mine.yaml"), preferences=("all",)),
             max_new_tokens=tokens,
         )
         files[name] = generate.run(drawn).folder / "candidates.parquet"

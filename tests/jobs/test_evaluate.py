@@ -195,7 +195,7 @@ def test_refusals_before_work(config: evaluate.Config, tiny: Path, tmp_path: Pat
     for change, words in (
         ({"gold": "lenth()"}, "did you mean length"),
         ({"ensemble": "uwo(wait=1)"}, "did you mean weight"),
-        ({"rewards": str(tmp_path / "nowhere")}, "no reward model here"),
+        ({"proxy": str(tmp_path / "nowhere")}, "no reward model here"),
         ({"ref": str(other)}, "other vocabularies"),
         ({"ref": str(tmp_path / "nowhere")}, "no such folder"),
         ({"pairs": str(tmp_path / "pairs.jsonl")}, "give --ref too"),

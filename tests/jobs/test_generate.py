@@ -193,7 +193,7 @@ def test_changed_dimensions_are_another_run(config: generate.Config, mine: str) 
 
 
 def test_bad_preferences_are_refused_before_work(config: generate.Config, mine: str) -> None:
-    with pytest.raises(ValueError, match="need --dimensions"):
+    with pytest.raises(ValueError, match="needs --dimensions"):
         generate.run(replace(config, variants=Variants(preferences=("cat",))))
     with pytest.raises(ValueError, match="unknown preference 'cot': did you mean cat"):
         generate.run(replace(config, variants=Variants(mine, ("cot",))))

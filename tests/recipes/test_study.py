@@ -61,7 +61,7 @@ def test_a_run_belongs_to_its_settings(tmp_path: Path) -> None:
 
 
 def test_a_scale_that_is_not_there_is_refused_before_anything_is_written(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="recipe mine: no scale 'large'; there is toy"):
+    with pytest.raises(ValueError, match="recipe mine: --scale large: there is toy"):
         RECIPE.run(Config(out=tmp_path / "run", scale="large"))
     assert not (tmp_path / "run").exists()
 

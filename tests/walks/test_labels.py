@@ -162,8 +162,8 @@ def test_sampled_labels_of_an_online_run(tiny: Path, demos: Path, tmp_path: Path
     judge = tmp_path / "mine.py"
     judge.write_text("import torch\n\n\ndef judge(prompts, a, b):\n    return torch.full((len(a),), 0.75)\n")
     out = tmp_path / "online"
-    online = ("online", "--model", tiny, "--prompts", demos, "--judge", f"{judge}:judge()", "--labels", "sampled")
-    drawn = ("--pairing", "all", "--k", 4, "--rounds", 1, "--max-new-tokens", 6, "--eval-limit", 4)
+    online = ("online", "--model", tiny, "--prompts", demos, "--judge", f"{judge}:judge()")
+    drawn = ("--pairing", "all(labels='sampled')", "--k", 4, "--rounds", 1, "--max-new-tokens", 6, "--eval-limit", 4)
     status, said = pyrite(*online, *drawn, "--gold", "length()", *FAST, "--out", out)
     assert status == 0, said
     drawn_pairs = read(str(out / "rounds" / "00001.parquet")).rows

@@ -63,7 +63,7 @@ PPO = {
     "shared": (),
     "detached": ("--value", "detached"),
     "own critic": ("--value", "{tiny}"),
-    "reward critic": ("--value", "{reward}", "--value-top", "1"),
+    "reward critic": ("--value", "{reward}"),
     "lora critic": ("--value", "model(path='{tiny}',lora='lora(r=4)')"),
     "lora": ("--lora", "lora(r=4)", "--gradient-checkpointing"),
     "rloo": ("--advantage", "rloo()"),
@@ -149,7 +149,6 @@ def test_dpo(places: dict[str, Path], tmp_path: Path, name: str) -> None:
         assert first["loss"] == pytest.approx(value, abs=EXACT)
     if "kl_k1" in start:
         assert abs(start["kl_k1"]) <= MEASURED
-        assert abs(start["kl_exact"]) <= MEASURED
     assert last["loss"] != start["loss"]
 
 
@@ -260,8 +259,8 @@ def test_a_scorer_of_ones_own_is_not_rounded(tiny: Path, demos: Path, tmp_path: 
         tmp_path / "run",
         "--steps",
         1,
-        "--reward-clip",
-        1000,
+        "--reward-scaling",
+        "fixed(clip=1000)",
     )
     scored = ("--reward", f"{tmp_path}/mine.py:score()", "--prompts-per-step", 4, "--max-new-tokens", 4)
     status, _, said = pyrite(*command, *scored, *HALF)

@@ -95,7 +95,7 @@ def test_ppo_and_online_count_theirs(tiny: Path, demos: Path, tmp_path: Path, mo
         "4",
     )
     some = ("ppo", *given, "--prompts-per-step", 16, "--steps", 1, "--k", 2, "--reward", "length()")
-    done(*some, "--out", tmp_path / "ppo", "--reward-clip", "5")
+    done(*some, "--out", tmp_path / "ppo", "--reward-scaling", "fixed(clip=5)")
     first = read_metrics(tmp_path / "ppo")[1]
     assert first["clamped"] == 0  # a token that was drawn does not become e^20 times as likely
     assert 0 < first["reward_clipped"] < 1  # answers of more than five words
