@@ -7,8 +7,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from asking import SERVER
 
 from pyrite.feedback.ledger import Asker, Books, Budget, GoldStopped, Ledger, Outcome, Pace, Question, Trade, Trouble
 
@@ -257,3 +259,32 @@ def test_answers_in_flight_are_kept_when_the_run_is_stopped(ledger: Ledger) -> N
     with pytest.raises(KeyboardInterrupt):
         Asker(ledger, trade(line), pace(concurrency=4), stop).ask(asked(*(f"k{i}" for i in range(20))))
     assert ledger.books().answered == len(line.sent) == 4
+
+
+def never_heard_of_again(path: Path, sending: Any) -> None:
+    def sent(_: Sequence[Question]) -> list[Outcome]:
+        sending.send(True)
+        time.sleep(600)
+        return []
+
+    with Ledger(path) as theirs:
+        Asker(theirs, Trade(sent, "completion", "m", risk=lambda _: 2.0), Pace()).ask(asked("k0"))
+
+
+def test_what_a_killed_process_had_asked_is_lost_and_at_risk(tmp_path: Path, ledger: Ledger, ask: Ask) -> None:
+    heard, sending = SERVER.Pipe(duplex=False)
+    process = SERVER.Process(target=never_heard_of_again, args=(tmp_path / "j.db", sending))
+    process.start()
+    assert heard.recv()
+    line = Line()
+    try:
+        with pytest.raises(GoldStopped, match="max_cost"):
+            threading.Timer(0.2, process.kill).start()
+            ask(line, "k0", price=1.0, limit=3.0)
+    finally:
+        process.kill()
+        process.join()
+    assert line.sent == []  # first another process was asking it, then its risk left no money to ask again
+    ask(line, "k0", price=1.0, limit=4.0)
+    assert line.sent == ["k0"]
+    assert ledger.books() == Books(answered=1, calls=2, lost=1, tokens_in=10, tokens_out=1, cost=1.0, at_risk=2.0)
