@@ -218,3 +218,13 @@ def test_log_writes_one_line_a_row(config: Config) -> None:
     run.open()
     run.log(step=1, loss=0.25)
     assert json.loads((config.out / "metrics.jsonl").read_text()) == {"step": 1, "loss": 0.25}
+
+
+def test_a_run_of_an_earlier_version_is_named_as_one(config: Config) -> None:
+    start(config).open()
+    made = config.out / "manifest.json"
+    manifest = runs.read_json(made)
+    del manifest["identity"]
+    runs.write_json(made, manifest)
+    with pytest.raises(RunError, match=r"a run of an earlier version, with other options; choose another --out"):
+        start(config)
