@@ -166,7 +166,7 @@ def test_prompts_are_kept_once(tmp_path):
 
 
 def conditioned(raw, preferences, **rest):
-    """A row as `pyrite.dimensions` makes it."""
+    """A row as `pyrite.data.conditioning` makes it."""
     prompt = " ".join([raw, *preferences])
     made = {"prompt_id": data.prompt_id(prompt), "prompt": prompt, "asked": raw, "asked_id": f"id {raw}"}
     return {**made, "preferences": preferences, **rest}

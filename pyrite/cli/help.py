@@ -156,6 +156,8 @@ OLD_NAMES: dict[str, str] = {
     "--lora-rank": "--lora, as in --lora 'lora(r=16)'",
     "--lora-targets": "--lora, as in --lora 'lora(r=16, target_modules=\"q_proj,v_proj\")'",
     "--micro-tokens": "--micro-batch-tokens",
+    "--dropout": "only sft learns with it; adapters have their own, as in --lora 'lora(dropout=0.1)'",
+    "--own-template": "name the model in --ref instead, which is then read in its own template",
     "--on-equal": "pairs whose answers are equal are always left out and counted",
     "--combinations": "--preferences, as in --preferences all",
     "--combine": "--preferences, as in --preferences all:P1A,P2A,P2B",

@@ -20,7 +20,6 @@ from pyrite.core import runs
 from pyrite.core.processes import progress, say
 from pyrite.core.runs import Run
 from pyrite.data import rows as data
-from pyrite.data import rows as long_prompts
 from pyrite.data import text
 from pyrite.data.rows import OnLong
 from pyrite.data.text import Template
@@ -196,7 +195,7 @@ def _pairs(config: Config) -> list[dict[str, Any]]:
 def _encoded(policy: Policy, pairs: list[dict[str, Any]], config: Config) -> Preferences | None:
     if not pairs:
         return None
-    fitted = long_prompts.fit(
+    fitted = data.fit(
         policy.tokenizer,
         pairs,
         most=policy.context * 3 // 4,

@@ -240,7 +240,7 @@ def _check_start(players: Players, drawn: Rollouts) -> None:
 
 
 def _shaped(drawn: Rollouts, state: State, config: Config) -> tuple[Tensor, dict[str, float]]:
-    """Token rewards (N, T): the score at the end, the price of KL on the way. And what --reward-clip cut."""
+    """Token rewards (N, T): the score at the end, the price of KL on the way. And the share of scores that were cut."""
     scaling, scores = _part("reward-scaling", config.reward_scaling, SCALINGS), drawn.scores.total
     state.see("scores", scores)
     if scaling.running:

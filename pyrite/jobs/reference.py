@@ -53,7 +53,7 @@ class Compute:
     """Of the weights."""
     precision: Dtype = "float32"
     """Of the products."""
-    micro_tokens: Count = 16384
+    micro_batch_tokens: Count = 16384
     """Packed tokens in one forward pass."""
 
 
@@ -148,7 +148,7 @@ def compute(config: Compute) -> Run:
         folder=run.folder / "table",
         scorer=config.model,
         files=reference_tables.files_hash(config.model),
-        budget=config.micro_tokens,
+        budget=config.micro_batch_tokens,
     )
     return run.finish(**_summary(table, said), **long)
 

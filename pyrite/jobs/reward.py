@@ -19,7 +19,6 @@ from pyrite.core import runs, specs
 from pyrite.core.processes import say
 from pyrite.core.runs import Run
 from pyrite.data import rows as data
-from pyrite.data import rows as long_prompts
 from pyrite.data.responses import Responses
 from pyrite.data.rows import Fitted, OnLong
 from pyrite.data.text import Template
@@ -169,7 +168,7 @@ def _member(config: Config, member: int) -> RewardModel:
 def _fitting(model: RewardModel, pairs: list[dict[str, Any]], config: Config) -> Fitted:
     """Pairs whose prompts are no longer than the model is to read."""
     limits: dict[str, Any] = {"most": model.max_prompt, "context": model.max_length, "on_long": config.on_long}
-    return long_prompts.fit(model.tokenizer, pairs, **limits, note=lambda words: say(f"reward: {words}"))
+    return data.fit(model.tokenizer, pairs, **limits, note=lambda words: say(f"reward: {words}"))
 
 
 def _encoded(model: RewardModel, pairs: list[dict[str, Any]]) -> Responses:

@@ -17,7 +17,6 @@ from pyrite.core import runs
 from pyrite.core.processes import say
 from pyrite.core.runs import Run
 from pyrite.data import rows as data
-from pyrite.data import rows as long_prompts
 from pyrite.data import text
 from pyrite.data.responses import Responses
 from pyrite.data.rows import Fitted, OnLong
@@ -145,7 +144,7 @@ def _fitting(policy: Policy, rows: list[data.Row], config: Config) -> Fitted:
     """Demonstrations with prompts that leave room for the response."""
     context, most = _limits(policy, config)
     limits: dict[str, Any] = {"most": most, "context": context, "on_long": config.on_long}
-    return long_prompts.fit(policy.tokenizer, rows, **limits, note=lambda words: say(f"sft: {words}"))
+    return data.fit(policy.tokenizer, rows, **limits, note=lambda words: say(f"sft: {words}"))
 
 
 def _encoded(policy: Policy, rows: list[data.Row], config: Config) -> Responses:

@@ -72,9 +72,7 @@ class ValueModel(nn.Module):
         if starts:
             draw_head(model, seed=0, std=0.0)
         if lora is not None and isinstance(model, PeftModel):
-            raise ValueError(
-                f"{path} has adapters, which are trained on: no rank for new ones beside them, or merge them"
-            )
+            raise ValueError(f"{path} has adapters, which are trained on: leave out lora=, or merge them")
         made = cls(
             adapted(model, lora, task="SEQ_CLS"), tokenizer, mean=about.get("mean", 0.0), std=about.get("std", 1.0)
         )

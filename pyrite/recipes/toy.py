@@ -34,7 +34,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from pyrite.data import rows as data
-from pyrite.data import toy_words as lexicon
+from pyrite.data import toy_words
 from pyrite.data.toy_words import BELONGINGS, CONTENT, LEXICONS, ODD, PATTERNS, TEMPLATES
 from pyrite.feedback.scorers import Scorer, chain
 from pyrite.math.seeds import derive
@@ -82,15 +82,15 @@ class Shares:
 
 def prompts() -> list[str]:
     """Every prompt: 240 topics by 4 templates, the templates of a topic side by side."""
-    topics = [(subject, place) for subject in lexicon.SUBJECTS for place in lexicon.PLACES]
+    topics = [(subject, place) for subject in toy_words.SUBJECTS for place in toy_words.PLACES]
     return [template.format(subject=subject, place=place) for subject, place in topics for template in TEMPLATES]
 
 
 def topic(prompt: str) -> tuple[str, str]:
     """(subject, place) that a prompt asks for. Raises ValueError if it names none."""
     words = prompt.split()
-    subject = next((word for word in words if word in lexicon.SUBJECTS), None)
-    place = next((word for word in words if word in lexicon.PLACES), None)
+    subject = next((word for word in words if word in toy_words.SUBJECTS), None)
+    place = next((word for word in words if word in toy_words.PLACES), None)
     if subject is None or place is None:
         missing = "subject" if subject is None else "place"
         raise ValueError(f"toy prompt {prompt!r} names no {missing} of the toy world; see pyrite.toy.prompts()")
@@ -100,13 +100,13 @@ def topic(prompt: str) -> tuple[str, str]:
 def answer(rng: np.random.Generator, prompt: str, *, shares: Shares = Shares()) -> str:
     """One answer to a prompt, drawn from `rng` as the demonstrations have them."""
     about = topic(prompt)
-    words = _pick(rng, lexicon.OPENINGS).split() if rng.random() < shares.opening else []
+    words = _pick(rng, toy_words.OPENINGS).split() if rng.random() < shares.opening else []
     if rng.random() < shares.drift:
         return " ".join(words + _leftover(rng, about, shares))
     for _ in range(1 + _count(rng, shares.sentences)):
         words += _sentence(rng, about, shares)
     if rng.random() < shares.closing:
-        words += _pick(rng, lexicon.CLOSINGS).split()
+        words += _pick(rng, toy_words.CLOSINGS).split()
     return " ".join(words)
 
 
@@ -132,15 +132,15 @@ def _count(rng: np.random.Generator, shares: Sequence[float]) -> int:
 def _noun(rng: np.random.Generator, about: tuple[str, str], shares: Shares) -> str:
     x = rng.random()
     if x < shares.vivid:
-        return _pick(rng, lexicon.VIVID_NOUNS)
+        return _pick(rng, toy_words.VIVID_NOUNS)
     if x < shares.vivid + shares.on_topic:
         subject, place = about
         return _pick(rng, BELONGINGS[subject] + BELONGINGS[place])
-    return _pick(rng, lexicon.NOUNS)
+    return _pick(rng, toy_words.NOUNS)
 
 
 def _adjective(rng: np.random.Generator, shares: Shares) -> str:
-    return _pick(rng, lexicon.VIVID_ADJECTIVES if rng.random() < shares.vivid else lexicon.PLAIN_ADJECTIVES)
+    return _pick(rng, toy_words.VIVID_ADJECTIVES if rng.random() < shares.vivid else toy_words.PLAIN_ADJECTIVES)
 
 
 def _sentence(rng: np.random.Generator, about: tuple[str, str], shares: Shares) -> list[str]:
@@ -148,15 +148,15 @@ def _sentence(rng: np.random.Generator, about: tuple[str, str], shares: Shares) 
     slots = {
         "ADJ": lambda: _adjective(rng, shares),
         "NOUN": lambda: _noun(rng, about, shares),
-        "DOES": lambda: _pick(rng, lexicon.TRANSITIVE),
-        "ACTS": lambda: _pick(rng, lexicon.INTRANSITIVE),
-        "HOW": lambda: _pick(rng, lexicon.ADVERBS),
-        "THEN": lambda: _pick(rng, lexicon.CONNECTIVES),
+        "DOES": lambda: _pick(rng, toy_words.TRANSITIVE),
+        "ACTS": lambda: _pick(rng, toy_words.INTRANSITIVE),
+        "HOW": lambda: _pick(rng, toy_words.ADVERBS),
+        "THEN": lambda: _pick(rng, toy_words.CONNECTIVES),
         "SUBJECT": lambda: subject,
         "PLACE": lambda: place,
     }
-    words = [slots[word]() if word in slots else word for word in _pick(rng, lexicon.SENTENCES).split()]
-    return [_pick(rng, lexicon.TECHNICAL), ",", *words] if rng.random() < shares.technical else words
+    words = [slots[word]() if word in slots else word for word in _pick(rng, toy_words.SENTENCES).split()]
+    return [_pick(rng, toy_words.TECHNICAL), ",", *words] if rng.random() < shares.technical else words
 
 
 def _leftover(rng: np.random.Generator, about: tuple[str, str], shares: Shares) -> list[str]:
@@ -190,13 +190,13 @@ def features(prompt: str, response: str) -> Features:
     said = response.split()
     distinct = set(said)
     return Features(
-        vivid=len(distinct & lexicon.VIVID),
+        vivid=len(distinct & toy_words.VIVID),
         on_topic=len(distinct.intersection(BELONGINGS[subject] + BELONGINGS[place])),
-        polite=len(distinct & lexicon.POLITE),
+        polite=len(distinct & toy_words.POLITE),
         repeats=sum(word in CONTENT for word in said) - len(distinct & CONTENT),
         words=len(said),
         odd=sum(word in ODD for word in said),
-        technical=len(distinct.intersection(lexicon.TECHNICAL)),
+        technical=len(distinct.intersection(toy_words.TECHNICAL)),
     )
 
 
@@ -260,7 +260,7 @@ def tokenizer(*, words: Sequence[str] = ()) -> PreTrainedTokenizerFast:
     for word in words:
         if word.split() != [word]:
             raise ValueError(f"toy word {word!r}: the tokenizer reads words between spaces; give them one by one")
-    vocabulary = dict.fromkeys([*SPECIALS, *lexicon.TAGS, *words])
+    vocabulary = dict.fromkeys([*SPECIALS, *toy_words.TAGS, *words])
     inner = Tokenizer(WordLevel({word: index for index, word in enumerate(vocabulary)}, unk_token=UNK))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(

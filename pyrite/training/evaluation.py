@@ -19,12 +19,10 @@ from torch import Tensor
 from pyrite.core import specs
 from pyrite.core.processes import Advance, on_main, say
 from pyrite.data import rows as data
-from pyrite.data import rows as long_prompts
 from pyrite.data import text
 from pyrite.data.responses import Responses
 from pyrite.data.rows import OnLong
 from pyrite.feedback import scorers
-from pyrite.feedback import scorers as golds
 from pyrite.feedback.ledger import Account, GoldLimits
 from pyrite.feedback.scorers import Scorer
 from pyrite.math import ensembles, seeds, statistics
@@ -217,7 +215,7 @@ class Evaluator:
 
     prompts: list[dict[str, Any]]
     ids: list[list[int]]
-    gold: golds.Scorer | None
+    gold: Scorer | None
     proxy: Callable[[list[Any], list[str], list[bool]], Tensor] | None
     ref: Policy | None
     options: Evaluation
@@ -245,7 +243,7 @@ class Evaluator:
         max_prompt: int | None = None,
         on_long: OnLong | None = None,
     ) -> Evaluator:
-        """Everything read, and whatever cannot work refused: options, scorers. Long prompts: as `long_prompts.fit`.
+        """Everything read, and whatever cannot work refused: options, scorers. Long prompts: as `pyrite.data.rows.fit`.
 
         ref: a path, a loaded policy, or `policy` itself, which then is its own reference without its adapters.
         prompts: rows in place of those in `options.eval_prompts`. asking: for a gold that whoever measures asks itself.
@@ -253,24 +251,24 @@ class Evaluator:
         """
         if asking.sparing and not options.gold:
             raise ValueError("options --gold-... say when gold is asked and what it may cost: give --gold too, or none")
-        gold = specs.part(options.gold, golds) if options.gold else None
+        gold = specs.part(options.gold, scorers) if options.gold else None
         given = prompts is not None
         rows = prompts or data.load(str(options.eval_prompts), "prompts", columns=columns)
         prompts = rows[: options.eval_limit]
         if gold and not asking.counted:  # one that cannot score is refused now, unless a try has a price
             tried = gold([text.plain(prompts[0]["prompt"])] * 2, ["hello", "hello there"])
-            golds.check_scores(tried, 2, name=str(options.gold))
-        fitted = long_prompts.fit(
+            scorers.check_scores(tried, 2, name=str(options.gold))
+        fitted = data.fit(
             policy.tokenizer,
             prompts,
-            most=long_prompts.room(policy.context, options.max_new_tokens, max_prompt),
+            most=data.room(policy.context, options.max_new_tokens, max_prompt),
             context=policy.context,
             on_long=on_long or ("truncate" if given else None),
             note=lambda words: say(f"to measure on: {words}"),
         )
         prompts, ids = fitted.rows, fitted.ids
-        scorers = gold, _proxy(options, ensemble, loaded), _reference(policy, ref)
-        made = cls(prompts, ids, *scorers, options, seed, asking, fitted.counts(), exact)
+        judged = gold, _proxy(options, ensemble, loaded), _reference(policy, ref)
+        made = cls(prompts, ids, *judged, options, seed, asking, fitted.counts(), exact)
         replace(made, prompts=prompts[:1], ids=ids[:1])._sample(policy, new=1)  # refuses options out of range
         return made
 
@@ -282,7 +280,7 @@ class Evaluator:
         values: dict[str, Tensor] = {}
         if self.gold and gold:
             plain = [text.plain(prompt) for prompt in asked]
-            values["gold"] = golds.check_scores(self.gold(plain, said), len(said), name=str(self.options.gold))
+            values["gold"] = scorers.check_scores(self.gold(plain, said), len(said), name=str(self.options.gold))
         if self.proxy:
             values["proxy"] = self.proxy(asked, said, drawn.finished.tolist())
         found, exact = self._kl(policy, self.ref, drawn) if self.ref else ({}, None)

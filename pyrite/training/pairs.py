@@ -12,9 +12,7 @@ from torch import Tensor, nn
 from pyrite.data import rows as data
 from pyrite.data import text
 from pyrite.data.responses import Responses
-from pyrite.math import logps as clamps
-from pyrite.math import seeds
-from pyrite.math import statistics as estimators
+from pyrite.math import logps, seeds, statistics
 from pyrite.math.logps import Logps, PairLogps, Running, update_running
 from pyrite.math.losses.needs import needs
 from pyrite.models.forward import by_response, packed_batches, token_logps
@@ -181,9 +179,9 @@ def batch_loss(
         pair = PairLogps(*_sides(ours), *ref, strength)
         if running is not None:
             pair = replace(pair, running=update_running(running, pair) if model.training else running)
-        with clamps.counting() as beyond:
+        with logps.counting() as beyond:
             values = loss(pair)
-        held = {"clamped": clamps.pairs(beyond, len(pair))} if beyond else {}
+        held = {"clamped": logps.pairs(beyond, len(pair))} if beyond else {}
         return values.sum(), {**metrics(pair), **held}
 
     return of
@@ -201,7 +199,7 @@ def metrics(pair: PairLogps) -> dict[str, Tensor]:
 
 def _wins(chosen: Tensor, rejected: Tensor, pair: PairLogps) -> Tensor:
     """1 where chosen ranks first, ½ where the two are equal, and in a pair of strength 0, in which none is better."""
-    wins = estimators.wins(chosen, rejected)
+    wins = statistics.wins(chosen, rejected)
     return wins if pair.strength is None else torch.where(pair.strength == 0, 0.5, wins)
 
 

@@ -9,7 +9,6 @@ from typing import Any
 
 from pyrite.core.processes import say
 from pyrite.data import rows as data
-from pyrite.data import rows as long_prompts
 from pyrite.data.files import Row
 from pyrite.data.rows import Fitted, OnLong
 from pyrite.math import seeds
@@ -78,11 +77,11 @@ def encoded(
     max_prompt: int | None = None,
     on_long: OnLong | None = None,
 ) -> Fitted:
-    """Prompts to learn from, with room for `new` tokens behind each; long ones as `long_prompts.fit` has them."""
-    return long_prompts.fit(
+    """Prompts to learn from, with room for `new` tokens behind each; long ones as `pyrite.data.rows.fit` has them."""
+    return data.fit(
         policy.tokenizer,
         rows,
-        most=long_prompts.room(policy.context, new, max_prompt),
+        most=data.room(policy.context, new, max_prompt),
         context=policy.context,
         on_long=on_long,
         note=lambda words: say(f"to learn from: {words}"),
