@@ -153,6 +153,18 @@ def test_answers_without_tokens_are_dropped(policy: Policy, tmp_path: Path) -> N
     assert verify(table, said(texts)) == ["R4: the answer has no tokens", None]
 
 
+def test_sums_only_do_not_serve_a_loss_of_tokens(
+    table: ReferenceTable, policy: Policy, texts: list[Text], tmp_path: Path
+) -> None:
+    sums, encoded = (
+        rewritten(table, lambda whole: whole.drop_columns(["token_logp"]), tmp_path / "sums"),
+        encode(policy.tokenizer, texts),
+    )
+    assert verify(sums, encoded) == [None] * len(texts)
+    with pytest.raises(BadReference, match=r"^R3: .* holds sums only and the loss reads tokens"):
+        verify(sums, encoded, tokens=True)
+
+
 def test_a_prior_need_not_share_prompts(policy: Policy, texts: list[Text], tmp_path: Path) -> None:
     table = compute(policy, texts, folder=tmp_path, scorer="me", conditioning="prior", max_length=12)
     encoded = encode(policy.tokenizer, texts, max_length=12, max_prompt=9)
