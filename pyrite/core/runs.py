@@ -432,10 +432,7 @@ def _differences(run: Run) -> list[str]:
     if not isinstance(about, dict) or not isinstance(about.get("inputs"), dict):
         raise RunError(f"{made}: says nothing of inputs; restore it, or delete its folder to start over")
     if "identity" not in about:
-        was = about.get("pyrite", "unknown")
-        raise RunError(
-            f"{run.folder}: holds a run of an earlier Pyrite ({was}), with other options; choose another --out"
-        )
+        raise RunError(f"{run.folder}: holds a run of an earlier version, with other options; choose another --out")
     if before["job"] != run.config["job"]:
         return [f"job: {before['job']!r} there, {run.config['job']!r} now"]
     theirs, mine, usual = about["identity"], _identity(run), _flat(_defaults(run.job))
