@@ -70,6 +70,14 @@ def same(found: Tensor, wanted: list[float]) -> bool:
     return torch.equal(found.nan_to_num(-9), torch.tensor(wanted, dtype=torch.float64).nan_to_num(-9))
 
 
+def test_a_price_without_a_limit_of_money(ledger: Ledger) -> None:
+    mine = account(ledger, budget=Budget(labels=3, cost=0.25))
+    assert mine.left == 3
+    mine.ask(Counted(), *texts(5))
+    assert mine.left == 2
+    assert account(ledger, run="other", budget=Budget(cost=0.25)).left == math.inf
+
+
 def test_worked_books(ledger: Ledger) -> None:
     gold, mine = Counted(), account(ledger, budget=Budget(labels=3, money=1.0, cost=0.25))
     assert mine.left == 3

@@ -96,8 +96,31 @@ def test_own_functions_are_held_to_their_contract(tiny: Path, pairs: Path) -> No
     def mine(pair: pyrite.PairLogps) -> torch.Tensor:
         return pair.chosen.sum.mean()
 
-    with pytest.raises(ValueError, match="one value a pair"):
+    with pytest.raises(ValueError, match=r"test_api.py:\d+, mine\(\): returns one number .* one value a pair"):
         pyrite.dpo(str(tiny), str(pairs), loss=mine)
+
+
+def test_options_that_take_several_take_one(tiny: Path, tmp_path: Path) -> None:
+    def cats(prompts: Sequence[str], responses: Sequence[str]) -> list[int]:
+        return [response.count("cat") for response in responses]
+
+    prompts = [f"tell me about the {word}" for word in "cat dog bird tree mat".split()]
+    options = {"steps": 1, "k": 2, "prompts_per_step": 2, "max_new_tokens": 4, "held_out": 0.2}
+    run = pyrite.ppo(str(tiny), prompts, reward=cats, out=tmp_path / "ppo", **options)
+    assert run.done and len(run.config["reward"]) == 1
+
+
+def test_a_wrong_option_is_refused_with_the_nearest(tiny: Path, pairs: Path) -> None:
+    with pytest.raises(TypeError, match=r"dpo\(\) has no option 'learning_rates'"):
+        pyrite.dpo(str(tiny), str(pairs), learning_rates=1e-3)
+    with pytest.raises(TypeError, match="did you mean 'batch_size'"):
+        pyrite.dpo(str(tiny), str(pairs), batchsize=8)
+
+
+@pytest.mark.parametrize("nothing", [None, 3])
+def test_a_scorer_is_a_spec_or_a_function(nothing: object) -> None:
+    with pytest.raises(ValueError, match="a spec string or a function"):
+        pyrite.scorer(nothing)  # pyright: ignore[reportArgumentType]
 
 
 def test_a_scorer_of_ones_own(tiny: Path) -> None:

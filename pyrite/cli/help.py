@@ -148,6 +148,7 @@ OLD_NAMES: dict[str, str] = {
     "--max-cost": "--gold-limits, as in --gold-limits 'limits(cost=0.01, max_cost=5)'",
     "--betas": "--optim, as in --optim 'adamw(betas=(0.9, 0.98))'",
     "--clip": "--max-grad-norm",
+    "--ensemble": "a proxy's score is the mean of its members; `pyrite evaluate --ensemble` takes others",
     "--floor": "--lr-scheduler-type, as in --lr-scheduler-type 'cosine(min_lr_ratio=0.1)'",
     "--log-every": "--logging-steps",
     "--rewards": "--proxy",
@@ -192,6 +193,7 @@ OLD_NAMES: dict[str, str] = {
     "--silver": "--annotator",
     "--stop-kl": "lower --lr or --epochs, or raise --beta",
     "--stop-when-parted": "--early-stopping-patience, as in --early-stopping-patience 2",
+    "--tokens": "log-probabilities of tokens are always stored",
     "--top-k": "answers to learn from are drawn from the whole distribution",
     "--top-p": "answers to learn from are drawn from the whole distribution",
     "--train-top": "--lora, as in --lora 'lora(r=16)'",
@@ -313,6 +315,8 @@ def unknown(name: str, known: Iterable[str], shown: str) -> str:
             return f"{old} is gone: {now}"
         if here := [new for new in now.split(" or ") if new.removeprefix("--").split()[0].strip(",") in names]:
             return f"{old} is now {' or '.join(here)}"
+        if not difflib.get_close_matches(_dashed(name), names, n=1, cutoff=0.85):
+            return f"unknown option {shown}; other jobs have {now} in its place"
     elsewhere = difflib.get_close_matches(_dashed(name), ALIASES, n=1, cutoff=0.85)
     if elsewhere and ALIASES[elsewhere[0]].split()[0] in names:
         return f"unknown option {shown}; did you mean --{ALIASES[elsewhere[0]]}?"

@@ -43,7 +43,7 @@ import sys
 import sysconfig
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -567,7 +567,9 @@ def _given(spec: str, registry: Registry) -> ReadyPart:
     if getattr(inner, "__module__", "").partition(".")[0] == "pyrite":
         return ReadyPart(inner.__name__, getattr(function, "keywords", {}), function)
     name = spec.removeprefix(GIVEN)
-    return ReadyPart(name, {}, held(Own.of("", name, function), lambda: function, registry), GIVEN)
+    own = Own.of("", name, function)
+    shown = replace(own, where=own.file, name=name.rpartition("-")[0])
+    return ReadyPart(name, {}, held(shown, lambda: function, registry), GIVEN)
 
 
 def members(registry: Registry) -> list[Member]:

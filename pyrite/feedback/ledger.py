@@ -837,8 +837,8 @@ class Account:
     def left(self) -> float:
         """Answers that can still be bought; infinity without a budget."""
         room = Asker(self.ledger, self._trade(lambda _: [], 0), self.pace)._room()
-        calls = math.floor(room.money / self.budget.cost + 1e-9) if self.budget.cost else math.inf
-        return max(0.0, min(room.labels, calls))
+        calls = room.money / self.budget.cost + 1e-9 if self.budget.cost else math.inf
+        return max(0.0, min(room.labels, math.floor(calls) if math.isfinite(calls) else calls))
 
     def _trade(self, send: Callable[[Sequence[Question]], Sequence[Outcome]], round: int) -> Trade:
         return Trade(send, self.kind, self.gold, run=self.run, round=round, budget=self.budget)

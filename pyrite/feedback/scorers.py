@@ -470,14 +470,17 @@ def scorer(gold: str | Scorer) -> Callable[..., Tensor]:
     gold: a spec string, or a function scorer(prompts, responses) of one's own. With lists of texts, score(prompts,
     responses), it is that scorer: (N,). Raises ValueError for an unknown gold.
     """
+    if not isinstance(gold, str) and not callable(gold):
+        raise ValueError(f"a scorer is a spec string or a function, not {gold!r}")
     function = named(gold) if isinstance(gold, str) else gold
+    name = gold if isinstance(gold, str) else getattr(gold, "__name__", type(gold).__name__)
 
     def score(prompts: Responses | list[str], responses: list[str] | None = None) -> Tensor:
         if responses is not None:
             return torch.as_tensor(function(prompts, responses))  # type: ignore[arg-type]
         assert isinstance(prompts, Responses)
         texts = [str(said) for said in prompts.texts]
-        found = check_scores(function([plain(one) for one in prompts.prompts], texts), len(texts), name=str(gold))
+        found = check_scores(function([plain(one) for one in prompts.prompts], texts), len(texts), name=name)
         return prompts.table(found)
 
     if isinstance(gold, str):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import importlib
 import inspect
@@ -13,7 +14,9 @@ from collections.abc import Callable
 from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_type_hints
+from typing import TYPE_CHECKING, Any, get_origin, get_type_hints
+
+from pyrite.math import ranges
 
 if TYPE_CHECKING:  # the command line lists jobs before it loads anything
     from pyrite.core.runs import Run
@@ -31,6 +34,9 @@ def function(job: str) -> Callable[..., Run]:
     options = _options(module.Config)
 
     def run(*args: Any, **values: Any) -> Run:
+        for name in set(values) - set(options):
+            near = difflib.get_close_matches(name, options, n=1)
+            raise TypeError(f"{job}() has no option {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
         bound = signature.bind(*args, **values).arguments
         bound.setdefault("out", tempfile.mkdtemp(prefix=f"pyrite-{job}-"))
         return module.run(
@@ -83,11 +89,12 @@ def _made(schema: Any, values: dict[str, Any]) -> Any:
 
 
 def _plain(value: Any, hint: Any) -> Any:
-    """Objects by the paths and spec strings that stand for them; everything else as it is."""
+    """Objects by the paths and spec strings that stand for them; one for several; everything else as it is."""
+    if value is not None and all(get_origin(kind) is tuple for kind in ranges.kinds(hint)):
+        several = value if isinstance(value, list | tuple) else [value]
+        return tuple(_plain(one, str) for one in several)
     if value is None or isinstance(value, str | int | float | Path):
         return value
-    if isinstance(value, list | tuple) and "tuple" in str(hint):
-        return tuple(_plain(one, str) for one in value)
     return _spec(value)
 
 
