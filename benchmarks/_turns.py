@@ -87,7 +87,7 @@ def _run(side: Side, line: Connection, case: Case) -> None:
 def train(turn: Turn, case: Case, model: Any, read: Any, loss: Any) -> None:
     """Our side: `pyrite.training.loop.fit` over the pairs in this order, held after every step."""
     from pyrite.core.runs import Run
-    from pyrite.training.loop import Training, fit, order
+    from pyrite.training.loop import Logging, Training, fit, order
 
     pairs = read.groups()
     ordered = [0] * len(pairs)
@@ -109,6 +109,7 @@ def train(turn: Turn, case: Case, model: Any, read: Any, loss: Any) -> None:
             training=Training(
                 lr=1e-6, batch_size=PAIRS, precision=case.precision, lr_scheduler_type="constant(warmup_steps=0)"
             ),
+            logging=Logging(),
             seed=0,
             run=run,
             label="ours",
