@@ -47,7 +47,7 @@ def read(schema: type, arguments: Sequence[str], *, job: str | None = None) -> G
         return given
     if len(path := given.pop("config")) != 1:
         raise ValueError("--config needs a YAML file, or the config.json of a run")
-    return _from_file(schema, known, Path(path[0]).expanduser(), job) | given
+    return _from_file(known, Path(path[0]).expanduser(), job) | given
 
 
 def make(schema: type, given: Given, *, prog: str) -> Any:
@@ -125,7 +125,7 @@ def at_home(text: str) -> str:
     return re.sub(r"""(?<![^\s('"=*])~(?=/|$)""", str(Path.home()), text)
 
 
-def _from_file(schema: type, known: Mapping[str, ConfigOption], path: Path, job: str | None) -> Given:
+def _from_file(known: Mapping[str, ConfigOption], path: Path, job: str | None) -> Given:
     """The options of a YAML file, or of the config.json of a run of this job."""
     try:
         found = yaml.safe_load(path.read_text()) or {}

@@ -25,7 +25,6 @@ __all__ = [
     "Fraction",
     "Half",
     "Inside",
-    "Integer",
     "Minority",
     "Natural",
     "NonNegative",
@@ -67,9 +66,6 @@ Half = Annotated[float, Interval(ge=0, le=0.5)]
 
 Minority = Annotated[float, Interval(ge=0, lt=0.5)]
 """The probability that a label is wrong, where it must say something."""
-
-Integer = Annotated[int, Predicate(math.isfinite)]
-"""Any whole number."""
 
 Count = Annotated[int, Ge(1)]
 Several = Annotated[int, Ge(2)]
