@@ -129,3 +129,11 @@ def test_a_scorer_of_ones_own(tiny: Path) -> None:
 
     answers = pyrite.Policy.load(tiny).sample(["tell me about the cat"], k=3, max_new_tokens=8)
     assert pyrite.scorer(cats)(answers)[0].tolist() == [text.count("cat") for text in answers.texts]
+
+
+def test_a_given_function_has_the_same_name_in_every_process() -> None:
+    code = "import pyrite; from pyrite.core.specs import given; print(given(pyrite.losses.simpo(beta=2.0)))"
+    found = {
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout for _ in "ab"
+    }
+    assert len(found) == 1

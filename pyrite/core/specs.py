@@ -544,18 +544,24 @@ _given_functions: dict[str, Function] = {}
 
 def given(function: Function) -> str:
     """A spec string for a function in memory: its name, and a hash of its source, its options and what it holds."""
+    name = getattr(getattr(function, "func", function), "__name__", type(function).__name__)
+    spec = f"{GIVEN}{name}-{hashlib.sha256(_whole(function).encode()).hexdigest()[:16]}"
+    _given_functions[spec] = function
+    return spec
+
+
+def _whole(function: Function, inside: tuple[Function, ...] = ()) -> str:
+    """The source of a function, its options and what it holds, the same in every process."""
     inner, options = getattr(function, "func", function), getattr(function, "keywords", {})
     try:
         text = inspect.getsource(inspect.unwrap(inner))
     except (OSError, TypeError):
         text = repr(inner)
-    holds = [repr(cell.cell_contents) for cell in getattr(inner, "__closure__", None) or ()]
+    held = [cell.cell_contents for cell in getattr(inner, "__closure__", None) or ()]
+    inside = (*inside, inner)
+    holds = [_whole(one, inside) if inspect.isfunction(one) and one not in inside else repr(one) for one in held]
     defaults = getattr(inner, "__defaults__", None), getattr(inner, "__kwdefaults__", None)
-    whole = f"{text}{sorted(options.items())}{holds}{defaults}"
-    name = getattr(inner, "__name__", type(function).__name__)
-    spec = f"{GIVEN}{name}-{hashlib.sha256(whole.encode()).hexdigest()[:16]}"
-    _given_functions[spec] = function
-    return spec
+    return re.sub(r" at 0x[0-9a-f]+", "", f"{text}{sorted(options.items())}{holds}{defaults}")
 
 
 def _given(spec: str, registry: Registry) -> ReadyPart:
