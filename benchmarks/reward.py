@@ -95,7 +95,7 @@ def equality(case: Case) -> dict[str, float]:
         inputs = trainer.data_collator([trainer.train_dataset[i] for i in range(PAIRS)])
         loss = trainer.compute_loss(trainer.model, trainer._prepare_inputs(inputs))
     model, rows, of = learner(case, pairs)
-    value, _ = of(model, rows, list(range(PAIRS)))
+    value, _ = of(model, model.pack(rows), list(range(PAIRS)))
     return differences(trainer.model, loss, model.model, value / PAIRS)
 
 
