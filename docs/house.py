@@ -9,12 +9,10 @@ from __future__ import annotations
 import argparse
 import ast
 import importlib
-import sys
 from collections import Counter, defaultdict
-from dataclasses import fields, is_dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "pyrite"
@@ -122,32 +120,9 @@ def repeated_types() -> dict[str, list[str]]:
 
 def options(job: str) -> dict[str, str]:
     """The options of a job, as they are typed, with their text."""
+    described = importlib.import_module("pyrite.cli.help").described
     schema = importlib.import_module(f"pyrite.jobs.{job}").Config
-    return {name: text for one in get_args(schema) or [schema] for name, text in _options(one).items()}
-
-
-def _options(schema: Any) -> dict[str, str]:
-    found, texts, hints = dict[str, str](), _texts(schema), get_type_hints(schema)
-    for field in fields(schema):
-        if is_dataclass(hints[field.name]):
-            found |= _options(hints[field.name])
-        else:
-            found[f"--{field.name.replace('_', '-')}"] = texts.get(field.name, "")
-    return found
-
-
-def _texts(schema: type) -> dict[str, str]:
-    """The strings under the fields of a dataclass."""
-    source = Path(sys.modules[schema.__module__].__file__ or "").read_text()
-    body = next(
-        n.body for n in ast.walk(ast.parse(source)) if isinstance(n, ast.ClassDef) and n.name == schema.__name__
-    )
-    found = {}
-    for line, after in zip(body, [*body[1:], None], strict=True):
-        named = isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name)
-        if named and isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
-            found[line.target.id] = str(after.value.value)  # type: ignore[union-attr]
-    return found
+    return {found.typed: found.text for one in get_args(schema) or [schema] for found in described(one)}
 
 
 def size() -> dict[str, Any]:

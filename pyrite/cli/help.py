@@ -12,7 +12,7 @@ import inspect
 import pkgutil
 import textwrap
 from collections.abc import Iterable, Iterator
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import MISSING
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
@@ -260,25 +260,13 @@ class ConfigOption(NamedTuple):
         return any(get_origin(kind) is tuple for kind in ranges.kinds(self.hint))
 
 
-def described(schema: Any, group: str = "") -> Iterator[ConfigOption]:
+def described(schema: Any) -> Iterator[ConfigOption]:
     """Every option of a Config class and its groups, with the text below it."""
-    own = schema if isinstance(schema, type) else type(schema)
-    texts, hints = _texts(own), ranges.hints(own)
-    for one in fields(schema):
-        default = default_of(schema, one)
-        if is_dataclass(default):
-            yield from described(default, one.name)
-        else:
-            yield ConfigOption(one.name, group, texts.get(one.name, ""), hints.get(one.name, Any), default)
-
-
-def default_of(schema: Any, field: Any) -> Any:
-    """The default of a field: of a class, or as it stands in a group made ready."""
-    if not isinstance(schema, type):
-        return getattr(schema, field.name)
-    if field.default is MISSING and field.default_factory is not MISSING:
-        return field.default_factory()
-    return field.default
+    texts: dict[type, dict[str, str]] = {}
+    for owner, group, name, hint, default in ranges.declared(schema):
+        if owner not in texts:
+            texts[owner] = _texts(owner)
+        yield ConfigOption(name, group, texts[owner].get(name, ""), hint, default)
 
 
 def help_text(schema: type, prog: str, *, everything: bool) -> str:

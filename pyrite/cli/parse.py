@@ -8,13 +8,12 @@ from __future__ import annotations
 import re
 import types
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import yaml
 
-from pyrite.cli.help import ConfigOption, default_of, described, did_you_mean, is_old, unknown
+from pyrite.cli.help import ConfigOption, described, did_you_mean, is_old, unknown
 from pyrite.math import ranges
 
 Given = dict[str, list[str]]
@@ -58,21 +57,9 @@ def make(schema: type, given: Given, *, prog: str) -> Any:
             told = one.text.split(". ")[0].rstrip(".:")
             why = f" ({told})" if told else ""
             raise ValueError(f"{one.typed} is missing{why}; `{prog} --help` shows an example")
-    config = _made(schema, {one.name: _values(one, given[one.name]) for one in known if one.name in given})
+    config = ranges.filled(schema, {one.name: _values(one, given[one.name]) for one in known if one.name in given})
     ranges.check(config)
     return config
-
-
-def _made(schema: Any, values: Mapping[str, Any]) -> Any:
-    """A Config with these values, those of its groups in them."""
-    own: dict[str, Any] = {}
-    for one in fields(schema):
-        default = default_of(schema, one)
-        if is_dataclass(default):
-            own[one.name] = _made(default, values)
-        elif one.name in values:
-            own[one.name] = values[one.name]
-    return schema(**own) if isinstance(schema, type) else replace(schema, **own)
 
 
 def _values(one: ConfigOption, texts: list[str]) -> Any:

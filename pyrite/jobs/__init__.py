@@ -11,10 +11,10 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import MISSING
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, get_origin
 
 from pyrite.math import ranges
 
@@ -31,7 +31,7 @@ def function(job: str) -> Callable[..., Run]:
     from pyrite.core import runs
 
     module = importlib.import_module(f"pyrite.jobs.{job}")
-    options = _options(module.Config)
+    options = {name: (hint, default) for _, _, name, hint, default in ranges.declared(module.Config)}
 
     def run(*args: Any, **values: Any) -> Run:
         for name in set(values) - set(options):
@@ -40,7 +40,7 @@ def function(job: str) -> Callable[..., Run]:
         bound = signature.bind(*args, **values).arguments
         bound.setdefault("out", tempfile.mkdtemp(prefix=f"pyrite-{job}-"))
         return module.run(
-            _made(module.Config, {name: _plain(value, options[name][0]) for name, value in bound.items()})
+            ranges.filled(module.Config, {name: _plain(value, options[name][0]) for name, value in bound.items()})
         )
 
     required = [name for name, (_, default) in options.items() if default is MISSING and name != "out"]
@@ -60,32 +60,6 @@ def function(job: str) -> Callable[..., Run]:
     run.__annotations__ = {name: hint for name, (hint, _) in options.items()} | {"return": runs.Run}
     run.__signature__ = signature  # type: ignore[attr-defined]
     return run
-
-
-def _options(schema: Any) -> dict[str, tuple[Any, Any]]:
-    """Every option by name, groups opened: its type and its default, MISSING if it is required."""
-    found, hints = dict[str, tuple[Any, Any]](), get_type_hints(schema, include_extras=True)
-    for field in fields(schema):
-        default = field.default_factory() if field.default_factory is not MISSING else field.default
-        if is_dataclass(default):
-            inner = _options(type(default))
-            found |= {name: (hint, getattr(default, name)) for name, (hint, _) in inner.items()}
-        else:
-            found[field.name] = hints[field.name], default
-    return found
-
-
-def _made(schema: Any, values: dict[str, Any]) -> Any:
-    """The config with these options, wherever their groups are."""
-    made = {}
-    for field in fields(schema):
-        default = field.default_factory() if field.default_factory is not MISSING else field.default
-        if is_dataclass(default):
-            own = {one: values[one] for one in _options(type(default)) if one in values}
-            made[field.name] = type(default)(**{**vars(default), **own})
-        elif field.name in values:
-            made[field.name] = values[field.name]
-    return schema(**made)
 
 
 def _plain(value: Any, hint: Any) -> Any:

@@ -12,7 +12,7 @@ import inspect
 import math
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import MISSING, Field, fields, is_dataclass
+from dataclasses import MISSING, Field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -34,9 +34,12 @@ __all__ = [
     "Share",
     "Some",
     "check",
+    "declared",
     "fault",
+    "filled",
     "hints",
     "kinds",
+    "part",
     "refusal",
     "require",
     "shown",
@@ -154,6 +157,40 @@ def shown(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return " ".join(map(shown, value)) or "(nothing)"
     return repr(value) if isinstance(value, str) and (not value or value.isspace()) else str(value)
+
+
+def declared(schema: Any, group: str = "") -> Iterator[tuple[type, str, str, Any, Any]]:
+    """Every option of a Config class, its groups opened: the class that declares it, its group, name, annotation and
+    default, MISSING if it is required."""
+    owner = schema if isinstance(schema, type) else type(schema)
+    annotated = hints(owner)
+    for one in fields(schema):
+        default = _default_in(schema, one)
+        if is_dataclass(default):
+            yield from declared(default, one.name)
+        else:
+            yield owner, group, one.name, annotated.get(one.name, Any), default
+
+
+def filled(schema: Any, values: Mapping[str, Any]) -> Any:
+    """A Config with these values of its options, those of its groups in them, over its defaults."""
+    own: dict[str, Any] = {}
+    for one in fields(schema):
+        default = _default_in(schema, one)
+        if is_dataclass(default):
+            own[one.name] = filled(default, values)
+        elif one.name in values:
+            own[one.name] = values[one.name]
+    return schema(**own) if isinstance(schema, type) else replace(schema, **own)
+
+
+def _default_in(schema: Any, field: Field[Any]) -> Any:
+    """The default of a field: of a class, or as it stands in a group made ready."""
+    if not isinstance(schema, type):
+        return getattr(schema, field.name)
+    if field.default is MISSING and field.default_factory is not MISSING:
+        return field.default_factory()
+    return field.default
 
 
 def _leaves(config: Any) -> Iterator[tuple[str, Any, Any, Any]]:
