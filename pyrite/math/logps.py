@@ -1,4 +1,4 @@
-"""Log-probabilities of responses and of pairs of them, what losses read of a pair, and the bounds inside losses."""
+"""Log-probabilities of responses and of pairs: what every loss reads, and the bounds that losses put on values."""
 
 from __future__ import annotations
 
@@ -13,8 +13,6 @@ from torch.nn.utils.rnn import pad_sequence
 
 # Records --------------------------------------------------------------------------------------------------------------
 
-# The records every loss reads: log-probabilities of responses, and of pairs of them.
-
 
 @dataclass(frozen=True, eq=False)
 class Logps:
@@ -22,11 +20,11 @@ class Logps:
 
     sum    (N,)   log π(y | x), nats, float32 or better
     length (N,)   tokens
-    tokens (N, T) log π(y_t | x, y_<t), 0 off the mask; None where only the sums are known
+    tokens (N, T) log π(y_t | x, y_<t), 0 off the mask; None if only the sums are known
     mask   (N, T) bool, True at the response's tokens; None together with `tokens`
-    kl     (N,)   Σ_t KL(π_ref ‖ π) at the response's positions, nats; None where it was not asked for
+    kl     (N,)   Σ_t KL(π_ref ‖ π) at the response's positions, nats; None if it was not computed
     collision (N,) Σ_t log Σ_v π(v | x, y_<t)² at the response's positions; None likewise
-    aligned       False where another tokenizer counted: sums compare with the policy's, lengths and tokens do not
+    aligned       False where the tokenizer is another: sums compare with the policy's, lengths and tokens do not
     """
 
     sum: Tensor
@@ -86,7 +84,7 @@ class Logps:
         return len(self.sum)
 
     def at(self, index: Tensor | slice) -> Logps:
-        """Those of some of the responses."""
+        """Some of the responses."""
         return replace(self, **{name: value[index] for name, value in vars(self).items() if isinstance(value, Tensor)})
 
     def to(self, device: torch.device) -> Logps:
@@ -96,9 +94,9 @@ class Logps:
         )
 
     def checked(self, name: str = "log-probabilities") -> Logps:
-        """Itself, or ValueError naming the first row that is not a log-probability of a response.
+        """Return these log-probabilities unchanged. Raises ValueError for the first row that cannot be one.
 
-        Reads values, so it waits for the device: call it where data come in, not inside a step.
+        This reads values, so it waits for the device. Call it when data come in, not in every step.
         """
         good = torch.isfinite(self.sum) & (self.sum <= 1e-3) & (self.length > 0)
         if not good.all():
@@ -112,7 +110,7 @@ class Logps:
 
 @dataclass(frozen=True, eq=False)
 class Running:
-    """Statistics that some losses keep over the batches, 0-dim float64 each; a trainer updates and checkpoints them.
+    """Statistics over all batches so far that some losses read, 0-dim float64 each. Trainers update and save them.
 
     ratio: mean over the batches so far of the batch mean of log π/π_ref over both responses, nats;
     margin: exponential average (0.9, from 0) of the batch mean of Δ, nats; count: batches so far.
@@ -130,10 +128,10 @@ class Running:
 
 @dataclass(frozen=True, eq=False)
 class PairLogps:
-    """B preference pairs under the policy and, where there is one, under the reference.
+    """B preference pairs under the policy and, if there is one, under the reference.
 
-    strength (B,): how strongly chosen is preferred, a reward difference or log-odds; None where unknown.
-    running: statistics over the batches, this one included; None where nobody keeps them.
+    strength (B,): how strongly chosen is preferred, a reward difference or log-odds; None if unknown.
+    running: statistics over all batches, this one included; None if they are not kept.
     """
 
     chosen: Logps
@@ -169,7 +167,7 @@ def _check_rows(rows: Sequence[Tensor]) -> None:
             )
         if not len(row):
             raise ValueError(
-                f"Logps.from_tokens: response {index} has no tokens, so it would teach nothing; drop its row"
+                f"Logps.from_tokens: response {index} has no tokens, so there is nothing to learn; drop its row"
             )
         if row.dtype != rows[0].dtype:
             raise ValueError(
@@ -186,15 +184,13 @@ def _check_token_shapes(tokens: Tensor, mask: Tensor, rows: int) -> None:
         )
 
 
-# Ratios ---------------------------------------------------------------------------------------------------------------
-
-# What losses read of a pair: log-ratios to the reference, their margin, strengths, statistics; or why they cannot.
+# What losses read of a pair --------------------------------------------------------------------------------------------
 
 
 def references(pair: PairLogps, *, aligned: bool = False) -> tuple[Logps, Logps]:
     """Log-probabilities of the chosen and of the rejected responses under the reference.
 
-    Raises ValueError where the pairs carry none and, with `aligned`, where another tokenizer counted its tokens.
+    Raises ValueError if the pairs have none or, with `aligned`, if the reference has another tokenizer.
     """
     if pair.ref_chosen is None or pair.ref_rejected is None:
         raise ValueError(
@@ -213,7 +209,7 @@ def log_ratios(pair: PairLogps, *, length_norm: bool = False) -> tuple[Tensor, T
     """u, v = log π(y)/π_ref(y) of the chosen and of the rejected responses, (B,) each, in nats.
 
     With `length_norm`, each is divided by the response's own length: nats a token.
-    Raises ValueError where the pairs carry no reference or, with `length_norm`, one of another tokenizer.
+    Raises ValueError if the pairs have no reference or, with `length_norm`, one with another tokenizer.
     """
     ref_chosen, ref_rejected = references(pair, aligned=length_norm)
     chosen, rejected = pair.chosen.sum - ref_chosen.sum, pair.rejected.sum - ref_rejected.sum
@@ -223,13 +219,13 @@ def log_ratios(pair: PairLogps, *, length_norm: bool = False) -> tuple[Tensor, T
 
 
 def margin(pair: PairLogps, *, length_norm: bool = False) -> Tensor:
-    """Δ = u − v = log π(y_w)/π_ref(y_w) − log π(y_l)/π_ref(y_l), (B,), in nats; 0 where policy = reference."""
+    """Δ = u − v = log π(y_w)/π_ref(y_w) − log π(y_l)/π_ref(y_l), (B,), in nats; 0 at policy = reference."""
     chosen, rejected = log_ratios(pair, length_norm=length_norm)
     return chosen - rejected
 
 
 def strength(pair: PairLogps) -> Tensor:
-    """How strongly chosen is preferred, (B,). Raises ValueError where the pairs do not say."""
+    """How strongly chosen is preferred, (B,). Raises ValueError if the pairs do not say."""
     if pair.strength is None:
         raise ValueError(
             "this loss reads how strongly chosen is preferred, and these pairs do not say: "
@@ -239,7 +235,7 @@ def strength(pair: PairLogps) -> Tensor:
 
 
 def running(pair: PairLogps) -> Running:
-    """Statistics over the batches. Raises ValueError where nobody keeps them."""
+    """Statistics over all batches. Raises ValueError if the pairs have none."""
     if pair.running is None:
         raise ValueError(
             "this loss reads statistics over the batches, and these pairs carry none: "
@@ -250,27 +246,27 @@ def running(pair: PairLogps) -> Running:
 
 # Bounds ---------------------------------------------------------------------------------------------------------------
 
-# Bounds inside losses, which keep numbers finite. A value beyond its bound has no gradient: such pairs are counted.
+# Losses bound some values so that they stay finite. A value beyond its bound has no gradient; such pairs are counted.
 
 
 _beyond: ContextVar[list[Tensor] | None] = ContextVar("beyond", default=None)
 
 
 def at_most(values: Tensor, bound: float) -> Tensor:
-    """min(values, bound), noted for `counting`."""
+    """min(values, bound); `counting` sees where the bound held."""
     _note(values > bound)
     return values.clamp(max=bound)
 
 
 def at_least(values: Tensor, bound: float) -> Tensor:
-    """max(values, bound), noted for `counting`."""
+    """max(values, bound); `counting` sees where the bound held."""
     _note(values < bound)
     return values.clamp(min=bound)
 
 
 @contextmanager
 def counting() -> Iterator[list[Tensor]]:
-    """Within this block every bound that a loss has notes where it holds: a bool tensor each, (B,) or 0-dim."""
+    """Collect, within this block, where each bound inside a loss holds: bool tensors, (B,) or 0-dim."""
     found: list[Tensor] = []
     token = _beyond.set(found)
     try:
@@ -295,12 +291,12 @@ MOMENTUM = 0.9
 
 @torch.no_grad()
 def update_running(running: Running, pair: PairLogps) -> Running:
-    """The statistics with this batch included, in place, so that a checkpoint of the tensors is one of them.
+    """Add this batch to the statistics, in place: a checkpoint that holds the tensors stays up to date.
 
     ratio ← mean over the batches of ½ mean(u + v),   margin ← 0.9 margin + 0.1 mean(u − v),   count ← count + 1
 
     u, v: log π/π_ref of the chosen and of the rejected responses, nats, without β. Returns the same object. Keep
-    it where the log-probabilities are: another device waits for them. Raises ValueError without a reference.
+    it on the device of the log-probabilities, so that no step waits for a copy. Raises ValueError without a reference.
 
     Jung et al. 2024, arXiv:2404.04656, section 4 (ratio); Wu et al. 2024, arXiv:2407.08639, M₀ (margin).
     """

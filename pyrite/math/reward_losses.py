@@ -1,4 +1,4 @@
-"""What teaches a reward model from pairs: reward_loss(chosen (B,), rejected (B,), *, options) -> (B,)."""
+"""Losses of reward models on pairs: reward_loss(chosen (B,), rejected (B,), *, options) -> (B,)."""
 
 from __future__ import annotations
 

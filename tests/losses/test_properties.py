@@ -227,7 +227,7 @@ def test_a_missing_reference_is_explained(name, loss):
 def test_documented_with_formula_shape_value_and_source(name, loss):
     doc = loss.function.func.__doc__
     assert doc and "loss =" in doc and "(B,)" in doc and "arXiv" in doc
-    assert ("whatever the reference" if name in NEEDS_NO_REFERENCE else "at policy =") in doc
+    assert ("at any reference" if name in NEEDS_NO_REFERENCE else "at policy =") in doc
 
 
 @given(seed=seeds)

@@ -1,7 +1,7 @@
 """Direct preference losses: loss(pair: PairLogps, *, options) -> (B,), one value a pair.
 
-Called with options alone, a loss gives itself with these options: `simpo(beta=2.5)`. What a loss must be given beyond
-the sums of log-probabilities, `needs` finds out.
+A loss called with options alone returns itself with these options: `simpo(beta=2.5)`. `needs` finds out which inputs
+a loss reads beyond the sums of log-probabilities.
 """
 
 from pyrite.math.losses.divergences import exo, f_dpo, tdpo

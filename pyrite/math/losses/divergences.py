@@ -1,4 +1,4 @@
-"""Divergences other than the reverse KL."""
+"""Losses with a divergence other than the reverse KL."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LARGEST = 80.0  # e^80 is still a float32
 def f_dpo(
     pair: PairLogps, *, beta: Positive = 0.1, divergence: Divergence = "reverse_kl", alpha: Share = 0.5
 ) -> Tensor:
-    """f-DPO: the KL that holds the policy to the reference replaced by another f-divergence.
+    """f-DPO: another f-divergence in place of the KL to the reference.
 
     loss = −log σ(β(f′(e^u) − f′(e^v))),   u, v = log π/π_ref of chosen, rejected
 
@@ -57,7 +57,7 @@ def _power(ratio: Tensor, exponent: float) -> Tensor:
 
 @part
 def tdpo(pair: PairLogps, *, beta: Positive = 0.1, alpha: NonNegative = 0.5, version: Literal[1, 2] = 2) -> Tensor:
-    """Token-level DPO: the forward KL at every position of the rejected response is held down as well.
+    """Token-level DPO: also limits the forward KL at every position of the rejected response.
 
     loss = −log σ(β(Δ − α(K_l − sg K_w))),   K(y) = Σ_t KL(π_ref(· | x, y_<t) ‖ π(· | x, y_<t))
 
@@ -83,7 +83,7 @@ def _kl(logps: Logps) -> Tensor:
 
 @part
 def exo(pair: PairLogps, *, beta: Positive = 0.1, label_smoothing: Inside = 1e-3) -> Tensor:
-    """Efficient exact optimization on pairs: KL(preference of the policy ‖ label), where DPO has the two exchanged.
+    """Efficient exact optimization on pairs: KL(policy's preference ‖ label); DPO has KL(label ‖ preference).
 
     loss = q log(q/(1−ε)) + (1−q) log((1−q)/ε),   q = σ(βΔ),   Δ = log π(y_w)/π_ref(y_w) − log π(y_l)/π_ref(y_l)
 

@@ -1,4 +1,4 @@
-"""DPO and what changes its labels, its β, its margin or its batch: −log σ of a margin of log-ratios."""
+"""DPO, −log σ of a margin of log-ratios, and losses that change its labels, β, margin or batch."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def soft_dpo(pair: PairLogps, *, beta: Positive = 0.1, scale: Positive = 1.0) ->
 
 @part
 def robust(pair: PairLogps, *, beta: Positive = 0.1, label_smoothing: Minority = 0.1) -> Tensor:
-    """DPO that is unbiased where a share ε of the labels is flipped at random.
+    """DPO that stays unbiased if a share ε of the labels is flipped at random.
 
     loss = (−(1−ε) log σ(βΔ) + ε log σ(−βΔ)) / (1−2ε),   Δ = log π(y_w)/π_ref(y_w) − log π(y_l)/π_ref(y_l)
 
@@ -64,7 +64,7 @@ def posterior(pair: PairLogps, *, beta: Positive = 0.1) -> Tensor:
 
     loss = −log σ(β(log π(y_w) − log π(y_l)))
 
-    PairLogps of B pairs -> (B,); what the policy makes of the pair, whatever the reference.
+    PairLogps of B pairs -> (B,), at any reference.
 
     Liu et al. 2024, arXiv:2407.13709, eq. 9 and 10.
     """
@@ -78,7 +78,7 @@ def logistic(logits: Tensor, flipped: float | Tensor) -> Tensor:
 
 @part
 def odpo(pair: PairLogps, *, beta: Positive = 0.1, alpha: NonNegative = 1.0) -> Tensor:
-    """DPO with an offset: the stronger the preference, the larger the margin to reach.
+    """DPO with an offset: stronger preferences must reach a larger margin.
 
     loss = −log σ(βΔ − α log strength),   Δ = log π(y_w)/π_ref(y_w) − log π(y_l)/π_ref(y_l)
 
@@ -106,7 +106,7 @@ def ln_dpo(pair: PairLogps, *, beta: Positive = 5.0) -> Tensor:
 
 @part
 def r_dpo(pair: PairLogps, *, beta: Positive = 0.1, alpha: NonNegative = 0.01) -> Tensor:
-    """Length-regularized DPO: chosen must win by less where it is longer, by more where it is shorter.
+    """Length-regularized DPO: a longer chosen response needs a smaller margin, a shorter one a larger margin.
 
     loss = −log σ(βΔ + α(|y_w| − |y_l|)),   Δ = log π(y_w)/π_ref(y_w) − log π(y_l)/π_ref(y_l)
 
@@ -121,7 +121,7 @@ def r_dpo(pair: PairLogps, *, beta: Positive = 0.1, alpha: NonNegative = 0.01) -
 
 @part
 def ld_dpo(pair: PairLogps, *, beta: Positive = 0.1, alpha: Share = 0.5) -> Tensor:
-    """Length-desensitized DPO: tokens beyond the shorter response's length count α.
+    """Length-desensitized DPO: tokens beyond the shorter response's length are weighted by α.
 
     loss = −log σ(β(Δ − (1−α)(tail(y_w) − tail(y_l)))),   tail(y) = Σ_{t > min(|y_w|, |y_l|)} log π(y_t)/π_ref(y_t)
 
@@ -151,12 +151,12 @@ def _tail(logps: Logps, common: Tensor) -> Tensor:
 
 @part
 def wpo(pair: PairLogps, *, beta: Positive = 0.1) -> Tensor:
-    """Weighted preference optimization: pairs count as much as the policy would have written them itself.
+    """Weighted preference optimization: a pair weighs more if the policy would have written it.
 
     loss = −w(y_w) w(y_l) log σ(βΔ),   w(y) = sg exp(mean_t [log π(y_t) − log Σ_v π(v)²])
 
-    Δ = log π(y_w)/π_ref(y_w) − log π(y_l)/π_ref(y_l), sg stops the gradient; a token as likely as the policy's own
-    samples are on average weighs 1. PairLogps of B pairs -> (B,); w(y_w) w(y_l) ln 2 at policy = reference.
+    Δ = log π(y_w)/π_ref(y_w) − log π(y_l)/π_ref(y_l), sg stops the gradient. A token that is as likely as the policy's
+    own samples are on average has weight 1. PairLogps of B pairs -> (B,); w(y_w) w(y_l) ln 2 at policy = reference.
     Raises ValueError without a reference, or without the policy's collision.
 
     Zhou et al. 2024, arXiv:2406.11827, eq. 2.
@@ -179,7 +179,7 @@ SMALLEST = 1e-3
 
 @part
 def beta_dpo(pair: PairLogps, *, beta: Positive = 0.1, alpha: NonNegative = 0.6, rho: Fraction = 0.0) -> Tensor:
-    """DPO whose β follows the batch: larger where margins are above their running mean, smaller where below.
+    """DPO with a dynamic β: larger if the batch's margins are above their running mean, smaller if below.
 
     loss = −log σ(β′Δ),   β′ = max(0.001, β(1 + α(mean Δ − M₀))),   Δ = log π(y_w)/π_ref(y_w) − log π(y_l)/π_ref(y_l)
 
@@ -228,7 +228,7 @@ def xpo(
     alpha: NonNegative = 1e-3,
     from_ref: Literal["rejected", "chosen", "both"] = "rejected",
 ) -> Tensor:
-    """Exploratory preference optimization: DPO that makes the reference's own responses a little less likely.
+    """Exploratory preference optimization: DPO that also makes responses drawn from the reference a little less likely.
 
     loss = −log σ(βΔ) + α log π(ỹ),   Δ = log π(y_w)/π_ref(y_w) − log π(y_l)/π_ref(y_l)
 

@@ -1,4 +1,4 @@
-"""Margins to reach: squares that pull back beyond them, hinges that stop there."""
+"""Losses with a target margin: squared losses pull back beyond it, hinges stop there."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pyrite.math.ranges import NonNegative, Positive, part
 
 @part
 def ipo(pair: PairLogps, *, tau: Positive = 0.1, length_norm: bool = False) -> Tensor:
-    """Identity preference optimization: a margin to reach, not to exceed.
+    """Identity preference optimization: the squared distance to a target margin.
 
     loss = (Δ − 1/(2τ))²,   Δ = log π(y_w)/π_ref(y_w) − log π(y_l)/π_ref(y_l)
 
@@ -26,7 +26,7 @@ def ipo(pair: PairLogps, *, tau: Positive = 0.1, length_norm: bool = False) -> T
 
 @part
 def rebel(pair: PairLogps, *, eta: Positive = 1.0) -> Tensor:
-    """Regression to relative rewards: the margin is a prediction of the reward difference, to be made exact.
+    """Regression to relative rewards: the margin should predict the reward difference.
 
     loss = (Δ/η − strength)²,   Δ = log π(y_w)/π_ref(y_w) − log π(y_l)/π_ref(y_l)
 
@@ -58,8 +58,8 @@ def slic(pair: PairLogps, *, delta: NonNegative = 1.0, lam: NonNegative = 0.1) -
 
     loss = [δ − log π(y_w) + log π(y_l)]₊ − λ log π(y_w)
 
-    PairLogps of B pairs -> (B,); what the policy makes of the pair, whatever the reference. The response to
-    imitate, a free choice in the paper, is the chosen one.
+    PairLogps of B pairs -> (B,), at any reference. The paper leaves open which
+    response is imitated; here it is the chosen one.
 
     Zhao et al. 2023, arXiv:2305.10425, section 2.
     """

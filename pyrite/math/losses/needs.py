@@ -1,4 +1,4 @@
-"""What a loss must be given, found by asking it: one thing is taken away, and does it object?"""
+"""Find out which inputs a loss needs: call it with each input missing and see if it fails."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ __all__ = ["needs", "takes_ties", "toy_pairs"]
 
 
 def needs(loss: Callable[[PairLogps], Tensor]) -> frozenset[str]:
-    """Names of what this loss cannot do without.
+    """The names of the inputs this loss needs.
 
-    ref, strength, running: these fields of PairLogps; aligned: a reference that counts the policy's tokens;
-    tokens, ref_tokens: log-probabilities token by token; kl, collision: these fields of the policy's Logps;
-    batch: a pair's value depends on the other pairs, so that a batch cannot be taken apart.
+    ref, strength, running: these fields of PairLogps; aligned: a reference with the policy's tokenizer;
+    tokens, ref_tokens: log-probabilities of single tokens; kl, collision: these fields of the policy's Logps;
+    batch: a pair's value depends on the other pairs, so a batch cannot be split.
 
-    Whatever a loss raises without a thing, it needs it, as long as it raises nothing with everything there. It needs a
-    reference also if its value is another one without.
+    A loss needs an input if it raises any error without it. It also needs a reference if its value changes without
+    one. An error with all inputs given is raised as it is.
     """
     full = toy_pairs()
     value, without = loss(full), _poorer(full)
@@ -33,8 +33,9 @@ def needs(loss: Callable[[PairLogps], Tensor]) -> frozenset[str]:
 
 
 def takes_ties(loss: Callable[[PairLogps], Tensor]) -> bool:
-    """Whether a strength of 0 is a tie to this loss: it reads strengths, and with the answers exchanged and the sign of
-    the strength turned it has the same value.
+    """Whether this loss treats a strength of 0 as a tie.
+
+    It does if it reads strengths and keeps its value when the two answers are exchanged and the strength changes sign.
 
     >>> from pyrite.math.losses import dpo, odpo, soft_dpo
     >>> takes_ties(soft_dpo), takes_ties(odpo), takes_ties(dpo)
@@ -49,7 +50,7 @@ def takes_ties(loss: Callable[[PairLogps], Tensor]) -> bool:
 
 
 def toy_pairs(*, learning: bool = False) -> PairLogps:
-    """Six pairs with everything a loss could read; `learning`: the policy's log-probabilities take gradients."""
+    """Six pairs with every input a loss can read. learning: the policy's log-probabilities require gradients."""
     g = torch.Generator().manual_seed(0)
 
     def side(lengths: tuple[int, ...], *, learning: bool = False) -> Logps:
@@ -65,7 +66,7 @@ def toy_pairs(*, learning: bool = False) -> PairLogps:
 
 
 def _poorer(full: PairLogps) -> dict[str, PairLogps]:
-    """The pairs with one thing taken away, by its name."""
+    """The pairs with one input missing, by its name."""
     return {
         "ref": replace(full, ref_chosen=None, ref_rejected=None),
         "aligned": _sides(full, "ref_", lambda s: Logps.from_sums(s.sum, s.length, aligned=False)),
@@ -86,7 +87,7 @@ def _sides(pair: PairLogps, prefix: str, change: Callable[[Logps], Logps]) -> Pa
 def _objects(loss: Callable[[PairLogps], Tensor], pair: PairLogps) -> bool:
     try:
         loss(pair)
-    except Exception:  # an AttributeError of None, say, in a loss written without a thought of it
+    except Exception:  # for example an AttributeError of None, in a loss that never expects None
         return True
     return False
 

@@ -1,4 +1,4 @@
-"""Each response against a level of its own: nothing but log π/π_ref of the one response enters its term."""
+"""Losses with one term for each response, which reads only that response's log π/π_ref."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def kto_pair(
     desirable: NonNegative = 1.0,
     undesirable: NonNegative = 1.0,
 ) -> Tensor:
-    """Kahneman-Tversky optimization, both responses of a pair at once.
+    """Kahneman-Tversky optimization on both responses of a pair.
 
     loss = λ_D (1 − σ(β(u − z₀))) + λ_U (1 − σ(β(z₀ − v))),   u, v = log π/π_ref of chosen, rejected
 
@@ -52,7 +52,7 @@ def bco(pair: PairLogps, *, beta: Positive = 0.1, delta: Real | None = 0.0) -> T
 
 @part
 def nca(pair: PairLogps, *, beta: Positive = 0.1) -> Tensor:
-    """Noise contrastive alignment on pairs: each response against the reference, so that the chosen one cannot sink.
+    """Noise contrastive alignment on pairs: each response against the reference, so the chosen one stays likely.
 
     loss = −log σ(βu) − ½ log σ(−βu) − ½ log σ(−βv),   u, v = log π/π_ref of chosen, rejected
 
@@ -67,7 +67,7 @@ def nca(pair: PairLogps, *, beta: Positive = 0.1) -> Tensor:
 
 @part
 def apo_zero(pair: PairLogps, *, beta: Positive = 0.1) -> Tensor:
-    """Anchored preference optimization where chosen is better than the policy: chosen up, rejected down.
+    """Anchored preference optimization for chosen responses better than the policy's: chosen up, rejected down.
 
     loss = 1 − σ(βu) + σ(βv),   u, v = log π/π_ref of chosen, rejected
 
@@ -81,7 +81,7 @@ def apo_zero(pair: PairLogps, *, beta: Positive = 0.1) -> Tensor:
 
 @part
 def apo_down(pair: PairLogps, *, beta: Positive = 0.1) -> Tensor:
-    """Anchored preference optimization where chosen is worse than the policy: chosen down, rejected further down.
+    """Anchored preference optimization for chosen responses worse than the policy's: both down, rejected more.
 
     loss = σ(βu) + 1 − σ(β(u − v)),   u, v = log π/π_ref of chosen, rejected
 
@@ -96,7 +96,7 @@ def apo_down(pair: PairLogps, *, beta: Positive = 0.1) -> Tensor:
 
 @part
 def sppo(pair: PairLogps, *, beta: Positive = 0.1, soft: bool = False) -> Tensor:
-    """Self-play preference optimization: each log-ratio towards its response's probability to win.
+    """Self-play preference optimization: each log-ratio is fitted to its response's win probability.
 
     loss = (u − (P−½)/β)² + (v + (P−½)/β)²,   u, v = log π/π_ref of chosen, rejected
 

@@ -1,4 +1,4 @@
-"""Without a reference."""
+"""Losses without a reference."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def simpo(pair: PairLogps, *, beta: Positive = 2.0, gamma: NonNegative = 1.0) ->
 
     loss = −log σ(β(ā − b̄) − γ),   ā = log π(y_w)/|y_w|,   b̄ = log π(y_l)/|y_l|
 
-    PairLogps of B pairs -> (B,); what the policy makes of the pair, whatever the reference.
+    PairLogps of B pairs -> (B,), at any reference.
 
     Meng et al. 2024, arXiv:2405.14734, eq. 6.
     """
@@ -28,11 +28,11 @@ def simpo(pair: PairLogps, *, beta: Positive = 2.0, gamma: NonNegative = 1.0) ->
 
 @part
 def alphapo(pair: PairLogps, *, beta: Positive = 2.0, gamma: NonNegative = 1.0, alpha: Real = 0.25) -> Tensor:
-    """SimPO with a reshaped reward: α > 0 presses on unlikely responses, α < 0 on likely ones, α = 0 is simpo.
+    """SimPO with a reshaped reward: α > 0 weighs unlikely responses more, α < 0 likely ones; α = 0 is simpo.
 
     loss = −log σ(β(r(ā) − r(b̄)) − γ),   r(z) = (1 − e^{−αz})/α,   ā, b̄ = log π(y)/|y| of chosen, rejected
 
-    PairLogps of B pairs -> (B,); what the policy makes of the pair, whatever the reference. Exponents stop at 80,
+    PairLogps of B pairs -> (B,), at any reference. Exponents stop at 80,
     where a response has no gradient; such pairs are counted (`clamped`).
 
     Gupta et al. 2025, arXiv:2501.03884.
@@ -47,11 +47,11 @@ def _reward(mean: Tensor, alpha: float) -> Tensor:
 
 @part
 def cpo(pair: PairLogps, *, beta: Positive = 0.1, alpha: NonNegative = 1.0) -> Tensor:
-    """Contrastive preference optimization: no reference, but imitation of the chosen response.
+    """Contrastive preference optimization: no reference, but a likelihood term for the chosen response.
 
     loss = −log σ(β(log π(y_w) − log π(y_l))) − α log π(y_w)/|y_w|
 
-    PairLogps of B pairs -> (B,); what the policy makes of the pair, whatever the reference. α = 0 is posterior.
+    PairLogps of B pairs -> (B,), at any reference. α = 0 is posterior.
 
     Xu et al. 2024, arXiv:2401.08417, eq. 3 with its likelihood term.
     """
@@ -60,12 +60,12 @@ def cpo(pair: PairLogps, *, beta: Positive = 0.1, alpha: NonNegative = 1.0) -> T
 
 @part
 def orpo(pair: PairLogps, *, lam: NonNegative = 0.1) -> Tensor:
-    """Odds ratio preference optimization: imitation of the chosen response, and better odds for it, in one stage.
+    """Odds ratio preference optimization: supervised fine-tuning and preference in one loss.
 
     loss = −ā − λ log σ(lo(ā) − lo(b̄)),   lo(z) = z − log(1 − e^z),   ā, b̄ = log π(y)/|y| of chosen, rejected
 
-    PairLogps of B pairs -> (B,); what the policy makes of the pair, whatever the reference. The likelihood −ā is
-    the response's; some trainers take the prompt's tokens in.
+    PairLogps of B pairs -> (B,), at any reference. The likelihood −ā is
+    the response's; some trainers include the prompt's tokens.
 
     Hong et al. 2024, arXiv:2403.07691, eq. 6 and 7.
     """
@@ -84,7 +84,7 @@ def simper(pair: PairLogps) -> Tensor:
 
     loss = e^{b̄} − e^{ā},   ā = log π(y_w)/|y_w|,   b̄ = log π(y_l)/|y_l|
 
-    PairLogps of B pairs -> (B,), in (−1, 1); what the policy makes of the pair, whatever the reference. e^{ā} is
+    PairLogps of B pairs -> (B,), in (−1, 1), at any reference. e^{ā} is
     one over the response's perplexity.
 
     Xiao et al. 2025, arXiv:2502.00883.

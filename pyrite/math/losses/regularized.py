@@ -1,4 +1,4 @@
-"""DPO with a term beside it: imitation of the chosen response, or a floor under it."""
+"""DPO with a second term: the likelihood of the chosen response, or a floor under it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def mpo(
     quality: NonNegative = 0.2,
     generation: NonNegative = 1.0,
 ) -> Tensor:
-    """Mixed preference optimization: which is better, how good each is, and how to write the better one.
+    """Mixed preference optimization: a preference, a quality and a generation term.
 
     loss = w_p · dpo + w_q · bco − w_g · log π(y_w)/|y_w|
 
@@ -50,7 +50,7 @@ def mpo(
 
 @part
 def dpop(pair: PairLogps, *, beta: Positive = 0.1, lam: NonNegative = 5.0) -> Tensor:
-    """DPO-positive: the chosen response may not become less likely than under the reference.
+    """DPO-positive: a penalty if the chosen response becomes less likely than under the reference.
 
     loss = −log σ(β(u − v − λ[−u]₊)),   u, v = log π/π_ref of chosen, rejected
 
@@ -64,7 +64,7 @@ def dpop(pair: PairLogps, *, beta: Positive = 0.1, lam: NonNegative = 5.0) -> Te
 
 @part
 def cal_dpo(pair: PairLogps, *, beta: Positive = 0.1) -> Tensor:
-    """Calibrated DPO: rewards must differ, and be +½ and −½.
+    """Calibrated DPO: the implicit rewards are also pulled to +½ and −½.
 
     loss = −log σ(β(u − v)) + (βu − ½)² + (βv + ½)²,   u, v = log π/π_ref of chosen, rejected
 
