@@ -184,7 +184,7 @@ def _check_token_shapes(tokens: Tensor, mask: Tensor, rows: int) -> None:
         )
 
 
-# What losses read of a pair --------------------------------------------------------------------------------------------
+# What losses read of a pair ----------------------------------------------------------------------------------------
 
 
 def references(pair: PairLogps, *, aligned: bool = False) -> tuple[Logps, Logps]:
