@@ -93,7 +93,7 @@ def products(events: Any, dtype: torch.dtype) -> tuple[float, float]:
 
 def fastest(a: tuple[int, ...], b: tuple[int, ...], dtype: torch.dtype, *, repeats: int = 3) -> float:
     """Seconds of one product of these shapes: a (..., M, K), b (..., K, N)."""
-    from pyrite.models.packing import product
+    from pyrite.models.forward import product
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     left, right = torch.randn(a, dtype=dtype, device=device), torch.randn(b, dtype=dtype, device=device)

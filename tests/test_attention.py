@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from pyrite.data.responses import Responses
-from pyrite.models import packing
-from pyrite.models.packing import Bucket, Packed, attend, pack, packed_attention, packed_forward
+from pyrite.models import forward
+from pyrite.models.forward import Bucket, Packed, attend, pack, packed_attention, packed_forward
 
 ROWS = [Row([1, 2, 3], [[4, 5], [6], [7, 8, 9, 10]]), Row([1], [[2, 3, 4]]), Row([1] * 9, [[2], []])]
 
@@ -39,7 +39,7 @@ class Kernel:
 
     @staticmethod
     def apply(q: Tensor, k: Tensor, v: Tensor, bucket: Bucket, scale: float) -> Tensor:
-        return packing._kernel(q, k, v, bucket, scale, 0.0)
+        return forward._kernel(q, k, v, bucket, scale, 0.0)
 
 
 @pytest.mark.parametrize("way", ["kept", "blocks", "kernel"])
@@ -50,10 +50,10 @@ def test_attend_is_masked_attention(
     heads: int, groups: int, scale: float | None, padded: bool, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = [*ROWS, Row([1] * 20, [[2] * 37, [3] * 16])]  # several blocks of 16
-    monkeypatch.setattr(packing, "SHORT", 512 if way == "kept" else 0)
-    monkeypatch.setattr(packing, "CACHED", 1)
+    monkeypatch.setattr(forward, "SHORT", 512 if way == "kept" else 0)
+    monkeypatch.setattr(forward, "CACHED", 1)
     if way == "kernel":
-        monkeypatch.setattr(packing, "_Long", Kernel)
+        monkeypatch.setattr(forward, "_Long", Kernel)
     batch = pack(Responses.of(rows), padded=padded)
     parts = inputs(batch, heads=heads, groups=groups)
     got = attend(*parts, batch, scale=scale)

@@ -7,8 +7,7 @@ import torch
 from families import Row
 
 from pyrite.data.responses import Responses
-from pyrite.models.forward import by_response
-from pyrite.models.packing import by_prompt, pack
+from pyrite.models.forward import by_prompt, by_response, pack
 
 
 def test_sums_are_added_up_in_float64() -> None:

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pyrite.models import packing
-from pyrite.models.packing import FastLinears, linear, outer, product
+from pyrite.models import forward
+from pyrite.models.forward import FastLinears, linear, outer, product
 
 
 def inputs(bias: bool, shape: tuple[int, ...] = (2, 7, 5)) -> list[torch.Tensor | None]:
@@ -46,7 +46,7 @@ def test_an_empty_batch() -> None:
 
 def test_stock_layers_use_it_inside_the_context_only(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    monkeypatch.setattr(packing, "linear", lambda x, w, b=None: seen.append(x.shape) or F.linear(x, w, b))
+    monkeypatch.setattr(forward, "linear", lambda x, w, b=None: seen.append(x.shape) or F.linear(x, w, b))
     layer = nn.Sequential(nn.Linear(5, 6), nn.Linear(6, 2, bias=False))
     layer(torch.ones(3, 5))
     assert not seen

@@ -10,10 +10,10 @@ import torch
 from families import build
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from pyrite.models.forward import context_of
 from pyrite.models.loading import (
     Lora,
     adapted,
-    context_of,
     draw_head,
     has_bare_head,
     load_model,

@@ -17,8 +17,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 
 from pyrite.data.responses import Responses
 from pyrite.math import seeds
+from pyrite.models.forward import micro_batches, pack
 from pyrite.models.loading import Lora
-from pyrite.models.packing import micro_batches, pack
 from pyrite.models.policy import Policy, RewardEnsemble, RewardModel, member_paths
 
 SHAPES = [

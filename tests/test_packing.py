@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pyrite.data.responses import Responses
-from pyrite.models.packing import Packed, longest, micro_batches, pack, sizes
+from pyrite.models.forward import Packed, longest, micro_batches, pack, sizes
 
 tokens = st.lists(st.integers(0, 99), max_size=12)
 rows_of = st.lists(

@@ -11,7 +11,7 @@ from reading import Read, each
 
 from pyrite.math import losses
 from pyrite.math.logps import Logps, PairLogps, Running
-from pyrite.models.packing import Packed
+from pyrite.models.forward import Packed
 from pyrite.models.policy import Policy
 from pyrite.training.pairs import Preferences, batch_loss, encode_pairs, measure, metrics, value_at_ref
 

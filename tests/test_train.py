@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pyrite.core import runs
 from pyrite.core.runs import Run
 from pyrite.data.responses import Responses
-from pyrite.models.packing import Packed
+from pyrite.models.forward import Packed
 from pyrite.models.policy import Policy
 from pyrite.training import loop
 from pyrite.training.loop import Logging, Training, TrainingError, learning_rate, order

@@ -54,7 +54,7 @@ import torch
 from torch import Tensor
 
 from pyrite.math import ranges, seeds
-from pyrite.math.losses.needs import toy_pairs
+from pyrite.math.logps import toy_pairs
 
 # Errors of others -----------------------------------------------------------------------------------------------------
 

@@ -26,9 +26,8 @@ from pyrite.data.text import Prompt, plain
 from pyrite.data.toy_words import TAGS, VIVID_ADJECTIVES, VIVID_NOUNS
 from pyrite.math.ranges import AnyText, Count, Natural, NonNegative, Real, require
 from pyrite.math.seeds import derive
-from pyrite.models.forward import score
+from pyrite.models.forward import Packed, score
 from pyrite.models.loading import verify
-from pyrite.models.packing import Packed
 from pyrite.models.policy import Policy, RewardModel
 
 __all__ = [

@@ -22,8 +22,7 @@ from pyrite.data.responses import Responses
 from pyrite.data.rows import Fitted, OnLong
 from pyrite.data.text import Template
 from pyrite.math.ranges import Count, Fraction, Natural, Several, Share
-from pyrite.models.forward import score, token_logps
-from pyrite.models.packing import Packed, singles
+from pyrite.models.forward import Packed, score, singles, token_logps
 from pyrite.models.policy import Lora, Policy
 from pyrite.training import loop
 from pyrite.training.loop import Logging, Training

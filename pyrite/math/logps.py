@@ -305,3 +305,19 @@ def update_running(running: Running, pair: PairLogps) -> Running:
     running.ratio.add_(((chosen + rejected) / 2 - running.ratio) / running.count)
     running.margin.mul_(MOMENTUM).add_(chosen - rejected, alpha=1 - MOMENTUM)
     return running
+
+
+def toy_pairs(*, learning: bool = False) -> PairLogps:
+    """Six pairs with every input a loss can read. learning: the policy's log-probabilities require gradients."""
+    g = torch.Generator().manual_seed(0)
+
+    def side(lengths: tuple[int, ...], *, learning: bool = False) -> Logps:
+        rows = [-torch.rand(n, generator=g, dtype=torch.float64) - 0.1 for n in lengths]
+        rows = [row.requires_grad_(learning) for row in rows]
+        drawn = torch.rand(2, len(lengths), generator=g, dtype=torch.float64)
+        return replace(Logps.from_tokens(rows), kl=drawn[0], collision=-drawn[1])
+
+    first, second = (3, 5, 4, 2, 6, 1), (4, 2, 6, 5, 3, 2)
+    running = Running(*torch.tensor([0.1, 0.2, 1.0], dtype=torch.float64))
+    policy = side(first, learning=learning), side(second, learning=learning)
+    return PairLogps(*policy, side(first), side(second), torch.arange(1, 7).double() / 3, running)

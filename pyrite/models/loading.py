@@ -431,14 +431,6 @@ def draw_head(model: Any, *, seed: int, std: float) -> None:
         parameter.data.copy_(torch.zeros_like(drawn) if zero else drawn)
 
 
-def context_of(model: PreTrainedModel) -> int:
-    """Longest sequence in tokens: what the config says, less what a table keeps for pads (RoBERTa and its kin)."""
-    most = int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30)
-    tables = (m for name, m in model.named_modules() if name.endswith("position_embeddings"))
-    kept = [m.padding_idx + 1 for m in tables if isinstance(m, nn.Embedding) and m.padding_idx is not None]
-    return most - max(kept, default=0)
-
-
 # Members of an ensemble: a trunk with several heads, or one base with several adapters, is in memory once -------------
 
 

@@ -29,14 +29,20 @@ from pyrite.data.text import PLAIN, Template, decode, encode, encode_prompts, re
 from pyrite.math.logps import Logps
 from pyrite.models import forward, generation
 from pyrite.models.forward import (
+    Groups,
+    Packed,
     Ways,
     by_group,
     by_response,
+    context_of,
     logp_details,
+    longest,
     own_head,
+    pack,
     pad_of,
     picked_logp,
     places,
+    recompute_layers,
     run,
     score,
     selective_logp,
@@ -50,7 +56,6 @@ from pyrite.models.loading import (
     backbone,
     beside,
     check_ids,
-    context_of,
     draw_head,
     has_bare_head,
     member_paths,
@@ -61,7 +66,6 @@ from pyrite.models.loading import (
     settings,
     tokenizer_of,
 )
-from pyrite.models.packing import Groups, Packed, longest, pack, recompute_layers
 
 Pooling = Literal["last", "mean"]
 REORDERED = frozenset({"xlnet", "xlm", "flaubert"})  # generate puts a mask behind the text, which a text has not

@@ -18,13 +18,12 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from pyrite.core.processes import once
 from pyrite.data.responses import Responses
 from pyrite.models import forward
-from pyrite.models.forward import pad_of, places, states
+from pyrite.models.forward import Groups, Packed, context_of, pad_of, places, states
 from pyrite.models.loading import (
     Dtype,
     Lora,
     adapted,
     backbone,
-    context_of,
     draw_head,
     is_classifier,
     opened,
@@ -32,7 +31,6 @@ from pyrite.models.loading import (
     save,
     settings,
 )
-from pyrite.models.packing import Groups, Packed
 from pyrite.models.policy import Policy, cost, pack_for
 
 HEAD = "value_head.safetensors"

@@ -25,8 +25,7 @@ from pyrite.data.responses import Responses
 from pyrite.data.text import encode
 from pyrite.jobs import dpo, duel, generate, pairs, ppo, reward, sft, soup
 from pyrite.math.seeds import derive
-from pyrite.models.forward import token_logps
-from pyrite.models.packing import singles
+from pyrite.models.forward import singles, token_logps
 from pyrite.models.policy import Policy
 from pyrite.recipes import study, toy
 from pyrite.recipes.study import Chain, Claim, Row

@@ -25,9 +25,8 @@ from pyrite.feedback.schedules import Schedule
 from pyrite.feedback.selectors import pick
 from pyrite.math import losses, reward_losses, seeds, statistics
 from pyrite.math.ranges import Count, Natural, NonNegative, Positive
-from pyrite.models.forward import token_logps
+from pyrite.models.forward import Packed, singles, token_logps
 from pyrite.models.loading import member_paths
-from pyrite.models.packing import Packed, singles
 from pyrite.models.policy import Lora, Policy, RewardEnsemble, RewardModel
 from pyrite.training import loop
 from pyrite.training.loop import BatchLoss, Learner, Training

@@ -28,9 +28,8 @@ from pyrite.feedback.scorers import Scorer
 from pyrite.math import ensembles, seeds, statistics
 from pyrite.math.logps import Logps
 from pyrite.math.ranges import Count
-from pyrite.models.forward import score, token_logps
+from pyrite.models.forward import Packed, score, singles, token_logps
 from pyrite.models.generation import Samples, sample
-from pyrite.models.packing import Packed, singles
 from pyrite.models.policy import Policy, RewardEnsemble, backbone
 
 # Gold in measurements ----------------------------------------------------------------------------------------------

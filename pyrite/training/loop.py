@@ -27,7 +27,7 @@ from pyrite.core.runs import Run, TrainingError
 from pyrite.data.responses import Responses
 from pyrite.math import lr_schedulers, seeds
 from pyrite.math.ranges import Count, Positive, check
-from pyrite.models.packing import Groups, Packed, micro_batches, sizes
+from pyrite.models.forward import Groups, Packed, micro_batches, sizes
 from pyrite.models.policy import recompute
 from pyrite.training import optimizers
 

@@ -15,8 +15,7 @@ from pyrite.data.responses import Responses
 from pyrite.math import logps, seeds, statistics
 from pyrite.math.logps import Logps, PairLogps, Running, update_running
 from pyrite.math.losses.needs import needs
-from pyrite.models.forward import by_response, packed_batches, token_logps
-from pyrite.models.packing import Packed
+from pyrite.models.forward import Packed, by_response, packed_batches, token_logps
 from pyrite.models.policy import Policy
 from pyrite.training.loop import BatchLoss, Precision
 

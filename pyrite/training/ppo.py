@@ -35,10 +35,9 @@ from pyrite.math.policy_gradient import (
     rloo,
     value_loss,
 )
-from pyrite.models.forward import score
+from pyrite.models.forward import Packed, score
 from pyrite.models.generation import Samples
 from pyrite.models.loading import Lora, member_paths
-from pyrite.models.packing import Packed
 from pyrite.models.policy import Policy, RewardEnsemble, RewardModel
 from pyrite.models.value import ValueModel, WithValue
 from pyrite.training import loop

@@ -18,9 +18,8 @@ from pyrite.math import samplers, seeds
 from pyrite.math.logps import Logps, PairLogps, Running
 from pyrite.math.losses.needs import needs
 from pyrite.math.samplers import Arm, Sampler
-from pyrite.models.forward import token_logps
+from pyrite.models.forward import Groups, token_logps
 from pyrite.models.generation import Samples, sample, sample_mixed
-from pyrite.models.packing import Groups
 from pyrite.models.policy import Policy, backbone
 from pyrite.training import loop
 from pyrite.training.loop import Learner, Precision, Training, TrainingError

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pyrite.models.decoder import NAME, additive, attend, attending
+from pyrite.models.generation import NAME, additive, attend, attending
 
 
 def formula(query: Tensor, key: Tensor, value: Tensor, hidden: Tensor, scale: float) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from pyrite.models.decoder import BLOCK, DecodingCache, LayerCache
+from pyrite.models.generation import BLOCK, DecodingCache, LayerCache
 
 
 def test_appending_equals_concatenation() -> None:

@@ -25,7 +25,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from pyrite.models import decoder
+from pyrite.models import generation
 from pyrite.models.generation import Samples, sample
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
@@ -107,7 +107,7 @@ def test_equals_transformers(family: str) -> None:
 def test_cached_path_equals_fused_path(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make(LlamaConfig(**GROUPS))
     fused = sample(model, PROMPTS, eos=2, k=3, max_new_tokens=STEPS)
-    monkeypatch.setattr(decoder, "can_fuse", lambda _: False)
+    monkeypatch.setattr(generation, "can_fuse", lambda _: False)
     cached = sample(model, PROMPTS, eos=2, k=3, max_new_tokens=STEPS)
     assert (fused.path, cached.path) == ("fused", "cached")
     assert fused.responses() == cached.responses()
@@ -137,7 +137,7 @@ def test_a_model_that_our_cache_would_change_is_detected() -> None:
     with torch.random.fork_rng():
         model = get_peft_model(make(LlamaConfig(**GROUPS)), tuned)
     with torch.inference_mode():
-        assert decoder.open_cached(model, 32) is None
+        assert generation.open_cached(model, 32) is None
 
 
 @pytest.mark.parametrize("change", ["hook", "rope"])
@@ -154,7 +154,7 @@ def test_fused_path_steps_aside(change: str) -> None:
 def test_prefill_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make(LlamaConfig(**GROUPS))
     whole = sample(model, PROMPTS, eos=2, k=2, max_new_tokens=STEPS)
-    monkeypatch.setattr(decoder, "PREFILL", 8)
+    monkeypatch.setattr(generation, "PREFILL", 8)
     assert sample(model, PROMPTS, eos=2, k=2, max_new_tokens=STEPS).responses() == whole.responses()
 
 
@@ -200,7 +200,7 @@ def test_agreement_with_the_stock_forward_is_told_in_float32() -> None:
     model = make(FAMILIES["gpt2"][1]())
     model.register_forward_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
-        assert decoder.open_cached(model, 32)
+        assert generation.open_cached(model, 32)
     assert seen and not any(seen)
 
 

@@ -15,8 +15,8 @@ from transformers import (
     LlamaForSequenceClassification,
 )
 
-from pyrite.models import decoder
-from pyrite.models.decoder import DecodingCache, Dense, FusedLlama, can_fuse
+from pyrite.models import generation
+from pyrite.models.generation import DecodingCache, Dense, FusedLlama, can_fuse
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24, "vocab_size": 9}
 
@@ -37,7 +37,7 @@ def test_only_plain_small_causal_models_of_the_family(monkeypatch: pytest.Monkey
     assert can_fuse(model)
     assert not can_fuse(LlamaForSequenceClassification(LlamaConfig(**SIZES)))
     assert not can_fuse(GPTNeoXForCausalLM(GPTNeoXConfig(**SIZES)))
-    monkeypatch.setattr(decoder, "LIMIT", 1000)
+    monkeypatch.setattr(generation, "LIMIT", 1000)
     assert not can_fuse(model)
 
 
@@ -88,12 +88,12 @@ def test_adapters_of_several_layers_side_by_side(biased: bool) -> None:
     attention, x = model.get_base_model().model.layers[0].self_attn.eval(), torch.randn(5, 16)
     layers = attention.q_proj, attention.k_proj, attention.v_proj
     with torch.inference_mode():
-        one = decoder._fused(*layers, dtype=torch.float32)
+        one = generation._fused(*layers, dtype=torch.float32)
         torch.testing.assert_close(one(x), torch.cat([layer(x) for layer in layers], -1), atol=1e-5, rtol=1e-5)
         assert one.adapter and one.adapter[0].shape == (8, 16) and one.adapter[1].shape == (48, 8)
         with model.disable_adapter():
-            assert decoder._fused(*layers, dtype=torch.float32).adapter is None
-        half = decoder._fused(*layers, dtype=torch.bfloat16)
+            assert generation._fused(*layers, dtype=torch.float32).adapter is None
+        half = generation._fused(*layers, dtype=torch.bfloat16)
         assert half.adapter and {part.dtype for part in (half.weight, *half.adapter)} == {torch.bfloat16}
         assert (half(x) - one(x)).norm() < 0.02 * one(x).norm()
 

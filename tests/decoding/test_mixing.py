@@ -17,7 +17,7 @@ from transformers import BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCau
 
 from pyrite.data.responses import Responses
 from pyrite.math import samplers
-from pyrite.models import decoder, generation
+from pyrite.models import generation
 from pyrite.models.generation import Samples, sample, sample_mixed
 from pyrite.models.policy import Policy
 from tests.conftest import tiny_tokenizer
@@ -228,9 +228,9 @@ def test_kl_of_drawn_tokens_is_the_exact_kl() -> None:
 @pytest.mark.parametrize("kind", ["fused", "cached", "generate"])
 def test_both_log_probabilities_are_those_of_packed_forwards(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     if kind == "cached":
-        monkeypatch.setattr(decoder, "can_fuse", lambda _: False)
+        monkeypatch.setattr(generation, "can_fuse", lambda _: False)
     if kind == "generate":
-        monkeypatch.setattr(decoder, "open_cached", lambda *_: None)
+        monkeypatch.setattr(generation, "open_cached", lambda *_: None)
     options: dict[str, Any] = {"eos": EOS, "max_new_tokens": 16, "temperature": 0.9, "top_k": 20}
     drawn = sample_mixed(POLICY, REF, PROMPTS[:16], exponents=ALL[:16], **options)
     assert drawn.path == ("uncached" if kind == "generate" else kind)
@@ -249,10 +249,12 @@ def test_both_log_probabilities_are_those_of_packed_forwards(monkeypatch: pytest
 def test_slow_paths_draw_the_same_rows(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     options: dict[str, Any] = {"eos": EOS, "max_new_tokens": 16, "seed": 2}
     fast = sample_mixed(POLICY, REF, PROMPTS, exponents=ALL, **options)
-    monkeypatch.setattr(decoder, "can_fuse", lambda _: False)
+    monkeypatch.setattr(generation, "can_fuse", lambda _: False)
     cached = sample_mixed(POLICY, REF, PROMPTS, exponents=ALL, **options)
-    real = decoder.open_cached
-    monkeypatch.setattr(decoder, "open_cached", lambda model, columns: None if model is REF else real(model, columns))
+    real = generation.open_cached
+    monkeypatch.setattr(
+        generation, "open_cached", lambda model, columns: None if model is REF else real(model, columns)
+    )
     with caplog.at_level(logging.WARNING):
         slow = sample_mixed(POLICY, REF, PROMPTS, exponents=ALL, **options)
     assert (fast.path, cached.path, slow.path) == ("fused", "cached", "uncached")

@@ -8,9 +8,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from pyrite.math.logps import Logps, PairLogps, Running
+from pyrite.math.logps import Logps, PairLogps, toy_pairs
 
-__all__ = ["needs", "takes_ties", "toy_pairs"]
+__all__ = ["needs", "takes_ties"]
 
 
 def needs(loss: Callable[[PairLogps], Tensor]) -> frozenset[str]:
@@ -47,22 +47,6 @@ def takes_ties(loss: Callable[[PairLogps], Tensor]) -> bool:
     assert full.strength is not None
     turned = PairLogps(full.rejected, full.chosen, full.ref_rejected, full.ref_chosen, -full.strength, full.running)
     return torch.allclose(loss(full), loss(turned))
-
-
-def toy_pairs(*, learning: bool = False) -> PairLogps:
-    """Six pairs with every input a loss can read. learning: the policy's log-probabilities require gradients."""
-    g = torch.Generator().manual_seed(0)
-
-    def side(lengths: tuple[int, ...], *, learning: bool = False) -> Logps:
-        rows = [-torch.rand(n, generator=g, dtype=torch.float64) - 0.1 for n in lengths]
-        rows = [row.requires_grad_(learning) for row in rows]
-        drawn = torch.rand(2, len(lengths), generator=g, dtype=torch.float64)
-        return replace(Logps.from_tokens(rows), kl=drawn[0], collision=-drawn[1])
-
-    first, second = (3, 5, 4, 2, 6, 1), (4, 2, 6, 5, 3, 2)
-    running = Running(*torch.tensor([0.1, 0.2, 1.0], dtype=torch.float64))
-    policy = side(first, learning=learning), side(second, learning=learning)
-    return PairLogps(*policy, side(first), side(second), torch.arange(1, 7).double() / 3, running)
 
 
 def _poorer(full: PairLogps) -> dict[str, PairLogps]:
