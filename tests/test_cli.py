@@ -135,6 +135,7 @@ def test_list(pyrite: Command, kind: str, member: str) -> None:
         (["sfd"], "unknown command 'sfd'; did you mean 'sft'?"),
         (["list", "loses"], "did you mean 'losses'?"),
         (["list"], "choose one of"),
+        (["list", "discriminators"], "`pyrite list annotators`"),
         (["recipe", "nothing"], "unknown recipe 'nothing'"),
         (["report"], "give one folder"),
         (["reference"], "choose one of compute, verify, import"),

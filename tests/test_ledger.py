@@ -84,6 +84,14 @@ def test_export(path: Path, tmp_path: Path, name: str) -> None:
     assert [pair["strength"] for pair in pairs] == pytest.approx([1.0986, 2.1972], abs=1e-4)  # ln 3, ln 9
 
 
+def test_an_empty_answer_makes_no_pair(tmp_path: Path) -> None:
+    with Ledger(tmp_path / "gold.db") as opened:
+        mine = Account(opened, "r", "judge()", "verdict")
+        mine.ask(lambda p, a, b: torch.tensor([0.9]), ["p"] * 3, ["good", " ", "good"], ["", "bad", "bad"])
+    assert ledger.export(tmp_path / "gold.db", tmp_path / "pairs.jsonl", pairs=True) == 1
+    assert [pair["rejected"] for pair in data.load(tmp_path / "pairs.jsonl", "pairs")] == ["bad"]
+
+
 def test_nothing_to_export(tmp_path: Path) -> None:
     with Ledger(tmp_path / "gold.db") as opened:
         Account(opened, "r", "length()", "score").ask(lambda p, r: torch.ones(1), ["p"], ["a"])

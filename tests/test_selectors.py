@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from pyrite.core import specs
-from pyrite.feedback import selectors
-from pyrite.feedback.selectors import pick
+from pyrite.feedback import selection
+from pyrite.feedback.selection import pick
 
-EVERY = [member.name for member in specs.members(selectors)]
+EVERY = [member.name for member in specs.members(selection)]
 MARGINS = torch.tensor([[0.9, 0.1, -0.5, 0.3], [0.7, -0.3, -0.1, 0.5]])
 
 
@@ -18,7 +18,7 @@ def generator(seed: int = 0) -> torch.Generator:
 
 
 def chosen(spec: str, margins: torch.Tensor, n: int, seed: int = 0) -> list[int]:
-    return pick(specs.part(spec, selectors), margins, n, generator=generator(seed))
+    return pick(specs.part(spec, selection), margins, n, generator=generator(seed))
 
 
 @pytest.mark.parametrize(

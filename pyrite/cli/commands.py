@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import Any, get_args
 
 from pyrite.cli import sweeps
-from pyrite.cli.help import KINDS, described, did_you_mean, help_text, names
+from pyrite.cli.help import KINDS, OLD_KINDS, described, did_you_mean, help_text, names
 from pyrite.cli.parse import make, read
 from pyrite.core import processes, runs, specs
 from pyrite.core.processes import say, world
@@ -247,6 +247,8 @@ def _recipe(arguments: list[str]) -> None:
 
 def _list(arguments: list[str]) -> None:
     kind = arguments[0] if arguments else ""
+    if kind in OLD_KINDS:
+        raise ValueError(f"list {kind}: is now `pyrite list {OLD_KINDS[kind]}`")
     if kind not in KINDS:
         raise ValueError(f"list {kind!r}: choose one of {', '.join(KINDS)}{did_you_mean(kind, KINDS)}")
     if arguments[1:]:

@@ -21,7 +21,7 @@ from pyrite.math import ranges
 
 WIDTH = 100
 KINDS = {  # what `pyrite list KIND` lists, and the module that holds it
-    "discriminators": "pyrite.training.annotators",
+    "annotators": "pyrite.training.annotators",
     "ensembles": "pyrite.math.ensembles",
     "golds": "pyrite.feedback.scorers",
     "jobs": "pyrite.jobs",
@@ -33,8 +33,9 @@ KINDS = {  # what `pyrite list KIND` lists, and the module that holds it
     "reward_losses": "pyrite.math.reward_losses",
     "samplers": "pyrite.math.samplers",
     "schedules": "pyrite.feedback.schedules",
-    "selectors": "pyrite.feedback.selectors",
+    "selectors": "pyrite.feedback.selection",
 }
+OLD_KINDS = {"discriminators": "annotators"}  # kinds of earlier versions, and what they are called now
 USAGE = """\
 pyrite {jobs}   run one job; --help lists its options
 pyrite recipe {recipes}   run a whole experiment and write its report

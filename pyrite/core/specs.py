@@ -13,7 +13,7 @@ keyword-only parameters are the options, and values are literals, never code. Wh
     optimizers      optimizer(parameters, *, ...) -> a torch.optim.Optimizer
     samplers        sampler(*, ...) -> a pyrite.math.samplers.Sampler
     schedules       schedule(*, ...) -> a pyrite.feedback.schedules.Schedule
-    annotators      discriminator(*, ...) -> a function (players, seed) -> with scores(answers), learn(labels, seed=),
+    annotators      annotator(*, ...) -> a function (players, seed) -> with scores(answers), learn(labels, seed=),
                     learners
 
 A function of options alone makes the part: what it returns is called with the data.
@@ -403,7 +403,7 @@ CONTRACTS = {
         ("lr", "step", "total"), "the learning rate of a step", _rate, lambda: ((1e-3, 0, 10), {})
     ),
     "optimizers": Contract(("parameters",), "a torch.optim.Optimizer", _optimizer),
-    "selectors": Contract(
+    "selection": Contract(
         ("margins",),
         "one priority a pair, shape (B,)",
         _score_a_column,

@@ -30,6 +30,7 @@ from pyrite.data.files import DataError, Row, read
 from pyrite.data.text import load_tokenizer, plain
 from pyrite.feedback import scorers
 from pyrite.feedback.ledger import Asker, Budget, Call, Ledger, Outcome, Pace, Question, Trade, Trouble
+from pyrite.feedback.pairing import Judge
 from pyrite.math import ranges, seeds
 from pyrite.math.ranges import AnyText, Count, Half, Natural, NonNegative, Positive, require
 
@@ -428,9 +429,6 @@ def _turn(role: str, content: str) -> ChatMessage:
 # Judges made of a scorer, or of a file of verdicts ------------------------------------------------------------------
 
 
-Judge = Callable[[list[str], list[str], list[str]], Tensor]
-
-
 def bradley_terry(*, gold: str, scale: Positive = 1.0, noise: Half = 0.0, hard: bool = False) -> Judge:
     """Judge: P(a beats b) = (1 − noise) σ((gold(a) − gold(b)) / scale) + noise σ((gold(b) − gold(a)) / scale).
 
@@ -455,18 +453,6 @@ def bradley_terry(*, gold: str, scale: Positive = 1.0, noise: Half = 0.0, hard: 
         return (1 - noise) * better + noise * (1 - better)
 
     return judge
-
-
-def check_verdicts(verdicts: Tensor | Sequence[float], n: int, *, name: str) -> Tensor:
-    """The verdicts of `name` as a (N,) tensor of probabilities or NaN. Raises ValueError for anything else."""
-    values = torch.as_tensor(verdicts).float()
-    if values.shape != (n,):
-        raise ValueError(f"{name} returned verdicts of shape {tuple(values.shape)}; {n} pairs need ({n},)")
-    wrong = ((values < 0) | (values > 1)).nonzero().flatten()
-    if len(wrong):
-        row = int(wrong[0])
-        raise ValueError(f"{name} judged pair {row + 1} as {values[row].item()}; P(a beats b) lies in [0, 1]")
-    return values
 
 
 def human(*, path: str) -> Judge:

@@ -326,8 +326,9 @@ def export(path: str | Path, out: str | Path, *, pairs: bool = False) -> int:
 
 
 def _pair(row: dict[str, Any]) -> dict[str, Any] | None:
-    p = row["answer"]
-    if row["kind"] != "verdict" or p is None or p == 0.5 or row["a"] == row["b"]:
+    """The pair of a verdict; None for a tie, for equal or empty texts, and for anything but a verdict."""
+    p, texts = row["answer"], (row["prompt"], row["a"], row["b"])
+    if row["kind"] != "verdict" or p is None or p == 0.5 or row["a"] == row["b"] or not all(map(str.strip, texts)):
         return None
     chosen, rejected = (row["a"], row["b"]) if p > 0.5 else (row["b"], row["a"])
     return {"prompt": row["prompt"], "chosen": chosen, "rejected": rejected, "probability": max(p, 1 - p)}

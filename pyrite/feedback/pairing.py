@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,9 +20,9 @@ from pyrite.core import runs
 from pyrite.core.processes import progress
 from pyrite.data.files import Row
 from pyrite.data.rows import PROBABILITY_FLOOR
-from pyrite.feedback.judges import Judge, check_verdicts
 from pyrite.math import seeds
 
+Judge = Callable[[list[str], list[str], list[str]], Tensor]
 Pairing = Literal["consecutive", "all", "best_worst"]
 Labels = Literal["soft", "hard", "sampled"]
 LabelSource = Literal["judge", "gold", "silver"]
@@ -47,6 +47,18 @@ class Labelled:
     labels: int
     ties: int
     missing: int
+
+
+def check_verdicts(verdicts: Tensor | Sequence[float], n: int, *, name: str) -> Tensor:
+    """The verdicts of `name` as a (N,) tensor of probabilities or NaN. Raises ValueError for anything else."""
+    values = torch.as_tensor(verdicts).float()
+    if values.shape != (n,):
+        raise ValueError(f"{name} returned verdicts of shape {tuple(values.shape)}; {n} pairs need ({n},)")
+    wrong = ((values < 0) | (values > 1)).nonzero().flatten()
+    if len(wrong):
+        row = int(wrong[0])
+        raise ValueError(f"{name} judged pair {row + 1} as {values[row].item()}; P(a beats b) lies in [0, 1]")
+    return values
 
 
 def label(

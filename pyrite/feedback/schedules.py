@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 
 from pyrite.core import specs
-from pyrite.feedback import selectors
-from pyrite.feedback.selectors import Selector
+from pyrite.feedback import selection
+from pyrite.feedback.selection import Selector
 from pyrite.math.ranges import Count, NonNegative, require
 
 __all__ = ["even", "never"]
@@ -41,9 +41,9 @@ def even(*, selector: str = "confidence()", window: Count = 1, replay: NonNegati
     2
     """
     require(even, window=window, replay=replay)
-    return Schedule(specs.part(selector, selectors), window=window, replay=replay)
+    return Schedule(specs.part(selector, selection), window=window, replay=replay)
 
 
 def never() -> Schedule:
     """No label is bought: the annotator stays what it is."""
-    return Schedule(specs.part("random()", selectors), buys=False)
+    return Schedule(specs.part("random()", selection), buys=False)

@@ -29,6 +29,7 @@ from pyrite.data.files import Row
 from pyrite.data.text import plain
 from pyrite.feedback import judges
 from pyrite.feedback import scorers as golds
+from pyrite.feedback.pairing import check_verdicts
 from pyrite.math import duels
 from pyrite.math.duels import DuelRates, Missing
 from pyrite.math.ranges import Natural, Several
@@ -226,7 +227,7 @@ def _verdicts(run: Run, contest: Contest, name: str) -> Iterator[Row]:
             prompts = [plain(a["asked"]) for a, _ in both]
             given = contest.judges[name](prompts, [a["response"] for a, _ in both], [b["response"] for _, b in both])
             advance(end - begin)
-            return {"p": judges.check_verdicts(given, len(some), name=f"the judge of {name}").tolist()}
+            return {"p": check_verdicts(given, len(some), name=f"the judge of {name}").tolist()}
 
         told = runs.in_parts(run.folder / "parts" / name, len(cases), ask, size=PART)["p"].to_pylist()
     for (first, second, unit), p in zip(cases, told, strict=True):

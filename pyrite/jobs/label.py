@@ -48,7 +48,7 @@ class Config:
     judge: str | None = None
     """What says which answer of a pair is better, in place of the gold: "bradley_terry(gold='length()')"."""
     pairs: bool = True
-    """Also make pairs, not only scores."""
+    """Also make pairs, not only scores. Two equal answers make no pair; they are counted."""
     noise: Half = 0.0
     """Share of the training pairs whose label is flipped, exactly."""
     noise_seed: Natural = 0
@@ -90,7 +90,7 @@ def run(config: Config) -> Run:
         raise ValueError(f"{config.candidates}: no pair could be made (0 ties; left out: {_counted(left_out)}){hint}")
     if judge and judge.own and config.pairs:  # likewise
         some = [[row["response"] for row in side] for side in zip(*couples[:2], strict=True)]
-        judges.check_verdicts(judge(_prompts(couples[:2]), *some), len(some[0]), name=str(config.judge))
+        pairing.check_verdicts(judge(_prompts(couples[:2]), *some), len(some[0]), name=str(config.judge))
     run.open()
     if scorer:
         for row, gold in zip(rows, _scored(run, rows, scorer, str(config.gold)), strict=True):

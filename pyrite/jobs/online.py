@@ -23,6 +23,7 @@ from pyrite.data.rows import OnLong
 from pyrite.data.text import Template
 from pyrite.feedback import judges, schedules
 from pyrite.feedback.ledger import GoldLimits, Ledger
+from pyrite.feedback.pairing import check_verdicts
 from pyrite.math import losses, samplers, seeds
 from pyrite.math.losses.needs import needs
 from pyrite.math.ranges import Count, Fraction, Natural, Positive, Several
@@ -215,7 +216,7 @@ def _parts(config: Config, asking: GoldLimits) -> Parts:
     sampler: Any = specs.part(config.sampler, samplers).function
     judge = specs.part(config.judge, judges)
     if judge.own and not asking.counted:  # one that cannot judge is refused now, unless a try has a price
-        judges.check_verdicts(judge(["Say hi."] * 2, ["hi", "hello"], ["hello", "hi"]), 2, name=config.judge)
+        check_verdicts(judge(["Say hi."] * 2, ["hi", "hello"], ["hello", "hi"]), 2, name=config.judge)
     silver: Any = specs.part(config.annotator, annotators).function if config.annotator else None
     try:
         rules: Any = specs.part(config.pairing, annotators.PAIRINGS).function

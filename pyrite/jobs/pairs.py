@@ -55,7 +55,8 @@ class Config:
     options: tuple[str, ...] = ()
     """The options to make pairs for; by default all that were not added later."""
     kinds: Some[PairKind] = KINDS
-    """Which pairs are made: judged ones, and those whose better answer is known from what was asked for."""
+    """Which pairs are made: judged ones, and those whose better answer is known from what was asked for. Two equal
+    answers make no pair; they are counted."""
     judge: str = "bradley_terry(gold={gold}, hard=True)"
     """Who labels: a judge; {criterion}, {gold}, {sentence} and {id} stand for the option's own."""
     general: str | None = None

@@ -18,11 +18,20 @@ from pyrite.core.processes import on_main, say, world
 from pyrite.data import text
 from pyrite.data.responses import Responses
 from pyrite.feedback import schedules
-from pyrite.feedback.judges import Judge, check_verdicts
 from pyrite.feedback.ledger import Account
-from pyrite.feedback.pairing import Labelled, Labels, LabelSource, Pairing, decided, label, paired
+from pyrite.feedback.pairing import (
+    Judge,
+    Labelled,
+    Labels,
+    LabelSource,
+    Pairing,
+    check_verdicts,
+    decided,
+    label,
+    paired,
+)
 from pyrite.feedback.schedules import Schedule
-from pyrite.feedback.selectors import pick
+from pyrite.feedback.selection import pick
 from pyrite.math import losses, reward_losses, seeds, statistics
 from pyrite.math.ranges import Count, Natural, NonNegative, Positive
 from pyrite.models.forward import Packed, singles, token_logps

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import pyrite.feedback.judges
-from pyrite.feedback.judges import bradley_terry, check_verdicts
+from pyrite.feedback.judges import bradley_terry
+from pyrite.feedback.pairing import check_verdicts
 
 
 def test_bradley_terry_worked_and_antisymmetric() -> None:

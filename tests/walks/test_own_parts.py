@@ -13,7 +13,7 @@ from pyrite import cli
 from pyrite.cli import commands
 from pyrite.core import specs
 from pyrite.data import rows as data
-from pyrite.feedback import judges, schedules, scorers, selectors
+from pyrite.feedback import judges, schedules, scorers, selection
 from pyrite.math import ensembles, losses, reward_losses, samplers
 from pyrite.math.losses.needs import needs
 from pyrite.training import annotators
@@ -352,8 +352,8 @@ HONEST = [
     (reward_losses, "def f(chosen, rejected, *, scale=1.0): return -F.logsigmoid(scale * (chosen - rejected))"),
     (ensembles, "def f(scores, *, k=1): return scores.topk(k, 0, largest=False).values.mean(0)"),
     (ensembles, "def f(scores): return scores.mean(0).tolist()"),
-    (selectors, "def f(margins, generator=None): return -margins.mean(0).abs()"),
-    (selectors, "def f(margins, generator): return torch.rand(margins.shape[1], generator=generator)"),
+    (selection, "def f(margins, generator=None): return -margins.mean(0).abs()"),
+    (selection, "def f(margins, generator): return torch.rand(margins.shape[1], generator=generator)"),
     (samplers, "from pyrite.math.samplers import on_policy\n\n\ndef f(): return on_policy()"),
     (schedules, "from pyrite.feedback.schedules import even\n\n\ndef f(*, window=2): return even(window=window)"),
     (annotators, "def f(*, scale=1.0):\n    return lambda players, seed: None"),
@@ -366,8 +366,8 @@ BAD = [
     (ensembles, "def f(scores): return scores.mean(0) / 0", "inf"),
     (ensembles, "def f(scores):\n    scores -= 1\n    return scores.mean(0)", "changes what it is given in place"),
     (ensembles, "def f(scores): return 'best'", "returns text"),
-    (selectors, "def f(margins, generator=None): return margins", "returns shape (3, 6) for 6"),
-    (selectors, "def f(margins): return -margins.mean(0)", "unexpected keyword argument 'generator'"),
+    (selection, "def f(margins, generator=None): return margins", "returns shape (3, 6) for 6"),
+    (selection, "def f(margins): return -margins.mean(0)", "unexpected keyword argument 'generator'"),
     (samplers, "def f(): return None", "returns None; return a pyrite.math.samplers.Sampler"),
     (samplers, "def f(policy, ref): return policy", "it must take options only, after a star"),
     (samplers, "def f(): return 1 / 0", "mine.py:5, f(): ZeroDivisionError"),
