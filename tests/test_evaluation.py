@@ -146,11 +146,11 @@ def test_a_gold_that_costs_something_is_not_tried(asked: Evaluation, policy: Pol
 
     (tmp_path / "dear.py").write_text("def score(prompts, responses):\n    raise RuntimeError('paid')\n")
     dear = replace(asked, gold=f"{tmp_path}/dear.py:score()")
-    Evaluator.load(dear, policy, ref=None, seed=0, asking=GoldLimits(gold_budget=3))
+    Evaluator.load(dear, policy, ref=None, seed=0, asking=GoldLimits(budget=3))
     with pytest.raises(ValueError, match=r"dear\.py:2, score\(\): RuntimeError: paid"):
         Evaluator.load(dear, policy, ref=None, seed=0)
     with pytest.raises(ValueError, match="give --gold too"):
-        Evaluator.load(replace(asked, gold=None), policy, ref=None, seed=0, asking=GoldLimits(gold_every=2))
+        Evaluator.load(replace(asked, gold=None), policy, ref=None, seed=0, asking=GoldLimits(every=2))
 
 
 def _rows(evaluator: Evaluator, policy: Policy) -> list[Row]:

@@ -20,7 +20,7 @@ GOLD = bradley_terry(gold="length()", hard=True)
 
 
 def labeler(folder: Path, *, budget: int | None, live: bool = False, rounds: int = 2, name: str = "run") -> Labeler:
-    limits = GoldLimits(gold_budget=budget, gold_ledger=folder / "ledger.db")
+    limits = GoldLimits(budget=budget, ledger=str(folder / "ledger.db"))
     rules = Rules(judge=JUDGE)
     beside = Live(Liar(), schedules.even(), rules, rounds, budget) if live else None
     return Labeler(GOLD, rules, folder / name, budget, limits.account(folder / name, JUDGE, "verdict"), beside)
@@ -43,7 +43,7 @@ def test_the_judge_alone_until_its_labels_are_spent(tmp_path: Path, capsys: pyte
 
 
 def test_money_runs_out_too(tmp_path: Path) -> None:
-    limits = GoldLimits(gold_max_cost=0.05, gold_cost=0.02)
+    limits = GoldLimits(max_cost=0.05, cost=0.02)
     made = Labeler(GOLD, Rules(judge=JUDGE), tmp_path, None, limits.account(tmp_path, JUDGE, "verdict"))
     labelled = made(answers((1, 2), (5, 3), (4, 8)), 0).labelled
     assert (labelled.labels, labelled.missing) == (2, 1)
@@ -87,17 +87,17 @@ def test_a_judge_that_fails_is_retried_and_then_silver(tmp_path: Path) -> None:
 
 
 def test_what_is_not_paid_for_needs_no_ledger() -> None:
-    assert not GoldLimits().counted and not GoldLimits(gold_every=2).counted
-    assert GoldLimits(gold_budget=0).counted and GoldLimits(gold_ledger=Path("x")).counted
-    assert GoldLimits(gold_max_cost=1.0, gold_cost=0.1).counted
+    assert not GoldLimits().counted and not GoldLimits(every=2).counted
+    assert GoldLimits(budget=0).counted and GoldLimits(ledger="x").counted
+    assert GoldLimits(max_cost=1.0, cost=0.1).counted
 
 
 def test_measuring_beside_labels_is_free_unless_it_has_a_price() -> None:
     """The budget is for labels, the money for both."""
-    free = GoldLimits(gold_budget=9, gold_ledger=Path("x"), gold_batch=4, gold_every=2)
-    assert free.measuring("length()") == GoldLimits(gold_batch=4, gold_every=2)
-    paid = GoldLimits(gold_budget=9, gold_cost=1.0, gold_max_cost=5.0)
-    assert paid.measuring("length()") == GoldLimits(gold_cost=1.0, gold_max_cost=5.0)
+    free = GoldLimits(budget=9, ledger="x", batch=4, every=2)
+    assert free.measuring("length()") == GoldLimits(batch=4, every=2)
+    paid = GoldLimits(budget=9, cost=1.0, max_cost=5.0)
+    assert paid.measuring("length()") == GoldLimits(cost=1.0, max_cost=5.0)
     assert paid.measuring(None) == GoldLimits()
 
 

@@ -41,9 +41,7 @@ def ask(made: Truth, step: int, said: list[str] = SAID) -> list[float] | None:
     return None if found is None else found.tolist()
 
 
-@pytest.mark.parametrize(
-    "asking", [ALWAYS, GoldLimits(gold_budget=6), GoldLimits(gold_batch=4, gold_ledger=Path("own.db"))]
-)
+@pytest.mark.parametrize("asking", [ALWAYS, GoldLimits(budget=6), GoldLimits(batch=4, ledger="own.db")])
 def test_paid_or_not_the_scores_are_the_same(
     tmp_path: Path, asking: GoldLimits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -53,18 +51,18 @@ def test_paid_or_not_the_scores_are_the_same(
     assert ask(made, 0) == WORDS
     assert len(scorer.asked) == 6
     assert made.spent(0) == ({} if asking == ALWAYS else {"gold_labels": 6})
-    assert (tmp_path / "ledger.db").exists() == (asking.gold_budget is not None)
-    assert Path("own.db").exists() == (asking.gold_ledger is not None)
+    assert (tmp_path / "ledger.db").exists() == (asking.budget is not None)
+    assert Path("own.db").exists() == (asking.ledger is not None)
 
 
 def test_only_some_prompts_are_asked_about(tmp_path: Path) -> None:
     scorer = Words()
-    found = ask(truth(tmp_path, scorer, GoldLimits(gold_prompts=2)), 0)
+    found = ask(truth(tmp_path, scorer, GoldLimits(prompts=2)), 0)
     assert found is not None and found[:4] == WORDS[:4] and all(map(math.isnan, found[4:]))
     assert [prompt for prompt, _ in scorer.asked] == ["p", "p", "q", "q"]
 
 
-@pytest.mark.parametrize("limit", [{"gold_budget": 10}, {"gold_max_cost": 0.5, "gold_cost": 0.05}])
+@pytest.mark.parametrize("limit", [{"budget": 10}, {"max_cost": 0.5, "cost": 0.05}])
 def test_a_measurement_is_bought_whole_or_not_at_all(
     tmp_path: Path, limit: dict[str, float], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -90,45 +88,47 @@ def test_a_measurement_is_bought_whole_or_not_at_all(
 def test_a_run_that_went_back_decides_as_it_did(tmp_path: Path) -> None:
     """Step 1 was refused for 3 answers too many, step 2 bought the last 2; asked again, step 1 is refused again."""
     said = [SAID, ["x", "y", "z", *SAID[3:]], ["x", "y", *SAID[2:]]]
-    first = truth(tmp_path, Words(), GoldLimits(gold_budget=8))
+    first = truth(tmp_path, Words(), GoldLimits(budget=8))
     before = [ask(first, step, texts) for step, texts in enumerate(said)]
-    again = truth(tmp_path, scorer := Words(), GoldLimits(gold_budget=8))
+    again = truth(tmp_path, scorer := Words(), GoldLimits(budget=8))
     assert [ask(again, step, texts) for step, texts in enumerate(said)] == before
     assert before[1] is None and before[2] is not None and not scorer.asked
 
 
 def test_what_gold_does_not_answer_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    found = ask(truth(tmp_path, Words("c"), GoldLimits(gold_budget=9)), 0)
+    found = ask(truth(tmp_path, Words("c"), GoldLimits(budget=9)), 0)
     assert found is not None and [math.isnan(value) for value in found] == [False, False, True, False, False, False]
     assert "gave no score to 1 of 6 answers at step 0" in capsys.readouterr().err
-    assert (
-        ask(truth(tmp_path / "down", Words(*SAID[2:]), GoldLimits(gold_budget=9)), 0) is None
-    )  # one prompt has no error
+    assert ask(truth(tmp_path / "down", Words(*SAID[2:]), GoldLimits(budget=9)), 0) is None  # one prompt has no error
     with pytest.raises(ValueError, match="must be finite"):
         ask(truth(tmp_path, Words("c")), 0)  # nobody pays: an error of the scorer's own
 
 
 def test_when_it_is_due() -> None:
-    made = Truth(Words(), "words()", GoldLimits(gold_every=3))
+    made = Truth(Words(), "words()", GoldLimits(every=3))
     assert [made.due(number, over=number == 7) for number in range(8)] == [i in (0, 3, 6, 7) for i in range(8)]
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"gold_every": 0}, "--gold-every 0: give at least 1"),
-        ({"gold_prompts": 1}, "--gold-prompts 1: give at least 2"),
-        ({"gold_batch": 0}, "--gold-batch 0"),
-        ({"gold_max_cost": 3.0}, "give cost"),
-        ({"gold_budget": -1}, "at least 0"),
+        ("every=0", "every=0: give at least 1"),
+        ("prompts=1", "prompts=1: give at least 2"),
+        ("batch=0", "batch=0: give at least 1"),
+        ("max_cost=3.0", "max_cost=3.0: give cost"),
     ],
 )
-def test_refusals(options: dict[str, float], words: str) -> None:
-    with pytest.raises(ValueError, match=words):
-        GoldLimits(**options)  # type: ignore[arg-type]
+def test_refusals(options: str, words: str) -> None:
+    with pytest.raises(ValueError, match=f"^--gold-limits .*{words}"):
+        GoldLimits.parse(None, f"limits({options})")
+
+
+def test_a_negative_budget_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="at least 0"):
+        GoldLimits(budget=-1).account(tmp_path, "length()", "score")
 
 
 def test_what_counts_as_sparing() -> None:
     assert not ALWAYS.sparing and not ALWAYS.counted
-    assert GoldLimits(gold_every=2).sparing and not GoldLimits(gold_every=2).counted
-    assert GoldLimits(gold_cost=1.0).counted and GoldLimits(gold_budget=0).counted
+    assert GoldLimits(every=2).sparing and not GoldLimits(every=2).counted
+    assert GoldLimits(cost=1.0).counted and GoldLimits(budget=0).counted

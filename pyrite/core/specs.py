@@ -6,7 +6,7 @@ keyword-only parameters are the options, and values are literals, never code. Wh
     losses          loss(pair: PairLogps, *, ...) -> one value a pair, (B,), with a gradient
     reward_losses   loss(chosen (B,), rejected (B,), *, ...) -> one value a pair, (B,), with a gradient
     ensembles       combine(scores (E, N), *, ...) -> one score an answer, (N,)
-    selectors       selector(margins (E, B), generator=None, *, ...) -> one priority a pair, (B,)
+    selection       selector(margins (E, B), generator=None, *, ...) -> one priority a pair, (B,)
     scorers         gold(prompts, responses, *, ...) -> one score a response, N numbers
     judges          judge(prompts, a, b, *, ...) -> P(a beats b) of each pair, N numbers from 0 to 1, NaN for no verdict
     lr_schedulers   scheduler(lr, step, total, *, ...) -> the learning rate of a step

@@ -29,7 +29,7 @@ from pyrite.core.processes import say
 from pyrite.data.files import DataError, Row, read
 from pyrite.data.text import load_tokenizer, plain
 from pyrite.feedback import scorers
-from pyrite.feedback.ledger import Asker, Budget, Call, Ledger, Outcome, Pace, Question, Trade, Trouble
+from pyrite.feedback.ledger import Asker, Budget, Call, Ledger, Outcome, Pace, Question, Trouble
 from pyrite.feedback.pairing import Judge
 from pyrite.math import ranges, seeds
 from pyrite.math.ranges import AnyText, Count, Half, Natural, NonNegative, Positive, require
@@ -799,7 +799,7 @@ class LanguageJudge:
             known = _answered(ledger, different)
             advance(len(known))
             new = [question for key, question in different.items() if key not in known]
-            Asker(ledger, self._trade(), self._pace(), advance).ask(new)
+            self._asker(ledger, advance).ask(new)
             known |= _answered(ledger, [question.key for question in new])
         return [self._verdict({shown: known.get(question.key) for shown, question in pair.items()}) for pair in asked]
 
@@ -850,21 +850,28 @@ class LanguageJudge:
             body["response_format"] = self.form.response_format()
         return {name: value for name, value in (body | self.more).items() if value is not None}
 
-    def _pace(self) -> Pace:
+    def _asker(self, ledger: Ledger, advance: Callable[[int], object]) -> Asker:
         options = self.options
-        return Pace(
-            options.concurrency,
-            options.per_minute,
-            options.batch,
-            options.retries,
-            options.reasks,
-            options.backoff,
-            patience=math.inf,
+        return Asker(
+            ledger,
+            self._send,
+            "completion",
+            self.model,
+            Pace(
+                options.concurrency,
+                options.per_minute,
+                options.batch,
+                options.retries,
+                options.reasks,
+                options.backoff,
+                patience=math.inf,
+            ),
+            self.criterion,
+            budget=Budget(money=options.max_cost),
+            risk=self._risk,
+            strict=True,
+            advance=advance,
         )
-
-    def _trade(self) -> Trade:
-        budget = Budget(money=self.options.max_cost)
-        return Trade(self._send, "completion", self.model, self.criterion, budget=budget, risk=self._risk, strict=True)
 
     def _risk(self, question: Question) -> float:
         """The most that a question can cost."""

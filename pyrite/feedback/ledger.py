@@ -29,6 +29,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -37,8 +38,7 @@ from torch import Tensor
 
 from pyrite.core import runs, specs
 from pyrite.data import rows as data
-from pyrite.math import ranges
-from pyrite.math.ranges import Count, Natural, NonNegative, Several
+from pyrite.math.ranges import Count, NonNegative, Several
 
 VERSION = 2
 PATIENCE = 60.0  # seconds a process waits for another one's transaction
@@ -88,6 +88,9 @@ FROM (SELECT key, kind, source, criterion, run, round, state, answer, attempts, 
   UNION ALL SELECT key, kind, source, criterion, uses.run, uses.round, '', 0, 0, 0, 0, 1, 0, 0, 0.0, 0.0
     FROM uses JOIN calls USING (key))
 """
+
+
+Standing = Literal["answered", "failed", "busy", "open", "later"]
 
 
 class LedgerError(ValueError):
@@ -255,6 +258,33 @@ class Ledger:
         """The calls there are, by key."""
         found = self.db.execute(f"{FIND} IN (SELECT value FROM json_each(?))", (json.dumps(list(keys)),))
         return {key: Call(*values) for key, *values in found}
+
+    def standing(
+        self, call: Call | None, run: str, round: int
+    ) -> Literal["answered", "failed", "busy", "open", "later"]:
+        """What a question is to a run in a round; "" is no run."""
+        own = call is not None and bool(run) and call.run == run
+        if call is None:
+            return "open"
+        if own and call.round > round:
+            return "later"  # this run went back to a checkpoint; it must not see what it did not know then
+        if call.state == "answered":
+            return "answered"
+        if call.state == "failed":
+            return "failed" if own and call.round == round else "open"
+        return "busy" if self.alive(call.owner) else "open"
+
+    def left(self, run: str, kind: str, source: str, budget: Budget) -> tuple[float, float]:
+        """The labels and the money that a run may still spend on a gold; infinity without a limit."""
+        labels = money = 0.0
+        if budget.labels is not None:
+            spent = "SELECT COALESCE(SUM(state != 'failed'), 0) FROM calls WHERE run = ? AND kind = ? AND source = ?"
+            labels = self.db.execute(spent, (run, kind, source)).fetchone()[0]
+        if budget.money is not None:
+            spent = "SELECT COALESCE(SUM(cost + at_risk), 0.0) FROM calls WHERE run = ?"
+            money = self.db.execute(spent, (run,)).fetchone()[0]
+        limits = (math.inf if limit is None else limit for limit in (budget.labels, budget.money))
+        return next(limits) - labels, next(limits) - money
 
     def settle(self, outcomes: dict[str, Outcome]) -> None:
         """Keep what became of calls, by key."""
@@ -472,26 +502,6 @@ class Pace:
             raise ValueError(f"per_minute is {self.per_minute}; it must be positive")
 
 
-@dataclass(frozen=True)
-class Trade:
-    """What is asked of whom, and what it may cost.
-
-    send: one call for some questions, an outcome each; it raises Trouble, or GoldStopped. risk: the most that a
-    question can cost, beside the fixed price `budget.cost` of a call. run: whose budget; "" for calls of no run.
-    strict: raise GoldStopped if the gold is down or the money spent; otherwise what is left stays unanswered.
-    """
-
-    send: Callable[[Sequence[Question]], Sequence[Outcome]]
-    kind: str
-    source: str
-    criterion: str = ""
-    run: str = ""
-    round: int = 0
-    budget: Budget = Budget()
-    risk: Callable[[Question], float] = lambda _: 0.0
-    strict: bool = False
-
-
 class Attempt(NamedTuple):
     """Questions of one call; how often nobody answered, and how often without a verdict; whether anything that could be
     read was among those answers."""
@@ -503,23 +513,30 @@ class Attempt(NamedTuple):
 
 
 @dataclass
-class Room:
-    """What may still be spent."""
-
-    labels: float
-    money: float
-
-
 class Asker:
-    """Asks questions through the ledger. One that is asked again keeps its place among the `concurrency` that are out.
+    """Asks questions of one gold through the ledger. One that is asked again keeps its place among the `concurrency`
+    that are out.
 
-    advance: told of questions as they end.
+    send: one call for some questions, an outcome each; it raises Trouble, or GoldStopped. kind and source: what is
+    asked of whom. run: whose budget; "" for calls of no run. risk: the most that a question can cost, beside the fixed
+    price `budget.cost` of a call. strict: raise GoldStopped if the gold is down or the money spent; otherwise what is
+    left stays unanswered. advance: told of questions as they end.
     """
 
-    def __init__(
-        self, ledger: Ledger, trade: Trade, pace: Pace, advance: Callable[[int], object] = lambda _: None
-    ) -> None:
-        self.ledger, self.trade, self.pace, self.advance = ledger, trade, pace, advance
+    ledger: Ledger
+    send: Callable[[Sequence[Question]], Sequence[Outcome]]
+    kind: str
+    source: str
+    pace: Pace
+    criterion: str = ""
+    run: str = ""
+    round: int = 0
+    budget: Budget = Budget()
+    risk: Callable[[Question], float] = lambda _: 0.0
+    strict: bool = False
+    advance: Callable[[int], object] = lambda _: None
+
+    def __post_init__(self) -> None:
         self.line: deque[Question] = deque()
         self.later: list[tuple[float, int, Attempt]] = []
         self.busy: deque[tuple[float, Question]] = deque()  # another process is asking these
@@ -534,7 +551,7 @@ class Asker:
     def ask(self, questions: Sequence[Question]) -> None:
         """Ask, until every question has ended; the answers are then in the ledger.
 
-        A strict trade raises GoldStopped. Answers in flight are awaited and kept, whatever is raised.
+        A strict one raises GoldStopped. Answers in flight are awaited and kept, whatever is raised.
         """
         self.line.extend(questions)
         with ThreadPoolExecutor(self.pace.concurrency) if self.pace.concurrency > 1 else _Here() as pool:
@@ -559,7 +576,7 @@ class Asker:
                 return False
             if attempt.questions:
                 self.quiet = time.monotonic()
-                self.flying[pool.submit(self.trade.send, attempt.questions)] = attempt
+                self.flying[pool.submit(self.send, attempt.questions)] = attempt
                 self.free = self.quiet + (60 / self.pace.per_minute if self.pace.per_minute else 0.0)
         return True
 
@@ -580,21 +597,26 @@ class Asker:
         queue = deque(attempt.questions) if again else self.line
         broke = False
         with self.ledger.write() as db:
-            room = self._room()
+            labels, money = self.ledger.left(self.run, self.kind, self.source, self.budget)
             while queue and not broke and len(ours) < (again or self.pace.batch):
                 question = queue.popleft()
                 row = db.execute(f"{FIND} = ?", (question.key,)).fetchone()
                 call = Call(*row[1:]) if row else None
-                standing = self.standing(call)
+                standing = self.ledger.standing(call, self.run, self.round)
                 if standing == "busy":
                     self.busy.append((time.monotonic() + LOOK, question))
-                elif standing != "open" or (self._down() and not again):
+                    continue
+                if standing != "open" or (self._down() and not again):
                     self.silent = 0 if standing == "answered" else self.silent + (standing == "failed")
                     self.advance(1)
-                elif self._take(room, call, risk := self.trade.risk(question)):
+                    continue
+                risk = self.risk(question)
+                label, price = self._price(call, risk)
+                if labels >= label and money >= price - 1e-9:
+                    labels, money = labels - label, money - price
                     db.execute(INTEND, self._intent(question, risk))
                     ours.append(question)
-                elif self.trade.strict:
+                elif self.strict:
                     queue.appendleft(question)
                     broke = True
                 elif again:
@@ -608,50 +630,21 @@ class Asker:
             raise GoldStopped(self._broke(risk))
         return attempt._replace(questions=tuple(ours))
 
-    def standing(self, call: Call | None) -> Literal["answered", "failed", "busy", "open", "later"]:
-        """What a question is to this run and round."""
-        own = call is not None and bool(self.trade.run) and call.run == self.trade.run
-        if call is None:
-            return "open"
-        if own and call.round > self.trade.round:
-            return "later"  # this run went back to a checkpoint; it must not see what it did not know then
-        if call.state == "answered":
-            return "answered"
-        if call.state == "failed":
-            return "failed" if own and call.round == self.trade.round else "open"
-        return "busy" if self.ledger.alive(call.owner) else "open"
-
-    def _room(self) -> Room:
-        trade, labels, money = self.trade, 0.0, 0.0
-        if trade.budget.labels is not None:
-            spent = "SELECT COALESCE(SUM(state != 'failed'), 0) FROM calls WHERE run = ? AND kind = ? AND source = ?"
-            labels = self.ledger.db.execute(spent, (trade.run, trade.kind, trade.source)).fetchone()[0]
-        if trade.budget.money is not None:
-            money = self.ledger.db.execute(
-                "SELECT COALESCE(SUM(cost + at_risk), 0.0) FROM calls WHERE run = ?", (trade.run,)
-            ).fetchone()[0]
-        return Room(_less(trade.budget.labels, labels), _less(trade.budget.money, money))
-
     def _down(self) -> bool:
-        return self.silent >= self.pace.down and not self.trade.strict
+        return self.silent >= self.pace.down and not self.strict
 
-    def _take(self, room: Room, call: Call | None, risk: float) -> bool:
-        """Reserve a label and the price of a call, unless there is no room. What is in flight was counted before."""
-        own = call is not None and call.run == self.trade.run
+    def _price(self, call: Call | None, risk: float) -> tuple[bool, float]:
+        """Labels and money that a call of a question takes. What is in flight was counted before."""
+        own = call is not None and call.run == self.run
         label = not (own and call is not None and call.state in ("asked", "open"))
-        price = self.trade.budget.cost + risk
-        price += 0.0 if own or call is None else call.money  # the question comes with the calls that others made
-        if room.labels < label or room.money < price - 1e-9:
-            return False
-        room.labels, room.money = room.labels - label, room.money - price
-        return True
+        others = 0.0 if own or call is None else call.money  # the question comes with the calls that others made
+        return label, self.budget.cost + risk + others
 
     def _intent(self, question: Question, risk: float) -> dict[str, Any]:
         prompt, a, b = (*question.texts, None)[:3]
-        trade = self.trade
-        who = {"key": question.key, "kind": trade.kind, "source": trade.source, "criterion": trade.criterion}
-        what = {"prompt": prompt, "a": a, "b": b, "run": trade.run, "round": trade.round}
-        return who | what | {"cost": trade.budget.cost, "risk": risk, "now": time.time(), "owner": self.ledger.owner()}
+        who = {"key": question.key, "kind": self.kind, "source": self.source, "criterion": self.criterion}
+        what = {"prompt": prompt, "a": a, "b": b, "run": self.run, "round": self.round}
+        return who | what | {"cost": self.budget.cost, "risk": risk, "now": time.time(), "owner": self.ledger.owner()}
 
     def _pause(self) -> float | None:
         """Seconds until there is something to send; None if only an arrival can change that."""
@@ -704,7 +697,7 @@ class Asker:
         over = attempt.unanswered >= self.pace.retries or (count == 1 and kind == "rejected")
         end = over and kind != "again"
         kept = Outcome("failed" if end else "open", error=error, lost=int(kind == "lost"))
-        released = [0.0 if kind == "lost" else self.trade.risk(question) for question in attempt.questions]
+        released = [0.0 if kind == "lost" else self.risk(question) for question in attempt.questions]
         self._settle(attempt, [replace(kept, released=risk) for risk in released])
         if kind == "fatal":
             raise GoldStopped(f"{trouble}; {self._rest()}")
@@ -721,9 +714,9 @@ class Asker:
             self._again(attempt._replace(unanswered=attempt.unanswered + 1), delay)
 
     def _ended(self, questions: int, error: str) -> None:
-        """So many questions more ended without an answer. A strict trade stops if there were too many in a row."""
+        """So many questions more ended without an answer. A strict one stops if there were too many in a row."""
         self.silent += questions
-        if self.silent < self.pace.down or not self.trade.strict:
+        if self.silent < self.pace.down or not self.strict:
             return
         if self.unanswered == self.silent:
             what = f"the judge does not answer: {self.silent} questions in a row had no answer, the last one because: "
@@ -746,7 +739,7 @@ class Asker:
         return min(self.pace.longest, self.pace.backoff * 2**times) * self.chance.uniform(0.5, 1.0)
 
     def _broke(self, risk: float) -> str:
-        spent = f"{self.ledger.books(run=self.trade.run).money:.6g} of max_cost={self.trade.budget.money:g} is spent"
+        spent = f"{self.ledger.books(run=self.run).money:.6g} of max_cost={self.budget.money:g} is spent"
         return f"{spent} or at risk, and the next answer may cost {risk:.3g}; raise max_cost; {self._rest()}"
 
     def _rest(self) -> str:
@@ -764,10 +757,6 @@ class _Here(Executor):
         except BaseException as error:
             future.set_exception(error)
         return future
-
-
-def _less(limit: float | None, spent: float) -> float:
-    return math.inf if limit is None else limit - spent
 
 
 # Golds ----------------------------------------------------------------------------------------------------------------
@@ -805,11 +794,11 @@ class Account:
         Raises ValueError for texts that are not N each, and lets GoldStopped pass: its questions are anybody's to ask
         again.
         """
-        questions = self._questions(prompts, answers)
-        asker = Asker(self.ledger, self._trade(lambda some: self._call(gold, some), round), self.pace)
+        questions, send = self._questions(prompts, answers), partial(self._call, gold)
+        asker = Asker(self.ledger, send, self.kind, self.gold, self.pace, run=self.run, round=round, budget=self.budget)
         asker.ask(list(dict.fromkeys(questions)))
         found = self.ledger.find(question.key for question in questions)
-        known = {key: call for key, call in found.items() if asker.standing(call) == "answered"}
+        known = {key: one for key, one in found.items() if self.ledger.standing(one, self.run, round) == "answered"}
         with self.ledger.write() as db:
             used = [(self.run, key, round) for key, call in known.items() if call.run != self.run]
             db.executemany("INSERT OR IGNORE INTO uses VALUES (?, ?, ?)", used)
@@ -828,21 +817,18 @@ class Account:
     def wanting(self, prompts: Sequence[str], *answers: Sequence[str], round: int = 0) -> int:
         """Answers that `ask` would still have to buy, had it room for all: what is answered or in flight is not."""
         keys = {question.key for question in self._questions(prompts, answers)}
-        asker = Asker(self.ledger, self._trade(lambda _: [], round), self.pace)
         with self.ledger.write():
             known = self.ledger.find(keys)
             counted = {key for key, one in known.items() if one.run == self.run and one.state in ("asked", "open")}
-            return sum(asker.standing(known.get(key)) in ("open", "later") for key in keys - counted)
+            standings = (self.ledger.standing(known.get(key), self.run, round) for key in keys - counted)
+            return sum(standing in ("open", "later") for standing in standings)
 
     @property
     def left(self) -> float:
         """Answers that can still be bought; infinity without a budget."""
-        room = Asker(self.ledger, self._trade(lambda _: [], 0), self.pace)._room()
-        calls = room.money / self.budget.cost + 1e-9 if self.budget.cost else math.inf
-        return max(0.0, min(room.labels, math.floor(calls) if math.isfinite(calls) else calls))
-
-    def _trade(self, send: Callable[[Sequence[Question]], Sequence[Outcome]], round: int) -> Trade:
-        return Trade(send, self.kind, self.gold, run=self.run, round=round, budget=self.budget)
+        labels, money = self.ledger.left(self.run, self.kind, self.gold, self.budget)
+        calls = money / self.budget.cost + 1e-9 if self.budget.cost else math.inf
+        return max(0.0, min(labels, math.floor(calls) if math.isfinite(calls) else calls))
 
     def _questions(self, prompts: Sequence[str], answers: tuple[Sequence[str], ...]) -> list[Question]:
         columns, sides = [prompts, *answers], 1 if self.kind == "score" else 2
@@ -882,27 +868,16 @@ class Account:
 
 @dataclass(frozen=True)
 class GoldLimits:
-    """How often gold is asked, and what that may cost: the labels a run learns from, and the scores that measure it."""
+    """What asking gold may cost and how often it is asked, for the labels a run learns from and the scores that measure
+    it: --gold-budget, and --gold-limits (see `limits`)."""
 
-    gold_budget: Natural | None = None
-    """Answers of gold to buy at most: labels to learn from or, in ppo, scores of measured answers."""
-    gold_cost: NonNegative = 0.0
-    """Price of one answer."""
-    gold_max_cost: NonNegative | None = None
-    """Money to spend at most; needs a cost."""
-    gold_ledger: Path | None = None
-    """SQLite file of paid answers, which runs may share; ledger.db in the run's folder by default."""
-    gold_batch: Count = 1
-    """Questions in one call; more is faster with a cheap gold, and puts more at risk if a run is killed."""
-    gold_every: Count = 1
-    """Measurements to one with gold; the first and the last have it too."""
-    gold_prompts: Several | None = None
-    """Held-out prompts whose answers gold scores, the first ones; all by default."""
-
-    def __post_init__(self) -> None:
-        ranges.check(self)
-        if self.gold_max_cost is not None and not self.gold_cost:
-            raise ValueError(f"--gold-limits max_cost={self.gold_max_cost}: give cost, the price of one answer, too")
+    budget: int | None = None
+    cost: float = 0.0
+    max_cost: float | None = None
+    ledger: str | None = None
+    batch: int = 1
+    every: int = 1
+    prompts: int | None = None
 
     @classmethod
     def parse(cls, budget: int | None, spec: str) -> GoldLimits:
@@ -910,31 +885,31 @@ class GoldLimits:
         try:
             made: Any = specs.part(spec, {"limits": limits}).function
         except ValueError as error:
-            raise ValueError(f"--gold-limits {spec}: {error}".replace("--gold-limits max_cost", "max_cost")) from None
-        return replace(made, gold_budget=budget)
+            raise ValueError(f"--gold-limits {spec}: {error}") from None
+        return replace(made, budget=budget)
 
     @property
     def counted(self) -> bool:
         """Whether answers go through a ledger."""
-        return self.gold_budget is not None or self.gold_cost > 0 or self.gold_ledger is not None
+        return self.budget is not None or self.cost > 0 or self.ledger is not None
 
     @property
     def sparing(self) -> bool:
         """Whether measurements ask gold less than always; then nothing else asks it."""
-        return self.counted or self.gold_every > 1 or self.gold_prompts is not None
+        return self.counted or self.every > 1 or self.prompts is not None
 
     def measuring(self, gold: str | None) -> GoldLimits:
         """The limits on measurements in a run that buys labels: the budget is for labels, the money for both. A gold
         without a price measures for nothing."""
-        if gold and self.gold_cost:
-            return replace(self, gold_budget=None)
-        return GoldLimits(gold_batch=self.gold_batch, gold_every=self.gold_every, gold_prompts=self.gold_prompts)
+        if gold and self.cost:
+            return replace(self, budget=None)
+        return GoldLimits(batch=self.batch, every=self.every, prompts=self.prompts)
 
     def account(self, folder: Path, gold: str, kind: Literal["score", "verdict"]) -> Account:
-        """A run's account with the gold."""
-        ledger = Ledger(self.gold_ledger or folder / "ledger.db")
-        budget = Budget(self.gold_budget, self.gold_max_cost, self.gold_cost)
-        return Account(ledger, str(folder.resolve()), gold, kind, budget, Pace(batch=self.gold_batch))
+        """A run's account with the gold; the ledger is ledger.db in the run's folder unless another one is named."""
+        ledger = Ledger(self.ledger or folder / "ledger.db")
+        budget = Budget(self.budget, self.max_cost, self.cost)
+        return Account(ledger, str(folder.resolve()), gold, kind, budget, Pace(batch=self.batch))
 
 
 def limits(
@@ -946,8 +921,16 @@ def limits(
     every: Count = 1,
     prompts: Several | None = None,
 ) -> GoldLimits:
-    """What asking gold costs and how often it is asked; see `GoldLimits`."""
-    return GoldLimits(None, cost, max_cost, Path(ledger) if ledger else None, batch, every, prompts)
+    """What asking gold costs and how often it is asked.
+
+    cost: the price of one answer. max_cost: money to spend at most. ledger: SQLite file of paid answers, which runs may
+    share. batch: questions in one call; more is faster with a cheap gold, and puts more at risk if a run is killed.
+    every: measurements to one with gold; the first and the last have it too. prompts: held-out prompts whose answers
+    gold scores, the first ones; all by default.
+    """
+    if max_cost is not None and not cost:
+        raise ValueError(f"max_cost={max_cost}: give cost, the price of one answer, too")
+    return GoldLimits(None, cost, max_cost, ledger, batch, every, prompts)
 
 
 def with_own_code(spec: str) -> str:

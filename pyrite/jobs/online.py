@@ -210,8 +210,8 @@ class Parts:
 
 def _parts(config: Config, asking: GoldLimits) -> Parts:
     """The named parts, and whatever the options alone show to be impossible."""
-    if asking.gold_ledger and asking.gold_ledger.exists():
-        Ledger(asking.gold_ledger).close()  # refuses a file that is none
+    if asking.ledger and Path(asking.ledger).exists():
+        Ledger(asking.ledger).close()  # refuses a file that is none
     check_stopping(config.early_stopping_patience, config.evaluation)
     sampler: Any = specs.part(config.sampler, samplers).function
     judge = specs.part(config.judge, judges)
@@ -243,8 +243,8 @@ def _labeler(run: Run, config: Config, limits: GoldLimits, named: Parts, silver:
     live = None
     if silver:
         schedule: Any = specs.part(silver.schedule, schedules).function
-        live = Live(silver, schedule, rules, config.rounds, limits.gold_budget)
-    return Labeler(named.judge, rules, run.folder, limits.gold_budget, account, live)
+        live = Live(silver, schedule, rules, config.rounds, limits.budget)
+    return Labeler(named.judge, rules, run.folder, limits.budget, account, live)
 
 
 def _drawing(sampler: Sampler, config: Config) -> Sampling:

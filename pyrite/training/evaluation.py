@@ -50,7 +50,7 @@ class Truth:
 
     def due(self, number: int, *, over: bool) -> bool:
         """Whether measurement `number` (0 is the start) asks gold; the last one of a run always does."""
-        return over or number % self.asking.gold_every == 0
+        return over or number % self.asking.every == 0
 
     def __call__(self, prompts: list[str], responses: list[str], owner: Tensor, *, step: int) -> Tensor | None:
         """Gold of N answers, answer i to prompt owner[i]: NaN where gold was not asked or gave none; None of all.
@@ -58,7 +58,7 @@ class Truth:
         A budget that does not cover what a measurement still has to buy buys nothing of it: part of its answers would
         be another measurement. Gold of answers to fewer than 2 prompts is none, for it has no standard error.
         """
-        some = (owner < self.asking.gold_prompts if self.asking.gold_prompts else torch.ones_like(owner).bool()).cpu()
+        some = (owner < self.asking.prompts if self.asking.prompts else torch.ones_like(owner).bool()).cpu()
         chosen = some.nonzero().flatten().tolist()
         asked, said = [prompts[i] for i in chosen], [responses[i] for i in chosen]
         if self.account is None:
@@ -79,7 +79,7 @@ class Truth:
         if self.account is None:
             return {}
         books = self.account.books(round=step)
-        return {"gold_labels": books.answered} | ({"gold_money": books.money} if self.asking.gold_cost else {})
+        return {"gold_labels": books.answered} | ({"gold_money": books.money} if self.asking.cost else {})
 
     def _buy(self, prompts: list[str], responses: list[str], step: int) -> Tensor | None:
         """Every answer's gold, or None where the budget does not cover it; NaN where gold gave none."""

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from asking import SERVER
 
-from pyrite.feedback.ledger import Asker, Books, Budget, GoldStopped, Ledger, Outcome, Pace, Question, Trade, Trouble
+from pyrite.feedback.ledger import Asker, Books, Budget, GoldStopped, Ledger, Outcome, Pace, Question, Trouble
 
 FAST = Pace(concurrency=8, retries=6, reasks=2, backoff=0.001)
 Plan = Trouble | tuple[str, bool]  # what goes wrong; or what is written, and whether its tokens are counted
@@ -59,9 +59,24 @@ def asked(*keys: str) -> list[Question]:
     return [Question(key, ("p", f"a{key}", f"b{key}")) for key in keys]
 
 
-def trade(line: Line, *, price: float = 0.0, limit: float | None = None) -> Trade:
+def asker(
+    ledger: Ledger,
+    line: Line,
+    pace: Pace = FAST,
+    advance: Callable[[int], object] = print,
+    *,
+    price: float = 0.0,
+    limit: float | None = None,
+) -> Asker:
     line.price = price
-    return Trade(line, "completion", "m", "c", budget=Budget(money=limit), risk=lambda _: 2 * price, strict=True)
+    budget = Budget(money=limit)
+    return Asker(
+        *(ledger, line, "completion", "m", pace, "c"),
+        budget=budget,
+        risk=lambda _: 2 * price,
+        strict=True,
+        advance=advance,
+    )
 
 
 @pytest.fixture
@@ -77,7 +92,7 @@ Ask = Callable[..., list[int]]
 def ask(ledger: Ledger) -> Ask:
     def run(line: Line, *keys: str, pace: Pace = FAST, **options: float) -> list[int]:
         told: list[int] = []
-        Asker(ledger, trade(line, **options), pace, told.append).ask(asked(*keys))
+        asker(ledger, line, pace, told.append, **options).ask(asked(*keys))
         assert sum(told) == len(keys)
         return told
 
@@ -233,7 +248,7 @@ def test_another_process_s_answer_is_awaited(tmp_path: Path, ledger: Ledger, ask
 
     def other() -> None:
         with Ledger(path) as theirs:
-            Asker(theirs, Trade(slow, "completion", "m"), Pace()).ask(asked("k0"))
+            Asker(theirs, slow, "completion", "m", Pace()).ask(asked("k0"))
 
     thread = threading.Thread(target=other)
     thread.start()
@@ -257,7 +272,7 @@ def test_answers_in_flight_are_kept_when_the_run_is_stopped(ledger: Ledger) -> N
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        Asker(ledger, trade(line), pace(concurrency=4), stop).ask(asked(*(f"k{i}" for i in range(20))))
+        asker(ledger, line, pace(concurrency=4), stop).ask(asked(*(f"k{i}" for i in range(20))))
     assert ledger.books().answered == len(line.sent) == 4
 
 
@@ -268,7 +283,7 @@ def never_heard_of_again(path: Path, sending: Any) -> None:
         return []
 
     with Ledger(path) as theirs:
-        Asker(theirs, Trade(sent, "completion", "m", risk=lambda _: 2.0), Pace()).ask(asked("k0"))
+        Asker(theirs, sent, "completion", "m", Pace(), risk=lambda _: 2.0).ask(asked("k0"))
 
 
 def test_what_a_killed_process_had_asked_is_lost_and_at_risk(tmp_path: Path, ledger: Ledger, ask: Ask) -> None:
