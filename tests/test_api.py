@@ -6,7 +6,8 @@ import inspect
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -137,3 +138,90 @@ def test_a_given_function_has_the_same_name_in_every_process() -> None:
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout for _ in "ab"
     }
     assert len(found) == 1
+
+
+NOTEBOOK = """
+import pyrite, torch
+from dataclasses import dataclass
+from pyrite.core.specs import given
+class Words:
+    def __init__(self, some): self.some, self.weights = some, torch.arange(3) + len(some)
+    def __call__(self, prompts, responses): return [len(self.some & set(one.split())) for one in responses]
+def made(some, scale=1.0):
+    words = Words(some)
+    def count(prompts, responses, words=words):
+        return [scale * n for n in words(prompts, responses)]
+    return count
+print(given(made({{{first}, "dog", "bird"}})), given(made({{"cat", "dog"}}, 2.0)), given(Words({{{first}}})))
+"""
+
+
+def names_of_given_functions(first: str) -> list[str]:
+    code = NOTEBOOK.format(first=repr(first))
+    done = subprocess.run([sys.executable, "-"], input=code, capture_output=True, text=True, check=True)
+    return done.stdout.split()
+
+
+def test_what_a_function_holds_is_in_its_name() -> None:
+    """Objects count by their content, the same in every process, not by their place in memory."""
+    first, again, other = map(names_of_given_functions, ("cat", "cat", "cow"))
+    assert first == again
+    assert first[0] != other[0] and first[1] == other[1] and first[2] != other[2]
+    assert len(set(first)) == 3
+
+
+def test_a_function_that_holds_what_has_no_name_is_refused(tiny: Path, pairs: Path) -> None:
+    lock = threading.Lock()
+
+    def locked(pair: pyrite.PairLogps) -> torch.Tensor:
+        with lock:
+            return -pair.chosen.sum
+
+    with pytest.raises(ValueError, match=r"locked\(\) holds something .*cannot pickle '_thread.lock'.*mine.py:name"):
+        pyrite.dpo(str(tiny), str(pairs), loss=locked)
+
+
+class DataFrame:
+    """One of pandas, which is no dependency."""
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (lambda: pyrite.Run(Path("runs/sft"), {}, {}), "dpo: data is a Run: give a path in its folder"),
+        (lambda: pyrite.Responses.of([([1], [[2]])]), "dpo: data is a Responses: give rows, a list of dictionaries"),
+        (DataFrame, r"dpo: data is a DataFrame: give its rows, frame.to_dict\('records'\)"),
+        (lambda: [3], "dpo: data holds 3: give prompts, or rows as dictionaries"),
+        (object, "dpo: data is a object: give a model, rows, a function or a path"),
+    ],
+    ids=["run", "responses", "frame", "numbers", "object"],
+)
+def test_an_object_that_no_job_takes_is_refused_with_what_to_give(
+    given: Callable[[], object], words: str, tiny: Path
+) -> None:
+    with pytest.raises(ValueError, match=words):
+        pyrite.dpo(str(tiny), given())
+
+
+def test_a_file_of_no_kind_is_refused(pairs: Path) -> None:
+    with pytest.raises(ValueError, match=r"say which kind of rows .*load\(path, 'pairs'\): prompts, demos"):
+        pyrite.load(pairs)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "words"),
+    [
+        ([1, 2], "prompt 0 is 1: give a text, or a list of messages"),
+        ([[1, 2]], r"prompt 0 is \[1, 2\]: give a text"),
+        ([{"prompt": "hi"}], r"give row\['prompt'\]"),
+        ("hi", "prompts is one text: give a list of prompts"),
+    ],
+)
+def test_what_is_no_prompt_is_refused(prompts: Sequence, words: str, tiny: Path) -> None:
+    with pytest.raises(ValueError, match=words):
+        pyrite.Policy.load(tiny).sample(prompts)
+
+
+def test_a_precision_by_another_name_is_refused(tiny: Path) -> None:
+    with pytest.raises(ValueError, match="dtype 'bf16': give 'float32' or 'bfloat16'"):
+        pyrite.Policy.load(tiny, dtype="bf16")  # pyright: ignore[reportArgumentType]

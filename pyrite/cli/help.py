@@ -131,6 +131,7 @@ ALIASES = {
     "reward-model": "reward",
     "reward-model-path": "reward",
     "sft-model-path": "model",
+    "steps": "weights 0.25 0.75 (a soup is one model; write a loop for several)",
     "total-episodes": "steps",
     "train-batch-size": "batch-size",
     "train-file": "data",

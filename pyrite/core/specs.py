@@ -36,7 +36,9 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import io
 import os
+import pickle
 import random
 import re
 import sys
@@ -46,7 +48,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import partial
 from pathlib import Path
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -543,25 +545,63 @@ _given_functions: dict[str, Function] = {}
 
 
 def given(function: Function) -> str:
-    """A spec string for a function in memory: its name, and a hash of its source, its options and what it holds."""
+    """A spec string for a function in memory: its name, and a hash of its source, its options and what it holds.
+
+    The hash is the same in every process. Raises ValueError for a function that holds what cannot be hashed so.
+    """
     name = getattr(getattr(function, "func", function), "__name__", type(function).__name__)
-    spec = f"{GIVEN}{name}-{hashlib.sha256(_whole(function).encode()).hexdigest()[:16]}"
+    try:
+        spec = f"{GIVEN}{name}-{hashlib.sha256(_pickled(function)).hexdigest()[:16]}"
+    except Exception as error:  # whatever an object raises that cannot be pickled
+        raise ValueError(
+            f"{name}() holds something that has no name in the next process ({' '.join(str(error).split())}); let it "
+            'hold plain values, or write it in a file and give "mine.py:name()"'
+        ) from error
     _given_functions[spec] = function
     return spec
 
 
-def _whole(function: Function, inside: tuple[Function, ...] = ()) -> str:
-    """The source of a function, its options and what it holds, the same in every process."""
-    inner, options = getattr(function, "func", function), getattr(function, "keywords", {})
+class _Pickler(pickle.Pickler):
+    """Pickles by content: functions and own classes by their source, tensors by their numbers, sets in order."""
+
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file, protocol=5)
+        self.inside: list[Function] = []
+
+    def persistent_id(self, thing: Any) -> Any:
+        match thing:
+            case FunctionType() if thing in self.inside:
+                return "function", thing.__qualname__  # it calls itself
+            case FunctionType():
+                self.inside.append(thing)
+                held = [cell.cell_contents for cell in thing.__closure__ or ()]
+                return "function", _source(inspect.unwrap(thing)), held, thing.__defaults__, thing.__kwdefaults__
+            case type() if thing.__module__ != "builtins":
+                return "class", thing.__module__, thing.__qualname__, _source(thing)
+            case ModuleType():
+                return "module", thing.__name__
+            case Tensor():
+                flat = thing.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+                return "tensor", str(thing.dtype), tuple(thing.shape), flat.numpy().tobytes()
+            case set() | frozenset():
+                return "set", sorted(map(_pickled, thing))
+        return None
+
+
+def _pickled(thing: Any) -> bytes:
+    file = io.BytesIO()
+    _Pickler(file).dump(thing)
+    return file.getvalue()
+
+
+def _source(thing: Any) -> str:
+    """The source of a function, or of a class that is no library's."""
     try:
-        text = inspect.getsource(inspect.unwrap(inner))
+        if isinstance(thing, type) and _library(Path(inspect.getfile(thing))):
+            return ""
+        return inspect.getsource(thing)
     except (OSError, TypeError):
-        text = repr(inner)
-    held = [cell.cell_contents for cell in getattr(inner, "__closure__", None) or ()]
-    inside = (*inside, inner)
-    holds = [_whole(one, inside) if inspect.isfunction(one) and one not in inside else repr(one) for one in held]
-    defaults = getattr(inner, "__defaults__", None), getattr(inner, "__kwdefaults__", None)
-    return re.sub(r" at 0x[0-9a-f]+", "", f"{text}{sorted(options.items())}{holds}{defaults}")
+        return "" if isinstance(thing, type) else thing.__code__.co_code.hex()
 
 
 def _given(spec: str, registry: Registry) -> ReadyPart:

@@ -455,7 +455,7 @@ _WORDS = {int: "a whole number", float: "a number", bool: "true or false"}
 
 def load(
     path: str | Path,
-    kind: Kind,
+    kind: Kind | None = None,
     *,
     columns: str | Mapping[str, str] | None = None,
     on_contradiction: OnContradiction = "keep",
@@ -479,6 +479,8 @@ def load(
     Every row knows its file and line: `place(row)` says them, whatever was left out, split or shuffled since.
     Raises DataError, naming the file and the row.
     """
+    if kind is None:
+        raise DataError(f"{path}: say which kind of rows it holds, as in load(path, 'pairs'): {', '.join(LAYOUTS)}")
     if kind not in LAYOUTS:
         raise DataError(f"unknown kind of data {kind!r}; it is one of {', '.join(LAYOUTS)}")
     names = _names(columns)

@@ -40,7 +40,10 @@ def function(job: str) -> Callable[..., Run]:
         bound = signature.bind(*args, **values).arguments
         bound.setdefault("out", tempfile.mkdtemp(prefix=f"pyrite-{job}-"))
         return module.run(
-            ranges.filled(module.Config, {name: _plain(value, options[name][0]) for name, value in bound.items()})
+            ranges.filled(
+                module.Config,
+                {name: _plain(value, options[name][0], f"{job}: {name}") for name, value in bound.items()},
+            )
         )
 
     required = [name for name, (_, default) in options.items() if default is MISSING and name != "out"]
@@ -62,17 +65,25 @@ def function(job: str) -> Callable[..., Run]:
     return run
 
 
-def _plain(value: Any, hint: Any) -> Any:
+def _plain(value: Any, hint: Any, where: str) -> Any:
     """Objects by the paths and spec strings that stand for them; one for several; everything else as it is."""
     if value is not None and all(get_origin(kind) is tuple for kind in ranges.kinds(hint)):
         several = value if isinstance(value, list | tuple) else [value]
-        return tuple(_plain(one, str) for one in several)
+        return tuple(_plain(one, str, where) for one in several)
     if value is None or isinstance(value, str | int | float | Path):
         return value
-    return _spec(value)
+    return _spec(value, where)
 
 
-def _spec(thing: Any) -> str:
+INSTEAD = {  # of objects that no job takes
+    "Run": "a path in its folder, such as run.folder / 'model'",
+    "Responses": "rows, a list of dictionaries such as {'prompt': ..., 'response': ...}",
+    "DataFrame": "its rows, frame.to_dict('records')",
+    "Dataset": "its rows, dataset.to_list()",
+}
+
+
+def _spec(thing: Any, where: str) -> str:
     """The path or the spec string of an object: a model, anything with `save(folder)`; rows, or prompts; a function.
 
     Models and rows are written to a folder named by their content, so that the same objects give the same run, which
@@ -82,7 +93,12 @@ def _spec(thing: Any) -> str:
 
     if isinstance(known := getattr(thing, "spec", None), str):
         return known
+    kind = type(thing).__name__
+    if kind in INSTEAD:
+        raise ValueError(f"{where} is a {kind}: give {INSTEAD[kind]}")
     if isinstance(thing, list):
+        if wrong := [one for one in thing if not isinstance(one, (str, dict))]:
+            raise ValueError(f"{where} holds {wrong[0]!r:.40}: give prompts, or rows as dictionaries")
         rows = [{"prompt_id": str(i), "prompt": one} if isinstance(one, str) else one for i, one in enumerate(thing)]
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         path = _folder() / f"rows-{hashlib.sha256(text.encode()).hexdigest()[:16]}.jsonl"
@@ -96,7 +112,7 @@ def _spec(thing: Any) -> str:
         return str(path)
     if callable(thing):
         return specs.given(thing)
-    raise ValueError(f"a job cannot be given a {type(thing).__name__}: give a model, rows, a function or a path")
+    raise ValueError(f"{where} is a {kind}: give a model, rows, a function or a path")
 
 
 def _folder() -> Path:

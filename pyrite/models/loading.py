@@ -24,7 +24,7 @@ from transformers import (
 from pyrite.core import checkpoints, specs
 from pyrite.core.processes import say, world
 from pyrite.data.text import PLAIN, Template, end_id, load_tokenizer, stop_ids
-from pyrite.math.ranges import Count, Fraction, Positive
+from pyrite.math.ranges import Count, Fraction, Positive, fault
 
 Dtype = Literal["float32", "bfloat16"]
 OWN = ("pyrite", "_name_or_path", "transformers_version", "dtype")  # what the configs of like models may differ in
@@ -164,6 +164,8 @@ def _whole(
 ) -> PreTrainedModel:
     """A model without adapters. brought: names of the tensors that the adapters above it bring along."""
     files = checkpoints.weight_files(folder)
+    if wrong := fault(dtype, Dtype):
+        raise ValueError(f"dtype {dtype!r}: {wrong}")
     classifier = auto is AutoModelForSequenceClassification
     options: dict[str, Any] = {"num_labels": 1} if classifier else {}
     try:
@@ -292,9 +294,11 @@ def check_ids(tokenizer: Any, model: Any, path: str | Path) -> None:
 
 def adapters_of(path: str | Path) -> dict[str, Any]:
     """What a folder's adapters say of themselves. Raises ValueError for a model without."""
-    about = checkpoints.adapter_settings(checkpoints.place(path))
+    folder = checkpoints.place(path)
+    about = checkpoints.adapter_settings(folder)
     if about is None:
-        raise ValueError(f"{path}: no adapters here (no adapter_config.json); it is a whole model already")
+        hint = checkpoints.inside(folder) or "; it is a whole model already"
+        raise ValueError(f"{path}: no adapters here (no adapter_config.json){hint}")
     return about
 
 

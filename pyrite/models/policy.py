@@ -190,6 +190,7 @@ class Policy(nn.Module):
         Tokens are drawn from softmax(logits / temperature), cut to top_k, then to top_p; temperature 0 is greedy.
         Raises ValueError for a prompt that leaves no room for max_new_tokens in the context.
         """
+        _check_prompts(prompts)
         ids = encode_prompts(self.tokenizer, prompts)
         drawn = generation.sample(
             backbone(self.model),
@@ -503,6 +504,17 @@ def cost(model: Any, path: str | Path) -> str:
     if inside.get_output_embeddings() is not None and not model.ways.head:
         return why + "and computes pads, and the logits of prompts too"
     return why + "and computes pads too"
+
+
+def _check_prompts(prompts: Any) -> None:
+    """Raises ValueError for what is no list of texts and conversations."""
+    if isinstance(prompts, str):
+        raise ValueError("prompts is one text: give a list of prompts")
+    for i, prompt in enumerate(prompts):
+        turns = prompt if isinstance(prompt, list) else ()
+        if not isinstance(prompt, (str, list)) or not all(isinstance(turn, dict) for turn in turns):
+            hint = "; of a row, give row['prompt']" if isinstance(prompt, dict) else ""
+            raise ValueError(f"prompt {i} is {prompt!r:.40}: give a text, or a list of messages{hint}")
 
 
 def _check_speaks(model: Any, found: Ways) -> None:

@@ -59,3 +59,8 @@ def test_a_whole_model_is_refused(tiny: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="whole model already"):
         merge.run(merge.Config(str(tiny), tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_of_reward_models_is_refused_with_the_name_of_a_member(rewards: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no adapters here .*did you mean '.*rewards/member_0'\?"):
+        merge.run(merge.Config(str(rewards), tmp_path / "merged"))
