@@ -292,15 +292,13 @@ def _pairs(config: Ask | Export) -> list[Row]:
         sides = [{"a": row.pop("chosen"), "b": row.pop("rejected")} for row in rows]
         return [{**row, **side} for row, side in zip(rows, sides, strict=True)]
     rows = data.load(str(config.candidates), "candidates", columns=config.columns)
-    groups = pairing.by_prompt(rows)
-    couples = [couple for group in groups for couple in zip(group[::2], group[1::2], strict=False)]
-    sound = [couple for couple in couples if not pairing.why_not(*couple)]
-    hint = data.cut_hint(rows)
-    lost = f"{len(couples) - len(sound)} with an answer cut, empty or twice the same left out{hint}"
-    if not sound:
+    left_out: Counter[str] = Counter()
+    couples = pairing.sound(pairing.consecutive(rows), left_out)
+    lost = f"{left_out.total()} with an answer cut, empty or twice the same left out{data.cut_hint(rows)}"
+    if not couples:
         raise ValueError(f"{config.candidates}: no pair of different, finished answers to one prompt; {lost}")
-    say(f"judge: {len(sound)} pairs; {lost}")
-    return [_couple(a, b) for a, b in sound]
+    say(f"judge: {len(couples)} pairs; {lost}")
+    return [_couple(a, b) for a, b in couples]
 
 
 def _compared(config: Ask) -> list[Row]:
