@@ -48,3 +48,13 @@ def encode_all(
 def encode(tokenizer: Any, prompt: Prompt, said: Answer, *, finished: bool = True, **options: Any) -> Read:
     """One text as this tokenizer reads it."""
     return encode_all(tokenizer, [prompt], [said], finished=finished, **options)[0]
+
+
+def prompt_ids(tokenizer: Any, prompt: Prompt) -> list[int]:
+    """The tokens of one prompt."""
+    return text.encode_prompts(tokenizer, [prompt])[0]
+
+
+def response_ids(tokenizer: Any, response: str, *, finished: bool = True) -> list[int]:
+    """The tokens of one response to a plain question."""
+    return encode(tokenizer, "?", response, finished=finished, as_drawn=True).response

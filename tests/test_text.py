@@ -1,7 +1,7 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from reading import encode, encode_all
+from reading import encode, encode_all, prompt_ids, response_ids
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
@@ -37,21 +37,21 @@ def spelled(row):
 
 
 def test_prompts_follow_the_chat_template_and_match_the_tokenizers_own_rendering():
-    assert spelled(text.prompt_ids(CHAT, "hello fox")) == "<s> <user> hello fox <bot>"
-    assert spelled(text.prompt_ids(CHAT, talk)) == "<s> <user> hello fox <bot> the fox ran <user> my friend <bot>"
+    assert spelled(prompt_ids(CHAT, "hello fox")) == "<s> <user> hello fox <bot>"
+    assert spelled(prompt_ids(CHAT, talk)) == "<s> <user> hello fox <bot> the fox ran <user> my friend <bot>"
     own = CHAT.apply_chat_template(talk, add_generation_prompt=True, tokenize=True, return_dict=False)
-    assert text.prompt_ids(CHAT, talk) == own
+    assert prompt_ids(CHAT, talk) == own
 
 
 def test_one_user_turn_and_the_same_text_are_one_prompt():
     for tokenizer in (PLAIN, CHAT):
-        assert text.prompt_ids(tokenizer, user) == text.prompt_ids(tokenizer, "hello fox")
+        assert prompt_ids(tokenizer, user) == prompt_ids(tokenizer, "hello fox")
 
 
 def test_plain_prompts_start_with_exactly_one_start_token():
-    assert spelled(text.prompt_ids(PLAIN, "hello fox")) == "<s> hello fox"
-    assert spelled(text.prompt_ids(PLAIN, "<s> hello fox")) == "<s> hello fox"
-    assert spelled(text.prompt_ids(make(bos_token=None), "hello fox")) == "hello fox"
+    assert spelled(prompt_ids(PLAIN, "hello fox")) == "<s> hello fox"
+    assert spelled(prompt_ids(PLAIN, "<s> hello fox")) == "<s> hello fox"
+    assert spelled(prompt_ids(make(bos_token=None), "hello fox")) == "hello fox"
     encoder = make(bos_token=None, eos_token=None, cls_token="<s>", sep_token="</s>")
     assert spelled(encode(encoder, "fox", "ran").ids) == "<s> fox ran </s>"
 
@@ -65,17 +65,17 @@ def test_plain_text_of_a_prompt():
 
 @given(words, st.booleans())
 def test_a_response_has_one_end_token_iff_finished_and_decodes_to_itself(response, finished):
-    row = text.response_ids(PLAIN, response, finished=finished)
+    row = response_ids(PLAIN, response, finished=finished)
     assert row.count(ids["</s>"]) == int(finished) == int(row[-1:] == [ids["</s>"]])
     assert text.decode(PLAIN, [row]) == [response]
 
 
 def test_special_tokens_spelled_in_a_response_are_text():
-    row = text.response_ids(PLAIN, "hello </s> <bot> fox")
+    row = response_ids(PLAIN, "hello </s> <bot> fox")
     assert row.count(ids["</s>"]) == 1
     assert row[-1] == ids["</s>"]
     assert ids["<bot>"] not in row
-    assert spelled(text.prompt_ids(PLAIN, "<user> fox")) == "<s> <user> fox"  # the next call is not affected
+    assert spelled(prompt_ids(PLAIN, "<user> fox")) == "<s> <user> fox"  # the next call is not affected
 
 
 @given(st.lists(st.tuples(st.sampled_from(["hello fox", "the fox", user, talk]), words, st.booleans()), max_size=6))
@@ -134,7 +134,7 @@ def test_counts_must_agree_and_an_end_token_must_exist():
     with pytest.raises(ValueError, match="2 prompts but 1 responses"):
         encode_all(PLAIN, ["a", "b"], ["c"])
     with pytest.raises(ValueError, match="no end-of-sequence token"):
-        text.response_ids(make(eos_token=None), "fox")
+        response_ids(make(eos_token=None), "fox")
 
 
 def test_a_template_that_refuses_a_prompt_names_the_row():
@@ -155,7 +155,7 @@ def test_pad_becomes_a_spare_token_without_growing_the_vocabulary(pad):
     assert note is not None
     assert "<pad>" in note
     assert "\n" not in note
-    assert text.response_ids(after, "fox") == text.response_ids(before, "fox")
+    assert response_ids(after, "fox") == response_ids(before, "fox")
 
 
 def test_pad_falls_back_to_unknown_and_then_to_nothing():
@@ -173,7 +173,7 @@ def test_pad_falls_back_to_unknown_and_then_to_nothing():
 def test_a_tokenizer_comes_back_from_its_folder_and_a_folder_without_one_is_refused(tmp_path):
     make(chat=True, pad_token="</s>").save_pretrained(tmp_path / "model")
     tokenizer, note = text.load_tokenizer(tmp_path / "model")
-    assert text.prompt_ids(tokenizer, talk) == text.prompt_ids(CHAT, talk)
+    assert prompt_ids(tokenizer, talk) == prompt_ids(CHAT, talk)
     assert tokenizer.pad_token == "<pad>"
     assert note is not None
 

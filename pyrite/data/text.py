@@ -7,7 +7,7 @@ import difflib
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,6 @@ from pyrite.core import checkpoints
 from pyrite.data.responses import Answer, Prompt, Responses
 
 # Tokens ---------------------------------------------------------------------------------------------------------------
-
-# Texts to token ids as they stand in a longer text: no space is added before them, none is lost on the way back.
-
 
 MARK = "▁"  # how sentencepiece writes a space
 
@@ -38,7 +35,7 @@ def to_ids(
         return []
     options = {"add_special_tokens": False, "split_special_tokens": split_special_tokens, "verbose": False}
     options |= {"return_attention_mask": False, "return_token_type_ids": False}
-    with _inside(tokenizer) if inside else _as_it_is():
+    with _inside(tokenizer) if inside else nullcontext():
         return tokenizer(list(texts), **options)["input_ids"]
 
 
@@ -53,11 +50,6 @@ def to_texts(tokenizer: Any, rows: Sequence[Sequence[int]], *, inside: bool = Fa
         return texts
     special = set(tokenizer.all_special_ids)
     return [_spaces(tokenizer, row, special, text) for row, text in zip(ids, texts, strict=True)]
-
-
-def adds_space(tokenizer: Any) -> bool:
-    """Whether the tokenizer writes a space before a text that has none."""
-    return _edited(tokenizer) is not None
 
 
 def _spaces(tokenizer: Any, row: Sequence[int], special: set[int], text: str) -> str:
@@ -90,11 +82,6 @@ def _inside(tokenizer: Any) -> Iterator[None]:
     finally:
         for name, part in before.items():
             setattr(backend, name, part)
-
-
-@contextmanager
-def _as_it_is() -> Iterator[None]:
-    yield
 
 
 def _edited(tokenizer: Any) -> dict[str, Any] | None:
@@ -134,9 +121,6 @@ def _made(name: str, state: Any) -> Any:
 
 
 # Chat templates -------------------------------------------------------------------------------------------------------
-
-# What a template makes of a conversation, which part of that is the answer, and where an answer ends.
-
 
 ChatTurn = Mapping[str, Any]
 REASONING = ("reasoning_content", "reasoning", "thinking")  # one field under three names
@@ -250,6 +234,14 @@ def render(tokenizer: Any, messages: Sequence[ChatTurn], *, ask: bool) -> str:
         return tokenizer.apply_chat_template(list(messages), add_generation_prompt=ask, tokenize=False, **told)
     except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
         raise Unreadable(f"the tokenizer's chat template refuses this prompt: {error}") from error
+
+
+def _tried(tokenizer: Any, messages: Sequence[ChatTurn], *, ask: bool = False) -> str | None:
+    """What `render` gives; None where the template refuses it."""
+    try:
+        return render(tokenizer, messages, ask=ask)
+    except Unreadable:
+        return None
 
 
 def rendered_prompt(tokenizer: Any, messages: Sequence[ChatTurn]) -> str:
@@ -404,14 +396,14 @@ def _parts(tokenizer: Any, body: str, said: str) -> list[tuple[str, bool]]:
 
 def _templated(tokenizer: Any) -> AnswerForm:
     user, assistant = {"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER}
-    if _alike(tokenizer, [user, assistant], [user, {**assistant, "role": "user"}]):
+    shown = _tried(tokenizer, [user, assistant])
+    if shown is not None and shown == _tried(tokenizer, [user, {**assistant, "role": "user"}]):
         end = _plain(tokenizer).end
         return AnswerForm(end, _stops(tokenizer, end), blind=True)
     end, closing, behind = _ending(tokenizer)
     stops = _stops(tokenizer, end)
-    try:
-        asked, shown = render(tokenizer, [user], ask=True), render(tokenizer, [user, assistant], ask=False)
-    except Unreadable:
+    asked = _tried(tokenizer, [user], ask=True)
+    if asked is None or shown is None:
         return AnswerForm(end, stops, "", closing, behind)
     before = shown.rpartition(_ANSWER)[0]
     opening = before[len(asked) :] if before.startswith(asked) else None
@@ -421,17 +413,9 @@ def _templated(tokenizer: Any) -> AnswerForm:
     return AnswerForm(end, stops, opening, closing, behind, visible, inside, tuple(ids))
 
 
-def _alike(tokenizer: Any, a: Sequence[ChatTurn], b: Sequence[ChatTurn]) -> bool:
-    """Whether the template writes two conversations alike."""
-    try:
-        return render(tokenizer, a, ask=False) == render(tokenizer, b, ask=False)
-    except Unreadable:
-        return False
-
-
 def _goes_on(tokenizer: Any, asked: str, shown: str) -> bool:
     """Whether the tokenizer adds no space where the answer begins, reading the whole conversation at once."""
-    if not adds_space(tokenizer) or not shown.startswith(asked):
+    if _edited(tokenizer) is None or not shown.startswith(asked):
         return True
     whole, first = to_ids(tokenizer, [shown, asked])
     (rest,), (inside,) = (to_ids(tokenizer, [shown[len(asked) :]], inside=go) for go in (False, True))
@@ -493,20 +477,16 @@ def _written_behind(tokenizer: Any, *, goes_on: bool = False) -> str | None:
     turns = [{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER}]
     turns += turns[:1] if goes_on else []
     for first in ([], [{"role": "system", "content": "Answer."}]):
-        try:
-            _, found, behind = render(tokenizer, [*first, *turns], ask=False).rpartition(_ANSWER)
-        except Unreadable:
-            continue
-        return behind if found else None
+        shown = _tried(tokenizer, [*first, *turns])
+        if shown is not None:
+            _, found, behind = shown.rpartition(_ANSWER)
+            return behind if found else None
     return None
 
 
 def _header(tokenizer: Any) -> list[int]:
     """The tag that the template writes before a user turn."""
-    try:
-        shown = render(tokenizer, [{"role": "user", "content": _QUESTION}], ask=False)
-    except Unreadable:
-        return []
+    shown = _tried(tokenizer, [{"role": "user", "content": _QUESTION}]) or ""
     return _tags(tokenizer, shown.partition(_QUESTION)[0])[-1:]
 
 
@@ -524,19 +504,13 @@ def _tags(tokenizer: Any, text: str) -> list[int]:
 def _shows(tokenizer: Any, turns: Sequence[ChatTurn], i: int, names: Sequence[str], shown: str, *, ask: bool) -> bool:
     """Whether the rendering depends on these fields of a turn."""
     without = {name: value for name, value in turns[i].items() if name not in names}
-    try:
-        return render(tokenizer, [*turns[:i], without, *turns[i + 1 :]], ask=ask) != shown
-    except Unreadable:
-        return True
+    return _tried(tokenizer, [*turns[:i], without, *turns[i + 1 :]], ask=ask) != shown
 
 
 def _knows(tokenizer: Any, name: str) -> bool:
     """Whether the template shows this field of a last answer."""
     turns = [{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER, name: "So."}]
-    try:
-        return "So." in render(tokenizer, turns, ask=False)
-    except Unreadable:
-        return False
+    return "So." in (_tried(tokenizer, turns) or "")
 
 
 def _left_out(name: str, of: str) -> str:
@@ -608,9 +582,6 @@ def _variables(tokenizer: Any) -> set[str]:
 
 # Rendering ------------------------------------------------------------------------------------------------------------
 
-# Text to token ids: one way to render prompts and responses, for training, scoring and generation alike.
-
-
 _SPEAKERS = {"user": "Human", "assistant": "Assistant", "system": "System"}
 _PADS = (
     "<pad>",
@@ -663,20 +634,6 @@ def stop_ids(tokenizer: Any) -> list[int]:
     return list(answers(tokenizer).stops)
 
 
-def prompt_ids(tokenizer: Any, prompt: Prompt) -> list[int]:
-    """Ids of one prompt: the chat template with its generation prompt, or plain text after a start token."""
-    return encode_prompts(tokenizer, [prompt])[0]
-
-
-def response_ids(tokenizer: Any, response: str, *, finished: bool = True) -> list[int]:
-    """Ids of one response to a plain question, with all that the chat template writes around it; the end token is
-    there iff `finished`.
-
-    Special tokens spelled out in the text are read as ordinary text, so exactly one end token can occur.
-    """
-    return encode_responses(tokenizer, [response], finished=finished)[0]
-
-
 def encode(
     tokenizer: Any,
     said: Responses,
@@ -704,9 +661,7 @@ def encode(
 
     shown = _shown(tokenizer, prompts, of)
     fronts = _fronts(tokenizer, prompts, shown, of, max_length=max_length, max_prompt=max_prompt, answered=True)
-    each = _Shown(shown.texts, [shown.slot_of[p] for p in asked])
-    flags = said.finished.tolist()
-    backs = _backs(tokenizer, said.prompts, each, said.texts, name, finished=flags, as_drawn=as_drawn)
+    backs = _backs(tokenizer, said, [shown[p] for p in asked], name, as_drawn=as_drawn)
     room = [None if max_length is None else max_length - len(fronts[p]) for p in asked]
     kept = [back[:left] for back, left in zip(backs, room, strict=True)]
     cut = torch.tensor([len(a) < len(b) for a, b in zip(kept, backs, strict=True)], dtype=torch.bool)
@@ -734,17 +689,8 @@ def encode_prompts(
     return _fronts(tokenizer, prompts, shown, name, max_length=max_length, max_prompt=max_prompt)
 
 
-def encode_responses(
-    tokenizer: Any, responses: Sequence[str], *, finished: bool | Sequence[bool] = True
-) -> list[list[int]]:
-    """Ids of N responses to one plain question, as `response_ids` makes them."""
-    asked = ["?"] * len(responses)
-    shown = _shown(tokenizer, asked, _row)
-    return _backs(tokenizer, asked, shown, responses, _row, finished=finished, as_drawn=True)
-
-
 def decode(tokenizer: Any, rows: Sequence[Sequence[int]]) -> list[str]:
-    """Texts of N drawn responses, without what `encode_responses` adds: end token, special tokens, and what the chat
+    """Texts of N drawn responses, without what `encode` adds: end token, special tokens, and what the chat
     template opens an answer with. Encoded again, a text gives the tokens it came from."""
     inside, stops = answers(tokenizer).inside, set(stop_ids(tokenizer))
     spoken_rows = [spoken(tokenizer, row) for row in rows]
@@ -815,14 +761,6 @@ def _generation_ends(folder: Path) -> list[int]:
     return [] if found is None else [found] if isinstance(found, int) else list(found)
 
 
-@dataclass(frozen=True)
-class _Shown:
-    """Distinct prompts as their model is asked them, and the one of each row."""
-
-    texts: list[str]
-    slot_of: list[int]
-
-
 def _row(i: int) -> str:
     return f"row {i + 1}"
 
@@ -831,17 +769,14 @@ def _messages(prompt: Prompt) -> list[dict[str, Any]]:
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
 
 
-def _shown(tokenizer: Any, prompts: Sequence[Prompt], where: Callable[[int], str]) -> _Shown:
-    slots: dict[str, int] = {}
-    texts: list[str] = []
-    slot_of = []
-    for row, prompt in enumerate(prompts):
-        key = repr(prompt)
-        if key not in slots:
-            slots[key] = len(texts)
-            texts.append(_rendered(tokenizer, prompt, where, row))
-        slot_of.append(slots[key])
-    return _Shown(texts, slot_of)
+def _shown(tokenizer: Any, prompts: Sequence[Prompt], where: Callable[[int], str]) -> list[str]:
+    """Prompts as their model is asked them, each distinct one rendered once."""
+    texts: dict[str, str] = {}
+    keys = [repr(prompt) for prompt in prompts]
+    for row, (key, prompt) in enumerate(zip(keys, prompts, strict=True)):
+        if key not in texts:
+            texts[key] = _rendered(tokenizer, prompt, where, row)
+    return [texts[key] for key in keys]
 
 
 def _rendered(tokenizer: Any, prompt: Prompt, where: Callable[[int], str], row: int) -> str:
@@ -865,7 +800,7 @@ def _refuse_fields(where: str, fields: Sequence[str]) -> None:
 def _fronts(
     tokenizer: Any,
     prompts: Sequence[Prompt],
-    shown: _Shown,
+    shown: Sequence[str],
     where: Callable[[int], str],
     *,
     max_length: int | None,
@@ -873,36 +808,38 @@ def _fronts(
     answered: bool = False,
 ) -> list[list[int]]:
     """Ids of the prompts, cut where they are too long. answered: a text may stand without a prompt."""
-    whole = _with_start(tokenizer, to_ids(tokenizer, shown.texts))
+    of = dict(zip(shown, prompts, strict=True))
+    whole = _with_start(tokenizer, to_ids(tokenizer, list(of)))
     if answered:
         whole = [ids or [_text_end(tokenizer)] for ids in whole]
-    of = {slot: prompt for slot, prompt in zip(shown.slot_of, prompts, strict=True)}
-    unique = [_cut(tokenizer, of[slot], ids, max_prompt) for slot, ids in enumerate(whole)]
-    _check_room(unique, shown.slot_of, max_length, where)
-    return [list(unique[slot]) for slot in shown.slot_of]
+    cut = {text: _cut(tokenizer, of[text], ids, max_prompt) for text, ids in zip(of, whole, strict=True)}
+    for row, text in enumerate(shown):
+        length = len(cut[text])
+        if length == 0:
+            raise ValueError(f"{where(row)}: the prompt is empty and the tokenizer has no start token")
+        if max_length is not None and length >= max_length:
+            raise ValueError(
+                f"{where(row)}: the prompt has {length} tokens and leaves no room for a response "
+                f"in a context of {max_length}; shorten the prompt, or use a model that reads more"
+            )
+    return [list(cut[text]) for text in shown]
 
 
 def _backs(
-    tokenizer: Any,
-    prompts: Sequence[Prompt],
-    shown: _Shown,
-    responses: Sequence[Answer],
-    where: Callable[[int], str],
-    *,
-    finished: bool | Sequence[bool],
-    as_drawn: bool,
+    tokenizer: Any, said: Responses, shown: Sequence[str], where: Callable[[int], str], *, as_drawn: bool
 ) -> list[list[int]]:
-    """Ids of what stands behind each prompt, each distinct conversation rendered once."""
+    """Ids of what stands behind the prompt of each response, each distinct conversation rendered once."""
     how = answers(tokenizer)
-    flags = [finished] * len(responses) if isinstance(finished, bool) else finished
-    bodies: dict[tuple[int, str, bool], Body] = {}
+    bodies: dict[tuple[str, str, bool], Body] = {}
     keys = []
-    for row, (slot, response, flag) in enumerate(zip(shown.slot_of, responses, flags, strict=True)):
-        key = (slot, response if isinstance(response, str) else repr(response), bool(flag))
+    for row, (front, prompt, response, flag) in enumerate(
+        zip(shown, said.prompts, said.texts, said.finished.tolist(), strict=True)
+    ):
+        key = (front, response if isinstance(response, str) else repr(response), flag)
         keys.append(key)
         if key not in bodies:
             try:
-                bodies[key] = _body(tokenizer, prompts[row], shown.texts[slot], response, finished=flag, drawn=as_drawn)
+                bodies[key] = _body(tokenizer, prompt, front, response, finished=flag, drawn=as_drawn)
             except Unreadable as error:
                 raise ValueError(f"{where(row)}: {error}") from error
     texts = [part for body in bodies.values() for part in body.parts]
@@ -987,15 +924,3 @@ def _shortened(tokenizer: Any, prompt: Prompt, most: int) -> list[int] | None:
             low, high, found = (middle, high, more) if more else (low, middle - 1, found)
         return found
     return None
-
-
-def _check_room(unique: list[list[int]], slot_of: list[int], most: int | None, where: Callable[[int], str]) -> None:
-    for row, slot in enumerate(slot_of):
-        length = len(unique[slot])
-        if length == 0:
-            raise ValueError(f"{where(row)}: the prompt is empty and the tokenizer has no start token")
-        if most is not None and length >= most:
-            raise ValueError(
-                f"{where(row)}: the prompt has {length} tokens and leaves no room for a response "
-                f"in a context of {most}; shorten the prompt, or use a model that reads more"
-            )

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from families import Row
-from reading import encode
+from reading import encode, prompt_ids
 
 from pyrite.core import runs
 from pyrite.data import rows as data
@@ -205,7 +205,7 @@ def test_an_answer_is_sliced_by_ids_after_a_prompt_that_was_cut(tuned: Path) -> 
     policy = Policy.load(str(tuned / "model"))
     whole = "tell me about the cat and the small red dog on the mat ."
     (cut,) = text.encode_prompts(policy.tokenizer, [whole], max_prompt=5)
-    assert len(cut) == 5 and cut != text.prompt_ids(policy.tokenizer, whole)
+    assert len(cut) == 5 and cut != prompt_ids(policy.tokenizer, whole)
     eos = text.end_id(policy.tokenizer)
     drawn = sample(policy.model, [cut], eos=eos, max_new_tokens=8, temperature=0.0)
     ids = policy.model.generate(  # type: ignore[operator]

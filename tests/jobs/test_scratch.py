@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from reading import response_ids
 
 from pyrite.data import rows
-from pyrite.data.text import decode, encode_responses
+from pyrite.data.text import decode
 from pyrite.jobs import scratch
 from pyrite.models.policy import Policy, RewardModel
 
@@ -29,7 +30,7 @@ def test_its_model_is_an_ordinary_one(config: scratch.Config, capsys: pytest.Cap
     assert policy.packed
     assert policy.context == 96
     texts = ["the cat sat .", "Grüße, 世界 🙂\n\ttab", "<eos> is only text"]
-    assert decode(policy.tokenizer, encode_responses(policy.tokenizer, texts)) == texts
+    assert decode(policy.tokenizer, [response_ids(policy.tokenizer, one) for one in texts]) == texts
     assert RewardModel.load(run.folder / "model", head_seed=0).packed
     assert sum(p.numel() for p in policy.parameters()) == run.results["parameters"]
     assert scratch.run(config).done

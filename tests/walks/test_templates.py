@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from reading import asked as said
-from reading import encode
+from reading import encode, response_ids
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -472,7 +472,7 @@ def test_a_leading_space_comes_back_from_sentencepiece(tmp_path, kind):
         (row,) = drawn(out, learned)
         assert (row["response"], row["finished"]) == (answer, True)
         read = Policy.load(learned).tokenizer
-        assert text.encode_responses(read, [row["response"]])[0] == tokens[: row["length"]]
+        assert response_ids(read, row["response"]) == tokens[: row["length"]]
 
 
 def stock_of(model: Path) -> list[int]:
