@@ -1,4 +1,4 @@
-"""A strictly on-policy DPO step: `pyrite.training.rounds` against trl's `OnlineDPOTrainer`, real loops that take turns.
+"""A strictly on-policy DPO step: `pyrite online` against trl's `OnlineDPOTrainer`, real loops that take turns.
 
 A step draws two answers to each of 8 prompts, judges them, learns from the 8 pairs and updates: on our side what job
 `online` does in a round, without its measurements and files. Same Llama-shaped model of random weights, same prompts
@@ -112,15 +112,14 @@ class Ours:
 
     players: Any
     learner: Any
-    drawing: Any
 
     @classmethod
     def make(cls, case: Case, *, ref: Any | None = None) -> Ours:
+        from pyrite.jobs.online import RoundLearner
         from pyrite.math.losses import dpo
-        from pyrite.math.samplers import on_policy
         from pyrite.models.policy import Policy
         from pyrite.training.loop import Training
-        from pyrite.training.rounds import Players, RoundLearner, Sampling
+        from pyrite.training.rollouts import Players
 
         policy = Policy(*talker(case))
         policy.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -130,30 +129,25 @@ class Ours:
             lr=1e-6, batch_size=PAIRS, precision=precision, lr_scheduler_type="constant(warmup_steps=0)"
         )
         learner = RoundLearner(policy, dpo, training, rounds=case.steps + 1, restart=False)
-        drawing = Sampling(on_policy(), max_new_tokens=NEW, temperature=TEMPERATURE)
-        return cls(Players(policy, start.requires_grad_(False), precision), learner, drawing)
+        return cls(Players(policy, start.requires_grad_(False), precision), learner)
 
     def draw(self, number: int, ids: list[list[int]]) -> Any:
-        rows = [{"prompt_id": f"{number}-{i}"} for i in range(PAIRS)]
-        drawn = self.players.draw(rows, ids, self.drawing, number=number)
-        assert drawn.tokens.shape == (2 * PAIRS, NEW), "an answer ended early"
+        rows = [{"prompt_id": f"{number}-{i}", "prompt": words(prompt)} for i, prompt in enumerate(ids)]
+        drawn = self.players.draw(rows, ids, number, max_new_tokens=NEW, temperature=TEMPERATURE)
+        assert bool((drawn.lengths == NEW).all()), "an answer ended early"
         return drawn
 
-    def label(self, ids: list[list[int]], drawn: Any) -> list:
-        from pyrite.data import text
+    def label(self, drawn: Any) -> list:
         from pyrite.feedback.pairing import label
 
-        owner, places = drawn.prompt.tolist(), range(2 * PAIRS)
-        answers = text.decode(self.players.policy.tokenizer, drawn.responses())
-        asked = [words(ids[prompt]) for prompt in owner]
-        groups = [[i for i in places if owner[i] == prompt] for prompt in range(PAIRS)]
-        pairs = label(judge, asked, answers, groups, labels="hard").pairs
+        pairs = label(judge, drawn.prompts, drawn.texts, drawn.groups(), labels="hard").pairs
         assert len(pairs) == PAIRS, "a tie"
         return pairs
 
-    def preferences(self, ids: list[list[int]], drawn: Any, pairs: list) -> Any:
-        rows = [{"prompt_id": i, "prompt": words(prompt)} for i, prompt in enumerate(ids)]
-        return self.players.preferences(self.players.answers(rows, ids, drawn), pairs, self.learner.wanted)
+    def preferences(self, drawn: Any, pairs: list) -> Any:
+        from pyrite.jobs.online import preferences
+
+        return preferences(self.players, drawn, pairs, self.learner.wanted)
 
 
 def prompts(pairs: list[Pair]) -> list[list[list[int]]]:
@@ -167,9 +161,9 @@ def learn(turn: Any, _: Case, side: Ours, batches: list[list[list[int]]], lap: C
     for number, ids in enumerate(batches):
         drawn = side.draw(number, ids)
         lap("draw")
-        pairs = side.label(ids, drawn)
+        pairs = side.label(drawn)
         lap("judge")
-        prefs = side.preferences(ids, drawn, pairs)
+        prefs = side.preferences(drawn, pairs)
         lap("reference")
         side.learner.learn(prefs, number)
         lap("learn")
@@ -186,7 +180,8 @@ def ours(turn: Turn, case: Case) -> None:
 
 def equality(case: Case) -> dict[str, float]:
     """One batch, drawn by the peer, against a reference of other weights."""
-    from pyrite.models.generation import Samples
+    from pyrite.data import text
+    from pyrite.data.responses import Responses
     from pyrite.training.pairs import batch_loss
 
     case = replace(case, precision="float32", peer="best")
@@ -202,11 +197,12 @@ def equality(case: Case) -> dict[str, float]:
     assert tokens.shape == (2 * PAIRS, NEW) and bool(mask.all()), "an answer ended early"
     # prompt by prompt, where the peer has all first answers before all second ones
     tokens = tokens.cpu().unflatten(0, (2, PAIRS)).transpose(0, 1).flatten(0, 1)
-    index, length = torch.arange(2 * PAIRS), torch.full((2 * PAIRS,), NEW)
-    unknown = torch.zeros(tokens.shape)
-    seen = Samples(index // 2, index % 2, tokens, length, length < 0, unknown, unknown, "fused")
-    side, ids = Ours.make(case, ref=talker(case, seed=1)[0]), [pair.prompt for pair in pairs]
-    prefs = side.preferences(ids, seen, side.label(ids, seen))
+    each = tokens.unflatten(0, (PAIRS, 2)).tolist()
+    seen = Responses.of([(pair.prompt, both) for pair, both in zip(pairs, each, strict=True)])
+    side = Ours.make(case, ref=talker(case, seed=1)[0])
+    rows = [{"prompt_id": i, "prompt": words(pair.prompt)} for i, pair in enumerate(pairs)]
+    seen = replace(seen, rows=rows, texts=text.decode(side.players.policy.tokenizer, seen.tokens()))
+    prefs = side.preferences(seen, side.label(seen))
     policy = side.players.policy
     value, _ = batch_loss(policy, side.learner.loss, prefs)(
         policy, policy.pack(prefs.responses, prefs.groups), [*range(PAIRS)]

@@ -41,7 +41,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from _setting import Case, cases, make_model, options, synthetic
+from _setting import Case, cases, make_model, options, synthetic, words
 from _turns import Turn, _run, alone, compare, finish, held
 from online import Laps
 from torch import Tensor
@@ -219,8 +219,8 @@ class Ours:
         from pyrite.models.policy import Policy, RewardEnsemble, RewardModel
         from pyrite.models.value import ValueModel, WithValue
         from pyrite.training.loop import Learner, Training
-        from pyrite.training.ppo import Critic, Learners, Reward, standardized
-        from pyrite.training.rounds import Players
+        from pyrite.training.ppo import Critic, Learners, Reward
+        from pyrite.training.rollouts import Players
 
         reads = tokenizer(case)
         same: dict[str, Any] = {
@@ -235,7 +235,7 @@ class Ours:
         policy.to("cuda" if torch.cuda.is_available() else "cpu")
         start = copy.deepcopy(policy) if ref is None else Policy(ref, reads).to(policy.device)
         members = RewardEnsemble([RewardModel(classifier(case, seed=3), reads).to(policy.device)])
-        reward = Reward("model", standardized(members))
+        reward = Reward("model", members.standardized)
         if critic == "shared":
             both = WithValue(policy)
             learners = Learners(Learner(both, training), both, None, **rest)
@@ -247,10 +247,10 @@ class Ours:
     def collect(self, number: int, ids: list[list[int]], *, reread: bool = False) -> Any:
         from pyrite.training.ppo import collect
 
-        texts = [" ".join(f"w{token}" for token in prompt) for prompt in ids]
-        rows = [{"prompt_id": f"{number}-{i}", "prompt": prompt} for i, prompt in enumerate(texts)]
-        options: dict[str, Any] = {"k": 1, "max_new_tokens": NEW, "seed": 0, "number": number}
-        drawn = collect(self.players, self.rewards, rows, ids, critic=self.learners.critic, reread=reread, **options)
+        rows = [{"prompt_id": f"{number}-{i}", "prompt": words(prompt)} for i, prompt in enumerate(ids)]
+        options: dict[str, Any] = {"k": 1, "max_new_tokens": NEW, "seed": 0}
+        options |= {"critic": self.learners.critic, "reread": reread}
+        drawn = collect(self.players, self.rewards, rows, ids, number, **options)
         assert bool(drawn.mask.all()) and drawn.mask.shape == (ANSWERS, NEW), "an answer ended early"
         return drawn
 
@@ -300,20 +300,22 @@ def stages(case: Case, critic: str, by: Updates) -> dict[str, float]:
 
 def equality(case: Case, python: str) -> dict[str, Any]:
     """The peer's recorded step, taken by ours; differences relative to the peer's values, of losses beyond 1."""
+    from pyrite.data import text
+    from pyrite.data.responses import Responses
     from pyrite.math.policy_gradient import Estimates
-    from pyrite.models.generation import Samples
     from pyrite.training.ppo import batch_loss
-    from pyrite.training.rounds import Players
+    from pyrite.training.rollouts import Players
 
     with other(python, "recorded", case, FULL) as line:
         theirs = torch.load(io.BytesIO(line.recv()))
-    index, length, unknown = torch.arange(ANSWERS), torch.full((ANSWERS,), NEW), torch.zeros(ANSWERS, NEW)
-    told = Samples(
-        index, torch.zeros_like(index), theirs["tokens"].cpu(), length, length < 0, unknown, unknown, "fused"
-    )
+    prompts = batches(case)[0]
+    told = Responses.of([(ids, [tokens]) for ids, tokens in zip(prompts, theirs["tokens"].tolist(), strict=True)])
     side = Ours.make(case, "own", FULL, ref=talker(case, seed=1))
+    texts = text.decode(side.players.policy.tokenizer, told.tokens())
+    rows = [{"prompt_id": str(i), "prompt": words(prompt)} for i, prompt in enumerate(prompts)]
+    told = replace(told, rows=rows, texts=texts, finished=told.finished & False, logps=torch.zeros(told.ids.shape))
     with patch.object(Players, "draw", lambda *_, **__: told):
-        drawn = side.collect(0, batches(case)[0], reread=True)
+        drawn = side.collect(0, prompts, reread=True)
     made = side.advantages(drawn)
     learned = Estimates(theirs["whitened"].cpu(), made.returns)
     learners = (side.learners.policy, side.learners.value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from pyrite.data import text
@@ -24,6 +25,12 @@ class Read(NamedTuple):
 def asked(prompts: Sequence[Prompt], texts: Sequence[Answer], *, finished: bool | Sequence[bool] = True) -> Responses:
     """Responses to prompts, one each."""
     return Responses.said([{"prompt": prompt} for prompt in prompts], texts, finished=finished)
+
+
+def drawn(rows: Sequence[dict[str, Any]], texts: Sequence[str], *, finished: bool = True, k: int = 1) -> Responses:
+    """k answers to each prompt, as if a model of one token had drawn them."""
+    made = Responses.of([([1], [[2]] * k) for _ in rows])
+    return replace(made, rows=rows, texts=texts, finished=made.finished & finished)
 
 
 def each(responses: Responses) -> list[Read]:

@@ -16,7 +16,7 @@ from pyrite.models.value import ValueModel, WithValue
 from pyrite.recipes import toy
 from pyrite.training.loop import Training
 from pyrite.training.ppo import Critic, Learners, Reward, Rollouts, State, collect, estimates
-from pyrite.training.rounds import Players
+from pyrite.training.rollouts import Players
 
 TRAINING = Training(lr=3e-3, epochs=2, batch_size=2, lr_scheduler_type="cosine(warmup_steps=0)")
 PROMPTS = [{"prompt_id": str(i), "prompt": words} for i, words in enumerate(["tell me", "please", "a cat"])]

@@ -10,25 +10,25 @@ import torch
 
 from pyrite.core import specs as parts
 from pyrite.data import text
+from pyrite.data.responses import Responses
 from pyrite.models.policy import Lora, Policy, RewardModel
 from pyrite.training import annotators
-from pyrite.training.annotators import Better, Discriminator, Maker, Rewards
-from pyrite.training.rounds import Answer, Players
+from pyrite.training.annotators import Discriminator, Maker, Rewards
+from pyrite.training.rollouts import Players
 
 PROMPTS = ["tell me about the cat", "please tell me", "a big dog and a small bird sat"]
 GOOD, BAD = ["red", "blue", "big"], ["mat", "tree", "in"]
 
 
-def answer(policy: Policy, prompt: str, said: str) -> Answer:
-    ids = text.encode_prompts(policy.tokenizer, [prompt], max_length=40, where=str)[0]
-    tokens = policy.tokenizer(said, add_special_tokens=False)["input_ids"]
-    return Answer(prompt, prompt, said, True, ids, [*tokens, text.end_id(policy.tokenizer)])
+def labels(policy: Policy, n: int = 16) -> Responses:
+    """A rule to learn: one kind of words is better than the other. Chosen and rejected in turn."""
+    asked = [{"prompt_id": PROMPTS[i % 3], "prompt": PROMPTS[i % 3]} for i in range(n) for _ in "ab"]
+    said = [words for i in range(n) for words in (f"the {GOOD[i % 3]} cat", f"the cat {BAD[(i // 3) % 3]}")]
+    return text.encode(policy.tokenizer, Responses.said(asked, said))
 
 
-def labels(policy: Policy, n: int = 16) -> list[Better]:
-    """A rule to learn: one kind of words is better than the other."""
-    rows = [(PROMPTS[i % 3], f"the {GOOD[i % 3]} cat", f"the cat {BAD[(i // 3) % 3]}") for i in range(n)]
-    return [(answer(policy, p, good), answer(policy, p, bad)) for p, good, bad in rows]
+def chosen(pairs: Responses) -> Responses:
+    return pairs.take(range(0, len(pairs), 2))
 
 
 @pytest.fixture
@@ -51,22 +51,22 @@ def specs(tiny: Path) -> list[str]:
     ]
 
 
-def accuracy(judge: Discriminator, pairs: list[Better]) -> float:
-    chosen, rejected = (judge.scores(list(side)).mean(0) for side in zip(*pairs, strict=True))
-    return (chosen > rejected).float().mean().item()
+def accuracy(judge: Discriminator, pairs: Responses) -> float:
+    scores = judge.scores(pairs).mean(0)
+    return (scores[::2] > scores[1::2]).float().mean().item()
 
 
 @pytest.mark.parametrize("which", range(4))
 def test_it_learns_what_it_is_told_and_nothing_else_moves(tiny: Path, players: Players, which: int) -> None:
     made, pairs = make(specs(tiny)[which], players), labels(players.policy)
     before = {name: value.clone() for name, value in players.policy.state_dict().items()}
-    still = made.scores([a for a, _ in pairs])
-    assert torch.equal(still, made.scores([a for a, _ in pairs]))  # scoring twice gives the same
+    still = made.scores(chosen(pairs))
+    assert torch.equal(still, made.scores(chosen(pairs)))  # scoring twice gives the same
     first = accuracy(made, pairs)
     found = made.learn(pairs, seed=1)
     assert accuracy(made, pairs) > max(first, 0.9)
     assert found["loss"] > 0
-    assert not torch.equal(still, made.scores([a for a, _ in pairs]))
+    assert not torch.equal(still, made.scores(chosen(pairs)))
     assert all(torch.equal(before[name], value) for name, value in players.policy.state_dict().items())
 
 
@@ -74,11 +74,10 @@ def test_it_learns_what_it_is_told_and_nothing_else_moves(tiny: Path, players: P
 def test_a_score_does_not_depend_on_its_neighbors(tiny: Path, players: Players, which: int) -> None:
     made, pairs = make(specs(tiny)[which], players), labels(players.policy, 9)
     made.learn(pairs, seed=0)
-    every = [one for pair in pairs for one in pair]
-    together = made.scores(every)
-    alone = torch.cat([made.scores([one]) for one in every], 1)
+    together = made.scores(pairs)
+    alone = torch.cat([made.scores(pairs.take([i])) for i in range(len(pairs))], 1)
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
-    assert made.scores([]).shape == (len(together), 0)
+    assert made.scores(pairs.take([])).shape == (len(together), 0)
 
 
 def test_updates_are_counted(tiny: Path, players: Players) -> None:
@@ -91,7 +90,7 @@ def test_updates_are_counted(tiny: Path, players: Players) -> None:
 
 def test_members_differ_by_head_and_order(tiny: Path, players: Players) -> None:
     made = make(f"reward(path={str(tiny)!r}, cold=True, members=3)", players)
-    scores = made.scores([a for a, _ in labels(players.policy)])
+    scores = made.scores(chosen(labels(players.policy)))
     assert scores.shape == (3, 16)
     assert len({tuple(row) for row in scores.tolist()}) == 3
 
@@ -102,16 +101,16 @@ def test_a_reward_run_is_where_it_starts(tiny: Path, players: Players, tmp_path:
     model.mean, model.std = 5.0, 7.0
     model.save(tmp_path / "reward")
     made = make(f"reward(path={str(tmp_path / 'reward')!r})", players)
-    some = [a for a, _ in labels(players.policy, 4)]
+    some = chosen(labels(players.policy, 4))
     assert isinstance(made, Rewards)
-    wanted = model.scores([a.prompt for a in some], [a.response for a in some]) * 7 + 5
+    wanted = model.scores(some.prompts, some.texts) * 7 + 5
     torch.testing.assert_close(made.scores(some)[0], wanted, atol=1e-4, rtol=1e-4)
 
 
 def test_a_policy_read_as_a_reward_begins_at_zero(tiny: Path, players: Players) -> None:
     for spec in ("implicit()", "self_reward()"):
         made = make(spec, players)
-        assert made.scores([a for a, _ in labels(players.policy)]).abs().max() < 1e-5
+        assert made.scores(chosen(labels(players.policy))).abs().max() < 1e-5
     assert make("self_reward()", players).learn(labels(players.policy), seed=0) == {}
 
 
@@ -120,16 +119,16 @@ def test_self_reward_follows_the_policy(players: Players) -> None:
     with torch.no_grad():
         for parameter in players.policy.parameters():
             parameter.mul_(1.1)
-    scores = made.scores([a for a, _ in pairs])
+    scores = made.scores(chosen(pairs))
     assert scores.abs().max() > 1e-3
-    twice = make("self_reward(beta=1.0)", players).scores([a for a, _ in pairs])
+    twice = make("self_reward(beta=1.0)", players).scores(chosen(pairs))
     torch.testing.assert_close(twice, 2 * scores)
 
 
 def test_an_adapted_policy_is_its_own_reference(tiny: Path) -> None:
     policy = Policy.load(tiny, lora=Lora(r=4))
     made = make("self_reward()", Players(policy, policy))
-    some = [a for a, _ in labels(policy, 3)]
+    some = chosen(labels(policy, 3))
     assert made.scores(some).abs().max() < 1e-5
     with torch.no_grad():
         for name, parameter in policy.named_parameters():

@@ -9,7 +9,6 @@ import torch
 from families import Row, read_rows
 
 from pyrite.data import rows as data
-from pyrite.data.responses import Responses
 from pyrite.feedback.ledger import GoldLimits
 from pyrite.models.policy import Policy, RewardModel
 from pyrite.training.evaluation import Evaluation, Evaluator, divergences
@@ -32,10 +31,10 @@ def test_the_three_numbers(asked: Evaluation, policy: Policy, tiny: Path, tmp_pa
     RewardModel.load(tiny, head_seed=0).save(tmp_path / "rewards")
     asked = replace(asked, proxy=str(tmp_path / "rewards"))
     answers = Evaluator.load(asked, policy, ref=str(tiny), seed=0)(policy)
-    assert len(answers.rows) == 15
+    assert len(answers.responses) == 15
     assert all(len(value) == 15 for value in answers.values.values())
     assert answers.values["kl_k1"].abs().max() < 1e-4  # against itself
-    want = [float(len(row["response"].split())) for row in answers.rows]
+    want = [float(len(said.split())) for said in answers.responses.texts]
     assert answers.values["gold"].tolist() == want
     summary = answers.summary()
     means = torch.tensor(want, dtype=torch.float64).view(5, 3).mean(1)
@@ -51,16 +50,13 @@ def test_kl_uses_the_sampled_tokens(asked: Evaluation, policy: Policy, tiny: Pat
     other.save(tmp_path / "other")
     made = Evaluator.load(asked, policy, ref=str(tmp_path / "other"), seed=0)
     answers = made(policy)
-    rows = [
-        Row(made.ids[p], [r]) for p, r in zip(answers.drawn.prompt.tolist(), answers.drawn.responses(), strict=True)
-    ]
-    ratio = read_rows(policy, rows).sum - read_rows(other, rows).sum
+    ratio = read_rows(policy, answers.responses).sum - read_rows(other, answers.responses).sum
     torch.testing.assert_close(answers.values["kl_k1"], ratio.double(), atol=1e-3, rtol=1e-3)
     assert answers.values["kl_k3"].min() >= -1e-6
 
 
 def test_the_same_seed_gives_the_same_answers(asked: Evaluation, policy: Policy) -> None:
-    one, two, other = (Evaluator.load(asked, policy, ref=None, seed=seed)(policy).rows for seed in (0, 0, 1))
+    one, two, other = (Evaluator.load(asked, policy, ref=None, seed=seed)(policy).responses.texts for seed in (0, 0, 1))
     assert one == two
     assert one != other
 
@@ -96,10 +92,10 @@ def test_kl_is_unbiased_on_an_enumerable_model(asked: Evaluation, policy: Policy
     values, k1 = (wanted(policy).values[name] for name in ("kl_exact", "kl_k1"))
     assert abs(values.mean().item() - exact) < 3 * values.std().item() / 3000**0.5
     assert values.std() < 0.7 * k1.std()
-    turned = divergences(other, policy, Responses.of(_rows(wanted, policy)))
+    turned = divergences(other, policy, wanted(policy).responses)
     reverse = torch.stack([row.double().sum() for row in turned.kl])
     assert abs(reverse.mean().item() - exact) > 5 * reverse.std().item() / 3000**0.5
-    drawn = made(sharp).drawn.responses()
+    drawn = made(sharp).responses.tokens()
     ours, theirs = (read_rows(model, [Row(made.ids[0], drawn)]).sum.double() for model in (policy, other))
     values = ours - theirs
     assert abs(values.mean().item() - exact) > 5 * values.std().item() / 3000**0.5
@@ -151,11 +147,6 @@ def test_a_gold_that_costs_something_is_not_tried(asked: Evaluation, policy: Pol
         Evaluator.load(dear, policy, ref=None, seed=0)
     with pytest.raises(ValueError, match="give --gold too"):
         Evaluator.load(replace(asked, gold=None), policy, ref=None, seed=0, asking=GoldLimits(every=2))
-
-
-def _rows(evaluator: Evaluator, policy: Policy) -> list[Row]:
-    drawn = evaluator(policy).drawn
-    return [Row(evaluator.ids[p], [y]) for p, y in zip(drawn.prompt.tolist(), drawn.responses(), strict=True)]
 
 
 def _exact_kl(policy: Policy, ref: Policy, prompt: list[int]) -> float:

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 
-from pyrite.training.metrics import _accuracy, _couples
+from pyrite.data.responses import Responses
+from pyrite.training.evaluation import Measurement
+from pyrite.training.rounds import _accuracy
 
 
-def answers(gold: list[float], owner: list[int]) -> Any:
-    return SimpleNamespace(values={"gold": torch.tensor(gold)}, drawn=SimpleNamespace(prompt=torch.tensor(owner)))
-
-
-def test_couples_of_one_prompt_only() -> None:
-    a, b = _couples(torch.tensor([0, 0, 0, 1, 1, 2]))
-    assert sorted((int(min(p)), int(max(p))) for p in zip(a, b, strict=True)) == [(0, 1), (0, 2), (1, 2), (3, 4)]
+def answers(gold: list[float], owner: list[int]) -> Measurement:
+    some = Responses.of([([1], [[2]] * owner.count(p)) for p in range(max(owner) + 1)])
+    return Measurement(some, {"gold": torch.tensor(gold)})
 
 
 def test_accuracy_over_what_gold_tells_apart() -> None:
@@ -64,19 +60,19 @@ def test_a_run_that_goes_on_reads_its_books(tiny: Path, demos: Path, tmp_path: P
     from pyrite.core.runs import Run, read_metrics
     from pyrite.models.policy import Policy
     from pyrite.training.evaluation import Evaluation, Evaluator
-    from pyrite.training.metrics import Journal
+    from pyrite.training.rounds import Journal
 
     policy = Policy.load(tiny)
     options = Evaluation(str(demos), gold="length()", eval_limit=4, eval_k=2, max_new_tokens=6)
     evaluator = Evaluator.load(options, policy, ref=str(tiny), seed=0)
     run = Run(tmp_path, {}, {})
-    before = Journal(run, evaluator, policy, part="x")
+    before = Journal(run, evaluator, policy, "x")
     before.begin(0)
     for number in range(3):
         before.log(number, 5, {"loss": 1.0 / (number + 1)}, measured=number != 1)
     assert [("gold" in row, row["answers"]) for row in before.rows] == [(True, 0), (True, 5), (False, 10), (True, 15)]
     assert before.start["win_rate"] == before.last["win_rate"] == 0.5  # the policy has not moved
-    after = Journal(run, evaluator, policy, part="x")
+    after = Journal(run, evaluator, policy, "x")
     after.begin(2)
     assert after.rows == before.rows[:3] and after.answers == 10 and len(read_metrics(tmp_path)) == 3
     after.log(2, 5, {"loss": 1.0 / 3}, measured=True)

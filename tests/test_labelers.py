@@ -9,11 +9,9 @@ import torch
 from test_live import Liar, answers
 from torch import Tensor
 
-from pyrite.feedback import schedules
 from pyrite.feedback.judges import bradley_terry
 from pyrite.feedback.ledger import Account, GoldLimits
-from pyrite.training.annotators import Labeler, Live, Rules
-from pyrite.training.rounds import Answer
+from pyrite.jobs.online import Labeler, Pairs
 
 JUDGE = "bradley_terry(gold='length()', hard=True)"
 GOLD = bradley_terry(gold="length()", hard=True)
@@ -21,17 +19,17 @@ GOLD = bradley_terry(gold="length()", hard=True)
 
 def labeler(folder: Path, *, budget: int | None, live: bool = False, rounds: int = 2, name: str = "run") -> Labeler:
     limits = GoldLimits(budget=budget, ledger=str(folder / "ledger.db"))
-    rules = Rules(judge=JUDGE)
-    beside = Live(Liar(), schedules.even(), rules, rounds, budget) if live else None
-    return Labeler(GOLD, rules, folder / name, budget, limits.account(folder / name, JUDGE, "verdict"), beside)
+    account = limits.account(folder / name, JUDGE, "verdict")
+    given = {"rounds": rounds, "budget": budget, "account": account, "annotator": Liar() if live else None}
+    return Labeler(GOLD, JUDGE, Pairs(), folder / name, **given)
 
 
 def test_the_judge_alone_until_its_labels_are_spent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     made = labeler(tmp_path, budget=3)
-    first = made(answers((1, 2), (5, 3)), 0).labelled
+    first = made(answers((1, 2), (5, 3)), 0)[1]
     assert (len(first.pairs), first.labels, first.missing) == (2, 2, 0)
     assert not made.spent(0)
-    second = made(answers((1, 2), (5, 3), start=5), 1).labelled
+    second = made(answers((1, 2), (5, 3), start=5), 1)[1]
     assert (len(second.pairs), second.labels, second.missing) == (1, 1, 1)
     assert made.spent(1)
     assert (
@@ -44,15 +42,15 @@ def test_the_judge_alone_until_its_labels_are_spent(tmp_path: Path, capsys: pyte
 
 def test_money_runs_out_too(tmp_path: Path) -> None:
     limits = GoldLimits(max_cost=0.05, cost=0.02)
-    made = Labeler(GOLD, Rules(judge=JUDGE), tmp_path, None, limits.account(tmp_path, JUDGE, "verdict"))
-    labelled = made(answers((1, 2), (5, 3), (4, 8)), 0).labelled
+    made = Labeler(GOLD, JUDGE, Pairs(), tmp_path, account=limits.account(tmp_path, JUDGE, "verdict"))
+    labelled = made(answers((1, 2), (5, 3), (4, 8)), 0)[1]
     assert (labelled.labels, labelled.missing) == (2, 1)
     assert made.spent(0)
 
 
 def test_silver_goes_on_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     made = labeler(tmp_path, budget=2, live=True)
-    sources = [[p.source for p in made(answers((1, 2), (5, 3), start=10 * n), n).labelled.pairs] for n in range(3)]
+    sources = [[p.source for p in made(answers((1, 2), (5, 3), start=10 * n), n)[1].pairs] for n in range(3)]
     assert [row.count("gold") for row in sources] == [1, 1, 0]
     assert [len(row) for row in sources] == [2, 2, 2]
     assert capsys.readouterr().err.count("silver labels go on alone") == 1
@@ -65,11 +63,11 @@ def test_two_runs_share_a_ledger_and_pay_once(tmp_path: Path) -> None:
         asked.extend(prompts)
         return GOLD(prompts, a, b)
 
-    drawn: list[Answer] = answers((1, 2), (5, 3))
+    some = answers((1, 2), (5, 3))
     for name in ("one", "two"):
         made = labeler(tmp_path, budget=5, name=name)
         made.judge = judge
-        assert len(made(drawn, 0).labelled.pairs) == 2
+        assert len(made(some, 0)[1].pairs) == 2
         assert made.used == 2  # a run's own count does not depend on what others have paid
     assert asked == ["p0", "p1"]
 
@@ -81,7 +79,7 @@ def test_a_judge_that_fails_is_retried_and_then_silver(tmp_path: Path) -> None:
     made = labeler(tmp_path, budget=2, live=True, rounds=1)
     assert isinstance(made.account, Account)
     made.judge, made.account = broken, _impatient(made.account)
-    labelled = made(answers((1, 2), (5, 3)), 0).labelled
+    labelled = made(answers((1, 2), (5, 3)), 0)[1]
     assert [p.source for p in labelled.pairs] == ["silver", "silver"]
     assert (labelled.labels, labelled.missing, made.used) == (0, 2, 0)
 
@@ -110,8 +108,8 @@ def test_state_lasts(tmp_path: Path) -> None:
     assert kept == ["shelf-2.json", "shelf-3.json"]
     back = labeler(tmp_path, budget=8, live=True, rounds=4)
     back.resume(3, made.used)
-    assert back.live is not None and made.live is not None
-    assert back.live.shelf == made.live.shelf
+    assert back.begun == made.begun and back.pool.texts == made.pool.texts
+    assert back.learned.tokens() == made.learned.tokens() and not len(back.fresh)
     assert back.used == made.used == 6
 
 
@@ -122,6 +120,6 @@ def _impatient(account: Account) -> Account:
 
 
 def test_verdicts_are_checked(tmp_path: Path) -> None:
-    made = Labeler(lambda p, a, b: torch.full((len(p),), 7.0), Rules(judge="mine"), tmp_path)
+    made = Labeler(lambda p, a, b: torch.full((len(p),), 7.0), "mine", Pairs(), tmp_path)
     with pytest.raises(ValueError, match="mine judged pair 1 as 7"):
         made(answers((1, 2)), 0)

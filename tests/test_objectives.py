@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from reading import drawn
 from torch import Tensor
 
 from pyrite.data.conditioning import Dimensions, Option, conditioned, render
+from pyrite.data.responses import Responses
 from pyrite.models.policy import Lora, RewardModel
 from pyrite.training import ppo
 from pyrite.training.ppo import Objectives, Reward, combined, gold_scorers, model_scorers, scored
-from pyrite.training.rounds import Answer
 
 ALONG = Dimensions(
     (
@@ -32,12 +33,9 @@ OPTIONS = [["long"], ["small", "cat"], ["long", "dog", "red"], ["dog"]]
 SAID = ["a cat", "the red dog sat", "cat and dog", "a dog ran"]
 
 
-def answers(said: list[str] = SAID, *, finished: bool = True) -> list[Answer]:
+def answers(said: list[str] = SAID, *, finished: bool = True) -> Responses:
     rows = [conditioned({"prompt_id": i, "prompt": "please"}, ALONG.chosen(ids)) for i, ids in enumerate(OPTIONS)]
-    return [
-        Answer(row["prompt_id"], row["prompt"], text, finished, [1], [2], row["asked"], row["preferences"])
-        for row, text in zip(rows, said, strict=True)
-    ]
+    return drawn(rows, said, finished=finished)
 
 
 def fixed(scores: list[float]) -> Objectives:
@@ -60,12 +58,12 @@ def test_worked_numbers() -> None:
     assert combined(scores).item() == pytest.approx(0.8333, abs=1e-4)
     assert combined(scores, how="weighted", weights=torch.tensor([0.5, 0.25, 0.25])).item() == pytest.approx(0.875)
     assert combined(scores, how="min").item() == -0.5
-    row = Answer("x", "p", "y", True, [1], [2], "p", ["long", "cat", "red"])
+    row = drawn([{"prompt_id": "x", "prompt": "p", "asked": "p", "preferences": ["long", "cat", "red"]}], ["y"])
     every = fixed([1.0, -0.5, 2.0])
-    assert every.combine(every.score([row])).item() == pytest.approx(0.8333, abs=1e-4)
+    assert every.combine(every.score(row)).item() == pytest.approx(0.8333, abs=1e-4)
     weights = {"long": 0.5, "cat": 0.25, "red": 0.25}
     every = Objectives(ALONG, every.scorers, "weighted", weights)
-    assert every.combine(every.score([row])).item() == pytest.approx(0.875)
+    assert every.combine(every.score(row)).item() == pytest.approx(0.875)
 
 
 def test_absent_options_do_not_count() -> None:
@@ -108,14 +106,14 @@ def saved(tiny: Path, folder: Path, *, seed: int, mean: float, std: float, lora:
     return str(folder)
 
 
-def one_by_one(models: dict[str, RewardModel], some: list[Answer]) -> Tensor:
+def one_by_one(models: dict[str, RewardModel], some: Responses) -> Tensor:
     """Each score by a call of its own: standardized, of the raw prompt with one option."""
     table = torch.full((len(ALONG.ids), len(some)), math.nan)
     for e, id in enumerate(ALONG.ids):
-        for n, answer in enumerate(some):
-            if id in (answer.preferences or ()):
+        for n, row in enumerate(some.owners):
+            if id in row["preferences"]:
                 prompt = render("please", [ALONG.option(id)])
-                table[e, n] = models[id].scores([prompt], [answer.response], finished=answer.finished)[0]
+                table[e, n] = models[id].scores([prompt], [some.texts[n]], finished=bool(some.finished[n]))[0]
     return table
 
 
@@ -135,7 +133,7 @@ def test_one_conditioned_model_for_all(tiny: Path, tmp_path: Path, finished: boo
 def test_a_row_of_one_option_is_scored_as_by_the_reward_run(tiny: Path, tmp_path: Path) -> None:
     """P-Soups: the policy read the very prompt that the model is asked about."""
     folder = saved(tiny, tmp_path / "reward", seed=1, mean=0.3, std=2.0)
-    single = [answer for answer in answers() if len(answer.preferences or ()) == 1]
+    single = answers().take([n for n, row in enumerate(answers().owners) if len(row["preferences"]) == 1])
     both = [
         scored([reward], single).total for reward in (Reward.of_models(folder), Reward.of_preferences(folder, ALONG))
     ]
@@ -215,4 +213,4 @@ def test_a_score_that_is_not_finite_is_refused() -> None:
     """A gap says that a row lacks an option; a NaN of a scorer is no gap."""
     broken = Objectives(ALONG, {"long": lambda some: torch.full((len(some),), math.nan)})
     with pytest.raises(ValueError, match="the reward of long"):
-        broken.score(answers()[:1])
+        broken.score(answers().take([0]))

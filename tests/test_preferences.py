@@ -105,7 +105,7 @@ def test_a_batch_is_the_loss_on_stock_log_probabilities(policy: Policy, tokens: 
     if tokens:
         flat = [torch.full((length,), -1.0) for length in prefs.responses.lengths.tolist()]
         prefs = replace(prefs, ref=Logps.from_tokens(flat))
-    of = batch_loss(policy, loss, prefs, tokens=tokens)
+    of = batch_loss(policy, loss, prefs, wanted=frozenset({"tokens"} if tokens else ()))
     total, seen = of(policy, packed(policy, prefs, indices), indices)
     ours, some = Logps.from_tokens([direct(policy, one) for one in each(prefs.responses)]), prefs.at(indices)
     assert some.ref is not None
@@ -121,7 +121,9 @@ def test_details_are_those_of_the_whole_distribution(policy: Policy, tiny: Path)
             parameter.mul_(1.1)
     prefs = replace(encode_pairs(policy.tokenizer, PAIRS[:2], max_length=32), ref=references(2))
     caught = []
-    of = batch_loss(policy, lambda pair: caught.append(pair) or pair.chosen.sum, prefs, details=True, live=other)
+    of = batch_loss(
+        policy, lambda pair: caught.append(pair) or pair.chosen.sum, prefs, wanted=frozenset({"kl"}), live=other
+    )
     of(policy, packed(policy, prefs, [0, 1]), [0, 1])
     one = each(prefs.responses)[0]
     ids = torch.tensor([one.ids])

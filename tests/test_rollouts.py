@@ -9,25 +9,27 @@ from typing import Any
 import pytest
 import torch
 from families import read_rows
+from reading import drawn
 from torch import Tensor
 
 from pyrite.data.conditioning import Dimensions, Option, conditioned
+from pyrite.data.responses import Responses
 from pyrite.math import ensembles, seeds
 from pyrite.math.policy_gradient import gae, policy_loss, rloo, token_rewards, value_loss, whiten
 from pyrite.models.policy import Policy, RewardModel
 from pyrite.models.value import ValueModel, WithValue
 from pyrite.training.loop import BatchLoss, Learner, Training
 from pyrite.training.ppo import Reward, Rollouts, batch_loss, collect, estimates, scored
-from pyrite.training.rounds import Answer, Players
+from pyrite.training.rollouts import Players
 
 PROMPTS = [{"prompt_id": str(i), "prompt": words} for i, words in enumerate(["tell me", "please", "a cat then"])]
 IDS = [[1, 20, 21], [1, 22], [1, 4, 6, 20]]
 
 
-def count(answers: Any) -> Tensor:
+def count(answers: Responses) -> Tensor:
     """Two members: words, and words less one without an end."""
-    words = torch.tensor([float(len(answer.response.split())) for answer in answers])
-    return torch.stack([words, words - (~torch.tensor([answer.finished for answer in answers])).float()])
+    words = torch.tensor([float(len(said.split())) for said in answers.texts])
+    return torch.stack([words, words - (~answers.finished).float()])
 
 
 @pytest.fixture
@@ -50,25 +52,25 @@ def rolled(policy: Policy, **options: Any) -> Rollouts:
 
 
 def learned(learner: Learner, batch: list[int], found: Rollouts, loss: BatchLoss, lr: float = 0.0) -> dict[str, Tensor]:
-    return learner.update(batch, found.responses, found.groups, loss, weights=found.weights, lr=lr)
+    return learner.update(batch, found.responses, found.responses.groups(), loss, weights=found.weights, lr=lr)
 
 
 def test_everything_is_of_the_tokens_drawn(policy: Policy, tiny: Path) -> None:
     critic = ValueModel.load(tiny)
     torch.nn.init.normal_(critic.model.score.weight, generator=seeds.generator(0, "test"))  # type: ignore[union-attr,arg-type]
     found = rolled(policy, critic=critic)
-    assert len(found.answers) == 9 and len(found.groups) == 3 and found.k == 3
-    assert [answer.prompt_id for answer in found.answers] == ["0"] * 3 + ["1"] * 3 + ["2"] * 3
-    assert found.responses.tokens() == [answer.ids for answer in found.answers]
-    assert found.mask.sum(1).tolist() == [len(answer.ids) for answer in found.answers]
+    groups = found.responses.groups()
+    assert len(found.responses) == 9 and groups == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
+    assert [row["prompt_id"] for row in found.responses.owners] == ["0"] * 3 + ["1"] * 3 + ["2"] * 3
+    assert found.mask.sum(1).tolist() == [len(ids) for ids in found.responses.tokens()]
     assert found.logps.tokens is not None and found.ref.tokens is not None and found.values is not None
     torch.testing.assert_close(found.logps.tokens, read_rows(policy, found.responses).tokens, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(found.ref.tokens, read_rows(moved(policy), found.responses).tokens)
     assert found.values.shape == found.mask.shape and not found.values[~found.mask].any()
     with torch.no_grad():
-        flat = torch.cat([critic(critic.pack(found.responses, [group])) for group in found.groups])
+        flat = torch.cat([critic(critic.pack(found.responses, [group])) for group in groups])
     torch.testing.assert_close(found.values[found.mask], flat, atol=1e-5, rtol=1e-5)
-    assert found.finished.any() and not found.finished.all()
+    assert found.responses.finished.any() and not found.responses.finished.all()
     torch.testing.assert_close(rolled(policy, reread=True).logps.tokens, found.logps.tokens, atol=1e-5, rtol=1e-5)
 
 
@@ -78,16 +80,16 @@ def test_a_draw_belongs_to_its_prompt_and_batch(policy: Policy) -> None:
         *(Players(policy, policy), [Reward("words", count)], PROMPTS[1:2], IDS[1:2]),
         **{"k": 3, "max_new_tokens": 16, "seed": 0, "number": 0},
     )
-    ids = [[answer.ids for answer in found.answers] for found in (first, again, next_, alone)]
+    ids = [found.responses.tokens() for found in (first, again, next_, alone)]
     assert ids[0] == ids[1] != ids[2] and ids[3] == ids[0][3:6]
 
 
 def test_rewards_are_combined_and_weighted(policy: Policy) -> None:
-    answers = rolled(policy).answers
-    other = Reward("other", lambda some: torch.tensor([[float(len(a.response)) for a in some]]), weight=-0.5)
+    answers = rolled(policy).responses
+    other = Reward("other", lambda some: torch.tensor([[float(len(said)) for said in some.texts]]), weight=-0.5)
     found = scored([Reward("words", count, ensembles.wco, 2.0), other], answers)
     words = count(answers)
-    letters = torch.tensor([float(len(a.response)) for a in answers])
+    letters = torch.tensor([float(len(said)) for said in answers.texts])
     torch.testing.assert_close(found.total, 2 * words.amin(0) - 0.5 * letters)
     assert torch.equal(found.members["words"], words) and torch.equal(found.combined["other"], letters)
     summary = found.summary()
@@ -101,10 +103,11 @@ def test_reward_models_and_scorers(policy: Policy, tiny: Path, tmp_path: Path) -
     model = RewardModel.load(tiny, head_seed=1, head_std=0.5)
     model.mean, model.std = 0.1, 2.0
     model.save(tmp_path / "reward")
-    answers = rolled(policy).answers
-    asked, said, done = ([getattr(a, name) for a in answers] for name in ("prompt", "response", "finished"))
+    answers = rolled(policy).responses
     found = scored([Reward.of_models(str(tmp_path / "reward"), ensemble="uwo(weight=0.5)")], answers)
-    torch.testing.assert_close(found.total, model.scores(asked, said, finished=done))
+    torch.testing.assert_close(
+        found.total, model.scores(answers.prompts, answers.texts, finished=answers.finished.tolist())
+    )
     torch.testing.assert_close(scored([Reward.of_scorer("length()")], answers).total, count(answers)[0])
 
 
@@ -120,18 +123,19 @@ def test_preferences_of_a_prompt_reach_the_reward(policy: Policy) -> None:
     reward = Reward.of_preferences(None, along)
     reward.check(rows)
     found = collect(Players(policy, policy), [reward], rows, IDS, k=2, max_new_tokens=8, seed=0, number=0)
-    for answer, total in zip(found.answers, found.scores.total.tolist(), strict=True):
-        words = f"{answer.asked} {answer.response}".split()
-        scores = {"long": len(answer.response.split()), "cat": ("cat" in words) + ("a" in words)}
-        assert answer.preferences is not None
-        assert total == pytest.approx(sum(scores[id] for id in answer.preferences) / len(answer.preferences))
+    for row, said, total in zip(
+        found.responses.owners, found.responses.texts, found.scores.total.tolist(), strict=True
+    ):
+        words = f"{row['asked']} {said}".split()
+        scores = {"long": len(said.split()), "cat": ("cat" in words) + ("a" in words)}
+        assert total == pytest.approx(sum(scores[id] for id in row["preferences"]) / len(row["preferences"]))
     assert found.scores.summary()["preferences long"] == pytest.approx(found.scores.members["preferences"][0].nanmean())
     with pytest.raises(ValueError, match="prompt 0 has no preferences"):
         collect(Players(policy, policy), [reward], PROMPTS, IDS, k=2, max_new_tokens=8, seed=0, number=0)
 
 
 def test_refusals(policy: Policy, tmp_path: Path) -> None:
-    answers = [Answer("0", "tell me", "a cat", True, [1, 2], [3])]
+    answers = drawn([{"prompt_id": "0", "prompt": "tell me"}], ["a cat"])
     with pytest.raises(ValueError, match="at least one"):
         scored([], answers)
     with pytest.raises(ValueError, match="each once"):
@@ -149,7 +153,7 @@ def test_refusals(policy: Policy, tmp_path: Path) -> None:
 
 def shaped(found: Rollouts) -> Tensor:
     assert found.logps.tokens is not None and found.ref.tokens is not None
-    options: dict[str, Any] = {"beta": 0.2, "finished": found.finished, "missing_eos": 1.0}
+    options: dict[str, Any] = {"beta": 0.2, "finished": found.responses.finished, "missing_eos": 1.0}
     return token_rewards(found.scores.total, found.logps.tokens, found.ref.tokens, found.mask, **options)
 
 
@@ -237,7 +241,7 @@ def test_learning_raises_the_reward(policy: Policy) -> None:
 def test_rloo_of_rollouts_is_of_whole_answers(policy: Policy) -> None:
     """The KL is in the answer's score: its sum over tokens is score − β log π/π_ref − penalty."""
     found = rolled(policy)
-    whole = found.scores.total - 0.2 * (found.logps.sum - found.ref.sum) - (~found.finished).float()
+    whole = found.scores.total - 0.2 * (found.logps.sum - found.ref.sum) - (~found.responses.finished).float()
     torch.testing.assert_close(shaped(found).sum(1), whole, atol=1e-5, rtol=1e-5)
     made = estimates(found, shaped(found), method="rloo").advantages[:, 0]
     torch.testing.assert_close(made, rloo(whole.view(3, 3)).flatten(), atol=1e-5, rtol=1e-5)

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from reading import drawn
 from torch import Tensor
 
 from pyrite.feedback.ledger import GoldLimits
 from pyrite.training.evaluation import ALWAYS, Truth
 
-PROMPTS = ["p", "p", "q", "q", "r", "r"]
+PROMPTS = [{"prompt": "p"}, {"prompt": "q"}, {"prompt": "r"}]
 SAID = ["a b", "a", "c", "c d e", "", "e"]
-OWNER = torch.tensor([0, 0, 1, 1, 2, 2])
 WORDS = [2.0, 1.0, 1.0, 3.0, 0.0, 1.0]
 
 
@@ -37,7 +37,7 @@ def truth(folder: Path, scorer: Words, asking: GoldLimits = ALWAYS) -> Truth:
 
 
 def ask(made: Truth, step: int, said: list[str] = SAID) -> list[float] | None:
-    found = made(PROMPTS, said, OWNER, step=step)
+    found = made(drawn(PROMPTS, said, k=2), step=step)
     return None if found is None else found.tolist()
 
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-import pyrite.training.metrics
+import pyrite.training.rounds
 from pyrite.training.evaluation import Evaluation
-from pyrite.training.metrics import best, check_stopping, fitted, parted
+from pyrite.training.rounds import best, check_stopping, fitted, parted
 
 
 def rows(gold: list[float], proxy: list[float], se: float = 0.1) -> list[dict[str, Any]]:
@@ -20,7 +20,7 @@ def rows(gold: list[float], proxy: list[float], se: float = 0.1) -> list[dict[st
 
 
 def test_example() -> None:
-    assert doctest.testmod(pyrite.training.metrics).failed == 0
+    assert doctest.testmod(pyrite.training.rounds).failed == 0
 
 
 @pytest.mark.parametrize(

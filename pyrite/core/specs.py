@@ -13,8 +13,8 @@ keyword-only parameters are the options, and values are literals, never code. Wh
     optimizers      optimizer(parameters, *, ...) -> a torch.optim.Optimizer
     samplers        sampler(*, ...) -> a pyrite.math.samplers.Sampler
     schedules       schedule(*, ...) -> a pyrite.feedback.schedules.Schedule
-    annotators      annotator(*, ...) -> a function (players, seed) -> with scores(answers), learn(labels, seed=),
-                    learners
+    annotators      annotator(*, ...) -> a function (players, seed) -> with scores(responses), learners, and
+                    learn(pairs, seed=), of responses of which every other one is the chosen one
 
 A function of options alone makes the part: what it returns is called with the data.
 
@@ -44,7 +44,7 @@ import re
 import sys
 import sysconfig
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -351,10 +351,10 @@ class Discriminating:
         """Of its members, for checkpoints."""
         return self.inner.learners
 
-    def scores(self, answers: Sequence[Any]) -> Tensor:
+    def scores(self, answers: Sized) -> Tensor:
         """(E, N), finite."""
         with self.own.running():
-            found = self.inner.scores(list(answers))
+            found = self.inner.scores(answers)
         if not (isinstance(found, Tensor) and found.ndim == 2 and found.shape[1] == len(answers)):
             shape = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else _called(found)
             raise self.own.fault(f"scores() returns {shape}; return a tensor (E, N), N = {len(answers)} answers")
@@ -362,10 +362,10 @@ class Discriminating:
             raise self.own.fault("scores() returns a value that is not finite")
         return found.detach()
 
-    def learn(self, labels: Sequence[Any], *, seed: int) -> dict[str, float]:
+    def learn(self, labels: Sized, *, seed: int) -> dict[str, float]:
         """Means over its updates, by name."""
         with self.own.running():
-            found = self.inner.learn(list(labels), seed=seed)
+            found = self.inner.learn(labels, seed=seed)
         if not isinstance(found, Mapping):
             raise self.own.fault(f"learn() returns {_called(found)}; return numbers by name, such as {{'loss': 0.5}}")
         return dict(found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -27,11 +28,12 @@ class Responses:
     rows: Sequence[dict[str, Any]]  # P prompts as their file has them: prompt, prompt_id and more
     prompt_ids: Sequence[Sequence[int]]  # P prompts as tokens
     prompt: Tensor  # (N,) which prompt each response answers
-    texts: Sequence[Answer]  # N, what was said
+    texts: Sequence[Any]  # N, what was said: texts, or messages (`Answer`)
     ids: Tensor  # (R,) response tokens, the end token included
     lengths: Tensor  # (N,) tokens of each response
     finished: Tensor  # (N,) bool: it ends with its end token
     truncated: Tensor | None = None  # (N,) bool: it was cut to a length when it was read
+    logps: Tensor | None = None  # (R,) nats: of each token, under the policy that drew it, at temperature 1
 
     @classmethod
     def said(
@@ -69,13 +71,38 @@ class Responses:
             finished=torch.ones(len(answers), dtype=torch.bool),
         )
 
+    @classmethod
+    def joined(cls, parts: Sequence[Responses]) -> Responses:
+        """One after another, without what only some of them have."""
+        begins = [0, *itertools.accumulate(len(part.rows) for part in parts)]
+        return cls(
+            rows=[row for part in parts for row in part.rows],
+            prompt_ids=[ids for part in parts for ids in part.prompt_ids],
+            prompt=torch.cat([part.prompt + begin for part, begin in zip(parts, begins, strict=False)]),
+            texts=[said for part in parts for said in part.texts],
+            ids=torch.cat([part.ids for part in parts]),
+            lengths=torch.cat([part.lengths for part in parts]),
+            finished=torch.cat([part.finished for part in parts]),
+        )
+
     def __len__(self) -> int:
         return len(self.prompt)
 
     @property
+    def owners(self) -> list[dict[str, Any]]:
+        """The row of the prompt that each of the N responses answers."""
+        return [self.rows[p] for p in self.prompt.tolist()]
+
+    @property
     def prompts(self) -> list[Prompt]:
         """What each of the N responses answers."""
-        return [self.rows[p]["prompt"] for p in self.prompt.tolist()]
+        return [row["prompt"] for row in self.owners]
+
+    @property
+    def sample(self) -> list[int]:
+        """The place of each of the N responses among those to its prompt."""
+        place = {i: k for group in self.groups() for k, i in enumerate(group)}
+        return [place[i] for i in range(len(self))]
 
     def asked(self) -> list[Sequence[int]]:
         """The prompt of each of the N responses, as tokens."""
@@ -119,7 +146,13 @@ class Responses:
             lengths=self.lengths[at],
             finished=self.finished[at],
             truncated=None if self.truncated is None else self.truncated[at],
+            logps=None if self.logps is None else self.logps[tokens],
         )
+
+    def alone(self, index: Sequence[int]) -> Responses:
+        """Some of the responses, each with a prompt of its own, so that no other prompt is kept."""
+        some = self.take(index)
+        return replace(some, rows=some.owners, prompt_ids=some.asked(), prompt=torch.arange(len(some)))
 
     def places(self, index: np.ndarray) -> np.ndarray:
         """Where the tokens of some responses stand in `ids`, one response after another."""

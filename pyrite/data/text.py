@@ -672,6 +672,7 @@ def encode(
         lengths=torch.tensor([len(back) for back in kept], dtype=torch.int64),
         finished=said.finished & ~cut,
         truncated=cut,
+        logps=None,
     )
 
 

@@ -34,7 +34,16 @@ from pyrite.models.policy import Lora, Policy
 from pyrite.training import loop
 from pyrite.training.evaluation import Evaluation, Evaluator
 from pyrite.training.loop import BatchLoss, Logging, Training
-from pyrite.training.pairs import Loss, Preferences, batch_loss, encode_pairs, gaps, measure, value_at_ref
+from pyrite.training.pairs import (
+    Loss,
+    Preferences,
+    batch_loss,
+    encode_pairs,
+    gaps,
+    measure,
+    value_at_ref,
+    whole_batches,
+)
 
 OUTPUTS = {
     "model/": "the last policy, Hugging Face layout",
@@ -43,7 +52,6 @@ OUTPUTS = {
     "(part=train with --held-out 0)",
     "dropped.jsonl": "pairs that were left out, with the reason",
 }
-WHOLE = 1 << 40  # tokens; no batch is larger
 MEASURED = 512  # training pairs to measure on where none are held out
 
 
@@ -111,17 +119,8 @@ def run(config: Config) -> Run:
     learn, test, dropped, cut = _prepare(run, policy, pairs, held, config, wanted)
     live = LiveReference.of(policy, config, wanted)
     running = Running.zero(device=policy.device) if "running" in wanted else None
-    whole = bool(wanted & {"batch", "running"})
-    training = replace(config.training, micro_batch_tokens=WHOLE) if whole else config.training
-    of = partial(
-        batch_loss,
-        policy,
-        loss,
-        tokens=bool(wanted & {"tokens", "ref_tokens"}),
-        details=bool(wanted & {"kl", "collision"}),
-        live=live.policy if live else None,
-        running=running,
-    )
+    training = whole_batches(config.training, wanted)
+    of = partial(batch_loss, policy, loss, wanted=wanted, live=live.policy if live else None, running=running)
     total = loop.steps(len(learn), training)
     part = "held_out" if len(test) else "train"
     if not len(test):

@@ -26,15 +26,14 @@ from pyrite.core.runs import Run
 from pyrite.data import rows as data
 from pyrite.data.conditioning import Dimensions, Option, files, filled
 from pyrite.data.files import Row
+from pyrite.data.responses import Responses
 from pyrite.data.text import plain
-from pyrite.feedback import judges
-from pyrite.feedback import scorers as golds
+from pyrite.feedback import judges, scorers
 from pyrite.feedback.pairing import check_verdicts
 from pyrite.math import duels
 from pyrite.math.duels import DuelRates, Missing
 from pyrite.math.ranges import Natural, Several
-from pyrite.training.ppo import OneScore, gold_scorers, model_scorers
-from pyrite.training.rounds import Answer
+from pyrite.training.ppo import Score, gold_scorers, model_scorers
 
 OUTPUTS = {"verdicts.parquet": "every verdict: first, second, combination, asked_id, sample, option, p, verdict"}
 GENERAL = "general"
@@ -289,7 +288,7 @@ def _averages(matrix: Sequence[Row], methods: Sequence[str]) -> list[Row]:
 # Scores -----------------------------------------------------------------------------------------------------------
 
 
-def _scorers(config: Config, known: Dimensions | None) -> dict[str, dict[str, OneScore]]:
+def _scorers(config: Config, known: Dimensions | None) -> dict[str, dict[str, Score]]:
     """Scorers of options by kind, loaded."""
     if not known:
         return {}
@@ -311,7 +310,7 @@ def _rewards(config: Config) -> dict[str, str]:
     return found
 
 
-def _scores(contest: Contest, scorers: Mapping[str, Mapping[str, OneScore]]) -> Iterator[Row]:
+def _scores(contest: Contest, scorers: Mapping[str, Mapping[str, Score]]) -> Iterator[Row]:
     """The mean score of each method by each option of each combination, with its standard error over prompts."""
     for by, of_options in scorers.items():
         for option in dict.fromkeys(itertools.chain(*contest.combinations)):
@@ -329,18 +328,19 @@ def _scores(contest: Contest, scorers: Mapping[str, Mapping[str, OneScore]]) -> 
                     yield {**place, "mean": means.mean().item(), "se": se, "by": by}
 
 
-def _scored(contest: Contest, option: str, scorer: OneScore) -> Callable[[Row], float]:
+def _scored(contest: Contest, option: str, scorer: Score) -> Callable[[Row], float]:
     """What an option makes of every answer under it, each text scored once."""
-    texts: dict[tuple[Any, ...], Answer] = {}
+    texts: dict[tuple[Any, ...], Row] = {}
 
     def key(row: Row) -> tuple[Any, ...]:
         return str(row["asked_id"]), row["response"], row["finished"]
 
     for unit in (unit for unit in contest.units if option in unit.combination):
         for row in (mine[unit] for mine in contest.answers.values()):
-            given = (row["prompt_id"], row["prompt"], row["response"], row["finished"])
-            texts.setdefault(key(row), Answer(*given, [], [], row["asked"], [option]))
-    scores = golds.check_scores(scorer(list(texts.values())), len(texts), name=f"the score of {option}").tolist()
+            texts.setdefault(key(row), row)
+    every = list(texts.values())
+    said = Responses.said(every, [row["response"] for row in every], finished=[row["finished"] for row in every])
+    scores = scorers.check_scores(scorer(said), len(every), name=f"the score of {option}").tolist()
     found = dict(zip(texts, scores, strict=True))
     return lambda row: found[key(row)]
 

@@ -116,7 +116,8 @@ def run(config: Config) -> Run:
     with progress("evaluate", evaluator.total, unit="answers") as advance:
         answers = evaluator(policy, progress=advance)
     found: dict[str, Any] = {"answers": _by_position(answers)}
-    state = statistics.degeneration(answers.drawn.responses(), answers.drawn.finished.tolist())
+    tokens = answers.responses.tokens()
+    state = statistics.degeneration(tokens, answers.responses.finished.tolist())
     found["answers"] |= state._asdict()
     if evaluator.ref and made:
         found["pairs"], table = on_pairs(policy, evaluator.ref, made, min_count=config.min_count)
@@ -127,18 +128,22 @@ def run(config: Config) -> Run:
         runs.write_json(run.folder / "analyses.json", found)
         if config.alpaca_eval:
             runs.write_json(run.folder / "alpaca_eval.json", _for_alpaca_eval(answers, config))
-    summary, worth = answers.summary(), answers.diversity()
-    worth |= {"repetition": state.repetition, "degenerate": state.degenerate}
+    summary = answers.summary()
+    worth = {f"distinct_{n}": statistics.distinct(tokens, n) for n in (1, 2)} | {
+        "repetition": state.repetition,
+        "degenerate": state.degenerate,
+    }
     run.log(step=0, **{name: pair["mean"] for name, pair in summary.items()}, **worth)
     ranked = {name: value for name, value in found.get("pairs", {}).items() if name in RANKED}
-    return run.finish(answers=len(answers.rows), **summary, **worth, **ranked, **evaluator.long)
+    return run.finish(answers=len(tokens), **summary, **worth, **ranked, **evaluator.long)
 
 
 def _for_alpaca_eval(answers: Measurement, config: Config) -> list[dict[str, str]]:
     """instruction, output, generator, dataset: the leaderboard's columns."""
     named = {"generator": str(config.alpaca_eval), "dataset": Path(config.prompts).stem}
-    first = [row for row in answers.rows if row["sample"] == 0]
-    return [{"instruction": text.plain(row["prompt"]), "output": row["response"], **named} for row in first]
+    read = answers.responses
+    every = zip(read.sample, read.prompts, read.texts, strict=True)
+    return [{"instruction": text.plain(asked), "output": said, **named} for number, asked, said in every if not number]
 
 
 def on_pairs(
@@ -220,9 +225,17 @@ def _by_position(answers: Measurement) -> dict[str, Any]:
 
 
 def _rows(answers: Measurement) -> list[dict[str, Any]]:
-    values = {name: value.tolist() for name, value in answers.values.items()}
-    values["repetition"] = [statistics.repetition(tokens) for tokens in answers.drawn.responses()]
-    return [{**row, **{name: value[i] for name, value in values.items()}} for i, row in enumerate(answers.rows)]
+    read = answers.responses
+    columns = {
+        "prompt_id": [row["prompt_id"] for row in read.owners],
+        "prompt": read.prompts,
+        "sample": read.sample,
+        "response": read.texts,
+        "finished": read.finished.tolist(),
+        **{name: value.tolist() for name, value in answers.values.items()},
+        "repetition": [statistics.repetition(tokens) for tokens in read.tokens()],
+    }
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 def _plain(means: dict[str, statistics.Mean]) -> dict[str, dict[str, float]]:

@@ -16,14 +16,13 @@ from pyrite.core import runs
 from pyrite.core.processes import Advance, progress, say
 from pyrite.core.runs import Run
 from pyrite.data import rows as data
-from pyrite.data import text
 from pyrite.data.conditioning import Variants
+from pyrite.data.responses import Responses
 from pyrite.data.rows import OnLong
 from pyrite.data.text import Template
 from pyrite.math import seeds
 from pyrite.math.ranges import Amplitude, Count, Natural, NonNegative
-from pyrite.models.generation import Samples, sample
-from pyrite.models.policy import Policy, backbone
+from pyrite.models.policy import Policy
 
 OUTPUTS = {
     "candidates.parquet": "prompt_id, prompt, sample, response, finished, length, logp; of prompts under preferences "
@@ -121,18 +120,16 @@ def _sample(
     *,
     new: int,
     progress: Advance | None = None,
-) -> Samples:
-    return sample(
-        backbone(policy.model),
+) -> Responses:
+    return policy.draw(
+        prompts,
         ids,
-        eos=policy.stops,
         k=config.k,
         max_new_tokens=new,
         temperature=config.temperature,
         top_p=config.top_p,
         top_k=config.top_k,
         seed=seeds.derive(config.seed, "generate"),
-        keys=[seeds.derive(0, str(row["prompt_id"])) for row in prompts],
         max_rows=config.rows,
         progress=progress,
     )
@@ -140,15 +137,15 @@ def _sample(
 
 def _part(policy: Policy, prompts: list[dict], ids: list[list[int]], config: Config, advance: Advance) -> dict:
     drawn = _sample(policy, prompts, ids, config, new=config.max_new_tokens, progress=advance)
-    owner = [prompts[i] for i in drawn.prompt.tolist()]
+    assert drawn.logps is not None  # it was drawn
     return {
-        "prompt_id": [row["prompt_id"] for row in owner],
-        "prompt": [row["prompt"] for row in owner],
-        "sample": drawn.sample.tolist(),
-        "response": text.decode(policy.tokenizer, drawn.responses()),
+        "prompt_id": [row["prompt_id"] for row in drawn.owners],
+        "prompt": drawn.prompts,
+        "sample": drawn.sample,
+        "response": drawn.texts,
         "finished": drawn.finished.tolist(),
-        "length": drawn.length.tolist(),
-        "logp": drawn.policy_logps.double().sum(1).tolist(),
+        "length": drawn.lengths.tolist(),
+        "logp": drawn.padded(drawn.logps).double().sum(1).tolist(),
     }
 
 

@@ -20,8 +20,8 @@ from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
-from pyrite.core import checkpoints, processes, runs, specs
-from pyrite.core.processes import progress, say
+from pyrite.core import checkpoints, runs, specs
+from pyrite.core.processes import say
 from pyrite.core.runs import Run
 from pyrite.data.conditioning import Dimensions, Variants
 from pyrite.data.rows import OnLong
@@ -32,13 +32,12 @@ from pyrite.math import ensembles, statistics
 from pyrite.math.policy_gradient import Estimates, KLControl, explained_variance, normalized, token_rewards, whiten
 from pyrite.math.ranges import Count, Fraction, Natural, NonNegative, Positive, Share, Some
 from pyrite.models.policy import Lora, Policy, RewardEnsemble
-from pyrite.training import loop, prompts
-from pyrite.training.evaluation import Evaluation, Evaluator
+from pyrite.training import rounds
+from pyrite.training.evaluation import Evaluation
 from pyrite.training.loop import Training, TrainingError
-from pyrite.training.metrics import Journal, check_stopping
 from pyrite.training.ppo import AdvantageMethod, Combine, Critic, Learners, Reward, Rollouts, State, collect, estimates
-from pyrite.training.prompts import Turns
-from pyrite.training.rounds import Players
+from pyrite.training.rollouts import Players
+from pyrite.training.rounds import Journal
 
 OUTPUTS = {
     "model/": "the last policy, Hugging Face layout; a value head on its trunk beside it",
@@ -143,84 +142,58 @@ def run(config: Config) -> Run:
         return run
     loaded: dict[Path, RewardEnsemble] = {}  # a reward run that is the proxy too is loaded once
     control, rewards = _checked(config), _rewards(config, loaded)
-    asked, test = _prompts(config, rewards)
-    policy = Policy.load(config.model, lora=Lora.parse(config.lora), template=config.template)
-    loop.set_dropout(policy, name=config.model)
-    weights = loop.Weights.of(policy)
-    start = policy if policy.reversible else policy.frozen_copy()
-    limits: dict[str, Any] = {"max_prompt": config.max_prompt, "on_long": config.on_long}
-    evaluator = Evaluator.load(
-        config.evaluation,
-        policy,
-        ref=start,
-        seed=config.seed,
-        prompts=test,
-        asking=GoldLimits.parse(config.gold_budget, config.gold_limits),
-        ensemble=config.ensemble,
-        loaded=loaded,
-        **limits,
-    )
-    fitted = prompts.encoded(policy, asked, new=config.evaluation.max_new_tokens, **limits)
-    asked, ids = fitted.rows, fitted.ids
-    learners = _learners(policy, config)
-    players = Players(policy, start, config.training.precision)
-    run.open()
-    turns = Turns(len(asked), min(config.prompts_per_step, len(asked)), config.seed)
-    say(f"ppo: {config.steps} steps of {turns.size * config.k} answers, {len(test)} prompts to measure on")
-    state = State.of(control)
-    journal = Journal(run, evaluator, policy, part="ppo", patience=config.early_stopping_patience)
-    begin = learners.resume(run.folder, state)
-    journal.begin(begin)
-    with progress("ppo", config.steps, unit="steps", done=begin) as advance, processes.after_steps("step") as stops:
-        for number in range(begin, config.steps):
-            places = turns(number)
-            drawn = collect(
-                players,
-                rewards,
-                [asked[i] for i in places],
-                [ids[i] for i in places],
-                k=config.k,
-                max_new_tokens=config.evaluation.max_new_tokens,
-                seed=config.seed,
-                number=number,
-                critic=learners.critic,
-            )
-            if number == 0:
-                _check_start(players, drawn)
-            shaped, clipped = _shaped(drawn, state, config)
-            made = _advantages(drawn, shaped, state, config)
-            seen = learners.learn(drawn, made, number) | _summary(drawn, shaped, made, state) | clipped
-            state.follow(control, seen["rollout_kl"], answers=len(drawn.answers))
-            over = number + 1 == config.steps
-            measured = over or (number + 1) % config.measure_every == 0
-            journal.log(number, len(drawn.answers), seen, measured=measured, over=over)
-            advance(1)
-            if over or (measured and journal.parted()):
-                break
-            stop = stops()
-            if measured or stop:
-                learners.save(run.folder, number + 1, state)
-                run.pause()
-            if stop:
-                raise processes.Stopped(stop, f"ppo has {number + 1} of {config.steps} steps")
-    learners.finish(run)
-    journal.tell()
-    found = loop.tell("ppo", weights.change(policy), config.training.lr, journal.shift)
-    long = fitted.counts() | {f"eval_{name}": count for name, count in evaluator.long.items()}
-    return run.finish(
-        start=journal.start, last=journal.last, fit=journal.fit, answers=journal.answers, moved=found, **long
-    )
-
-
-def _prompts(config: Config, rewards: Sequence[Reward]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """To learn from and to measure on, under their preferences; refused where a reward could not score an answer."""
-    both = prompts.split(
+    both = rounds.split(
         config.prompts, config.evaluation, columns=config.columns, held_out=config.held_out, seed=config.seed
     )
     asked, test = map(config.variants.of, both)
     for reward in rewards:
         reward.check(asked)
-    return asked, test
+    policy = Policy.load(config.model, lora=Lora.parse(config.lora), template=config.template)
+    ready = rounds.prepare(
+        policy,
+        asked,
+        config.evaluation,
+        test,
+        name=config.model,
+        size=config.prompts_per_step,
+        seed=config.seed,
+        asking=GoldLimits.parse(config.gold_budget, config.gold_limits),
+        ensemble=config.ensemble,
+        loaded=loaded,
+        max_prompt=config.max_prompt,
+        on_long=config.on_long,
+    )
+    learners = _learners(policy, config)
+    players = Players(policy, ready.start, config.training.precision)
+    run.open()
+    say(f"ppo: {config.steps} steps of {ready.size * config.k} answers, {len(test)} prompts to measure on")
+    state = State.of(control)
+    journal = Journal(run, ready.evaluator, policy, "ppo", config.early_stopping_patience)
+    begin = learners.resume(run.folder, state)
+    journal.begin(begin)
+    drawing: dict[str, Any] = {
+        "k": config.k,
+        "max_new_tokens": config.evaluation.max_new_tokens,
+        "seed": config.seed,
+        "critic": learners.critic,
+    }
+
+    def step(number: int) -> tuple[int, int, dict[str, float], bool]:
+        drawn = collect(players, rewards, *ready.turn(number), number, **drawing)
+        if number == 0:
+            _check_start(players, drawn)
+        shaped, clipped = _shaped(drawn, state, config)
+        made = _advantages(drawn, shaped, state, config)
+        found = learners.learn(drawn, made, number) | _summary(drawn, shaped, made, state) | clipped
+        state.follow(control, found["rollout_kl"], answers=len(drawn.responses))
+        return len(drawn.responses), 0, found, False
+
+    def save(done: int) -> None:
+        learners.save(run.folder, done, state)
+
+    journal.go(step, save, begin=begin, total=config.steps, every=config.measure_every, unit="step")
+    learners.finish(run)
+    return journal.finish(ready, config.training.lr)
 
 
 # One step ---------------------------------------------------------------------------------------------------------
@@ -228,7 +201,7 @@ def _prompts(config: Config, rewards: Sequence[Reward]) -> tuple[list[dict[str, 
 
 def _check_start(players: Players, drawn: Rollouts) -> None:
     """Policy, reference and the policy read again must be one at the start. Raises TrainingError."""
-    again = players.policy_logps(drawn.responses, drawn.groups)
+    again = players.policy_logps(drawn.responses, drawn.responses.groups())
     for name, other in (("the policy read again", again), ("the reference", drawn.ref)):
         assert drawn.logps.tokens is not None and other.tokens is not None
         off = ((drawn.logps.tokens - other.tokens).abs() * drawn.mask).max().item()
@@ -254,7 +227,7 @@ def _shaped(drawn: Rollouts, state: State, config: Config) -> tuple[Tensor, dict
         drawn.mask,
         beta=state.beta.item(),
         kl=_part("kl", config.kl, KLS).estimator,
-        finished=drawn.finished,
+        finished=drawn.responses.finished,
         missing_eos=config.missing_eos_penalty,
         clip=scaling.clip,
     )
@@ -283,7 +256,7 @@ def _summary(drawn: Rollouts, shaped: Tensor, made: Estimates, state: State) -> 
         "rollout_kl_k3": k3.mean().item(),
         "entropy": (-drawn.logps.tokens[drawn.mask]).mean().item(),
         "rollout_length": drawn.logps.length.double().mean().item(),
-        "cut": (~drawn.finished).double().mean().item(),
+        "cut": (~drawn.responses.finished).double().mean().item(),
         "beta": state.beta.item(),
         **drawn.scores.summary(),
     }
@@ -402,7 +375,7 @@ def _part(name: str, spec: str, known: Mapping[str, Callable[..., Any]]) -> Any:
 
 def _checked(config: Config) -> KLControl:
     """Whatever the options alone show to be impossible."""
-    check_stopping(config.early_stopping_patience, config.evaluation)
+    rounds.check_stopping(config.early_stopping_patience, config.evaluation)
     specs.part(config.ensemble, ensembles)  # also where no reward has members
     names = [name for _, name in _each(config.reward)]
     if twice := [name for name in names if names.count(name) > 1]:

@@ -26,6 +26,7 @@ from transformers import (
 from pyrite.core.processes import once
 from pyrite.data.responses import Prompt, Responses
 from pyrite.data.text import PLAIN, Template, decode, encode, encode_prompts, remembering, stop_ids
+from pyrite.math import seeds
 from pyrite.math.logps import Logps
 from pyrite.models import forward, generation
 from pyrite.models.forward import (
@@ -168,6 +169,10 @@ class Policy(nn.Module):
         """Log-probabilities of the N responses; `tokens=True` keeps them token by token."""
         return by_response(self(batch), batch, tokens=tokens)
 
+    def reading(self, precision: Dtype) -> torch.autocast:
+        """The context in which this policy computes in a precision."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bfloat16")
+
     @contextmanager
     def without_adapters(self) -> Iterator[Policy]:
         """Within this block its adapters, if it has any, do nothing."""
@@ -191,28 +196,67 @@ class Policy(nn.Module):
         Raises ValueError for a prompt that leaves no room for max_new_tokens in the context.
         """
         _check_prompts(prompts)
-        ids = encode_prompts(self.tokenizer, prompts)
-        drawn = generation.sample(
-            backbone(self.model),
-            ids,
-            eos=self.stops,
+        rows = [{"prompt_id": str(i), "prompt": prompt} for i, prompt in enumerate(prompts)]
+        return self.draw(
+            rows,
+            encode_prompts(self.tokenizer, prompts),
             k=k,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_p=top_p,
             top_k=top_k,
             seed=seed,
+            keys=range(len(rows)),
         )
-        said, within = drawn.responses(), torch.arange(drawn.tokens.shape[1], device=drawn.length.device)
-        mask = within < drawn.length[:, None]
+
+    def draw(
+        self,
+        rows: Sequence[dict[str, Any]],
+        ids: Sequence[list[int]],
+        *,
+        k: int = 1,
+        max_new_tokens: int = 256,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        seed: int = 0,
+        keys: Sequence[int] | None = None,
+        exponents: Tensor | None = None,
+        ref: Policy | None = None,
+        max_rows: int | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> Responses:
+        """k responses to each prompt {prompt_id, prompt}, given as token ids too, with their log-probabilities.
+
+        keys: the prompts' identities in the random streams, by default from their ids. exponents (P, k, 2): draw from
+        policy^a ref^b, where `ref` None is the policy without its adapters. Other options: `generation.sample`.
+        """
+        drawing: dict[str, Any] = {
+            "eos": self.stops,
+            "max_new_tokens": max_new_tokens,
+            "temperature": temperature,
+            "top_p": top_p,
+            "top_k": top_k,
+            "seed": seed,
+            "keys": [seeds.derive(0, str(row["prompt_id"])) for row in rows] if keys is None else keys,
+            "max_rows": max_rows,
+            "progress": progress,
+        }
+        if exponents is None:
+            drawn = generation.sample(backbone(self.model), ids, k=k, **drawing)
+        else:
+            other = None if ref is None else ref.model
+            drawn = generation.sample_mixed(self.model, other, ids, exponents=exponents, **drawing)
+        mask = torch.arange(drawn.tokens.shape[1], device=drawn.length.device) < drawn.length[:, None]
         return Responses(
-            rows=[{"prompt_id": str(i), "prompt": prompt} for i, prompt in enumerate(prompts)],
+            rows=rows,
             prompt_ids=ids,
             prompt=drawn.prompt.cpu(),
-            texts=decode(self.tokenizer, said),
+            texts=decode(self.tokenizer, drawn.responses()),
             ids=drawn.tokens[mask].cpu(),
             lengths=drawn.length.cpu(),
             finished=drawn.finished.cpu(),
+            logps=drawn.policy_logps[mask].cpu(),
         )
 
     def frozen_copy(self) -> Policy:

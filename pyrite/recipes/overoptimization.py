@@ -32,7 +32,7 @@ from pyrite.report.charts import COLORS, DASHED, NAMES, OBJECTIVES, REWARD, SOLI
 from pyrite.report.page import Part, answers, figure, number, numbers, percent, table, tabs, text
 from pyrite.training.evaluation import Evaluation
 from pyrite.training.loop import Training
-from pyrite.training.metrics import FAR
+from pyrite.training.rounds import FAR
 
 # settings
 

@@ -7,7 +7,7 @@ KL(policy || ref) = E_policy[log pi - log pi_ref] is estimated where it is defin
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,8 +18,7 @@ from torch import Tensor
 
 from pyrite.core import specs
 from pyrite.core.processes import Advance, on_main, say
-from pyrite.data import rows as data
-from pyrite.data import text
+from pyrite.data import rows, text
 from pyrite.data.responses import Responses
 from pyrite.data.rows import OnLong
 from pyrite.feedback import scorers
@@ -29,8 +28,7 @@ from pyrite.math import ensembles, seeds, statistics
 from pyrite.math.logps import Logps
 from pyrite.math.ranges import Count
 from pyrite.models.forward import Packed, score, singles, token_logps
-from pyrite.models.generation import Samples, sample
-from pyrite.models.policy import Policy, RewardEnsemble, backbone
+from pyrite.models.policy import Policy, RewardEnsemble
 
 # Gold in measurements ----------------------------------------------------------------------------------------------
 
@@ -52,19 +50,19 @@ class Truth:
         """Whether measurement `number` (0 is the start) asks gold; the last one of a run always does."""
         return over or number % self.asking.every == 0
 
-    def __call__(self, prompts: list[str], responses: list[str], owner: Tensor, *, step: int) -> Tensor | None:
-        """Gold of N answers, answer i to prompt owner[i]: NaN where gold was not asked or gave none; None of all.
+    def __call__(self, answers: Responses, *, step: int) -> Tensor | None:
+        """Gold of N answers: NaN if it was not asked about an answer or gave no score; None if there is none at all.
 
-        A budget that does not cover what a measurement still has to buy buys nothing of it: part of its answers would
-        be another measurement. Gold of answers to fewer than 2 prompts is none, for it has no standard error.
+        If the remaining budget cannot pay for the whole measurement, nothing is bought: scoring only some answers
+        would not be comparable. Gold of answers to fewer than 2 prompts has no standard error, and is not given.
         """
-        some = (owner < self.asking.prompts if self.asking.prompts else torch.ones_like(owner).bool()).cpu()
-        chosen = some.nonzero().flatten().tolist()
-        asked, said = [prompts[i] for i in chosen], [responses[i] for i in chosen]
+        owner = answers.prompt
+        some = owner < self.asking.prompts if self.asking.prompts else torch.ones_like(owner).bool()
+        chosen = answers.take(some.nonzero().flatten())
         if self.account is None:
-            found: Tensor | None = scorers.check_scores(self.scorer(asked, said), len(said), name=self.name).cpu()
+            found: Tensor | None = gold_scores(self.scorer, chosen, name=self.name).cpu()
         else:
-            found = on_main(self._buy)(asked, said, step)
+            found = on_main(self._buy)([text.plain(prompt) for prompt in chosen.prompts], chosen.texts, step)
         if found is None:
             return None
         known = found.isfinite()
@@ -81,7 +79,7 @@ class Truth:
         books = self.account.books(round=step)
         return {"gold_labels": books.answered} | ({"gold_money": books.money} if self.asking.cost else {})
 
-    def _buy(self, prompts: list[str], responses: list[str], step: int) -> Tensor | None:
+    def _buy(self, prompts: list[str], responses: Sequence[Any], step: int) -> Tensor | None:
         """Every answer's gold, or None where the budget does not cover it; NaN where gold gave none."""
         assert self.account is not None
         if self.account.wanting(prompts, responses, round=step) > self.account.left:
@@ -100,6 +98,12 @@ class Truth:
                 "measuring goes on without gold"
             )
             self.told = True
+
+
+def gold_scores(scorer: Scorer, answers: Responses, *, name: str) -> Tensor:
+    """Scores (N,) of answers by a gold function, which reads plain texts. Raises ValueError if one is not finite."""
+    given = scorer([text.plain(prompt) for prompt in answers.prompts], list(answers.texts))
+    return scorers.check_scores(given, len(answers), name=name)
 
 
 # KL and entropy over the whole vocabulary at every position of an answer
@@ -145,9 +149,9 @@ def _by_position(ours: Callable[[slice], Tensor], theirs: Callable[[slice], Tens
     """(3, R): log π_ref(target), KL(π ‖ π_ref), entropy of π."""
     found = []
     for begin in range(0, len(batch.target), CHUNK):
-        rows = slice(begin, begin + CHUNK)
-        p, q = (torch.log_softmax(logits(rows).float(), -1) for logits in (ours, theirs))
-        weight, picked = p.exp(), q.gather(1, batch.target[rows, None]).squeeze(1)
+        some = slice(begin, begin + CHUNK)
+        p, q = (torch.log_softmax(logits(some).float(), -1) for logits in (ours, theirs))
+        weight, picked = p.exp(), q.gather(1, batch.target[some, None]).squeeze(1)
         found.append(torch.stack([picked, (weight * (p - q)).sum(-1), -(weight * p).sum(-1)]))
     return torch.cat(found, dim=1)
 
@@ -180,32 +184,30 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Measurement:
-    """N answers to P prompts and what they are worth: `values` are (N,), by name; gold is NaN where it is not known.
+    """N answers to P prompts and their `values`, (N,) each, by name; gold is NaN for an answer it was not asked about.
 
-    exact: KL from the reference and entropy by position, where they were asked for.
+    exact: KL from the reference and entropy by position, if they were asked for.
     """
 
-    rows: list[dict[str, Any]]
+    responses: Responses
     values: dict[str, Tensor]
-    drawn: Samples
-    prompts: int
     exact: Divergences | None = None
 
     def summary(self) -> dict[str, dict[str, float]]:
         """Means with standard errors over prompts (answers to one prompt are averaged first)."""
         return {name: _summary(self.by_prompt(name), known=name == "gold") for name in self.values}
 
-    def by_prompt(self, name: str) -> Tensor:
-        """The mean of a value over the answers to each prompt, (P,) float64; NaN where gold is known of none."""
-        value, prompt = self.values[name].double(), self.drawn.prompt
-        known = ~value.isnan() if name == "gold" else torch.ones_like(value).bool()
-        total = torch.zeros(self.prompts, dtype=torch.float64).index_add(0, prompt[known], value[known])
-        return total / torch.bincount(prompt[known], minlength=self.prompts)
+    def means(self) -> dict[str, float]:
+        """The same as a row of metrics: gold, gold_se and so on."""
+        each = self.summary().items()
+        return {key: v for name, found in each for key, v in ((name, found["mean"]), (f"{name}_se", found["se"]))}
 
-    def diversity(self) -> dict[str, float]:
-        """Distinct 1-grams and 2-grams of all answers."""
-        responses = self.drawn.responses()
-        return {f"distinct_{n}": statistics.distinct(responses, n) for n in (1, 2)}
+    def by_prompt(self, name: str) -> Tensor:
+        """The mean of a value over the answers to each prompt, (P,) float64; NaN for a prompt without known gold."""
+        value, prompt, prompts = self.values[name].double(), self.responses.prompt, len(self.responses.rows)
+        known = ~value.isnan() if name == "gold" else torch.ones_like(value).bool()
+        total = torch.zeros(prompts, dtype=torch.float64).index_add(0, prompt[known], value[known])
+        return total / torch.bincount(prompt[known], minlength=prompts)
 
 
 @dataclass(frozen=True)
@@ -215,7 +217,7 @@ class Evaluator:
     prompts: list[dict[str, Any]]
     ids: list[list[int]]
     gold: Scorer | None
-    proxy: Callable[[list[Any], list[str], list[bool]], Tensor] | None
+    proxy: Callable[[Responses], Tensor] | None
     ref: Policy | None
     options: Evaluation
     seed: int
@@ -252,15 +254,15 @@ class Evaluator:
             raise ValueError("options --gold-... say when gold is asked and what it may cost: give --gold too, or none")
         gold = specs.part(options.gold, scorers) if options.gold else None
         given = prompts is not None
-        rows = prompts or data.load(str(options.eval_prompts), "prompts", columns=columns)
-        prompts = rows[: options.eval_limit]
+        prompts = prompts or rows.load(str(options.eval_prompts), "prompts", columns=columns)
+        prompts = prompts[: options.eval_limit]
         if gold and not asking.counted:  # one that cannot score is refused now, unless a try has a price
             tried = gold([text.plain(prompts[0]["prompt"])] * 2, ["hello", "hello there"])
             scorers.check_scores(tried, 2, name=str(options.gold))
-        fitted = data.fit(
+        fitted = rows.fit(
             policy.tokenizer,
             prompts,
-            most=data.room(policy.context, options.max_new_tokens, max_prompt),
+            most=rows.room(policy.context, options.max_new_tokens, max_prompt),
             context=policy.context,
             on_long=on_long or ("truncate" if given else None),
             note=lambda words: say(f"to measure on: {words}"),
@@ -274,59 +276,52 @@ class Evaluator:
     def __call__(self, policy: Policy, *, gold: bool = True, progress: Advance | None = None) -> Measurement:
         """Sample, score by everybody, or by all but gold."""
         drawn = self._sample(policy, new=self.options.max_new_tokens, progress=progress)
-        rows = _rows(policy, self.prompts, drawn)
-        asked, said = [row["prompt"] for row in rows], [row["response"] for row in rows]
         values: dict[str, Tensor] = {}
         if self.gold and gold:
-            plain = [text.plain(prompt) for prompt in asked]
-            values["gold"] = scorers.check_scores(self.gold(plain, said), len(said), name=str(self.options.gold))
+            values["gold"] = gold_scores(self.gold, drawn, name=str(self.options.gold))
         if self.proxy:
-            values["proxy"] = self.proxy(asked, said, drawn.finished.tolist())
+            values["proxy"] = self.proxy(drawn)
         found, exact = self._kl(policy, self.ref, drawn) if self.ref else ({}, None)
-        values |= found | {"length": drawn.length.double(), "missing_eos": (~drawn.finished).double()}
-        return Measurement(rows, values, drawn, len(self.prompts), exact)
+        values |= found | {"length": drawn.lengths.double(), "missing_eos": (~drawn.finished).double()}
+        return Measurement(drawn, values, exact)
 
     @property
     def total(self) -> int:
         """Answers in one measurement."""
         return len(self.prompts) * self.options.eval_k
 
-    def _sample(self, policy: Policy, *, new: int, progress: Advance | None = None) -> Samples:
-        drawn = sample(
-            backbone(policy.model),
+    def _sample(self, policy: Policy, *, new: int, progress: Advance | None = None) -> Responses:
+        return policy.draw(
+            self.prompts,
             self.ids,
-            eos=policy.stops,
             k=self.options.eval_k,
             max_new_tokens=min(new, self.options.max_new_tokens),
             seed=seeds.derive(self.seed, "evaluate"),
-            keys=[seeds.derive(0, str(row["prompt_id"])) for row in self.prompts],
             progress=progress,
         )
-        return replace(drawn, **{name: value.cpu() for name, value in vars(drawn).items() if isinstance(value, Tensor)})
 
-    def _kl(self, policy: Policy, ref: Policy, drawn: Samples) -> tuple[dict[str, Tensor], Divergences | None]:
+    def _kl(self, policy: Policy, ref: Policy, drawn: Responses) -> tuple[dict[str, Tensor], Divergences | None]:
         """k1 and k3 of every answer, and the exact KL where wanted: the reference scores the very tokens sampled."""
-        both = zip(drawn.prompt.tolist(), drawn.responses(), strict=True)
-        asked = Responses.of([(self.ids[p], [response]) for p, response in both])
-        mask = torch.arange(drawn.tokens.shape[1]) < drawn.length[:, None]
-        ours = Logps(drawn.policy_logps.double().sum(1), drawn.length, drawn.policy_logps, mask)
-        exact = divergences(policy, ref, asked) if self.exact else None
+        assert drawn.logps is not None  # it was drawn
+        ours = Logps.from_tokens(drawn.split(drawn.logps))
+        assert ours.tokens is not None
+        ours = replace(ours, sum=ours.tokens.double().sum(1))
+        exact = divergences(policy, ref, drawn) if self.exact else None
         with policy.without_adapters() if ref is policy else nullcontext():
-            theirs = exact.ref if exact else token_logps(ref, asked, singles(asked))
+            theirs = exact.ref if exact else token_logps(ref, drawn, singles(drawn))
         found = {f"kl_{name}": statistics.kl(ours, theirs, estimator=name).double() for name in ("k1", "k3")}
         return found | (exact.summary() if exact else {}), exact
 
 
 def _proxy(
     options: Evaluation, ensemble: str, loaded: dict[Path, RewardEnsemble] | None
-) -> Callable[[list[Any], list[str], list[bool]], Tensor] | None:
+) -> Callable[[Responses], Tensor] | None:
     combine = specs.part(ensemble, ensembles)
     combine(torch.zeros(2, 1))  # an option out of range is refused now
     if not options.proxy:
         return None
     rewards = RewardEnsemble.load(options.proxy, loaded=loaded)
-    # an answer that was cut gets no end token
-    return lambda prompts, responses, finished: combine(rewards.scores(prompts, responses, finished=finished))
+    return lambda answers: combine(rewards.standardized(answers))
 
 
 def _reference(policy: Policy, path: str | Policy | None) -> Policy | None:
@@ -336,21 +331,6 @@ def _reference(policy: Policy, path: str | Policy | None) -> Policy | None:
     if ref.tokenizer.get_vocab() != policy.tokenizer.get_vocab():
         raise ValueError(f"{path} and the policy have other vocabularies: no KL between them")
     return ref.requires_grad_(False)
-
-
-def _rows(policy: Policy, prompts: list[dict[str, Any]], drawn: Samples) -> list[dict[str, Any]]:
-    texts = text.decode(policy.tokenizer, drawn.responses())
-    named = zip(drawn.prompt.tolist(), drawn.sample.tolist(), texts, drawn.finished.tolist(), strict=True)
-    return [
-        {
-            "prompt_id": prompts[p]["prompt_id"],
-            "prompt": prompts[p]["prompt"],
-            "sample": s,
-            "response": words,
-            "finished": done,
-        }
-        for p, s, words, done in named
-    ]
 
 
 def _summary(means: Tensor, *, known: bool = False) -> dict[str, float]:

@@ -13,7 +13,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -28,6 +28,7 @@ from pyrite.data.responses import Responses
 from pyrite.math import lr_schedulers, seeds
 from pyrite.math.ranges import Count, Positive, check
 from pyrite.models.forward import Groups, Packed, micro_batches, sizes
+from pyrite.models.loading import Dtype
 from pyrite.models.policy import recompute
 from pyrite.training import optimizers
 
@@ -162,7 +163,6 @@ def _factors(model: nn.Module) -> Iterator[tuple[str, Tensor, Tensor, LoraLayer]
 # The loop ------------------------------------------------------------------------------------------------------------
 
 
-Precision = Literal["float32", "bfloat16"]
 # (model, groups of responses as it reads them, their indices) -> (sum of the losses, sums of metrics)
 BatchLoss = Callable[[nn.Module, Packed, list[int]], tuple[Tensor, dict[str, Tensor]]]
 
@@ -185,7 +185,7 @@ class Training:
     """The optimizer with its options: "adamw(weight_decay=0.01, betas=(0.9, 0.98))"."""
     max_grad_norm: Positive = 1.0
     """Largest gradient norm; larger gradients are scaled down to it."""
-    precision: Precision = "float32"
+    precision: Dtype = "float32"
     """Of the products, in training and in all that a step learns from; weights are float32."""
     gradient_checkpointing: bool = False
     """Compute layers again for their gradients, which saves memory and costs time."""
@@ -363,6 +363,16 @@ def batches(rows: int, training: Training, *, seed: int, begin: int = 0) -> Iter
         visit = order(rows, epoch, seed=seed)
         for place in places[skipped if epoch == first else 0 :]:
             yield visit[place : place + training.batch_size]
+
+
+def means(updates: Sequence[Mapping[str, Tensor]], where: str, advice: str) -> dict[str, float]:
+    """Means of the metrics of several updates. Raises TrainingError, with the advice, if one is not finite."""
+    found = {name: torch.stack([row[name].float() for row in updates]).mean().item() for name in updates[0]}
+    if not all(map(math.isfinite, found.values())):
+        raise TrainingError(
+            f"{where}: loss or gradient not finite; the last good checkpoint is in checkpoints/; {advice}"
+        )
+    return found
 
 
 def discard_checkpoints(run: Run, folder: str = "checkpoints") -> None:

@@ -16,11 +16,13 @@ from pyrite.math import logps, seeds, statistics
 from pyrite.math.logps import Logps, PairLogps, Running, update_running
 from pyrite.math.losses.needs import needs
 from pyrite.models.forward import Packed, by_response, packed_batches, token_logps
+from pyrite.models.loading import Dtype
 from pyrite.models.policy import Policy
-from pyrite.training.loop import BatchLoss, Precision
+from pyrite.training.loop import BatchLoss, Training
 
 Loss = Callable[[PairLogps], Tensor]
 OnCut = Literal["drop", "keep"]
+WHOLE = 1 << 40  # tokens; no batch is larger
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,19 +152,19 @@ def batch_loss(
     loss: Loss,
     prefs: Preferences,
     *,
-    tokens: bool = False,
-    details: bool = False,
+    wanted: frozenset[str] = frozenset(),
     live: Policy | None = None,
     running: Running | None = None,
 ) -> BatchLoss:
-    """What `train.fit` minimizes: the sum of `loss` over some of the pairs, with accuracies and margins to log.
+    """What `loop.fit` minimizes: the sum of `loss` over some of the pairs, with accuracies and margins to log.
 
     A loss with bounds inside (f_dpo, alphapo, orpo, beta_dpo) also logs `clamped`, the pairs it holds at one.
 
-    tokens: keep token log-probabilities. details: also what tdpo and wpo read of the whole distribution. live: a
-    reference that runs along (one that moves, or whose distribution is needed) instead of `prefs.ref`. running:
-    statistics some losses keep over the batches, updated in place while training.
+    wanted: what the loss needs (`losses.needs`): log-probabilities token by token, or what tdpo and wpo read of the
+    whole distribution. live: a reference that runs along (one that moves, or whose distribution is needed) instead of
+    `prefs.ref`. running: statistics some losses keep over the batches, updated in place while training.
     """
+    tokens, details = bool(wanted & {"tokens", "ref_tokens"}), bool(wanted & {"kl", "collision"})
 
     def of(model: nn.Module, batch: Packed, indices: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
         if details:
@@ -184,6 +186,22 @@ def batch_loss(
         return values.sum(), {**metrics(pair), **held}
 
     return of
+
+
+def pair_loss(
+    loss: Callable[..., Tensor], model: nn.Module, batch: Packed, _: list[int]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of a reward model over pairs of a chosen and a rejected answer, with accuracy and margin."""
+    chosen, rejected = model(batch).view(-1, 2).unbind(1)
+    return loss(chosen, rejected).sum(), {
+        "accuracy": statistics.wins(chosen.detach(), rejected.detach()).sum().float(),
+        "margin": (chosen - rejected).sum(),
+    }
+
+
+def whole_batches(training: Training, wanted: frozenset[str]) -> Training:
+    """How a loss that needs `wanted` is trained: one that compares the pairs of a batch reads the batch at once."""
+    return replace(training, micro_batch_tokens=WHOLE) if wanted & {"batch", "running"} else training
 
 
 def metrics(pair: PairLogps) -> dict[str, Tensor]:
@@ -217,10 +235,10 @@ def measure(policy: Policy, loss: BatchLoss, prefs: Preferences, *, size: int, b
     return {name: total / len(groups) for name, total in sums.items()}
 
 
-def gaps(policy: Policy, prefs: Preferences, precision: Precision) -> Tensor:
+def gaps(policy: Policy, prefs: Preferences, precision: Dtype) -> Tensor:
     """log π(chosen) − log π(rejected) of each pair, (B,) nats."""
     some = prefs.without([None] * len(prefs))
-    with torch.autocast(policy.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+    with policy.reading(precision):
         chosen, rejected = token_logps(policy, some.responses, some.groups).sum.view(-1, 2).unbind(1)
     return chosen - rejected
 

@@ -13,12 +13,11 @@ from torch import Tensor, nn
 from pyrite.core import specs
 from pyrite.core.processes import world
 from pyrite.core.runs import Run
-from pyrite.data import text
 from pyrite.data.conditioning import Dimensions, Option, Turn, render
 from pyrite.data.responses import Responses
 from pyrite.data.text import plain
-from pyrite.feedback import scorers as golds
-from pyrite.math import ensembles, samplers, seeds
+from pyrite.feedback import scorers
+from pyrite.math import ensembles, seeds
 from pyrite.math.logps import Logps
 from pyrite.math.policy_gradient import (
     Estimates,
@@ -36,19 +35,19 @@ from pyrite.math.policy_gradient import (
     value_loss,
 )
 from pyrite.models.forward import Packed, score
-from pyrite.models.generation import Samples
 from pyrite.models.loading import Lora, member_paths
 from pyrite.models.policy import Policy, RewardEnsemble, RewardModel
 from pyrite.models.value import ValueModel, WithValue
 from pyrite.training import loop
-from pyrite.training.loop import BatchLoss, Learner, Training, TrainingError
-from pyrite.training.rounds import Answer, Players, Sampling
+from pyrite.training.evaluation import gold_scores
+from pyrite.training.loop import BatchLoss, Learner, Training
+from pyrite.training.rollouts import Players
 
 # Rewards of preferences: one score for every option that an answer was asked under, combined
 
 
 Combine = Literal["mean", "weighted", "min"]
-OneScore = Callable[[Sequence[Answer]], Tensor]
+Score = Callable[[Responses], Tensor]
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ class Objectives:
     """A scorer of answers for each of E options, how a row's scores become one, and the options' weights."""
 
     dimensions: Dimensions
-    scorers: Mapping[str, OneScore]
+    scorers: Mapping[str, Score]
     how: Combine = "mean"
     weights: Mapping[str, float] = field(default_factory=dict)
 
@@ -97,15 +96,16 @@ class Objectives:
             if self.how == "weighted" and not sum(self.weights[o.id] for o in options):
                 raise ValueError(f"{where}: {', '.join(o.id for o in options)} weigh nothing; one must be positive")
 
-    def score(self, answers: Sequence[Answer]) -> Tensor:
+    def score(self, answers: Responses) -> Tensor:
         """Scores (E, N) of N answers, NaN where an answer was not asked under an option."""
-        self.check([vars(answer) for answer in answers])
+        asked = answers.owners
+        self.check(asked)
         table = torch.full((len(self.ids), len(answers)), torch.nan)
         for row, id in zip(table, self.ids, strict=True):
-            mine = [n for n, answer in enumerate(answers) if id in (answer.preferences or ())]
+            mine = [n for n, prompt in enumerate(asked) if id in prompt["preferences"]]
             if mine:
-                given = self.scorers[id]([answers[n] for n in mine])
-                row[mine] = golds.check_scores(given, len(mine), name=f"the reward of {id}").cpu()
+                given = self.scorers[id](answers.alone(mine))
+                row[mine] = scorers.check_scores(given, len(mine), name=f"the reward of {id}").cpu()
         return table
 
     def combine(self, scores: Tensor) -> Tensor:
@@ -136,7 +136,7 @@ def model_scorers(
     ensemble: str = "mean()",
     turn: Turn = "user",
     loaded: dict[Path, RewardEnsemble] | None = None,
-) -> dict[str, OneScore]:
+) -> dict[str, Score]:
     """A scorer an option from reward runs, standardized as these are: one folder for all, or {option id: folder}.
 
     A base that the models share is held in memory once. loaded: reward runs that the job has loaded already. Raises
@@ -152,24 +152,23 @@ def model_scorers(
         models[folder] = loaded[place]
         combine(torch.zeros(len(models[folder].members), 1))
 
-    def scorer(option: Option, models: RewardEnsemble) -> OneScore:
-        def score(answers: Sequence[Answer]) -> Tensor:
-            asked = [render(answer.asked or "", [option], turn=turn) for answer in answers]
-            finished = [answer.finished for answer in answers]
-            return combine(models.scores(asked, [answer.response for answer in answers], finished=finished))
+    def scorer(option: Option, models: RewardEnsemble) -> Score:
+        def score(answers: Responses) -> Tensor:
+            rows = [{"prompt": render(row.get("asked") or "", [option], turn=turn)} for row in answers.rows]
+            return combine(models.standardized(replace(answers, rows=rows)))
 
         return score
 
     return {option.id: scorer(option, models[folder]) for option, folder in folders.items()}
 
 
-def gold_scorers(dimensions: Dimensions) -> dict[str, OneScore]:
+def gold_scorers(dimensions: Dimensions) -> dict[str, Score]:
     """The exact scorers of the options that have one, as they are; they read the raw prompt. Raises ValueError where
     no option has one."""
 
-    def scorer(gold: str) -> OneScore:
-        exact = specs.part(gold, golds)
-        return lambda answers: exact([plain(a.asked or "") for a in answers], [a.response for a in answers])
+    def scorer(gold: str) -> Score:
+        exact = specs.part(gold, scorers)
+        return lambda answers: exact([plain(row.get("asked") or "") for row in answers.owners], list(answers.texts))
 
     found = {option.id: scorer(option.gold) for option in dimensions.options if option.gold}
     if not found:
@@ -189,7 +188,6 @@ def _loaded(folder: str, beside: RewardEnsemble | None) -> RewardEnsemble:
 
 
 AdvantageMethod = Literal["gae", "rloo", "group", "reinforce"]
-Score = Callable[[Sequence[Answer]], Tensor]
 
 
 @dataclass(frozen=True)
@@ -222,7 +220,7 @@ class Reward:
         """
         models, combine = RewardEnsemble.load(folder, loaded=loaded), specs.part(ensemble, ensembles)
         combine(torch.zeros(len(models.members), 1))
-        return cls(folder, standardized(models), combine, weight)
+        return cls(folder, models.standardized, combine, weight)
 
     @classmethod
     def of_scorer(cls, spec: str, *, weight: float = 1.0) -> Reward:
@@ -230,15 +228,10 @@ class Reward:
 
         It computes in float32, as where gold is measured, whatever the precision of learning.
         """
-        scorer = specs.part(spec, golds)
+        scorer = specs.part(spec, scorers)
         if scorer.own:  # one that cannot score is refused now
-            golds.check_scores(scorer(["Say hi."] * 2, ["hi", "hello there"]), 2, name=spec)
-
-        def score(answers: Sequence[Answer]) -> Tensor:
-            given = scorer([text.plain(a.prompt) for a in answers], [a.response for a in answers])
-            return golds.check_scores(given, len(answers), name=spec)[None]
-
-        return cls(spec, _in_float32(score), weight=weight)
+            scorers.check_scores(scorer(["Say hi."] * 2, ["hi", "hello there"]), 2, name=spec)
+        return cls(spec, _in_float32(lambda answers: gold_scores(scorer, answers, name=spec)[None]), weight=weight)
 
     @classmethod
     def of_preferences(
@@ -260,23 +253,13 @@ class Reward:
         `check` all prompts before any work. Raises ValueError for what cannot be loaded or combined.
         """
         if source is None:
-            scorers = gold_scorers(dimensions)
+            found = gold_scorers(dimensions)
         else:
-            scorers = model_scorers(source, dimensions, ensemble=ensemble, turn=turn, loaded=loaded)
-        every = Objectives(dimensions, scorers, combine, weights or {})
+            found = model_scorers(source, dimensions, ensemble=ensemble, turn=turn, loaded=loaded)
+        every = Objectives(dimensions, found, combine, weights or {})
         name = source if isinstance(source, str) else "preferences"
         score = _in_float32(every.score) if source is None else every.score
         return cls(name, score, every.combine, weight, every.ids, every.check)
-
-
-def standardized(models: RewardEnsemble) -> Score:
-    """The members' standardized scores of answers as they were drawn."""
-
-    def score(answers: Sequence[Answer]) -> Tensor:
-        asked, said, done = ([getattr(a, name) for a in answers] for name in ("prompt", "response", "finished"))
-        return models.scores(asked, said, finished=done)
-
-    return score
 
 
 @dataclass(frozen=True, eq=False)
@@ -308,17 +291,17 @@ class Scores:
         return found
 
 
-def _in_float32(score: Callable[[Sequence[Answer]], Tensor]) -> Callable[[Sequence[Answer]], Tensor]:
+def _in_float32(score: Score) -> Score:
     """The function, out of reach of the precision in which models are read."""
 
-    def exact(answers: Sequence[Answer]) -> Tensor:
+    def exact(answers: Responses) -> Tensor:
         with torch.autocast(world().device.type, enabled=False):  # type: ignore[union-attr]
             return score(answers)
 
     return exact
 
 
-def scored(rewards: Sequence[Reward], answers: Sequence[Answer]) -> Scores:
+def scored(rewards: Sequence[Reward], answers: Responses) -> Scores:
     """What all rewards say of N answers.
 
     Raises ValueError without a reward, for two of one name, or a score that is not finite.
@@ -327,7 +310,7 @@ def scored(rewards: Sequence[Reward], answers: Sequence[Answer]) -> Scores:
         raise ValueError(f"rewards {[reward.name for reward in rewards]}: give at least one, and each once")
     members = {reward.name: reward.score(answers).float().cpu() for reward in rewards}
     combined = {
-        reward.name: golds.check_scores(reward.combine(members[reward.name]), len(answers), name=reward.name)
+        reward.name: scorers.check_scores(reward.combine(members[reward.name]), len(answers), name=reward.name)
         for reward in rewards
     }
     total = torch.stack([reward.weight * combined[reward.name] for reward in rewards]).sum(0)
@@ -336,79 +319,68 @@ def scored(rewards: Sequence[Reward], answers: Sequence[Answer]) -> Scores:
 
 @dataclass(frozen=True, eq=False)
 class Rollouts:
-    """N = P K answers, K to each of P prompts, prompt by prompt; T is the longest answer.
+    """N = P K answers, K to each of P prompts, prompt by prompt, and what was read of them; T is the longest answer.
 
     logps, ref: of the policy that drew them and of the reference, token by token. values (N, T) before each token, None
-    without a critic. mask (N, T) True at tokens; finished (N,) bool.
+    without a critic.
     """
 
-    answers: list[Answer]
     responses: Responses
-    k: int
     logps: Logps
     ref: Logps
     scores: Scores
-    finished: Tensor
     values: Tensor | None = None
 
     @property
     def mask(self) -> Tensor:
+        """(N, T), True at tokens."""
         assert self.logps.mask is not None  # `collect` keeps the tokens
         return self.logps.mask
 
     @property
-    def groups(self) -> list[list[int]]:
-        """The answers to each prompt."""
-        return torch.arange(len(self.answers)).view(-1, self.k).tolist()
-
-    @property
     def weights(self) -> list[float]:
         """Response tokens of each prompt: what it counts in its batch."""
-        return self.responses.lengths.view(-1, self.k).sum(1).double().tolist()
+        return self.responses.table(self.responses.lengths).sum(1).double().tolist()
 
     def flat(self, values: Tensor, prompts: Sequence[int]) -> Tensor:
         """Of values (N, T), those of the tokens of some prompts' answers, (R,), as they are packed."""
-        index = (torch.tensor(prompts)[:, None] * self.k + torch.arange(self.k)).flatten()
+        groups = self.responses.groups()
+        index = torch.tensor([i for p in prompts for i in groups[p]])
         return values[index][self.mask[index]]
 
 
 def collect(
     players: Players,
     rewards: Sequence[Reward],
-    prompts: Sequence[dict[str, Any]],
+    rows: Sequence[dict[str, Any]],
     ids: Sequence[list[int]],
+    number: int,
     *,
     k: int,
     max_new_tokens: int,
     seed: int,
-    number: int,
     critic: ValueModel | WithValue | None = None,
     reread: bool = False,
 ) -> Rollouts:
     """k answers to each prompt {prompt_id, prompt}, given as token ids too, and what everybody makes of them.
 
-    Rewards of preferences need asked and preferences in the prompts' rows as well. number: of the batch; a sample's
-    stream belongs to (seed, number, prompt_id, sample). All are read in the players' precision. reread: take the
-    policy's log-probabilities from the forward it learns by, not from the draws. In bfloat16, where draws are rounded
-    otherwise, this is always done.
+    Rewards of preferences need asked and preferences in the prompts' rows as well. number: of the batch; an answer
+    belongs to (seed, number, prompt_id, its number). All are read in the players' precision. reread: take the policy's
+    log-probabilities from the forward it learns by, not from the draws. In bfloat16, whose rounding differs between
+    the two, this is always done.
     """
-    drawing = Sampling(samplers.on_policy(), k=k, max_new_tokens=max_new_tokens, seed=seed)
-    drawn = players.draw(prompts, ids, drawing, number=number)
-    answers = players.answers(prompts, ids, drawn)
-    tokens = drawn.responses()
-    made = Responses.of([(prompt, tokens[p * k : (p + 1) * k]) for p, prompt in enumerate(ids)])
-    groups = made.groups()
-    reread = reread or players.precision == "bfloat16"
+    drawn = players.draw(rows, ids, number, k=k, max_new_tokens=max_new_tokens, seed=seed)
+    groups = drawn.groups()
+    assert drawn.logps is not None  # it was drawn
     with players.reading():
         return Rollouts(
-            answers=answers,
-            responses=made,
-            k=k,
-            logps=players.policy_logps(made, groups) if reread else _drawn_logps(drawn),
-            ref=players.ref_logps(made, groups),
-            scores=scored(rewards, answers),
-            finished=drawn.finished,
-            values=None if critic is None else made.padded(score(critic, made, groups, read=critic.values)),
+            responses=drawn,
+            logps=players.policy_logps(drawn, groups)
+            if reread or players.precision == "bfloat16"
+            else Logps.from_tokens(drawn.split(drawn.logps)),
+            ref=players.ref_logps(drawn, groups),
+            scores=scored(rewards, drawn),
+            values=None if critic is None else drawn.padded(score(critic, drawn, groups, read=critic.values)),
         )
 
 
@@ -432,7 +404,7 @@ def estimates(
             raise ValueError("estimates: gae needs values; collect with a critic, or choose rloo")
         return gae(rewards, rollouts.values, rollouts.mask, gamma=gamma, lam=lam)
     scores = rewards.sum(1)
-    grouped = scores.view(-1, rollouts.k)
+    grouped = rollouts.responses.table(scores)
     if method == "reinforce":
         one = reinforce(scores, baseline="mean" if baseline is None else baseline)
     elif method == "rloo":
@@ -485,10 +457,6 @@ def batch_loss(
         return loss, metrics
 
     return of
-
-
-def _drawn_logps(drawn: Samples) -> Logps:
-    return Logps.from_tokens([row[:n] for row, n in zip(drawn.policy_logps, drawn.length.tolist(), strict=True)])
 
 
 # Learners: the policy, its critic, and the running numbers between steps
@@ -586,18 +554,14 @@ class Learners:
     def learn(self, drawn: Rollouts, made: Estimates, number: int) -> dict[str, float]:
         """A few passes over a batch; means over the updates. Raises TrainingError where one is not finite."""
         training = self.policy.training
-        seen: list[dict[str, Tensor]] = []
-        each = loop.steps(len(drawn.groups), training)
-        order = loop.batches(len(drawn.groups), training, seed=seeds.derive(self.seed, "order", number))
-        for update, batch in enumerate(order):
-            seen.append(self._update(batch, drawn, made, at=number * each + update, of=self.steps * each))
-        means = {name: torch.stack([row[name].float() for row in seen]).mean().item() for name in seen[0]}
-        if not all(torch.tensor(list(means.values())).isfinite()):
-            raise TrainingError(
-                f"step {number + 1}: loss or gradient not finite; the last good checkpoint is in checkpoints/; "
-                "lower --lr, or raise --beta"
-            )
-        return {**means, "updates": len(seen)}
+        prompts = len(drawn.responses.rows)
+        each = loop.steps(prompts, training)
+        order = loop.batches(prompts, training, seed=seeds.derive(self.seed, "order", number))
+        seen = [
+            self._update(batch, drawn, made, at=number * each + update, of=self.steps * each)
+            for update, batch in enumerate(order)
+        ]
+        return {**loop.means(seen, f"step {number + 1}", "lower --lr, or raise --beta"), "updates": len(seen)}
 
     def save(self, folder: Path, number: int, state: State) -> None:
         """The critic's checkpoint first: that of the policy is the one that counts."""
@@ -629,6 +593,7 @@ class Learners:
                 continue
             loss = batch_loss(learner.model, drawn, made, **options)  # type: ignore[arg-type]
             lr = loop.learning_rate(at, of, learner.training)
-            new = learner.update(batch, drawn.responses, drawn.groups, loss, weights=drawn.weights, lr=lr)
+            groups = drawn.responses.groups()
+            new = learner.update(batch, drawn.responses, groups, loss, weights=drawn.weights, lr=lr)
             found |= new if learner is self.policy else {f"critic_{name}": value for name, value in new.items()}
         return found

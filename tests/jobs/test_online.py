@@ -120,15 +120,15 @@ def test_adapters_alone_are_trained_and_switched_off_for_the_reference(config: o
 def test_a_cut_run_goes_on_exactly(config: online.Config, monkeypatch: pytest.MonkeyPatch, change: dict) -> None:
     config = replace(config, rounds=5, measure_every=2, sampler="mixed(on_policy=0.5)", **change)
     whole = online.run(replace(config, out=config.out.with_name("whole"))).folder
-    real, calls = online.Journal.write, []
+    real, calls = online.Journal.log, []
 
-    def write(self: online.Journal, number: int, *rest: Any, **options: Any) -> None:
+    def log(self: online.Journal, number: int, *rest: Any, **options: Any) -> None:
         calls.append(number)
         if len(calls) == 4:
             raise KeyboardInterrupt
         real(self, number, *rest, **options)
 
-    monkeypatch.setattr(online.Journal, "write", write)
+    monkeypatch.setattr(online.Journal, "log", log)
     with pytest.raises(KeyboardInterrupt):
         online.run(config)
     online.run(config)
@@ -259,15 +259,15 @@ def test_a_cut_live_run_goes_on_exactly(live: online.Config, monkeypatch: pytest
     annotator = f"{silver[:-1]}, schedule='even(window=3, replay=2.0)')"
     live = replace(live, rounds=4, measure_every=2, annotator=annotator)
     whole = online.run(replace(live, out=live.out.with_name("whole"))).folder
-    real, calls = online.Journal.write, []
+    real, calls = online.Journal.log, []
 
-    def write(self: online.Journal, number: int, *rest: Any, **options: Any) -> None:
+    def log(self: online.Journal, number: int, *rest: Any, **options: Any) -> None:
         calls.append(number)
         if calls == [0, 1, 2, 3]:
             raise KeyboardInterrupt
         real(self, number, *rest, **options)
 
-    monkeypatch.setattr(online.Journal, "write", write)
+    monkeypatch.setattr(online.Journal, "log", log)
     with pytest.raises(KeyboardInterrupt):
         online.run(live)
     online.run(live)

@@ -13,10 +13,10 @@ import torch
 
 from pyrite.data import rows as data
 from pyrite.data.conditioning import Dimensions, Variants, conditioned
+from pyrite.data.responses import Responses
 from pyrite.jobs import generate, pairs, reward
 from pyrite.training.loop import Training
 from pyrite.training.ppo import Reward, scored
-from pyrite.training.rounds import Answer
 
 MINE = """
 - {id: long, dimension: size, sentence: big, criterion: The longer one., gold: length()}
@@ -360,8 +360,7 @@ def test_the_chain_from_prompts_to_a_reward_of_preferences(
 
     def totals(id: str) -> torch.Tensor:
         row = conditioned({"prompt_id": "q", "prompt": "tell me about the tree"}, mine.chosen([id]))
-        some = [Answer("q", row["prompt"], text, True, [1], [2], row["asked"], row["preferences"]) for text in said]
-        return scored([proxy], some).total
+        return scored([proxy], Responses.said([row] * len(said), said)).total
 
     long, short = totals("long"), totals("short")
     assert long[0] > long[1] and short[1] > short[0]
