@@ -7,18 +7,16 @@ the labels spent. Gold, proxy and KL side by side, and how well live and static 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import altair as alt
 import torch
 from torch import Tensor
 
 from pyrite.core import runs, specs
-from pyrite.core.runs import Run
 from pyrite.data import rows as data
 from pyrite.feedback import judges
 from pyrite.feedback.ledger import Account, Budget, Ledger, Pace
@@ -27,9 +25,9 @@ from pyrite.jobs import dpo, generate, online, reward, sft
 from pyrite.math import statistics
 from pyrite.math.seeds import derive
 from pyrite.recipes import study, toy
-from pyrite.recipes.study import Chain, Claim, Row
-from pyrite.report.charts import BLUE, BRASS, FAINT, GREEN, ORANGE, PURPLE, SOLID, Axis, draw
-from pyrite.report.page import Part, figure, number, numbers, percent, table, text
+from pyrite.recipes.study import Chain, Row
+from pyrite.report.charts import BLUE, BRASS, FAINT, GREEN, ORANGE, PURPLE, Axis, Chart, curves
+from pyrite.report.page import Part, banded, figure, number, numbers, percent, table, text
 from pyrite.training.evaluation import Evaluation
 from pyrite.training.loop import Training
 
@@ -40,9 +38,8 @@ from pyrite.training.loop import Training
 class LabelMethod:
     """How a policy is trained: options of the job online, or a direct loss on pairs of the start."""
 
-    silver: str | None = None
-    """The discriminator; "{static}" and "{warm}" stand for reward models of all labels and of the first few."""
-    schedule: str = "even()"
+    annotator: str | None = None
+    """"{static}", "{warm}" and "{several}" stand for reward models: of all labels, of the first few, an ensemble."""
     offline: int = 0
     """Labels that were spent on the start's own answers, before the rounds."""
     online: int = 0
@@ -55,20 +52,22 @@ class LabelMethod:
 
 def methods(labels: int, warm: int) -> dict[str, LabelMethod]:
     """Every method with the same number of labels."""
-    rest, learning = labels - warm, "reward(path={warm!r}, lr=1e-3, epochs=3)"
-    several = learning.replace("warm", "several")
+
+    def live(schedule: str, reward: str = "warm") -> LabelMethod:
+        learned = f"reward(path={{{reward}!r}}, lr=1e-3, epochs=3, schedule={schedule!r})"
+        return LabelMethod(learned, offline=warm, online=labels - warm)
+
+    chance = "schedule=\"even(selector='random()')\""
     return {
         "offline": LabelMethod(offline=labels, epochs=6, pairs="offline"),
         "gold": LabelMethod(online=labels, pairs="labels"),
         "gold_matched": LabelMethod(online=labels, epochs=3, pairs="labels"),
-        "static": LabelMethod("reward(path={static!r})", "never()", offline=labels),
-        "live": LabelMethod(learning, "even(replay=3.0)", offline=warm, online=rest),
-        "live_random": LabelMethod(learning, "even(selector='random()', replay=3.0)", offline=warm, online=rest),
-        "live_disagreement": LabelMethod(
-            several, "even(selector='disagreement()', replay=3.0)", offline=warm, online=rest
-        ),
-        "implicit": LabelMethod("implicit(lr=3e-4, epochs=2)", "even(selector='random()')", online=labels),
-        "self_reward": LabelMethod("self_reward()", "even(selector='random()')", online=labels),
+        "static": LabelMethod("reward(path={static!r}, schedule='never()')", offline=labels),
+        "live": live("even(replay=3.0)"),
+        "live_random": live("even(selector='random()', replay=3.0)"),
+        "live_disagreement": live("even(selector='disagreement()', replay=3.0)", "several"),
+        "implicit": LabelMethod(f"implicit(lr=3e-4, epochs=2, {chance})", online=labels),
+        "self_reward": LabelMethod(f"self_reward({chance})", online=labels),
     }
 
 
@@ -134,16 +133,15 @@ SETTINGS = {"toy": LiveRewardSettings()}
 
 @dataclass(frozen=True)
 class Place:
-    """A task of a chain: its folder, its world's policy and prompts, and its gold."""
+    """A task of a chain: its stages, its world's policy and prompts, and its gold."""
 
-    folder: Path
+    one: Chain
     task: Task
     policy: str
     prompts: str
     pool: str
     gold: str
     settings: LiveRewardSettings
-    seed: int
 
     @property
     def judge(self) -> str:
@@ -156,48 +154,48 @@ class Place:
         return Evaluation(
             eval_prompts=self.pool,
             gold=self.gold,
-            proxy=str(self.folder / "reward_static"),
+            proxy=self.one.path("reward_static"),
             eval_limit=None,
             eval_k=self.settings.answers,
             max_new_tokens=self.task.max_new_tokens,
         )
 
 
-def chain(folder: Path, settings: LiveRewardSettings, seed: int) -> dict[str, Run]:
+def chain(one: Chain, settings: LiveRewardSettings) -> None:
     """Run every stage that is not done yet."""
-    done: dict[str, Run] = {}
-    worlds = {}
-    for name, make in (("stories", _stories), ("arithmetic", _arithmetic)):
-        if any(task.world == name for task in settings.tasks.values()):
-            worlds[name] = make(folder / name, settings, done, seed)
-    weak = str(folder / "stories" / "weak" / "model")
+    parts = {name: Chain(one.seed, one.folder / name) for name in ("stories", "arithmetic")}
+    worlds = {
+        name: make(parts[name], settings)
+        for name, make in (("stories", _stories), ("arithmetic", _arithmetic))
+        if any(task.world == name for task in settings.tasks.values())
+    }
+    for name, part in parts.items():
+        one.runs.update({f"{name}: {stage}": run for stage, run in part.runs.items()})
     for name, task in settings.tasks.items():
-        policy, prompts, pool = map(str, worlds[task.world])
-        gold = task.gold.format(strong=policy, weak=weak)
-        place = Place(folder / name, task, policy, prompts, pool, gold, settings, derive(seed, name))
-        done |= {f"{name}: {stage}": run for stage, run in _task(place).items()}
-    return done
+        world, start = worlds[task.world], parts[task.world].path("sft", "model")
+        gold = task.gold.format(strong=start, weak=parts["stories"].path("weak", "model"))
+        part = Chain(derive(one.seed, name), one.folder / name)
+        run_task(Place(part, task, start, str(world.pair_prompts), str(world.pool_prompts), gold, settings))
+        one.runs.update({f"{name}: {stage}": run for stage, run in part.runs.items()})
 
 
-def _stories(folder: Path, settings: LiveRewardSettings, done: dict[str, Run], seed: int) -> tuple[Path, Path, Path]:
-    """Policy, prompts and pool of the toy world; and a weaker model, of a few demonstrations, to be told from."""
-    world = toy.write(
-        folder / "world", seed=derive(seed, "world"), n_pool=settings.answer_prompts, n_demos=settings.toy_demos
-    )
-    few = folder / "few.parquet"
-    if not few.exists():
+def _stories(one: Chain, settings: LiveRewardSettings) -> toy.ToyFiles:
+    """The toy world and its policy; and a weaker model, of a few demonstrations, to be told from."""
+    seed = derive(one.seed, "world")
+    world = toy.write(one.path("world"), seed=seed, n_pool=settings.answer_prompts, n_demos=settings.toy_demos)
+    few = one.path("few.parquet")
+    if not Path(few).exists():
         data.write(data.load(str(world.demos), "demos")[: settings.weak_demos], few)
-    for name, demos in (("sft", world.demos), ("weak", few)):
-        config = sft.Config(str(world.model), str(demos), folder / name, training=settings.sft, seed=derive(seed, name))
-        done[f"stories: {name}"] = sft.run(config)
-    return folder / "sft" / "model", world.pair_prompts, world.pool_prompts
+    for name, demos in (("sft", str(world.demos)), ("weak", few)):
+        one.run(name, sft.Config(str(world.model), demos, Path(name), training=settings.sft))
+    return world
 
 
-def _arithmetic(folder: Path, settings: LiveRewardSettings, done: dict[str, Run], seed: int) -> tuple[Path, Path, Path]:
+def _arithmetic(one: Chain, settings: LiveRewardSettings) -> toy.ToyFiles:
     """Sums and differences of three or four numbers up to 5, step by step; about a third of the answers are right."""
     world = toy.write_math(
-        folder / "world",
-        seed=derive(seed, "world"),
+        one.path("world"),
+        seed=derive(one.seed, "world"),
         n_demos=settings.math_demos,
         n_prompts=settings.math_prompts,
         n_pool=settings.answer_prompts,
@@ -205,53 +203,70 @@ def _arithmetic(folder: Path, settings: LiveRewardSettings, done: dict[str, Run]
         operators="+-",
         largest=5,
     )
-    config = sft.Config(
-        str(world.model), str(world.demos), folder / "sft", training=settings.math_sft, seed=derive(seed, "sft")
-    )
-    done["arithmetic: sft"] = sft.run(config)
-    return folder / "sft" / "model", world.pair_prompts, world.pool_prompts
+    one.run("sft", sft.Config(str(world.model), str(world.demos), Path("sft"), training=settings.math_sft))
+    return world
 
 
-def _task(place: Place) -> dict[str, Run]:
+def run_task(place: Place) -> None:
     """The start's own answers, labeled; reward models of them; then every method."""
-    settings = place.settings
+    one, settings, most = place.one, place.settings, place.task.max_new_tokens
     tried = {name: methods(settings.labels, settings.warm)[name] for name in place.task.methods}
-    drawn = generate.Config(
-        place.policy,
-        place.prompts,
-        place.folder / "answers",
-        k=2,
-        max_new_tokens=place.task.max_new_tokens,
-        seed=derive(place.seed, "answers"),
-    )
-    done = {"answers": generate.run(drawn)}
-    for kind, labels in (("static", settings.labels), ("warm", settings.warm)):
-        buy(place, f"labels_{kind}", labels)
-        done[f"reward model, {kind}"] = _reward(place, kind, f"labels_{kind}", 1)
-    if any("{several" in (method.silver or "") for method in tried.values()):
-        done["reward model, several"] = _reward(place, "several", "labels_warm", settings.members)
+    one.run("answers", generate.Config(place.policy, place.prompts, Path("answers"), k=2, max_new_tokens=most))
+    kinds = [("static", settings.labels, 1), ("warm", settings.warm, 1), ("several", settings.warm, settings.members)]
+    for kind, labels, members in kinds[: 3 if "live_disagreement" in tried else 2]:
+        bought = "labels_static" if kind == "static" else "labels_warm"
+        buy(place, bought, labels)
+        config = reward.Config(
+            place.policy,
+            one.path(bought, "pairs.parquet"),
+            Path(f"reward_{kind}"),
+            held_out=one.path(bought, "held_out.parquet"),
+            members=members,
+            training=settings.reward,
+        )
+        one.run(f"reward model, {kind}", config, "reward")
+    rewards = {kind: one.path(f"reward_{kind}") for kind in ("static", "warm", "several")}
     for name, method in tried.items():
-        done[name] = _offline(place, name, method) if method.pairs == "offline" else _online(place, name, method)
-    return done
+        training = replace(settings.online, epochs=method.epochs)
+        if method.pairs == "offline":
+            pairs, held_out = (one.path("labels_static", f"{part}.parquet") for part in ("pairs", "held_out"))
+            config = dpo.Config(place.policy, pairs, Path(name), held_out=held_out, loss=settings.loss)
+            config = replace(config, evaluation=place.evaluation, training=training)
+        else:  # rounds; prompts and streams are those of every other method
+            paid = method.pairs == "labels"
+            config = online.Config(
+                place.policy,
+                place.prompts,
+                place.judge,
+                Path(name),
+                annotator=method.annotator.format(**rewards) if method.annotator else None,
+                gold_budget=method.online,
+                gold_limits="limits(batch=64)",
+                rounds=settings.rounds,
+                prompts_per_round=settings.labels // settings.rounds if paid else settings.prompts,
+                loss=settings.loss,
+                pairing="consecutive(labels='hard')",
+                reset_optimizer=False,
+                training=training,
+                evaluation=place.evaluation,
+            )
+        one.run(name, config, "rounds")
 
 
 def buy(place: Place, name: str, labels: int) -> None:
     """Pay for labels of the first couples of the start's answers, two a prompt; ties are paid and make no pair."""
-    folder, answers = place.folder / name, place.folder / "answers" / "candidates.parquet"
+    folder, answers = place.one.folder / name, place.one.path("answers", "candidates.parquet")
     if (folder / "done.json").exists():
         return
-    by_prompt: dict[Any, list[Row]] = {}
-    for row in data.load(str(answers), "candidates"):
-        by_prompt.setdefault(row["prompt_id"], []).append(row)
     couples = [
         (a, b)
-        for a, b in (some[:2] for some in by_prompt.values() if len(some) > 1)
+        for a, b in (some[:2] for some in study.grouped(data.load(answers, "candidates"), "prompt_id").values())
         if a["response"] != b["response"] and a["finished"] and b["finished"]
     ]
     if len(couples) < labels + 2:
         have = f"{len(couples)} couples of different answers"
         raise ValueError(f"{answers}: {have}; {labels} labels need 2 more than that")
-    judge, seed = specs.part(place.judge, judges), derive(place.seed, "offline")
+    judge, seed = specs.part(place.judge, judges), derive(place.one.seed, "offline")
     with Ledger(folder / "ledger.db") as ledger:
         account = Account(ledger, "offline", place.judge, "verdict", Budget(labels=labels), Pace(batch=64))
         data.write(_labeled(couples[:labels], partial(account.ask, judge), seed), folder / "pairs.parquet")
@@ -260,93 +275,46 @@ def buy(place: Place, name: str, labels: int) -> None:
     runs.write_json(folder / "done.json", {"labels": labels})
 
 
-def _labeled(couples: Sequence[tuple[Row, Row]], judge: judges.Judge, seed: int) -> list[dict[str, Any]]:
+def _labeled(couples: Sequence[tuple[Row, Row]], judge: judges.Judge, seed: int) -> list[Row]:
     both = [row for couple in couples for row in couple]
     groups = [[2 * i, 2 * i + 1] for i in range(len(couples))]
     prompts, answers = [row["prompt"] for row in both], [row["response"] for row in both]
     made = label(judge, prompts, answers, groups, pairing="consecutive", labels="hard", seed=seed)
     return [
-        {
-            **{k: both[pair.chosen][k] for k in ("prompt_id", "prompt")},
-            "chosen": answers[pair.chosen],
-            "rejected": answers[pair.rejected],
-        }
+        {"prompt_id": both[pair.chosen]["prompt_id"], "prompt": both[pair.chosen]["prompt"]}
+        | {"chosen": answers[pair.chosen], "rejected": answers[pair.rejected]}
         for pair in made.pairs
     ]
 
 
-def _reward(place: Place, kind: str, pairs: str, members: int) -> Run:
-    config = reward.Config(
-        place.policy,
-        str(place.folder / pairs / "pairs.parquet"),
-        place.folder / f"reward_{kind}",
-        held_out=str(place.folder / pairs / "held_out.parquet"),
-        members=members,
-        training=place.settings.reward,
-        seed=derive(place.seed, "reward"),
-    )
-    return reward.run(config)
+# claims
 
+# Singhal et al. 2024, "D2PO: discriminator-guided DPO with response evaluation models": its abstract, and the curves of
+# its figures. Each claim is checked in every task that has its methods.
 
-def _offline(place: Place, name: str, method: LabelMethod) -> Run:
-    """DPO on the start's own pairs."""
-    config = dpo.Config(
-        place.policy,
-        str(place.folder / "labels_static" / "pairs.parquet"),
-        place.folder / name,
-        held_out=str(place.folder / "labels_static" / "held_out.parquet"),
-        loss=place.settings.loss,
-        evaluation=place.evaluation,
-        training=replace(place.settings.online, epochs=method.epochs),
-        seed=derive(place.seed, "rounds"),
-    )
-    return dpo.run(config)
-
-
-def _annotator(method: LabelMethod, folders: dict[str, str]) -> str | None:
-    """The spec of what labels beside the judge, with its schedule."""
-    if method.silver is None:
-        return None
-    options = method.silver.format(**folders)[:-1]
-    return f"{options}{'' if options.endswith('(') else ', '}schedule={method.schedule!r})"
-
-
-def _online(place: Place, name: str, method: LabelMethod) -> Run:
-    """Rounds. Prompts and streams are those of every other method."""
-    settings = place.settings
-    folders = {kind: str(place.folder / f"reward_{kind}") for kind in ("static", "warm", "several")}
-    config = online.Config(
-        place.policy,
-        place.prompts,
-        place.judge,
-        place.folder / name,
-        annotator=_annotator(method, folders),
-        gold_budget=method.online,
-        gold_limits="limits(batch=64)",
-        rounds=settings.rounds,
-        prompts_per_round=settings.labels // settings.rounds if method.pairs == "labels" else settings.prompts,
-        loss=settings.loss,
-        pairing="consecutive(labels='hard')",
-        reset_optimizer=False,
-        training=replace(settings.online, epochs=method.epochs),
-        evaluation=place.evaluation,
-        seed=derive(place.seed, "rounds"),
-    )
-    return online.run(config)
-
-
-# Claims ---------------------------------------------------------------------------------------------------------------
-
-# Singhal et al. 2024, "D2PO: discriminator-guided DPO with response evaluation models", arXiv:2405.01511; its abstract,
-# and the curves of its figures.
-
-Lines = Mapping[str, Mapping[str, Tensor]]  # of one task: method -> column -> (rounds + 1,)
 SOURCE = "arXiv:2405.01511"
-ABSTRACT, OWN = f"{SOURCE}, abstract", f"not in {SOURCE}"
+CLAIMED = """
+live-over-gold | abstract | With the same labels a live reward brings more gold than learning from them alone
+fewer-labels | abstract | A live reward reaches with fewer labels what labels alone reach with all of them (labels
+    saved)
+live-over-static | abstract | A live reward brings more gold than a static one trained on as many labels
+static-over-offline | figure | Rounds with a static reward bring more gold than DPO on the labeled pairs
+static-decays | figure of reward accuracy | A static reward ranks the answers of its policy worse after the rounds than
+    before (accuracy lost)
+live-holds | figure of reward accuracy | After the rounds a live reward ranks its policy's answers better than a static
+    one ranks its own's
+live-random-over-implicit | ablation | A reward model is a better discriminator than a second policy
+live-random-over-self-reward | abstract | A separate discriminator is better than the policy itself
+live-over-gold-matched | not in | It still does where labels alone are learned in as many updates
+equal-kl | not in | It still does at equal KL: a live reward against as many updates on labels alone
+live-over-live-random | not in | Labels for the least certain pairs bring more gold than labels for any
+live-disagreement-over-live-random | not in | Labels where reward models disagree bring more gold than labels for any
+"""
 NOTE = (
     "Claims marked as not in the paper are controls: the paper gives a live reward's policy many more pairs, and so "
     "more updates, than labels alone. One chain decides nothing."
 )
+Lines = Mapping[str, Mapping[str, Tensor]]  # of one task: method -> column -> (rounds + 1,)
 
 
 def last(lines: Lines, method: str, column: str = "gold") -> float:
@@ -372,62 +340,28 @@ def at_equal_kl(lines: Lines, first: str, second: str) -> float:
     return ours - theirs
 
 
-def _ahead(first: str, second: str, statement: str, source: str) -> Claim:
-    name = f"{first}-over-{second}".replace("_", "-")
-    return Claim(name, source, statement, lambda lines: last(lines, first) - last(lines, second))
+def _ahead(first: str, second: str) -> Callable[[Lines], float]:
+    return lambda lines: last(lines, first) - last(lines, second)
 
 
-CLAIMS = [  # each is checked in every task that has its methods
-    _ahead(
-        "live", "gold", "With the same labels a live reward brings more gold than learning from them alone", ABSTRACT
-    ),
-    Claim(
-        "fewer-labels",
-        ABSTRACT,
-        "A live reward reaches with fewer labels what labels alone reach with all of them (labels saved)",
-        lambda lines: last(lines, "gold", "labels") - labels_to(lines, "live", last(lines, "gold")),
-    ),
-    _ahead("live", "static", "A live reward brings more gold than a static one trained on as many labels", ABSTRACT),
-    _ahead(
-        "static",
-        "offline",
-        "Rounds with a static reward bring more gold than DPO on the labeled pairs",
-        f"{SOURCE}, figure",
-    ),
-    Claim(
-        "static-decays",
-        f"{SOURCE}, figure of reward accuracy",
-        "A static reward ranks the answers of its policy worse after the rounds than before (accuracy lost)",
-        accuracy_lost,
-    ),
-    Claim(
-        "live-holds",
-        f"{SOURCE}, figure of reward accuracy",
-        "After the rounds a live reward ranks its policy's answers better than a static one ranks its own's",
-        lambda lines: last(lines, "live", "live_accuracy") - last(lines, "static", "live_accuracy"),
-    ),
-    _ahead(
-        "live_random",
-        "implicit",
-        "A reward model is a better discriminator than a second policy",
-        f"{SOURCE}, ablation",
-    ),
-    _ahead("live_random", "self_reward", "A separate discriminator is better than the policy itself", ABSTRACT),
-    _ahead("live", "gold_matched", "It still does where labels alone are learned in as many updates", OWN),
-    Claim(
-        "equal-kl",
-        OWN,
-        "It still does at equal KL: a live reward against as many updates on labels alone",
-        lambda lines: at_equal_kl(lines, "live", "gold_matched"),
-    ),
-    _ahead("live", "live_random", "Labels for the least certain pairs bring more gold than labels for any", OWN),
-    _ahead(
-        "live_disagreement",
-        "live_random",
-        "Labels where reward models disagree bring more gold than labels for any",
-        OWN,
-    ),
-]
+CLAIMS = study.claims(
+    SOURCE,
+    CLAIMED,
+    {
+        "live-over-gold": _ahead("live", "gold"),
+        "fewer-labels": lambda lines: last(lines, "gold", "labels") - labels_to(lines, "live", last(lines, "gold")),
+        "live-over-static": _ahead("live", "static"),
+        "static-over-offline": _ahead("static", "offline"),
+        "static-decays": accuracy_lost,
+        "live-holds": lambda lines: last(lines, "live", "live_accuracy") - last(lines, "static", "live_accuracy"),
+        "live-random-over-implicit": _ahead("live_random", "implicit"),
+        "live-random-over-self-reward": _ahead("live_random", "self_reward"),
+        "live-over-gold-matched": _ahead("live", "gold_matched"),
+        "equal-kl": lambda lines: at_equal_kl(lines, "live", "gold_matched"),
+        "live-over-live-random": _ahead("live", "live_random"),
+        "live-disagreement-over-live-random": _ahead("live_disagreement", "live_random"),
+    },
+)
 
 
 def check(tasks: Mapping[str, Sequence[Lines]]) -> list[Row]:
@@ -453,7 +387,8 @@ def collect(chains: list[Chain], settings: LiveRewardSettings) -> Row:
     every = methods(settings.labels, settings.warm)
     tried = [(task, name) for task, options in settings.tasks.items() for name in options.methods]
     rounds = [row for one in chains for task, name in tried for row in _rounds(one, task, name, every[name])]
-    lines = {task: [_lines(rounds, task, one.seed) for one in chains] for task in settings.tasks}
+    by_task = study.grouped(rounds, "task", "seed")
+    lines = {task: [_lines(by_task[task, one.seed]) for one in chains] for task in settings.tasks}
     ends = {(row["task"], row["method"]): row["round"] for row in rounds}
     return {
         "rounds": rounds,
@@ -482,18 +417,15 @@ def _rounds(one: Chain, task: str, name: str, method: LabelMethod) -> list[Row]:
     return found
 
 
-def _lines(rounds: Sequence[Row], task: str, seed: int) -> Lines:
-    by_method: dict[str, list[Row]] = {}
-    for row in rounds:
-        if (row["task"], row["seed"]) == (task, seed):
-            by_method.setdefault(row["method"], []).append(row)
+def _lines(rounds: Sequence[Row]) -> Lines:
+    """The columns of one task in one chain, by method."""
     return {
         method: {
             column: torch.tensor([row[column] for row in rows]).double()
             for column in COLUMNS
             if all(column in row for row in rows)
         }
-        for method, rows in by_method.items()
+        for (method,), rows in study.grouped(rounds, "method").items()
     }
 
 
@@ -514,10 +446,9 @@ def _levels(task: str, chains: Sequence[Lines]) -> list[Row]:
 
 def _books(one: Chain, task: str, name: str, method: LabelMethod) -> Row:
     """What was paid and what was learned, over all rounds."""
-    run = one.runs[f"{task}: {name}"]
-    rows = runs.read_metrics(run.folder)
+    rows = runs.read_metrics(one.runs[f"{task}: {name}"].folder)
     known = {"seed": one.seed, "task": task, "method": name, "before": method.offline}
-    known["labels"] = (run.results or {}).get("labels", 0)
+    known["labels"] = one.results(f"{task}: {name}").get("labels", 0)
     return known | {
         key: sum(row.get(key, 0) for row in rows) for key in ("pairs", "ties", "gold_pairs", "silver_pairs")
     }
@@ -526,7 +457,7 @@ def _books(one: Chain, task: str, name: str, method: LabelMethod) -> Row:
 def _accuracy(one: Chain, name: str) -> Row:
     """How well a reward model knows gold before the rounds."""
     task, kind = name.split(": reward model, ")
-    found = one.runs[name].results or {}
+    found = one.results(name)
     right = [member["accuracy"] for member in found["members"]]
     mean = sum(right) / len(right)
     return {"seed": one.seed, "task": task, "kind": kind, "pairs": found["pairs"], "accuracy": mean}
@@ -570,37 +501,29 @@ AXES = {
 }
 
 
-def over(curves: Sequence[Row], x: str, y: str) -> alt.LayerChart:
-    """One number against another, a line for each method, a point a round. Raises ValueError if no row has both."""
-    points = [
-        {
-            **{x: row[x], "round": row["round"], "value": row[y], "dash": SOLID, "color": COLORS[row["method"]]},
-            **{"line": NAMES[row["method"]], "label": NAMES[row["method"]], "across": f"{row[x]:.3g}"},
-            # bands of all would hide the lines, and a curve over KL may turn back
-            **dict.fromkeys(("lo", "hi")),
-            **({end: row.get(f"{y}_{end}") for end in ("lo", "hi")} if _banded(row, x) else {}),
-            "shown": f"{row[y]:.3g}" + (f"  [{row[f'{y}_lo']:.2f}, {row[f'{y}_hi']:.2f}]" if f"{y}_lo" in row else ""),
-        }
-        for row in curves
-        if row.get(x) is not None and row.get(y) is not None
-    ]
-    if not points:
-        raise ValueError(f"over: no row has both {x} and {y}")
-    tooltip = {"line": "method", "round": "round", "across": AXES[x], "shown": AXES[y]}
-    dots = [{**point, "flag": ""} for point in points] if x != "round" else []
-    across = Axis(x, AXES[x], whole=x != "kl")
-    return draw(points, across, Axis("value", AXES[y]), tooltip=tooltip, height=260, peaks=dots)
+def over(rows: Sequence[Row], x: str, y: str) -> Chart:
+    """One number against another, a line for each method, a dot a round. Raises ValueError if no row has both.
 
-
-def _banded(row: Row, x: str) -> bool:
-    return x == "round" or (x == "labels" and row["method"] in ("gold", "live"))
+    Bands of all methods would hide the lines, and a curve over KL may turn back: only some have one.
+    """
+    return curves(
+        rows,
+        Axis(x, AXES[x], whole=x != "kl"),
+        Axis(y, AXES[y]),
+        by="method",
+        names=NAMES,
+        colors=COLORS,
+        tooltip={"round": "round"},
+        dot=lambda row: x != "round",
+        band=lambda row: x == "round" or (x == "labels" and row["method"] in ("gold", "live")),
+    )
 
 
 def _of(rows: Sequence[Row], task: str) -> list[Row]:
     return [row for row in rows if row["task"] == task]
 
 
-def figures(results: Row) -> dict[str, alt.LayerChart]:
+def figures(results: Row) -> dict[str, Chart]:
     """The charts worth a file of their own."""
     found = {}
     for task in dict.fromkeys(row["task"] for row in results["curves"]):
@@ -642,14 +565,13 @@ SHORT = {"labels alone": "gold", "static": "static", "live": "live"}
 
 
 def _task_parts(results: Row, task: str) -> list[Part]:
-    rows, right = _of(results["curves"], task), {}
-    for row in _of(results["rewards"], task):
-        right.setdefault(row["kind"], []).append(row["accuracy"])
-    known = ", ".join(f"{kind} {percent(sum(values) / len(values))}" for kind, values in right.items())
+    rows = _of(results["curves"], task)
+    right = study.over_chains(_of(results["rewards"], task), ("kind",), ("accuracy",))
+    known = ", ".join(f"{row['kind']} {percent(row['accuracy'])}" for row in right)
     bands = "over prompts" if len(results["seeds"]) == 1 else "over chains"
     cells = [
         (
-            *(NAMES[row["method"]], f"{row['labels']:,.0f}", _banded_number(row, "gold")),
+            *(NAMES[row["method"]], f"{row['labels']:,.0f}", banded(row, "gold")),
             *(number(row["kl"]), number(row["length"])),
             *(percent(row.get(name)) for name in ("win_rate", "live_accuracy", "proxy_accuracy")),
         )
@@ -674,23 +596,17 @@ def _task_parts(results: Row, task: str) -> list[Part]:
     ]
 
 
-def _banded_number(row: Row, name: str) -> str:
-    band = f" [{number(row[f'{name}_lo'])}, {number(row[f'{name}_hi'])}]" if f"{name}_lo" in row else ""
-    return f"{number(row[name])}{band}"
-
-
 def _levels_table(levels: Sequence[Row]) -> Part:
     """Labels each method needs to fixed levels of gold."""
     shares = list(dict.fromkeys(row["share"] for row in levels))
-    needed: dict[tuple[str, str], list[str]] = {}
-    for row in levels:
-        needed.setdefault((TITLES[row["task"]], NAMES[row["method"]]), []).append(_needed(row))
+    needed = study.grouped(levels, "task", "method")
     caption = (
         "Labels paid until gold has gained 50 %, 100 % and 150 % of what labels alone gain with all of theirs; in "
         "brackets 95 % over chains, or in how many chains the level was reached."
     )
     columns = ("task", "method", *(f"{round(100 * share)} % of the gain" for share in shares))
-    return table(columns, [(*key, *cells) for key, cells in needed.items()], caption, "Labels needed")
+    cells = [(TITLES[task], NAMES[method], *map(_needed, rows)) for (task, method), rows in needed.items()]
+    return table(columns, cells, caption, "Labels needed")
 
 
 def _needed(row: Row) -> str:
@@ -698,8 +614,7 @@ def _needed(row: Row) -> str:
         return "never"
     if row["reached"] < row["chains"]:
         return f"{row['labels']:,.0f} ({row['reached']} of {row['chains']} chains)"
-    band = f" [{row['labels_lo']:,.0f}, {row['labels_hi']:,.0f}]" if "labels_lo" in row else ""
-    return f"{row['labels']:,.0f}{band}"
+    return banded(row, "labels", lambda labels: f"{labels:,.0f}")
 
 
 def _books_table(results: Row) -> Part:

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import altair as alt
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -29,7 +28,7 @@ from pyrite.recipes import study, toy
 from pyrite.recipes.study import Chain, Claim, Curves, Row
 from pyrite.report import charts
 from pyrite.report.charts import COLORS, DASHED, NAMES, OBJECTIVES, REWARD, SOLID, Axis
-from pyrite.report.page import Part, answers, figure, number, numbers, percent, table, tabs, text
+from pyrite.report.page import Part, answers, banded, figure, number, numbers, percent, table, tabs, text
 from pyrite.training.evaluation import Evaluation
 from pyrite.training.loop import Training
 from pyrite.training.rounds import FAR
@@ -106,9 +105,13 @@ class Target:
     member: int | None = None
 
     @property
+    def against(self) -> str:
+        return self.objective if self.member is None else f"{self.objective} {self.member}"
+
+    @property
     def name(self) -> str:
-        against = self.objective if self.member is None else f"{self.objective} {self.member}"
-        return f"PPO, noise {100 * self.noise:g} %, beta {self.beta:g}, {against}"
+        """Of its stage."""
+        return f"PPO, {level(self.noise)}, beta {self.beta:g}, {self.against}"
 
 
 def targets(settings: OveroptimizationSettings) -> list[Target]:
@@ -125,100 +128,51 @@ def targets(settings: OveroptimizationSettings) -> list[Target]:
     ]
 
 
-def chain(folder: Path, settings: OveroptimizationSettings, seed: int) -> dict[str, Run]:
+def level(noise: float) -> str:
+    """How the stages at a level of label noise are named."""
+    return f"noise {100 * noise:g} %"
+
+
+def chain(one: Chain, settings: OveroptimizationSettings) -> None:
     """Run every stage that is not done yet."""
-    world = toy.write(folder / "world", seed=derive(seed, "world"), n_pool=settings.pool, n_demos=settings.toy_demos)
-    done = {"sft": _tuned(folder / "sft", world.model, world.demos, settings, derive(seed, "sft"))}
+    seed = derive(one.seed, "world")
+    world = toy.write(one.path("world"), seed=seed, n_pool=settings.pool, n_demos=settings.toy_demos)
+    demos = str(world.demos)
+    one.run("sft", sft.Config(str(world.model), demos, Path("sft"), training=settings.sft))
     for name, prompts, k, limit, top_p in (
         ("pairs", world.pair_prompts, settings.pair_answers, settings.pair_limit, settings.pair_top_p),
         ("pool", world.pool_prompts, settings.answers, settings.pool, 1.0),
     ):
-        drawn = generate.Config(
-            model=str(folder / "sft" / "model"),
-            prompts=str(prompts),
-            k=k,
-            limit=limit,
-            top_p=top_p,
-            max_new_tokens=settings.max_new_tokens,
-            out=folder / f"{name}_answers",
-            seed=derive(seed, name),
-        )
-        done[f"{name} answers"] = generate.run(drawn)
-    pool = label.Config(
-        candidates=str(folder / "pool_answers" / "candidates.parquet"),
-        gold=settings.gold,
-        pairs=False,
-        out=folder / "pool_labels",
-    )
-    done["pool labels"] = label.run(pool)
+        drawn = generate.Config(one.path("sft", "model"), str(prompts), Path(f"{name}_answers"), k=k, limit=limit)
+        one.run(f"{name} answers", replace(drawn, top_p=top_p, max_new_tokens=settings.max_new_tokens), name)
+    candidates = one.path("pool_answers", "candidates.parquet")
+    one.run("pool labels", label.Config(candidates, Path("pool_labels"), gold=settings.gold, pairs=False))
+    candidates, flips = one.path("pairs_answers", "candidates.parquet"), derive(one.seed, "noise")
     for noise in settings.noise:
-        name, told = f"noise_{100 * noise:g}", f"noise {100 * noise:g} %"
-        labeled = label.Config(
-            candidates=str(folder / "pairs_answers" / "candidates.parquet"),
-            gold=settings.gold,
-            noise=noise,
-            noise_seed=derive(seed, "noise"),
-            ties="drop",
-            seed=derive(seed, "pairs"),
-            out=folder / f"pairs_{name}",
-        )
-        done[f"pairs, {told}"] = label.run(labeled)
-        done |= _rewarded(folder, settings, name, told, folder / "sft", labeled.out, seed)
-    done |= _variants(folder, settings, world, seed)
-    return done | {target.name: ppo.run(_ppo(folder, settings, world, target, seed)) for target in targets(settings)}
-
-
-def _tuned(out: Path, model: Path, demos: Path, settings: OveroptimizationSettings, seed: int) -> Run:
-    return sft.run(sft.Config(model=str(model), data=str(demos), training=settings.sft, out=out, seed=seed))
-
-
-def _rewarded(
-    folder: Path, settings: OveroptimizationSettings, name: str, told: str, start: Path, pairs: Path, seed: int
-) -> dict[str, Run]:
-    """Reward models trained from an SFT run on a folder of pairs, and best-of-n against them."""
-    trained = reward.Config(
-        model=str(start / "model"),
-        data=str(pairs / "pairs.parquet"),
-        held_out=str(pairs / "held_out.parquet"),
-        members=settings.members,
-        head_std=settings.head_std,
-        training=settings.reward,
-        out=folder / f"reward_{name}",
-        seed=derive(seed, "reward"),
-    )
-    chosen = best_of_n.Config(
-        candidates=str(folder / "pool_labels" / "candidates.parquet"),
-        proxy=str(trained.out),
-        objectives=settings.objectives,
-        n=settings.n,
-        min_answers=1,  # every prompt with a finished answer stays in the curves
-        out=folder / f"best_of_n_{name}",
-    )
-    return {f"reward models, {told}": reward.run(trained), f"best of n, {told}": best_of_n.run(chosen)}
-
-
-def _variants(folder: Path, settings: OveroptimizationSettings, world: toy.ToyFiles, seed: int) -> dict[str, Run]:
-    """Best-of-n against reward models of fewer pairs and of other sizes, at the first level of noise."""
-    pairs = folder / f"pairs_noise_{100 * settings.noise[0]:g}"
-    done: dict[str, Run] = {}
+        name = f"noise_{100 * noise:g}"
+        labeled = label.Config(candidates, Path(f"pairs_{name}"), gold=settings.gold, noise=noise, noise_seed=flips)
+        one.run(f"pairs, {level(noise)}", labeled, "pairs")
+        _rewarded(one, settings, level(noise), name, "sft", f"pairs_{name}")
+    pairs = f"pairs_noise_{100 * settings.noise[0]:g}"
     for share in settings.shares:
         name = f"{100 * share:g}_percent_of_pairs"
-        fewer = folder / f"pairs_{name}"
+        fewer = one.folder / f"pairs_{name}"
         if not (fewer / "held_out.parquet").exists():
-            rows = data.load(pairs / "pairs.parquet", "pairs")
-            kept, _ = data.split(rows, fraction=1 - share, seed=derive(seed, "share"))
+            rows = data.load(one.path(pairs, "pairs.parquet"), "pairs")
+            kept, _ = data.split(rows, fraction=1 - share, seed=derive(one.seed, "share"))
             data.write(kept, fewer / "pairs.parquet")
-            data.write(data.load(pairs / "held_out.parquet", "pairs"), fewer / "held_out.parquet")
-        done |= _rewarded(folder, settings, name, f"{100 * share:g} % of pairs", folder / "sft", fewer, seed)
+            data.write(data.load(one.path(pairs, "held_out.parquet"), "pairs"), fewer / "held_out.parquet")
+        _rewarded(one, settings, f"{100 * share:g} % of pairs", name, "sft", fewer.name)
     for size in settings.sizes:
-        blank = folder / f"{size}_model"
+        blank = one.folder / f"{size}_model"
         if not (blank / "tokenizer.json").exists():
-            toy.model(derive(seed, size), size=size).save_pretrained(blank)
+            toy.model(derive(one.seed, size), size=size).save_pretrained(blank)
             toy.tokenizer().save_pretrained(blank)
-        start = folder / f"sft_{size}"
-        done[f"sft, size {size}"] = _tuned(start, blank, world.demos, settings, derive(seed, "sft", size))
-        done |= _rewarded(folder, settings, f"size_{size}", f"size {size}", start, pairs, seed)
-    return done
+        tuned = sft.Config(str(blank), demos, Path(f"sft_{size}"), training=settings.sft)
+        one.run(f"sft, size {size}", tuned, "sft", size)
+        _rewarded(one, settings, f"size {size}", f"size_{size}", f"sft_{size}", pairs)
+    for target in targets(settings):
+        one.run(target.name, _ppo(one, settings, world, target), "ppo")
 
 
 def variants(settings: OveroptimizationSettings) -> list[str]:
@@ -226,14 +180,34 @@ def variants(settings: OveroptimizationSettings) -> list[str]:
     return [*(f"{100 * share:g} % of pairs" for share in settings.shares), *(f"size {size}" for size in settings.sizes)]
 
 
-def _ppo(
-    folder: Path, settings: OveroptimizationSettings, world: toy.ToyFiles, target: Target, seed: int
-) -> ppo.Config:
-    rewards = folder / f"reward_noise_{100 * target.noise:g}"
+def _rewarded(one: Chain, settings: OveroptimizationSettings, told: str, name: str, start: str, pairs: str) -> None:
+    """Reward models trained from an SFT run on a folder of pairs, and best-of-n against them."""
+    trained = reward.Config(
+        model=one.path(start, "model"),
+        data=one.path(pairs, "pairs.parquet"),
+        held_out=one.path(pairs, "held_out.parquet"),
+        members=settings.members,
+        head_std=settings.head_std,
+        training=settings.reward,
+        out=Path(f"reward_{name}"),
+    )
+    one.run(f"reward models, {told}", trained, "reward")
+    chosen = best_of_n.Config(
+        candidates=one.path("pool_labels", "candidates.parquet"),
+        proxy=one.path(f"reward_{name}"),
+        objectives=settings.objectives,
+        n=settings.n,
+        min_answers=1,  # every prompt with a finished answer stays in the curves
+        out=Path(f"best_of_n_{name}"),
+    )
+    one.run(f"best of n, {told}", chosen)
+
+
+def _ppo(one: Chain, settings: OveroptimizationSettings, world: toy.ToyFiles, target: Target) -> ppo.Config:
+    rewards = one.folder / f"reward_noise_{100 * target.noise:g}"
     against = str(rewards if target.member is None else loading.member_paths(rewards)[target.member])
-    told = target.objective if target.member is None else f"{target.objective}_{target.member}"
     return ppo.Config(
-        model=str(folder / "sft" / "model"),
+        model=one.path("sft", "model"),
         prompts=str(world.pair_prompts),
         reward=(against,),
         ensemble=target.spec,
@@ -251,8 +225,7 @@ def _ppo(
             max_new_tokens=settings.max_new_tokens,
         ),
         training=settings.ppo,
-        out=folder / f"ppo_noise_{100 * target.noise:g}_beta_{target.beta:g}_{told}",
-        seed=derive(seed, "ppo"),
+        out=Path(f"ppo_noise_{100 * target.noise:g}_beta_{target.beta:g}_{target.against.replace(' ', '_')}"),
     )
 
 
@@ -295,31 +268,36 @@ def read_pool(run: Run, rows: list[dict[str, Any]]) -> Pool:
     return Pool(standard, stored["proxy"].double(), torch.tensor(marks).view_as(gold), stored["row"], rows)
 
 
-def combined(proxy: Tensor, settings: OveroptimizationSettings) -> dict[str, Tensor]:
-    """The ensembles' scores (Q, N) of proxies (E, Q, N) by short name, standardized like any other proxy."""
-    found = {}
+def choosers(pool: Pool, settings: OveroptimizationSettings) -> dict[str, list[Tensor]]:
+    """Scores (Q, N) by who chooses, standardized: "single" has those of every member, an ensemble one."""
+    found = {"single": list(pool.proxy)}
     for spec in settings.objectives:
         part = specs.part(spec, ensembles)
-        scores = part(proxy.flatten(1)).view(proxy.shape[1:])
-        found[part.name] = (scores - scores.mean()) / scores.std(correction=0)
+        scores = part(pool.proxy.flatten(1)).view_as(pool.gold)
+        found[part.name] = [(scores - scores.mean()) / scores.std(correction=0)]
     return found
 
 
-def chosen(pool: Pool, values: Tensor, settings: OveroptimizationSettings) -> dict[str, Tensor]:
-    """Expected `values` (Q, N) of the best of n, (M, Q), by who chooses; single is the average over members."""
+def best(pool: Pool, settings: OveroptimizationSettings, values: Tensor | None = None) -> dict[str, Tensor]:
+    """Expected `values` (Q, N) of the best of n, (M, Q), by who chooses; single is the average over members.
+
+    values: by default the chooser's own scores, what it believes of its choice.
+    """
     n = list(settings.n)
-    single = torch.stack([statistics.best_of_n(proxy, values, n) for proxy in pool.proxy]).mean(0)
-    others = combined(pool.proxy, settings).items()
-    return {"single": single} | {name: statistics.best_of_n(proxy, values, n) for name, proxy in others}
+    return {
+        name: torch.stack([statistics.best_of_n(one, one if values is None else values, n) for one in scores]).mean(0)
+        for name, scores in choosers(pool, settings).items()
+    }
 
 
 def gold_at(pool: Pool, settings: OveroptimizationSettings) -> dict[str, Tensor]:
     """Gold of the best of n: "single" (E, M, Q), every ensemble (M, Q), how often those win, and other ensembles."""
     n = list(settings.n)
     found = {"single": torch.stack([statistics.best_of_n(proxy, pool.gold, n) for proxy in pool.proxy])}
-    for name, proxy in combined(pool.proxy, settings).items():
-        found[name] = statistics.best_of_n(proxy, pool.gold, n)
-        found[f"wins of {name}"] = statistics.wins(found[name].expand_as(found["single"]), found["single"])
+    for name, gold in best(pool, settings, pool.gold).items():
+        if name != "single":
+            found[name] = gold
+            found[f"wins of {name}"] = statistics.wins(gold.expand_as(found["single"]), found["single"])
     half = ensembles.uwo(pool.proxy.flatten(1), weight=0.5).view_as(pool.gold)
     found["uwo at 0.5"] = statistics.best_of_n(half, pool.gold, n)
     for size in (3, 4):  # the average over all ensembles of that size
@@ -329,6 +307,7 @@ def gold_at(pool: Pool, settings: OveroptimizationSettings) -> dict[str, Tensor]
     return found
 
 
+POLICIES = ("noise", "beta", "objective")  # what tells policies trained by PPO apart
 POLICY = ("kl", "kl_k3", "sqrt_kl", "gold", "proxy", "length", "missing_eos", "variance")
 
 
@@ -340,20 +319,19 @@ def policy_rows(one: Chain, settings: OveroptimizationSettings) -> list[Row]:
     """
     by_policy: dict[tuple[float, float, str], list[list[Row]]] = {}
     for target in targets(settings):
-        lines = by_policy.setdefault((target.noise, target.beta, target.objective), [])
-        lines.append(_measurements(one, target))
-    found = []
-    for (noise, beta, objective), lines in by_policy.items():
-        for some in zip(*lines, strict=True):
-            means = {name: sum(row[name] for row in some) / len(some) for name in some[0] if name != "step"}
-            known = {"seed": one.seed, "noise": noise, "beta": beta, "objective": objective, "step": some[0]["step"]}
-            found.append(known | means)
-    return found
+        key = (target.noise, target.beta, target.objective)
+        by_policy.setdefault(key, []).append(_measurements(one, target))
+    return [
+        {"seed": one.seed, "noise": noise, "beta": beta, "objective": objective, "step": some[0]["step"]}
+        | {name: sum(row[name] for row in some) / len(some) for name in some[0] if name != "step"}
+        for (noise, beta, objective), lines in by_policy.items()
+        for some in zip(*lines, strict=True)
+    ]
 
 
 def _measurements(one: Chain, target: Target) -> list[Row]:
     run = one.runs[target.name]
-    pool = load_file(one.runs[f"best of n, noise {100 * target.noise:g} %"].folder / "scores.safetensors")
+    pool = load_file(one.runs[f"best of n, {level(target.noise)}"].folder / "scores.safetensors")
     gold, proxy = pool["gold"].double(), _pool_proxy(pool["raw"].double(), run, target)
     found = []
     for row in runs.read_metrics(run.folder):
@@ -380,16 +358,63 @@ def _standard(value: float, pool: Tensor) -> float:
     return (value - pool.mean().item()) / pool.std(correction=0).item()
 
 
-# Claims ---------------------------------------------------------------------------------------------------------------
+# claims
 
-# Coste et al. 2024, "Reward Model Ensembles Help Mitigate Overoptimization", arXiv:2310.02743.
+# Coste et al. 2024, "Reward Model Ensembles Help Mitigate Overoptimization". A claim is about best-of-n at a level of
+# label noise, or about PPO with 25 % label noise at a KL strength.
 
 SOURCE = "arXiv:2310.02743"
 NEGLIGIBLE = 0.1  # standard deviations of gold: a fall or a difference below this counts as none
 TOLD = {"mean": "the mean", "wco": "the worst case (WCO)", "uwo": "the uncertainty-weighted mean (UWO)"}
-WIN_RATES = {(0.25, "mean"): 57.8, (0.25, "wco"): 58.3, (0.25, "uwo"): 58.2}  # published, per cent
-WIN_RATES |= {(0.0, "mean"): 54.9, (0.0, "wco"): 57.1, (0.0, "uwo"): 57.2}
-NOISY, FREE, SMALL = 0.25, (0.25, 0.0), (0.25, 0.05)  # PPO: label noise and KL strength
+AT_NOISE = """
+single-overoptimizes-{at} | fig. 3 | {said} gold of a single reward model falls from its peak while the proxy rises
+gain-mean-{at} | fig. 3 | {said} {mean} ends with more gold than the average single reward model
+wins-mean-{at} | appendix F.9 | {said} {mean} wins against single reward models on more than half of the prompts (share
+    above one half; published {won[0]:.3f})
+gain-wco-{at} | fig. 3 | {said} {wco} ends with more gold than the average single reward model
+wins-wco-{at} | appendix F.9 | {said} {wco} wins against single reward models on more than half of the prompts (share
+    above one half; published {won[1]:.3f})
+wco-does-not-overoptimize-{at} | section 5.1 | {said} {wco} is not overoptimized (a fall below 0.1 is none)
+gain-uwo-{at} | fig. 3 | {said} {uwo} ends with more gold than the average single reward model
+wins-uwo-{at} | appendix F.9 | {said} {uwo} wins against single reward models on more than half of the prompts (share
+    above one half; published {won[2]:.3f})
+uwo-does-not-overoptimize-{at} | section 5.1 | {said} {uwo} is not overoptimized (a fall below 0.1 is none)
+size-of-gain-{at} | section 5.1 | {said} UWO ends with about {more} % more gold than single models
+"""
+AT_25 = """
+mean-overoptimizes-25 | section 5.1 | {said} the mean is still overoptimized
+four-members-beat-three-25 | fig. 11 | {said} WCO of four members ends with more gold than of three
+five-members-like-four-25 | fig. 11 | {said} a fifth member adds less than 0.1 to WCO
+weight-matters-little-25 | fig. 12 | {said} UWO with weight 1 ends less than 0.1 above UWO with weight 0.5
+"""
+OF_SINGLE = """
+ppo-single-overoptimizes | fig. 3 and 4 | {free} a single reward model loses gold from its peak while the proxy rises
+ppo-single-needs-more | section 5.2 | {small} a single reward model still loses gold from its peak: alone it needs a
+    much larger penalty
+"""
+OF_CONSERVATIVE = """
+ppo-{name}-reduces | section 5.2 | {free} {told} loses less gold from its peak than against a single reward model
+ppo-{name}-does-not-eliminate | section 5.2 | {free} {told} still loses gold from its peak
+ppo-{name}-prevents | section 5.2 | {small} {told} is not overoptimized (a fall below 0.1 is none)
+ppo-{name}-free | section 5.2 | {small} {told} reaches a peak at most 0.1 below that without a penalty
+"""
+OF_ENSEMBLE = """
+ppo-{name}-gain-free | fig. 7 | {free} {told} ends with more gold than against a single reward model
+ppo-{name}-gain-small | fig. 7 | {small} {told} ends with more gold than against a single reward model
+ppo-{name}-best-beta | fig. 4 | With 25 % label noise, each at its best KL strength, PPO against {told} ends with more
+    gold than against a single reward model
+"""
+OF_VARIANCE = """
+ppo-variance-mean | fig. 10 | {free} the mean, the members' variance grows (natural logarithm of the ratio; published
+    about 0.9)
+ppo-variance-uwo | fig. 10 | {free} UWO, the members' variance grows less than against the mean (difference of
+    logarithms)
+"""
+PENALTIES = {
+    "free": "With 25 % label noise and no KL penalty, PPO against",
+    "small": "With 25 % label noise and a small KL penalty (beta 0.05), PPO against",
+}
+NOISY, FREE, SMALL = 0.25, (0.25, 0.0), (0.25, 0.05)  # label noise and KL strength
 CurveValue = Callable[[Curves], Tensor]
 
 
@@ -451,170 +476,66 @@ def best_beta(objective: str) -> CurveValue:
     return lambda curves: at_best(curves, objective) - at_best(curves, "single")
 
 
-def _claim(name: str, where: str, statement: str, value: CurveValue, rule: study.Rule = study.POSITIVE) -> Claim:
-    return Claim(name, f"{SOURCE}, {where}", statement, value, rule)
+LITTLE = study.negligible(NEGLIGIBLE)
 
 
-def _at_noise(noise: float, published: float) -> list[Claim]:
-    """Claims about best-of-n at a level of noise; published: the share by which UWO ends above single models."""
+def _at_noise(noise: float, more: float, won: tuple[float, float, float]) -> list[Claim]:
+    """About best-of-n. Published: by which share UWO ends above single models; shares of prompts won, above half."""
     at, said = f"{100 * noise:g}", f"With {100 * noise:g} % label noise"
-    found = [
-        _claim(
-            f"single-overoptimizes-{at}",
-            "fig. 3",
-            f"{said} gold of a single reward model falls from its peak while the proxy rises",
-            falls(noise, "single"),
-        )
-    ]
-    for name, told in TOLD.items():
-        won = WIN_RATES[noise, name] / 100 - 0.5
-        found += [
-            _claim(
-                f"gain-{name}-{at}",
-                "fig. 3",
-                f"{said} {told} ends with more gold than the average single reward model",
-                gain((noise, name), (noise, "single")),
-            ),
-            _claim(
-                f"wins-{name}-{at}",
-                "appendix F.9",
-                f"{said} {told} wins against single reward models on more than half of the prompts (share above one "
-                f"half; published {won:.3f})",
-                above_half(noise, f"wins of {name}"),
-            ),
-        ]
-        if name != "mean":
-            found.append(
-                _claim(
-                    f"{name}-does-not-overoptimize-{at}",
-                    "section 5.1",
-                    f"{said} {told} is not overoptimized (a fall below {NEGLIGIBLE} is none)",
-                    falls(noise, name),
-                    study.negligible(NEGLIGIBLE),
-                )
-            )
-    size = _claim(
-        f"size-of-gain-{at}",
-        "section 5.1",
-        f"{said} UWO ends with about {100 * published:g} % more gold than single models",
-        relative_gain((noise, "uwo"), (noise, "single")),
-        study.contains(published),
+    table = AT_NOISE.format(at=at, said=said, more=f"{100 * more:g}", won=won, **TOLD)
+    return study.claims(
+        SOURCE,
+        table,
+        {
+            f"single-overoptimizes-{at}": falls(noise, "single"),
+            f"size-of-gain-{at}": (relative_gain((noise, "uwo"), (noise, "single")), study.contains(more)),
+            **{f"gain-{name}-{at}": gain((noise, name), (noise, "single")) for name in TOLD},
+            **{f"wins-{name}-{at}": above_half(noise, f"wins of {name}") for name in TOLD},
+            **{f"{name}-does-not-overoptimize-{at}": (falls(noise, name), LITTLE) for name in TOLD},
+        },
     )
-    return [*found, size]
 
 
 BEST_OF_N = [
-    *_at_noise(0.25, 0.75),
-    _claim(
-        "mean-overoptimizes-25",
-        "section 5.1",
-        "With 25 % label noise the mean is still overoptimized",
-        falls(0.25, "mean"),
+    *_at_noise(0.25, 0.75, (0.078, 0.083, 0.082)),
+    *study.claims(
+        SOURCE,
+        AT_25.format(said="With 25 % label noise"),
+        {
+            "mean-overoptimizes-25": falls(0.25, "mean"),
+            "four-members-beat-three-25": gain((0.25, "wco of 4"), (0.25, "wco of 3")),
+            "five-members-like-four-25": (gain((0.25, "wco"), (0.25, "wco of 4")), LITTLE),
+            "weight-matters-little-25": (gain((0.25, "uwo"), (0.25, "uwo at 0.5")), LITTLE),
+        },
     ),
-    _claim(
-        "four-members-beat-three-25",
-        "fig. 11",
-        "With 25 % label noise WCO of four members ends with more gold than of three",
-        gain((0.25, "wco of 4"), (0.25, "wco of 3")),
-    ),
-    _claim(
-        "five-members-like-four-25",
-        "fig. 11",
-        f"With 25 % label noise a fifth member adds less than {NEGLIGIBLE} to WCO",
-        gain((0.25, "wco"), (0.25, "wco of 4")),
-        study.negligible(NEGLIGIBLE),
-    ),
-    _claim(
-        "weight-matters-little-25",
-        "fig. 12",
-        f"With 25 % label noise UWO with weight 1 ends less than {NEGLIGIBLE} above UWO with weight 0.5",
-        gain((0.25, "uwo"), (0.25, "uwo at 0.5")),
-        study.negligible(NEGLIGIBLE),
-    ),
-    *_at_noise(0.0, 0.30),
+    *_at_noise(0.0, 0.30, (0.049, 0.071, 0.072)),
 ]
-
-NO_PENALTY = "With 25 % label noise and no KL penalty, PPO against"
-PENALTY = "With 25 % label noise and a small KL penalty (beta 0.05), PPO against"
-MORE = "ends with more gold than against a single reward model"
-
-
-def _of_conservative(name: str) -> list[Claim]:
-    """What is said of PPO against WCO and UWO."""
-    told = TOLD[name]
-    return [
-        _claim(
-            f"ppo-{name}-reduces",
-            "section 5.2",
-            f"{NO_PENALTY} {told} loses less gold from its peak than against a single reward model",
-            falls_less(*FREE, name),
-        ),
-        _claim(
-            f"ppo-{name}-does-not-eliminate",
-            "section 5.2",
-            f"{NO_PENALTY} {told} still loses gold from its peak",
-            falls(*FREE, name),
-        ),
-        _claim(
-            f"ppo-{name}-prevents",
-            "section 5.2",
-            f"{PENALTY} {told} is not overoptimized (a fall below {NEGLIGIBLE} is none)",
-            falls(*SMALL, name),
-            study.negligible(NEGLIGIBLE),
-        ),
-        _claim(
-            f"ppo-{name}-free",
-            "section 5.2",
-            f"{PENALTY} {told} reaches a peak at most {NEGLIGIBLE} below that without a penalty",
-            cost(name),
-            study.negligible(NEGLIGIBLE),
-        ),
-    ]
-
-
-def _of_ensemble(name: str) -> list[Claim]:
-    """What is said of PPO against every ensemble."""
-    free, small = (gain((*at, name), (*at, "single")) for at in (FREE, SMALL))
-    return [
-        _claim(f"ppo-{name}-gain-free", "fig. 7", f"{NO_PENALTY} {TOLD[name]} {MORE}", free),
-        _claim(f"ppo-{name}-gain-small", "fig. 7", f"{PENALTY} {TOLD[name]} {MORE}", small),
-        _claim(
-            f"ppo-{name}-best-beta",
-            "fig. 4",
-            f"With 25 % label noise, each at its best KL strength, PPO against {TOLD[name]} {MORE}",
-            best_beta(name),
-        ),
-    ]
-
-
-PPO = [
-    _claim(
-        "ppo-single-overoptimizes",
-        "fig. 3 and 4",
-        f"{NO_PENALTY} a single reward model loses gold from its peak while the proxy rises",
-        falls(*FREE, "single"),
+PPO = study.claims(
+    SOURCE,
+    "".join(
+        table.format(name=name, told=TOLD.get(name, ""), **PENALTIES)
+        for table, names in (
+            (OF_SINGLE, ("single",)),
+            (OF_CONSERVATIVE, ("wco", "uwo")),
+            (OF_ENSEMBLE, tuple(TOLD)),
+            (OF_VARIANCE, ("mean",)),
+        )
+        for name in names
     ),
-    _claim(
-        "ppo-single-needs-more",
-        "section 5.2",
-        f"{PENALTY} a single reward model still loses gold from its peak: alone it needs a much larger penalty",
-        falls(*SMALL, "single"),
-    ),
-    *(claim for name in ("wco", "uwo") for claim in _of_conservative(name)),
-    *(claim for name in TOLD for claim in _of_ensemble(name)),
-    _claim(
-        "ppo-variance-mean",
-        "fig. 10",
-        f"{NO_PENALTY} the mean, the members' variance grows (natural logarithm of the ratio; published about 0.9)",
-        growth("mean"),
-    ),
-    _claim(
-        "ppo-variance-uwo",
-        "fig. 10",
-        f"{NO_PENALTY} UWO, the members' variance grows less than against the mean (difference of logarithms)",
-        lambda curves: growth("mean")(curves) - growth("uwo")(curves),
-    ),
-]
+    {
+        "ppo-single-overoptimizes": falls(*FREE, "single"),
+        "ppo-single-needs-more": falls(*SMALL, "single"),
+        **{f"ppo-{name}-reduces": falls_less(*FREE, name) for name in TOLD},
+        **{f"ppo-{name}-does-not-eliminate": falls(*FREE, name) for name in TOLD},
+        **{f"ppo-{name}-prevents": (falls(*SMALL, name), LITTLE) for name in TOLD},
+        **{f"ppo-{name}-free": (cost(name), LITTLE) for name in TOLD},
+        **{f"ppo-{name}-gain-free": gain((*FREE, name), (*FREE, "single")) for name in TOLD},
+        **{f"ppo-{name}-gain-small": gain((*SMALL, name), (*SMALL, "single")) for name in TOLD},
+        **{f"ppo-{name}-best-beta": best_beta(name) for name in TOLD},
+        "ppo-variance-mean": growth("mean"),
+        "ppo-variance-uwo": lambda curves: growth("mean")(curves) - growth("uwo")(curves),
+    },
+)
 CLAIMS = [*BEST_OF_N, *PPO]
 NOTE = (
     "Best-of-n is read at the largest n that is at most a quarter of the answers. Its peak is found on one half of the "
@@ -632,21 +553,22 @@ def check_best_of_n(golds: Sequence[Mapping[Any, Tensor]], end: int) -> list[Row
 
 def check_ppo(rows: Sequence[Row]) -> list[Row]:
     """The claims about PPO, of the rows of all chains; the folds of a chain are the other chains."""
-    by_chain: dict[int, dict[Any, list[Row]]] = {}
-    for row in rows:
-        key = (row["noise"], row["beta"], row["objective"])
-        by_chain.setdefault(row["seed"], {}).setdefault(key, []).append(row)
-    curves: dict[Any, Tensor] = {}  # (C, M)
-    for key in next(iter(by_chain.values()), {}):
-        lines = [lines[key] for lines in by_chain.values()]
-        curves[key] = smoothed(torch.tensor([[row["gold"] for row in line] for line in lines], dtype=torch.float64))
+    chains = len({row["seed"] for row in rows})
+
+    def lines(some: Sequence[Row], name: str) -> Tensor:
+        """(C, M)"""
+        by_chain = study.grouped(some, "seed").values()
+        return torch.tensor([[row[name] for row in line if name in row] for line in by_chain], dtype=torch.float64)
+
+    curves: dict[Any, Tensor] = {}
+    for key, some in study.grouped(rows, *POLICIES).items():
+        curves[key] = smoothed(lines(some, "gold"))
         if key[2] != "single":  # the variance is unknown before the first step
-            variance = [[row["variance"] for row in line[1:]] for line in lines]
-            curves[*key[:2], f"variance of {key[2]}"] = torch.tensor(variance, dtype=torch.float64)
+            curves[*key[:2], f"variance of {key[2]}"] = lines([row for row in some if row["step"]], "variance")
     others = {key: (v.sum(0) - v) / (len(v) - 1) if len(v) > 1 else v for key, v in curves.items()}
     folds = [
         Curves(*({key: v[i][None, None] for key, v in some.items()} for some in (curves, others)))
-        for i in range(len(by_chain))
+        for i in range(chains)
     ]
     return study.check(PPO, folds) if folds else []
 
@@ -680,7 +602,7 @@ PROMPTS = 12  # prompts in the browser of samples
 def collect(chains: list[Chain], settings: OveroptimizationSettings) -> Row:
     """Curves, fits, policies, claims, mechanism, reward models and samples."""
     labeled = [data.load(one.folder / "pool_labels" / "candidates.parquet", "candidates") for one in chains]
-    stages = {noise: f"noise {100 * noise:g} %" for noise in settings.noise}
+    stages = {noise: level(noise) for noise in settings.noise}
     pools = {
         told: [read_pool(one.runs[f"best of n, {told}"], rows) for one, rows in zip(chains, labeled, strict=True)]
         for told in (*stages.values(), *variants(settings))
@@ -694,7 +616,7 @@ def collect(chains: list[Chain], settings: OveroptimizationSettings) -> Row:
     ]
     curves = [row for noise, some in at.items() for row in _curves(some, settings, noise)]
     rows = [row for one in chains for row in policy_rows(one, settings)]
-    policies = study.over_chains(rows, ("noise", "beta", "objective", "step"), POLICY, errors=2.0)
+    policies = study.over_chains(rows, (*POLICIES, "step"), POLICY, errors=2.0)
     answers = [one.runs["pool answers"].results or {} for one in chains]
     return {
         "end_n": settings.n[end],
@@ -740,8 +662,8 @@ def _curves(
     pools: Sequence[Pool], settings: OveroptimizationSettings, noise: float, *, members: bool = True
 ) -> list[Row]:
     """Gold and proxy by objective and n; bands over prompts of one chain, or over whole chains."""
-    gold = [chosen(pool, pool.gold, settings) for pool in pools]
-    proxy = [_own_proxy(pool, settings) for pool in pools]
+    gold = [best(pool, settings, pool.gold) for pool in pools]
+    proxy = [best(pool, settings) for pool in pools]
     effective = [statistics.effective_samples(pools[0].gold.shape[1], [n]).item() for n in settings.n]
     rows = []
     for name in gold[0]:
@@ -757,14 +679,6 @@ def _curves(
             for n, values in zip(settings.n, zip(*(line.tolist() for line in both), strict=True), strict=True):
                 rows.append(_point(noise, "member", n, member) | dict(zip(("gold", "proxy"), values, strict=True)))
     return rows
-
-
-def _own_proxy(pool: Pool, settings: OveroptimizationSettings) -> dict[str, Tensor]:
-    """What each chooser believes of its own choice, (M, Q)."""
-    n = list(settings.n)
-    single = torch.stack([statistics.best_of_n(proxy, proxy, n) for proxy in pool.proxy]).mean(0)
-    others = combined(pool.proxy, settings).items()
-    return {"single": single} | {name: statistics.best_of_n(proxy, proxy, n) for name, proxy in others}
 
 
 def _band(values: Sequence[Tensor]) -> statistics.Interval:
@@ -793,7 +707,7 @@ def _policy_fits(rows: Sequence[Row]) -> list[Row]:
     A peak beyond ten times the largest d measured is left out: nothing speaks for it.
     """
     found = []
-    for line in _by_policy(rows).values():
+    for line in study.grouped(rows, *POLICIES).values():
         moved = [(row["sqrt_kl"], row["gold"] - line[0]["gold"]) for row in line if row["sqrt_kl"] > 0]
         if len({d for d, _ in moved}) < 3:
             continue
@@ -806,13 +720,6 @@ def _policy_fits(rows: Sequence[Row]) -> list[Row]:
     return found
 
 
-def _by_policy(rows: Sequence[Row]) -> dict[tuple[float, float, str], list[Row]]:
-    found: dict[tuple[float, float, str], list[Row]] = {}
-    for row in rows:
-        found.setdefault((row["noise"], row["beta"], row["objective"]), []).append(row)
-    return found
-
-
 def _bars(
     golds: Mapping[str, Sequence[Mapping[str, Tensor]]], settings: OveroptimizationSettings, end: int
 ) -> list[Row]:
@@ -820,7 +727,7 @@ def _bars(
 
     At the first level of noise; intervals are over chains.
     """
-    main = golds[f"noise {100 * settings.noise[0]:g} %"]
+    main = golds[level(settings.noise[0])]
     uwo = next((spec for spec in settings.objectives if spec.startswith("uwo")), "uwo(weight=0.5)")
     wanted = [("members", f"{k} members", "wco", f"wco of {k}", main) for k in (3, 4)]
     wanted += [("members", f"{settings.members} members", "wco", "wco", main)]
@@ -840,7 +747,7 @@ def _bars(
 
 def _shares(pools: Sequence[Pool], settings: OveroptimizationSettings, noise: float) -> list[Row]:
     """The share of marked answers among the best of n, by who chooses."""
-    found = [{k: v.mean(1) for k, v in chosen(pool, pool.mark.double(), settings).items()} for pool in pools]
+    found = [{k: v.mean(1) for k, v in best(pool, settings, pool.mark.double()).items()} for pool in pools]
     base = torch.stack([pool.mark.double().mean() for pool in pools]).mean().item()
     return [
         {"noise": noise, "objective": name, "n": n, "share": share, "base": base}
@@ -875,7 +782,7 @@ def _reward_models(seed: int, noise: float, run: Run, pool: Pool) -> list[Row]:
 def _samples(pool: Pool, settings: OveroptimizationSettings, noise: float) -> list[Row]:
     """What each scorer really picks among the first n answers of a prompt."""
     judges = {f"single {member}": proxy for member, proxy in enumerate(pool.proxy[:3])}
-    judges |= combined(pool.proxy, settings)
+    judges |= {name: scores[0] for name, scores in choosers(pool, settings).items() if name != "single"}
     rows = []
     for q in range(min(PROMPTS, len(pool.gold))):
         picks = []
@@ -903,48 +810,53 @@ GROUPS = {
 }
 
 
-def policy_chart(rows: Sequence[Row], y: str = "gold", x: Axis = ROOT) -> alt.LayerChart:
+def policy_chart(rows: Sequence[Row], y: str = "gold", x: Axis = ROOT) -> charts.Chart:
     """A column of measured policies against `x`, a line for each objective, a dot at the peak of gold.
 
     Gold is solid, the proxy dashed; lines follow the steps. Raises ValueError if no row has the column.
     """
-    points = [
-        {
-            **{"step": row["step"], "sqrt_kl": row["sqrt_kl"], "value": row[y], "lo": None, "hi": None},
-            **{"line": NAMES[name], "label": NAMES[name], "color": COLORS[name]},
-            **{"dash": DASHED if y == "proxy" else SOLID, "KL": f"{row['kl']:.2f} ± {row['kl_se']:.2f}"},
-            "shown": f"{row[y]:.2f}" + (f"  [{row[f'{y}_lo']:.2f}, {row[f'{y}_hi']:.2f}]" if f"{y}_lo" in row else ""),
-        }
-        for name in OBJECTIVES
-        for row in rows
-        if row["objective"] == name and row.get(y) is not None
-    ]
-    if not points:
-        raise ValueError(f"policy_chart: no row has {y}")
-    tops = [max(line, key=lambda point: point["value"]) for line in charts.split(points)] if y == "gold" else []
-    up = REWARD if y in ("gold", "proxy") else Axis("value", "variance over members")
-    shown = {"line": "against", "step": "step", "KL": "KL, nats", "shown": y}
-    peaks = [{**top, "flag": ""} for top in tops]
-    return charts.draw(points, x, up, tooltip=shown, height=280, peaks=peaks, order="step")
+    told = [{**row, "KL": f"{row['kl']:.2f} ± {row['kl_se']:.2f}"} for row in rows]
+    lines = study.grouped(sorted(told, key=lambda row: OBJECTIVES.index(row["objective"])), "objective").values()
+    tops = [max(line, key=lambda row: row["gold"]) for line in lines] if y == "gold" else []
+    return charts.curves(
+        [row for line in lines for row in line],
+        x,
+        Axis(y, REWARD.title if y in ("gold", "proxy") else "variance over members"),
+        by="objective",
+        names=NAMES,
+        colors=COLORS,
+        tooltip={"step": "step", "KL": "KL, nats"},
+        dot=lambda row: row in tops,
+        band=lambda row: False,
+        dash=DASHED if y == "proxy" else SOLID,
+        order="step",
+        height=280,
+    )
 
 
-def bar_chart(rows: Sequence[Row]) -> alt.LayerChart:
+def bar_chart(rows: Sequence[Row]) -> charts.Chart:
     """Gold of best-of-n as bars, with intervals if they are known."""
     named = [
-        {
-            **{"label": f"{row['label']}, {NAMES[row['objective']]}", "color": COLORS[row["objective"]]},
-            **{"value": row["gold"], "lo": row.get("gold_lo"), "hi": row.get("gold_hi"), "text": number(row["gold"])},
-        }
+        {"label": f"{row['label']}, {NAMES[row['objective']]}", "color": COLORS[row["objective"]]}
+        | {"value": row["gold"], "lo": row.get("gold_lo"), "hi": row.get("gold_hi"), "text": number(row["gold"])}
         for row in rows
     ]
-    low, high = charts.span(named)
-    across = alt.X("value:Q", title=REWARD.title, scale=alt.Scale(domain=[min(0.0, low), max(0.0, high)], nice=False))
-    up = alt.Y("label:N", title=None, sort=None, axis=alt.Axis(grid=False, labelColor=charts.INK, labelLimit=260))
-    drawn = charts.table("bars", alt.MarkDef("bar", height=11, opacity=0.75)).encode(alt.Color("color:N", scale=None))
-    whisker = charts.table("bars", alt.MarkDef("rule", color=charts.FAINT, strokeWidth=1.5))
-    chart = alt.layer(drawn.encode(across), whisker.encode(alt.X("lo:Q"), alt.X2("hi:Q"))).encode(up)
-    told = " ".join(f"{row['label']}: {row['text']}." for row in named)
-    return charts.styled(chart, {"bars": named}, told, height=max(3, len(named)) * 19)
+    return charts.bars(named, REWARD.title)
+
+
+def mark_chart(shares: Sequence[Row]) -> charts.Chart:
+    """The share of marked answers among the best of n, by who chooses; dashed, their share among all answers."""
+    top = max(max(row["share"], row["base"]) for row in shares) or 0.01
+    return charts.curves(
+        shares,
+        charts.AXES["n"],
+        Axis("share", "share of the winners", format=".0%" if top > 0.05 else ".1%"),
+        by="objective",
+        names=NAMES,
+        colors=COLORS,
+        level=("all answers", shares[0]["base"]),
+        domain=(0.0, 1.08 * top),
+    )
 
 
 def figures(results: Row) -> dict[str, charts.Chart]:
@@ -954,7 +866,7 @@ def figures(results: Row) -> dict[str, charts.Chart]:
         for noise in _noises(results["curves"])
         for x in ACROSS.values()
     }
-    for (noise, beta), rows in _by_penalty(results["policies"]).items():
+    for (noise, beta), rows in study.grouped(results["policies"], "noise", "beta").items():
         for y in ("gold", "proxy"):
             found[f"ppo_{y}_noise_{100 * noise:g}_beta_{beta:g}"] = policy_chart(rows, y)
     return found
@@ -992,6 +904,10 @@ def story(results: Row) -> tuple[str, str, list[Part]]:
 
 def _noises(rows: Sequence[Row]) -> list[float]:
     return sorted({row["noise"] for row in rows}, reverse=True)
+
+
+def _at(rows: Sequence[Row], noise: float) -> list[Row]:
+    return [row for row in rows if row["noise"] == noise]
 
 
 def _fell(top: Row, end: Row) -> bool:
@@ -1080,13 +996,6 @@ def _ensembles(curves: Sequence[Row], noises: Sequence[float]) -> list[Part]:
     return [text(said, title), tabs(("label noise", "against"), alone), tabs(("label noise",), beside)]
 
 
-def _by_penalty(rows: Sequence[Row]) -> dict[tuple[float, float], list[Row]]:
-    found: dict[tuple[float, float], list[Row]] = {}
-    for row in rows:
-        found.setdefault((row["noise"], row["beta"]), []).append(row)
-    return found
-
-
 def _policies(results: Row) -> list[Part]:
     """What PPO found, and what else could be turned."""
     rows, parts = results["policies"], []
@@ -1102,7 +1011,7 @@ def _policies(results: Row) -> list[Part]:
         steps = "The variance over members, of the answers a policy draws as it learns."
         along: dict[tuple[str, ...], Part] = {}
         by_step: dict[tuple[str, ...], Part] = {}
-        for (noise, beta), some in _by_penalty(rows).items():
+        for (noise, beta), some in study.grouped(rows, "noise", "beta").items():
             key = (percent(noise), f"beta {beta:g}")
             both = [policy_chart(some), policy_chart(some, "proxy")]
             along[key] = figure(both, paths, names=("Gold", "Proxy"))
@@ -1120,8 +1029,7 @@ def _policies(results: Row) -> list[Part]:
             for row in results["policy_fits"]
         ]
         parts.append(table(columns, cells, "Least-squares fits of gold = start + d (a − b ln d), d = √KL."))
-    groups = {group: [row for row in results["bars"] if row["group"] == group] for group in GROUPS}
-    groups = {group: some for group, some in groups.items() if len(some) > 1}
+    groups = {group: some for (group,), some in study.grouped(results["bars"], "group").items() if len(some) > 1}
     if groups:
         caption = f"Gold of best-of-{results['end_n']:,}; lines are intervals over chains."
         drawn = [bar_chart(some) for some in groups.values()]
@@ -1136,11 +1044,10 @@ def _fit(row: Row) -> tuple[Any, ...]:
 def _ends(rows: Sequence[Row]) -> Part:
     """Peak and end of every policy."""
     cells = []
-    for (noise, beta, objective), line in _by_policy(rows).items():
+    for (noise, beta, objective), line in study.grouped(rows, *POLICIES).items():
         top, end = max(line, key=lambda row: row["gold"]), line[-1]
         known = (percent(noise), f"{beta:g}", NAMES[objective], number(top["gold"]), number(top["kl"]))
-        band = f" [{number(end['gold_lo'])}, {number(end['gold_hi'])}]" if "gold_lo" in end else ""
-        last = (number(end["gold"]) + band, number(end["proxy"]), f"{number(end['kl'])} ± {number(end['kl_se'])}")
+        last = (banded(end, "gold"), number(end["proxy"]), f"{number(end['kl'])} ± {number(end['kl_se'])}")
         cells.append((*known, *last, number(end["length"])))
     columns = ("label noise", "beta", "against", "most gold", "at KL", "gold at the end", "proxy", "KL, nats", "tokens")
     caption = (
@@ -1158,7 +1065,7 @@ def _mechanism(results: Row, noises: Sequence[float]) -> list[Part]:
         text(f"**{found['name'].capitalize()}.** {found['text']}", title="How the proxy is fooled"),
         tabs(
             ("label noise",),
-            {(percent(z),): figure(charts.mechanism(found["shares"], noise=z), shares) for z in noises},
+            {(percent(z),): figure(mark_chart(_at(found["shares"], z)), shares) for z in noises},
         ),
         text(
             f"Answers cut off before they end are {percent(cut['rate'])} of all answers and "
@@ -1189,13 +1096,12 @@ def _models(rows: Sequence[Row]) -> Part:
         (
             percent(row["noise"]),
             row["member"],
-            percent(row["accuracy"]),
-            f"[{percent(row['accuracy_lo'])}, {percent(row['accuracy_hi'])}]",
+            banded(row, "accuracy", percent),
             percent(row["agreement"]),
         )
         for row in rows
     ]
-    columns = ("label noise", "member", "accuracy", "interval", "agreement with the others")
+    columns = ("label noise", "member", "accuracy", "agreement with the others")
     return table(columns, cells, "Accuracy on held-out pairs without noise.", title="The reward models")
 
 

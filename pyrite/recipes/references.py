@@ -10,14 +10,13 @@ measured on the other, so that looking for it does not create it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from pyrite.core.runs import Run
 from pyrite.data import rows as data
 from pyrite.jobs import dpo, evaluate, generate, label, scratch, sft
 from pyrite.math import statistics
@@ -75,98 +74,74 @@ def policies(settings: ReferencesSettings) -> Iterator[tuple[str, float]]:
             yield ref, beta
 
 
-def chain(folder: Path, settings: ReferencesSettings, seed: int) -> dict[str, Run]:
+def chain(one: Chain, settings: ReferencesSettings) -> None:
     """Run every stage of a chain."""
     world = toy.write(
-        folder / "world", seed=derive(seed, "world"), n_pool=settings.answer_prompts, n_demos=settings.toy_demos
+        one.path("world"), seed=derive(one.seed, "world"), n_pool=settings.answer_prompts, n_demos=settings.toy_demos
     )
-    policy, held_out = str(folder / "sft" / "model"), str(world.pool_prompts)
-    better = _better(folder / "better" / "demos.parquet", world, settings, seed)
+    policy, held_out = one.path("sft", "model"), str(world.pool_prompts)
+    pairs, held_out_pairs = (one.path("pairs", f"{name}.parquet") for name in ("pairs", "held_out"))
+    better = one.path("better", "demos.parquet")
+    if not Path(better).exists():
+        asked = [row["prompt"] for row in data.load(world.pair_prompts, "prompts")]
+        seed = derive(one.seed, "better")
+        data.write(toy.demos(settings.better_demos, seed=seed, among=asked, shares=settings.better), better)
 
-    def tuned(name: str, model: Path | str, demos: Path, training: Training) -> Run:
-        config = sft.Config(str(model), str(demos), folder / name, training=training, seed=derive(seed, name))
-        return sft.run(config)
-
-    def evaluated(name: str, *, ref: bool = True) -> Run:
+    def evaluated(name: str, folder: str, *, ref: bool = True) -> None:
         """Answers to the held-out prompts; with the start as reference if the vocabulary is the same."""
         config = evaluate.Config(
-            model=str(folder / name / "model"),
+            model=one.path(folder, "model"),
             prompts=held_out,
             gold=settings.gold,
             ref=policy if ref else None,
-            pairs=str(folder / "pairs" / "held_out.parquet") if ref else None,
+            pairs=held_out_pairs if ref else None,
             k=settings.answers,
             max_new_tokens=settings.max_new_tokens,
-            out=folder / f"evaluate_{name}",
-            seed=derive(seed, "evaluate"),
+            out=Path(f"evaluate_{folder}"),
         )
-        return evaluate.run(config)
+        one.run(f"evaluate: {name}", config, "evaluate")
 
-    found = {"sft": tuned("sft", world.model, world.demos, settings.sft)}
+    one.run("sft", sft.Config(str(world.model), str(world.demos), Path("sft"), training=settings.sft))
     drawn = generate.Config(
         model=policy,
         prompts=str(world.pair_prompts),
         k=settings.pair_answers,
         limit=settings.pair_prompts,
         max_new_tokens=settings.max_new_tokens,
-        out=folder / "answers",
-        seed=derive(seed, "pairs"),
+        out=Path("answers"),
     )
-    found["answers"] = generate.run(drawn)
-    labeled = label.Config(
-        candidates=str(folder / "answers" / "candidates.parquet"),
-        gold=settings.gold,
-        out=folder / "pairs",
-        seed=derive(seed, "labels"),
-    )
-    found["pairs"] = label.run(labeled)
+    one.run("answers", drawn, "pairs")
+    candidates = one.path("answers", "candidates.parquet")
+    one.run("pairs", label.Config(candidates, Path("pairs"), gold=settings.gold), "labels")
     # stronger models: one that comes from the policy, one that does not, one with another tokenizer
-    toy.model(derive(seed, "larger"), size="base").save_pretrained(folder / "larger")
-    toy.tokenizer().save_pretrained(folder / "larger")
-    words = scratch.Config(
-        data=str(better),
-        kind="demos",
-        vocabulary=settings.vocabulary,
-        context=256,
-        out=folder / "words",
-        seed=derive(seed, "words"),
-    )
-    found["tokenizer"] = scratch.run(words)
-    starts = {"family": policy, "stranger": folder / "larger", "tokenizer": folder / "words" / "model"}
-    for name in STRONG:
-        found[f"stronger: {name}"] = tuned(name, starts[name], better, settings.stronger)
-        found[f"evaluate: {name}"] = evaluated(name, ref=False)
-    found["evaluate: start"] = evaluated("sft")
+    toy.model(derive(one.seed, "larger"), size="base").save_pretrained(one.path("larger"))
+    toy.tokenizer().save_pretrained(one.path("larger"))
+    words = scratch.Config(better, Path("words"), kind="demos", vocabulary=settings.vocabulary, context=256)
+    one.run("tokenizer", words)
+    starts = {"family": policy, "stranger": one.path("larger"), "tokenizer": one.path("words", "model")}
+    for name, start in starts.items():
+        one.run(f"stronger: {name}", sft.Config(start, better, Path(name), training=settings.stronger))
+        evaluated(name, name, ref=False)
+    evaluated("start", "sft")
     for ref, beta in policies(settings):
         config = dpo.Config(
             model=policy,
-            data=str(folder / "pairs" / "pairs.parquet"),
-            held_out=str(folder / "pairs" / "held_out.parquet"),
+            data=pairs,
+            held_out=held_out_pairs,
             loss=f"dpo(beta={beta:g})",
-            ref=ref if ref in OWN else str(folder / ref / "model"),
+            ref=ref if ref in OWN else one.path(ref, "model"),
             training=settings.dpo,
             measure_every=settings.measure_every,
             evaluation=Evaluation(
                 eval_prompts=held_out, gold=settings.gold, eval_limit=None, max_new_tokens=settings.max_new_tokens
             ),
-            out=folder / f"{ref}_beta_{beta:g}",
-            seed=derive(seed, "dpo"),
+            out=Path(f"{ref}_beta_{beta:g}"),
         )
-        found[f"dpo: {ref} {beta:g}"] = dpo.run(config)
-        found[f"evaluate: {ref} {beta:g}"] = evaluated(f"{ref}_beta_{beta:g}")
-    return found
+        one.run(f"dpo: {ref} {beta:g}", config, "dpo")
+        evaluated(f"{ref} {beta:g}", f"{ref}_beta_{beta:g}")
 
 
-def _better(path: Path, world: toy.ToyFiles, settings: ReferencesSettings, seed: int) -> Path:
-    """Demonstrations of a better style."""
-    if not path.exists():
-        asked = [row["prompt"] for row in data.load(world.pair_prompts, "prompts")]
-        rows = toy.demos(settings.better_demos, seed=derive(seed, "better"), among=asked, shares=settings.better)
-        data.write(rows, path)
-    return path
-
-
-# what is measured ------------------------------------------------------------------------------------------------
+# what is measured
 
 NUMBERS = ("gold", "kl", "length", "missing_eos", "repetition", "accuracy", "policy_accuracy", "best_gold")
 
@@ -178,8 +153,8 @@ def collect(chains: Sequence[Chain], settings: ReferencesSettings) -> Row:
     shown = ["start", *(f"{ref} {beta:g}" for ref, beta in policies(settings) if ref == "self" or beta == 0.1)]
     return {
         "policies": trained,
-        "curves": _over_chains(trained, ("ref", "beta")),
-        "starts": _over_chains(starts, ("model",)),
+        "curves": _over_chains(trained, "ref", "beta"),
+        "starts": _over_chains(starts, "model"),
         "indicators": indicators(chains),
         "claims": check([measure(chain, settings) for chain in chains]),
         "samples": study.first_answers(
@@ -188,17 +163,16 @@ def collect(chains: Sequence[Chain], settings: ReferencesSettings) -> Row:
     }
 
 
-def _over_chains(rows: Sequence[Row], by: Sequence[str]) -> list[Row]:
+def _over_chains(rows: Sequence[Row], *by: str) -> list[Row]:
     """Means over chains, and how many of them degenerated."""
-    means = study.over_chains(rows, by, NUMBERS)
-    for mean in means:
-        mean["degenerate"] = sum(row["degenerate"] for row in rows if all(row[name] == mean[name] for name in by))
-    return means
+    groups = study.grouped(rows, *by).values()
+    means = zip(study.over_chains(rows, by, NUMBERS), groups, strict=True)
+    return [{**mean, "degenerate": sum(row["degenerate"] for row in some)} for mean, some in means]
 
 
 def _policy(chain: Chain, ref: str, beta: float) -> Row:
     """One policy's numbers, side by side: at the last step, and at the best checkpoint."""
-    done = chain.runs[f"dpo: {ref} {beta:g}"].results or {}
+    done = chain.results(f"dpo: {ref} {beta:g}")
     last, best = done["last"], done["best"]
     row = {"seed": chain.seed, "ref": ref, "beta": beta, **_evaluated(chain, f"{ref} {beta:g}")}
     row |= {name: last.get(name) for name in ("accuracy", "policy_accuracy", "loss")}
@@ -206,7 +180,7 @@ def _policy(chain: Chain, ref: str, beta: float) -> Row:
 
 
 def _evaluated(chain: Chain, name: str) -> Row:
-    found = chain.runs[f"evaluate: {name}"].results or {}
+    found = chain.results(f"evaluate: {name}")
     row = {name: found[name]["mean"] for name in ("gold", "length", "missing_eos")}
     row["kl"] = found["kl_k1"]["mean"] if "kl_k1" in found else None
     return row | {"repetition": found["repetition"], "degenerate": found["degenerate"]}
@@ -242,7 +216,7 @@ def _margins(chain: Chain) -> dict[str, Tensor]:
     return margins
 
 
-# claims ----------------------------------------------------------------------------------------------------------
+# claims
 
 SOURCE = "arXiv:2407.13709"
 Values = Mapping[tuple[str, str], Tensor]  # (gold or length, reference) -> (M, Q) by beta and prompt
@@ -278,8 +252,7 @@ def measure(chain: Chain, settings: ReferencesSettings) -> BetaCurves:
     grids: dict[tuple[str, str], list[Tensor]] = {}
     for ref, beta in policies(settings):
         betas.setdefault(ref, []).append(beta)
-        last = (chain.runs[f"dpo: {ref} {beta:g}"].results or {})["last"]
-        accuracy.setdefault(ref, []).append(last["policy_accuracy"])
+        accuracy.setdefault(ref, []).append(chain.results(f"dpo: {ref} {beta:g}")["last"]["policy_accuracy"])
         for name, grid in study.by_prompt(chain.runs[f"evaluate: {ref} {beta:g}"], ("gold", "length")).items():
             grids.setdefault((name, ref), []).append(grid.mean(1))
     values = {key: torch.stack(rows) for key, rows in grids.items()}
@@ -292,68 +265,33 @@ def _accuracy_rises(chain: BetaCurves) -> float:
     return accuracy[-1] - accuracy[chain.betas["self"].index(0.1)]
 
 
-CLAIMS = [
-    Claim(
-        "smaller-beta",
-        f"{SOURCE}, table 1",
-        "With its own SFT reference, a beta below the usual 0.1 brings more gold",
-        lambda m: m.best("self") - m.at("self", 0.1),
-    ),
-    Claim(
-        "collapse",
-        f"{SOURCE}, table 1",
-        "Lowered further, beta loses that gold again",
-        lambda m: m.best("self") - m.at("self", m.betas["self"][-1]),
-    ),
-    Claim(
-        "policy-accuracy",
-        f"{SOURCE}, table 2",
-        "The policy itself ranks held-out pairs better at the smallest beta than at 0.1",
-        _accuracy_rises,
-    ),
-    Claim(
-        "reference-helps",
-        f"{SOURCE}, table 3",
-        "DPO with its reference brings more gold than without one (posterior), each at its best beta",
-        lambda m: m.best("self") - m.best("none"),
-    ),
-    Claim(
-        "posterior-is-long",
-        f"{SOURCE}, table 3",
-        "Without a reference answers are longer (tokens), each at its best beta",
-        lambda m: m.best("none", "length") - m.best("self", "length"),
-    ),
-    Claim(
-        "reference-beats-prior",
-        f"{SOURCE}, table 3",
-        "DPO with its reference brings more gold than with the unconditional prior (likelihood)",
-        lambda m: m.best("self") - m.best("prior"),
-    ),
-    Claim(
-        "stronger-helps",
-        f"{SOURCE}, table 4",
-        "A stronger reference of the same family brings more gold than the policy's own",
-        lambda m: m.best("family") - m.best("self"),
-    ),
-    Claim(
-        "stronger-wants-more",
-        f"{SOURCE}, table 4",
-        "A stronger reference of the same family wants a larger beta than the policy's own (decades)",
-        lambda m: m.best_beta("family") - m.best_beta("self"),
-    ),
-    Claim(
-        "compatible",
-        f"{SOURCE}, table 5",
-        "A stronger reference helps more where it comes from the same family than where it does not",
-        lambda m: m.best("family") - m.best("stranger"),
-    ),
-    Claim(
-        "other-tokenizer",
-        f"{SOURCE}, table 5",
-        "A stronger reference may have another tokenizer: it still brings more gold than the policy's own",
-        lambda m: m.best("tokenizer") - m.best("self"),
-    ),
-]
+CLAIMED = """
+smaller-beta | table 1 | With its own SFT reference, a beta below the usual 0.1 brings more gold
+collapse | table 1 | Lowered further, beta loses that gold again
+policy-accuracy | table 2 | The policy itself ranks held-out pairs better at the smallest beta than at 0.1
+reference-helps | table 3 | DPO with its reference brings more gold than without one (posterior), each at its best beta
+posterior-is-long | table 3 | Without a reference answers are longer (tokens), each at its best beta
+reference-beats-prior | table 3 | DPO with its reference brings more gold than with the unconditional prior (likelihood)
+stronger-helps | table 4 | A stronger reference of the same family brings more gold than the policy's own
+stronger-wants-more | table 4 | A stronger reference of the same family wants a larger beta than the policy's own
+    (decades)
+compatible | table 5 | A stronger reference helps more where it comes from the same family than where it does not
+other-tokenizer | table 5 | A stronger reference may have another tokenizer: it still brings more gold than the policy's
+    own
+"""
+MEASURED: dict[str, Callable[[BetaCurves], Tensor | float]] = {
+    "smaller-beta": lambda m: m.best("self") - m.at("self", 0.1),
+    "collapse": lambda m: m.best("self") - m.at("self", m.betas["self"][-1]),
+    "policy-accuracy": _accuracy_rises,
+    "reference-helps": lambda m: m.best("self") - m.best("none"),
+    "posterior-is-long": lambda m: m.best("none", "length") - m.best("self", "length"),
+    "reference-beats-prior": lambda m: m.best("self") - m.best("prior"),
+    "stronger-helps": lambda m: m.best("family") - m.best("self"),
+    "stronger-wants-more": lambda m: m.best_beta("family") - m.best_beta("self"),
+    "compatible": lambda m: m.best("family") - m.best("stranger"),
+    "other-tokenizer": lambda m: m.best("tokenizer") - m.best("self"),
+}
+CLAIMS = study.claims(SOURCE, CLAIMED, MEASURED)
 
 
 def check(chains: Sequence[BetaCurves]) -> list[Row]:
@@ -366,7 +304,7 @@ def check(chains: Sequence[BetaCurves]) -> list[Row]:
     return study.check(CLAIMS, chains, alone=alone)
 
 
-# the page --------------------------------------------------------------------------------------------------------
+# the page
 
 NAMES = {
     "self": "own reference",
@@ -400,7 +338,7 @@ def against_beta(results: Row, y: str, refs: Sequence[str], *, height: int = 260
         colors=COLORS,
         tooltip={"degenerate": "degenerate chains"},
         dot=lambda row: row["degenerate"] > 0,
-        level=start.get(y),
+        level=("start", start[y]) if y in start else None,
         height=height,
     )
 

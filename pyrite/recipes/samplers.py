@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from pyrite.core import runs
-from pyrite.core.runs import Run
 from pyrite.jobs import bandit, evaluate, generate, label, online, reward, sft
 from pyrite.math import statistics
 from pyrite.math.seeds import derive
@@ -27,7 +26,7 @@ from pyrite.recipes import study, toy
 from pyrite.recipes.study import Chain, Claim, Row, within
 from pyrite.report.bandit import READING, bounds, convergence, floors, orders
 from pyrite.report.charts import BLUE, BRASS, GREEN, ORANGE, PURPLE, Axis, Chart, curves
-from pyrite.report.page import Part, figure, number, numbers, percent, table, text
+from pyrite.report.page import Part, banded, figure, number, numbers, percent, table, text
 from pyrite.training.evaluation import Evaluation
 from pyrite.training.loop import Training
 
@@ -89,89 +88,48 @@ class SamplersSettings:
 SETTINGS = {"toy": SamplersSettings()}
 
 
-def races(out: Path, settings: SamplersSettings, seed: int) -> dict[str, Run]:
+def races(all_chains: Chain, settings: SamplersSettings) -> None:
     """Run every race of the exact world; races whose options agree have the same reward tables."""
-    return {
-        f"race: {name}": bandit.run(
-            bandit.Config(
-                out=out / "races" / name.replace(" ", "_"),
-                seeds=settings.repetitions,
-                seed=derive(seed, "rewards"),
-                **options,
-            )
-        )
-        for name, options in settings.races.items()
-    }
+    for name, options in settings.races.items():
+        out = Path("races", name.replace(" ", "_"))
+        all_chains.run(f"race: {name}", bandit.Config(out, seeds=settings.repetitions, **options), "rewards")
 
 
-def chain(folder: Path, settings: SamplersSettings, seed: int) -> dict[str, Run]:
+def chain(one: Chain, settings: SamplersSettings) -> None:
     """Run every stage of a chain. Prompts, streams and order are the same for all methods: only the arms differ."""
     world = toy.write(
-        folder / "world", seed=derive(seed, "world"), n_pool=settings.answer_prompts, n_demos=settings.toy_demos
+        one.path("world"), seed=derive(one.seed, "world"), n_pool=settings.answer_prompts, n_demos=settings.toy_demos
     )
-    start, asked, held_out = str(folder / "sft" / "model"), str(world.pair_prompts), str(world.pool_prompts)
+    start, asked, held_out = one.path("sft", "model"), str(world.pair_prompts), str(world.pool_prompts)
+    scorer = one.path("scorer")
 
-    def evaluated(name: str) -> Run:
-        return evaluate.run(
-            evaluate.Config(
-                model=str(folder / name / "model"),
-                prompts=held_out,
-                gold=settings.gold,
-                proxy=str(folder / "scorer"),
-                ref=start,
-                k=settings.answers,
-                max_new_tokens=settings.max_new_tokens,
-                out=folder / f"evaluate_{name}",
-                seed=derive(seed, "evaluate"),
-            )
+    def evaluated(name: str, folder: str) -> None:
+        config = evaluate.Config(
+            model=one.path(folder, "model"),
+            prompts=held_out,
+            gold=settings.gold,
+            proxy=scorer,
+            ref=start,
+            k=settings.answers,
+            max_new_tokens=settings.max_new_tokens,
+            out=Path(f"evaluate_{folder}"),
         )
+        one.run(f"evaluate: {name}", config, "evaluate")
 
-    found = {
-        "sft": sft.run(
-            sft.Config(
-                model=str(world.model),
-                data=str(world.demos),
-                training=settings.sft,
-                out=folder / "sft",
-                seed=derive(seed, "sft"),
-            )
-        ),
-        "answers": generate.run(
-            generate.Config(
-                model=start,
-                prompts=asked,
-                k=settings.scorer_answers,
-                max_new_tokens=settings.max_new_tokens,
-                out=folder / "answers",
-                seed=derive(seed, "pairs"),
-            )
-        ),
-        "pairs": label.run(
-            label.Config(
-                candidates=str(folder / "answers" / "candidates.parquet"),
-                gold=settings.gold,
-                seed=derive(seed, "labels"),
-                out=folder / "pairs",
-            )
-        ),
-        "scorer": reward.run(
-            reward.Config(
-                model=start,
-                data=str(folder / "pairs" / "pairs.parquet"),
-                held_out=str(folder / "pairs" / "held_out.parquet"),
-                training=settings.scorer,
-                out=folder / "scorer",
-                seed=derive(seed, "scorer"),
-            )
-        ),
-        "evaluate: start": evaluated("sft"),
-    }
-    scorer = f"reward_model(path={str(folder / 'scorer' / 'member_0')!r})"
+    one.run("sft", sft.Config(str(world.model), str(world.demos), Path("sft"), training=settings.sft))
+    k, most = settings.scorer_answers, settings.max_new_tokens
+    one.run("answers", generate.Config(start, asked, Path("answers"), k=k, max_new_tokens=most), "pairs")
+    candidates = one.path("answers", "candidates.parquet")
+    one.run("pairs", label.Config(candidates, Path("pairs"), gold=settings.gold), "labels")
+    pairs, held_out_pairs = (one.path("pairs", f"{name}.parquet") for name in ("pairs", "held_out"))
+    one.run("scorer", reward.Config(start, pairs, Path("scorer"), held_out=held_out_pairs, training=settings.scorer))
+    evaluated("start", "sft")
+    labels = f"reward_model(path={one.path('scorer', 'member_0')!r})"
     for method, sampler in settings.methods.items():
         config = online.Config(
             model=start,
             prompts=asked,
-            judge=f"bradley_terry(gold={scorer!r}, scale={1 / settings.margin!r})",
+            judge=f"bradley_terry(gold={labels!r}, scale={1 / settings.margin!r})",
             sampler=sampler,
             loss=settings.loss,
             rounds=settings.rounds,
@@ -181,37 +139,44 @@ def chain(folder: Path, settings: SamplersSettings, seed: int) -> dict[str, Run]
             evaluation=Evaluation(
                 eval_prompts=held_out,
                 gold=settings.gold,
-                proxy=str(folder / "scorer"),
+                proxy=scorer,
                 eval_limit=None,
                 eval_k=settings.round_answers,
                 max_new_tokens=settings.max_new_tokens,
             ),
-            out=folder / method,
-            seed=derive(seed, "rounds"),
+            out=Path(method),
         )
-        found[f"rounds: {method}"] = online.run(config)
-        found[f"evaluate: {method}"] = evaluated(method)
-    return found
+        one.run(f"rounds: {method}", config, "rounds")
+        evaluated(method, method)
 
 
-# what is measured ------------------------------------------------------------------------------------------------
+# what is measured
 
 NUMBERS = ("gold", "proxy", "kl", "length", "missing_eos", "win_rate", "agreement", "loss")
 ENDS = ("gold", "proxy", "kl_exact", "length", "missing_eos")
 
 
-def collect(chains: Sequence[Chain], settings: SamplersSettings, raced: Mapping[str, Run]) -> Row:
+def collect(chains: Sequence[Chain], settings: SamplersSettings, raced: Chain) -> Row:
     """Everything the page shows."""
-    rounds = [row for chain in chains for method in settings.methods for row in of_rounds(chain, method)]
-    exact = {name.removeprefix("race: "): runs.read_json(run.folder / "results.json") for name, run in raced.items()}
-    given = [budget(chain, settings) for chain in chains]
-    models = [{"end": _ends(chain, settings), "rounds": _paths(chain, settings)} for chain in chains]
+    rounds = {(chain.seed, method): of_rounds(chain, method) for chain in chains for method in settings.methods}
+    exact = {
+        name.removeprefix("race: "): runs.read_json(run.folder / "results.json") for name, run in raced.runs.items()
+    }
     every = ["start", *settings.methods]
+    ends = {(chain.seed, name): _end(chain, name) for chain in chains for name in every}
+    models = [
+        {
+            "end": {method: ends[chain.seed, method] for method in settings.methods},
+            "rounds": {method: _columns(rounds[chain.seed, method]) for method in settings.methods},
+        }
+        for chain in chains
+    ]
+    given = [budget(chain, settings) for chain in chains]
     return {
         "races": exact,
         "budget": given[0],
-        "curves": study.over_chains(rounds, ("method", "round"), NUMBERS),
-        "ends": [_end(chains, method) for method in every],
+        "curves": study.over_chains([row for some in rounds.values() for row in some], ("method", "round"), NUMBERS),
+        "ends": [{"method": name, **_means([ends[chain.seed, name] for chain in chains])} for name in every],
         "scorer": [_accuracy(chain) for chain in chains],
         "claims": check(exact, models),
         "samples": study.first_answers(
@@ -246,39 +211,25 @@ def of_rounds(chain: Chain, method: str) -> list[Row]:
     return found
 
 
-def _paths(chain: Chain, settings: SamplersSettings) -> dict[str, dict[str, Tensor]]:
-    """(rounds+1,) means by round for each method."""
-    rows = {method: of_rounds(chain, method) for method in settings.methods}
-    return {
-        method: {name: torch.tensor([row[name] for row in some]).double() for name in ("gold", "proxy", "kl")}
-        for method, some in rows.items()
-    }
+def _columns(rows: Sequence[Row]) -> dict[str, Tensor]:
+    """(rounds+1,) means by round."""
+    return {name: torch.tensor([row[name] for row in rows]).double() for name in ("gold", "proxy", "kl")}
 
 
-def _ends(chain: Chain, settings: SamplersSettings) -> dict[str, dict[str, Tensor]]:
-    """(Q,) means by held-out prompt of each method's last policy."""
-    found = {}
-    for method in settings.methods:
-        grids = study.by_prompt(chain.runs[f"evaluate: {method}"], ENDS)
-        found[method] = {name.removesuffix("_exact"): grid.mean(1) for name, grid in grids.items()}
+def _end(chain: Chain, method: str) -> dict[str, Tensor]:
+    """The last policy of a method: (Q,) means by held-out prompt, and how often its answers beat the start's."""
+    mine, start = (study.by_prompt(chain.runs[f"evaluate: {name}"], ENDS) for name in (method, "start"))
+    found = {name.removesuffix("_exact"): grid.mean(1) for name, grid in mine.items()}
+    for name in ("gold", "proxy"):
+        found[f"win_{name}"] = statistics.wins(mine[name][:, :, None], start[name][:, None, :]).mean((1, 2))
     return found
 
 
-def _end(chains: Sequence[Chain], method: str) -> Row:
-    """The last policy of a method: means, and how often its answers beat the start's.
-
-    Intervals are over the prompts of one chain, or over several chains.
-    """
-    found: dict[str, list[Tensor]] = {}
-    for chain in chains:
-        mine, start = (study.by_prompt(chain.runs[f"evaluate: {name}"], ENDS) for name in (method, "start"))
-        for name, grid in mine.items():
-            found.setdefault(name.removesuffix("_exact"), []).append(grid.mean(1))
-        for name in ("gold", "proxy"):
-            pairs = statistics.wins(mine[name][:, :, None], start[name][:, None, :])
-            found.setdefault(f"win_{name}", []).append(pairs.mean((1, 2)))
-    row: Row = {"method": method}
-    for name, values in found.items():
+def _means(chains: Sequence[Mapping[str, Tensor]]) -> Row:
+    """Means of every column, with intervals over the prompts of one chain, or over several chains."""
+    row: Row = {}
+    for name in chains[0]:
+        values = [chain[name] for chain in chains]
         if len(values) > 1:
             row |= study.spread(name, [value.mean().item() for value in values])
         else:
@@ -289,106 +240,82 @@ def _end(chains: Sequence[Chain], method: str) -> Row:
 
 def _accuracy(chain: Chain) -> Row:
     """How well the scorer that labels knows gold."""
-    member = (chain.runs["scorer"].results or {})["members"][0]
-    pairs = (chain.runs["pairs"].results or {})["pairs"]
-    return {"seed": chain.seed, "pairs": pairs, **{k: member[k] for k in ("accuracy", "accuracy_lo", "accuracy_hi")}}
+    (member,) = chain.results("scorer")["members"]
+    known = {name: member[name] for name in ("accuracy", "accuracy_lo", "accuracy_hi")}
+    return {"seed": chain.seed, "pairs": chain.results("pairs")["pairs"], **known}
 
 
-# claims ----------------------------------------------------------------------------------------------------------
+# claims
 # About the exact world a claim is given one repetition of all races: race -> sampler -> figure -> number. About the
 # language model it is given one chain: {"end": method -> gold, proxy, kl (Q,), "rounds": method -> the same by round}.
 
 SOURCE = "arXiv:2409.19605"
-NO_HELD_OUT = f"not in {SOURCE}, where the scorer that labels is also the one that measures"
 Races = Mapping[str, Mapping[str, Mapping[str, float]]]
 StepModel = Mapping[str, Mapping[str, Mapping[str, Tensor]]]
 
+IN_EXACT_WORLD = """
+order-uniform | theorems on exact DPO | DPO with uniform pairs converges linearly (order 1)
+order-mix-r | theorems on exact DPO | DPO with mix_r converges quadratically (order 2)
+order-mix-p | theorems on exact DPO | DPO with mix_p converges quadratically (order 2)
+fewer-updates-mix-r | theorems and figure on exact DPO | mix_r needs fewer updates than uniform to an error of 1e-6,
+    each at its best constant rate
+fewer-updates-mix-p | theorems and figure on exact DPO | mix_p needs fewer updates than uniform to an error of 1e-6,
+    each at its best constant rate
+both-parts-mix-r | definition of the samplers | mix_r with the weights of the theory needs fewer updates to 1e-6 than
+    its second pair of arms alone
+both-parts-mix-p | definition of the samplers | mix_p with the weights of the theory needs fewer updates to 1e-6 than
+    its second pair of arms alone
+fixed-rate | figure on exact DPO: one learning rate, 10, for every sampler | At that one rate mix_p converges
+    quadratically on a typical reward table too (order 2)
+floor | empirical DPO: noise in the gradient ends convergence; the exponent is derived | With N sampled pairs an update,
+    DPO stops at an error that falls as N^(-1/2) (exponent)
+sooner-mix-r | figure on empirical DPO | With sampled pairs, mix_r has a smaller error than uniform after 20 updates at
+    a tenth of the best rate
+sooner-mix-p | figure on empirical DPO | With sampled pairs, mix_p with its cap has a smaller error than uniform after
+    those updates
+"""
+OF_LANGUAGE_MODEL = """
+mixed-over-offline-proxy | abstract: over 7.4 % above vanilla DPO on Safe-RLHF | At the last round mixed pairs have
+    brought more reward than offline ones, by the scorer that labels
+mixed-over-on-policy-proxy | abstract of the first version: 3.0 % above on-policy on Safe-RLHF | At the last round mixed
+    pairs have brought more reward than on-policy ones, by the scorer that labels
+mixed-over-hybrid-proxy | abstract of the first version: over 4.2 % above hybrid on Iterative-Prompt | At the last round
+    mixed pairs have brought more reward than hybrid ones, by the scorer that labels
+on-policy-over-offline-proxy | implied by the abstract of the first version | At the last round on-policy pairs have
+    brought more reward than offline ones, by the scorer that labels
+mixed-over-offline-gold | {other} | At the last round mixed pairs have brought more reward than offline ones, by
+    held-out gold
+mixed-over-on-policy-gold | {other} | At the last round mixed pairs have brought more reward than on-policy ones, by
+    held-out gold
+mixed-over-hybrid-gold | {other} | At the last round mixed pairs have brought more reward than hybrid ones, by held-out
+    gold
+on-policy-over-offline-gold | {other} | At the last round on-policy pairs have brought more reward than offline ones, by
+    held-out gold
+farther | figure of reward over KL | Mixed pairs lead farther from the start than offline ones (KL, nats)
+equal-kl-offline | figure of reward over KL | At equal KL, where the shorter curve ends, mixed pairs bring more reward
+    than offline ones, by that scorer
+equal-kl-on-policy | figure of reward over KL | At equal KL, where the shorter curve ends, mixed pairs bring more reward
+    than on-policy ones, by that scorer
+""".replace("{other}", "not in, where the scorer that labels is also the one that measures")
 
-def _order(sampler: str, order: int, statement: str) -> Claim:
-    return Claim(
-        f"order-{sampler.replace('_', '-')}",
-        f"{SOURCE}, theorems on exact DPO",
-        statement,
-        lambda exact: exact["orders"][sampler]["order"],
-        within(order - 0.1, order + 0.1),
-    )
+
+def _order(race: str, sampler: str) -> Callable[[Races], float]:
+    return lambda exact: exact[race][sampler]["order"]
 
 
-def _sooner(sampler: str) -> Claim:
-    return Claim(
-        f"fewer-updates-{sampler.replace('_', '-')}",
-        f"{SOURCE}, theorems and figure on exact DPO",
-        f"{sampler} needs fewer updates than uniform to an error of 1e-6, each at its best constant rate",
-        lambda exact: exact["best"]["uniform"]["steps_to_1e-06"] - exact["best"][sampler]["steps_to_1e-06"],
-    )
-
-
-def _parts_lose(sampler: str) -> Claim:
-    """The theory's own weights against the second pair of arms alone."""
-    alone = f"{sampler}(share=1.0)"
-    return Claim(
-        f"both-parts-{sampler.replace('_', '-')}",
-        f"{SOURCE}, definition of the samplers",
-        f"{sampler} with the weights of the theory needs fewer updates to 1e-6 than its second pair of arms alone",
-        lambda exact: exact["best"][alone]["steps_to_1e-06"] - exact["best"][sampler]["steps_to_1e-06"],
-    )
-
-
-def _floor_slope(exact: Races) -> float:
-    """d log error / d log N at the last update, from the fewest pairs to the most, mix_p with its cap."""
-    errors = {int(name.split()[-1]): race[CAPPED]["mean_error"] for name, race in exact.items() if "floor" in name}
-    return math.log(errors[max(errors)] / errors[min(errors)]) / math.log(max(errors) / min(errors))
+def _sooner(first: str, second: str) -> Callable[[Races], float]:
+    """How many updates more the second sampler needs to an error of 1e-6, each at its best constant rate."""
+    return lambda exact: exact["best"][second]["steps_to_1e-06"] - exact["best"][first]["steps_to_1e-06"]
 
 
 def _early(sampler: str) -> Callable[[Races], float]:
     return lambda exact: exact["sooner"]["uniform"]["mean_error"] - exact["sooner"][sampler]["mean_error"]
 
 
-EXACT = [
-    _order("uniform", 1, "DPO with uniform pairs converges linearly (order 1)"),
-    _order("mix_r", 2, "DPO with mix_r converges quadratically (order 2)"),
-    _order("mix_p", 2, "DPO with mix_p converges quadratically (order 2)"),
-    _sooner("mix_r"),
-    _sooner("mix_p"),
-    _parts_lose("mix_r"),
-    _parts_lose("mix_p"),
-    Claim(
-        "fixed-rate",
-        f"{SOURCE}, figure on exact DPO: one learning rate, 10, for every sampler",
-        "At that one rate mix_p converges quadratically on a typical reward table too (order 2)",
-        lambda exact: exact["fixed"]["mix_p"]["order"],
-        within(1.9, 2.1),
-    ),
-    Claim(
-        "floor",
-        f"{SOURCE}, empirical DPO: noise in the gradient ends convergence; the exponent is derived",
-        "With N sampled pairs an update, DPO stops at an error that falls as N^(-1/2) (exponent)",
-        _floor_slope,
-        within(-0.55, -0.45),
-    ),
-    Claim(
-        "sooner-mix-r",
-        f"{SOURCE}, figure on empirical DPO",
-        "With sampled pairs, mix_r has a smaller error than uniform after 20 updates at a tenth of the best rate",
-        _early("mix_r"),
-    ),
-    Claim(
-        "sooner-mix-p",
-        f"{SOURCE}, figure on empirical DPO",
-        "With sampled pairs, mix_p with its cap has a smaller error than uniform after those updates",
-        _early(CAPPED),
-    ),
-]
-BOUNDS = [  # a theorem about every reward table: one that breaks it is enough against it
-    Claim(
-        f"bound-{name.replace('_', '-')}",
-        f"{SOURCE}, theorems on exact DPO",
-        f"{name}: on every reward table the error stays within the bound of the theorem (share of them)",
-        lambda race, name=name: race["samplers"][name]["bound"]["holds"],
-        lambda lo, hi: hi == 1.0,
-    )
-    for name in THEORY
-]
+def _floor_slope(exact: Races) -> float:
+    """d log error / d log N at the last update, from the fewest pairs to the most, mix_p with its cap."""
+    errors = {int(name.split()[-1]): race[CAPPED]["mean_error"] for name, race in exact.items() if "floor" in name}
+    return math.log(errors[max(errors)] / errors[min(errors)]) / math.log(max(errors) / min(errors))
 
 
 def at_equal_kl(chain: StepModel, name: str, first: str, second: str) -> float:
@@ -408,44 +335,52 @@ def _along(kl: Tensor, reward: Tensor, at: float) -> float:
     return reward[-1].item()
 
 
-def _ahead(name: str, first: str, second: str, source: str, scorer: str) -> Claim:
-    words = [method.replace("_", "-") for method in (first, second)]
-    return Claim(
-        f"{words[0]}-over-{words[1]}-{name}",
-        source,
-        f"At the last round {words[0]} pairs have brought more reward than {words[1]} ones, by {scorer}",
-        lambda chain: chain["end"][first][name] - chain["end"][second][name],
-    )
+def _ahead(first: str, second: str, name: str) -> Callable[[StepModel], Tensor]:
+    return lambda chain: chain["end"][first][name] - chain["end"][second][name]
 
 
-def _at_equal_kl(other: str) -> Claim:
-    word = other.replace("_", "-")
-    return Claim(
-        f"equal-kl-{word}",
-        f"{SOURCE}, figure of reward over KL",
-        f"At equal KL, where the shorter curve ends, mixed pairs bring more reward than {word} ones, by that scorer",
-        lambda chain: at_equal_kl(chain, "proxy", "mixed", other),
-    )
-
-
-BY_SCORER = {
-    ("mixed", "offline"): f"{SOURCE}, abstract: over 7.4 % above vanilla DPO on Safe-RLHF",
-    ("mixed", "on_policy"): f"{SOURCE}, abstract of the first version: 3.0 % above on-policy on Safe-RLHF",
-    ("mixed", "hybrid"): f"{SOURCE}, abstract of the first version: over 4.2 % above hybrid on Iterative-Prompt",
-    ("on_policy", "offline"): f"{SOURCE}, implied by the abstract of the first version",
-}
-MODEL = [
-    *(_ahead("proxy", *pair, source, "the scorer that labels") for pair, source in BY_SCORER.items()),
-    *(_ahead("gold", *pair, NO_HELD_OUT, "held-out gold") for pair in BY_SCORER),
+EXACT = study.claims(
+    SOURCE,
+    IN_EXACT_WORLD,
+    {
+        "order-uniform": (_order("orders", "uniform"), within(0.9, 1.1)),
+        "order-mix-r": (_order("orders", "mix_r"), within(1.9, 2.1)),
+        "order-mix-p": (_order("orders", "mix_p"), within(1.9, 2.1)),
+        "fewer-updates-mix-r": _sooner("mix_r", "uniform"),
+        "fewer-updates-mix-p": _sooner("mix_p", "uniform"),
+        "both-parts-mix-r": _sooner("mix_r", "mix_r(share=1.0)"),
+        "both-parts-mix-p": _sooner("mix_p", "mix_p(share=1.0)"),
+        "fixed-rate": (_order("fixed", "mix_p"), within(1.9, 2.1)),
+        "floor": (_floor_slope, within(-0.55, -0.45)),
+        "sooner-mix-r": _early("mix_r"),
+        "sooner-mix-p": _early(CAPPED),
+    },
+)
+BOUNDS = [  # a theorem about every reward table: one that breaks it is enough against it
     Claim(
-        "farther",
-        f"{SOURCE}, figure of reward over KL",
-        "Mixed pairs lead farther from the start than offline ones (KL, nats)",
-        lambda chain: chain["end"]["mixed"]["kl"] - chain["end"]["offline"]["kl"],
-    ),
-    _at_equal_kl("offline"),
-    _at_equal_kl("on_policy"),
+        f"bound-{name.replace('_', '-')}",
+        f"{SOURCE}, theorems on exact DPO",
+        f"{name}: on every reward table the error stays within the bound of the theorem (share of them)",
+        lambda race, name=name: race["samplers"][name]["bound"]["holds"],
+        lambda lo, hi: hi == 1.0,
+    )
+    for name in THEORY
 ]
+COMPARED = (("mixed", "offline"), ("mixed", "on_policy"), ("mixed", "hybrid"), ("on_policy", "offline"))
+MODEL = study.claims(
+    SOURCE,
+    OF_LANGUAGE_MODEL,
+    {
+        **{
+            f"{first}-over-{second}-{reward}".replace("_", "-"): _ahead(first, second, reward)
+            for first, second in COMPARED
+            for reward in ("proxy", "gold")
+        },
+        "farther": _ahead("mixed", "offline", "kl"),
+        "equal-kl-offline": lambda chain: at_equal_kl(chain, "proxy", "mixed", "offline"),
+        "equal-kl-on-policy": lambda chain: at_equal_kl(chain, "proxy", "mixed", "on_policy"),
+    },
+)
 CLAIMS = [*EXACT, *BOUNDS, *MODEL]
 
 
@@ -484,7 +419,7 @@ def _over_prompts(claim: Claim, chain: StepModel) -> tuple[float, float] | None:
     return found.lo.item(), found.hi.item()
 
 
-# the page --------------------------------------------------------------------------------------------------------
+# the page
 
 NAMES = {"on_policy": "on-policy", "mixed_in_part": "mixed, 0.3 on-policy"}
 COLORS = {"offline": ORANGE, "on_policy": BLUE, "hybrid": PURPLE, "mixed": GREEN, "mixed_in_part": BRASS}
@@ -518,7 +453,7 @@ def over(results: Row, x: str, y: str) -> Chart:
         colors=COLORS,
         tooltip={"round": "round"},
         dot=lambda row: x == "kl",
-        bands=x != "kl",
+        band=lambda row: x != "kl",
         height=300,
     )
 
@@ -578,7 +513,7 @@ def _ends_table(ends: Sequence[Row]) -> Part:
     rows = [
         (
             _named(row["method"]),
-            *(f"{number(row[k])} [{number(row[f'{k}_lo'])}, {number(row[f'{k}_hi'])}]" for k in ("proxy", "gold")),
+            *(banded(row, name) for name in ("proxy", "gold")),
             number(row["kl"]),
             *(percent(row[key]) for key in ("win_proxy", "win_gold")),
             number(row["length"]),

@@ -28,11 +28,11 @@ from pyrite.math.seeds import derive
 from pyrite.models.forward import singles, token_logps
 from pyrite.models.policy import Policy
 from pyrite.recipes import study, toy
-from pyrite.recipes.study import Chain, Claim, Row
+from pyrite.recipes.study import Chain, Row
 from pyrite.recipes.toy import Shares
 from pyrite.report import charts
 from pyrite.report.charts import BLUE, FAINT, GREEN, INK, ORANGE, Chart, span, styled
-from pyrite.report.page import Part, figure, number, numbers, percent, table, tabs, text
+from pyrite.report.page import Part, banded, figure, number, numbers, percent, table, tabs, text
 from pyrite.training.evaluation import Evaluation
 from pyrite.training.loop import Training
 
@@ -78,16 +78,7 @@ class SoupsSettings:
 
 
 SETTINGS = {"toy": SoupsSettings()}
-METHODS = {
-    "vb": "the policy as it is",
-    "pp": "prompting",
-    "mt": "multitask tuning",
-    "rlhf": "RLHF on a general reward",
-    "pmorl": "P-MORL",
-    "psoups": "personalized soups",
-    "psoups_factor": "soups of averaged factors",
-    "psoups_dpo": "soups of DPO policies",
-}
+METHODS = ("vb", "pp", "mt", "rlhf", "pmorl", "psoups", "psoups_factor", "psoups_dpo")  # see TOLD
 UNTOLD = ("vb", "rlhf")  # these are not told what is preferred: one set of answers serves all combinations
 SOUPS: dict[str, tuple[str, Literal["delta", "factor"]]] = {  # how policies of options are learned, and merged
     "psoups": ("ppo", "delta"),
@@ -109,16 +100,15 @@ FOLLOWED: dict[str, dict[str, Any]] = {
 NEUTRAL = Shares(drift=0.0, technical=0.1)
 
 
-# one chain -------------------------------------------------------------------------------------------------------
+# one chain
 
 
 @dataclass(frozen=True)
 class SoupsChain:
-    """The folder, settings and seed of a chain, and what follows from them."""
+    """A chain and its settings, and what follows from them."""
 
-    folder: Path
+    one: Chain
     settings: SoupsSettings
-    seed: int
 
     @cached_property
     def dimensions(self) -> Dimensions:
@@ -140,40 +130,40 @@ class SoupsChain:
         return ["+".join(ids) for ids in self.dimensions.combinations([*self.options, option]) if option in ids]
 
     def model(self, name: str) -> str:
-        return str(self.folder / name / "model")
+        return self.one.path(name, "model")
 
     def prompts(self, name: str) -> str:
-        return str(self.folder / "world" / f"{name}_prompts.parquet")
+        return self.one.path("world", f"{name}_prompts.parquet")
 
 
-def chain(folder: Path, settings: SoupsSettings, seed: int) -> dict[str, Run]:
+def chain(one: Chain, settings: SoupsSettings) -> None:
     """Run every stage of a chain."""
-    place = SoupsChain(folder, settings, seed)
-    found = start(place) | _feedback(place) | _policies(place)
-    answers = _answers(place, list(METHODS), place.combinations, "answers")
-    later = _answers(place, AFTER, place.added, "answers after an addition")
-    found |= answers | later
-    found["duels"] = duel.run(_duels(place, answers, "duels"))
-    found["duels in general"] = duel.run(replace(_duels(place, answers, "duels_general"), general=settings.general))
-    found["duels after an addition"] = duel.run(_duels(place, later, "duels_added"))
-    return found
+    place = SoupsChain(one, settings)
+    start(place)
+    _feedback(place)
+    _policies(place)
+    _answers(place, METHODS, place.combinations, "answers")
+    _answers(place, AFTER, place.added, "answers after an addition")
+    for stage, name, answered, general in (
+        ("duels", "duels", "answers", None),
+        ("duels in general", "duels_general", "answers", settings.general),
+        ("duels after an addition", "duels_added", "answers after an addition", None),
+    ):
+        files = tuple(f"{method}={file}" for method, some in _files(one.runs, answered).items() for file in some)
+        one.run(stage, duel.Config(files, Path(name), dimensions=settings.dimensions, general=general))
 
 
-def start(place: SoupsChain) -> dict[str, Run]:
+def start(place: SoupsChain) -> None:
     """The world, and a policy that has learned its demonstrations: it reads preferences and half follows them."""
-    settings, seed = place.settings, place.seed
+    one, settings = place.one, place.settings
     words = sorted({word for option in place.dimensions.options for word in option.sentence.split()})
-    world = toy.write(
-        place.folder / "world", seed=derive(seed, "world"), n_demos=1, n_pool=settings.test_prompts, words=words
-    )
-    taught = place.folder / "demos.parquet"
-    if not taught.exists():
+    seed = derive(one.seed, "world")
+    world = toy.write(one.path("world"), seed=seed, n_demos=1, n_pool=settings.test_prompts, words=words)
+    taught = one.path("demos.parquet")
+    if not Path(taught).exists():
         known = [str(row["prompt"]) for row in data.load(world.pair_prompts, "prompts")]
-        data.write(demos(settings.demos, known, place.dimensions, follow=settings.follow, seed=seed), taught)
-    out = place.folder / "sft"
-    return {
-        "sft": sft.run(sft.Config(str(world.model), str(taught), out, training=settings.sft, seed=derive(seed, "sft")))
-    }
+        data.write(demos(settings.demos, known, place.dimensions, follow=settings.follow, seed=one.seed), taught)
+    one.run("sft", sft.Config(str(world.model), taught, Path("sft"), training=settings.sft))
 
 
 def demos(n: int, raw: Sequence[str], dimensions: Dimensions, *, follow: float, seed: int) -> list[data.Row]:
@@ -194,80 +184,69 @@ def _leaning(options: Sequence[Option]) -> Shares:
     return replace(NEUTRAL, **{name: value for option in options for name, value in FOLLOWED[option.id].items()})
 
 
-def _feedback(place: SoupsChain) -> dict[str, Run]:
+def _feedback(place: SoupsChain) -> None:
     """Answers, pairs and a reward model: along every option, and in general."""
-    settings, options = place.settings, place.options
-    found = {}
-    for general in (False, True):
-        name, told = ("_in_general", " in general") if general else ("", "")
+    one, settings, options = place.one, place.settings, tuple(place.options)
+    for told, wanted, prompts, k in (
+        ("", (*options, "neutral"), settings.train_prompts, settings.candidates),
+        (" in general", ("neutral",), settings.general_prompts, 2),
+    ):
+        name = told.replace(" ", "_")
         drawn = generate.Config(
             model=place.model("sft"),
             prompts=place.prompts("pair"),
-            limit=settings.general_prompts if general else settings.train_prompts,
-            k=2 if general else settings.candidates,
+            limit=prompts,
+            k=k,
             max_new_tokens=settings.max_new_tokens,
-            variants=Variants(settings.dimensions, ("neutral",) if general else (*options, "neutral")),
-            out=place.folder / f"rollouts{name}",
-            seed=derive(place.seed, f"rollouts{name}"),
+            variants=Variants(settings.dimensions, wanted),
+            out=Path(f"rollouts{name}"),
         )
-        judged = pairs.Config(
-            candidates=str(drawn.out / "candidates.parquet"),
-            out=place.folder / f"pairs{name}",
-            seed=derive(place.seed, f"pairs{told}"),
-        )
-        if general:
+        one.run(f"rollouts{told}", drawn)
+        judged = pairs.Config(one.path(f"rollouts{name}", "candidates.parquet"), Path(f"pairs{name}"))
+        if told:
             judged = replace(judged, general=settings.general)
         else:
             kinds = ("labelled", "positive_vs_negative")
-            judged = replace(judged, dimensions=settings.dimensions, options=tuple(options), kinds=kinds)
+            judged = replace(judged, dimensions=settings.dimensions, options=options, kinds=kinds)
+        one.run(f"pairs{told}", judged, f"pairs{told}")
         learned = reward.Config(
             model=place.model("sft"),
-            data=str(judged.out / "pairs.parquet"),
-            held_out=str(judged.out / "held_out.parquet"),
+            data=one.path(f"pairs{name}", "pairs.parquet"),
+            held_out=one.path(f"pairs{name}", "held_out.parquet"),
             head_std=0.1,
             training=settings.reward,
-            out=place.folder / f"reward{name}",
-            seed=derive(place.seed, "reward", told),
+            out=Path(f"reward{name}"),
         )
-        found[f"rollouts{told}"] = generate.run(drawn)
-        found[f"pairs{told}"] = pairs.run(judged)
-        found[f"reward model{told}"] = reward.run(learned)
-    return found
+        one.run(f"reward model{told}", learned, "reward", told)
 
 
-def _policies(place: SoupsChain) -> dict[str, Run]:
+def _policies(place: SoupsChain) -> None:
     """What the methods train. P-MORL gets as many steps as all policies of the soups together."""
-    settings, options = place.settings, place.options
-    multitask = sft.Config(
-        place.model("sft"),
-        str(place.folder / "pairs" / "demos.parquet"),
-        place.folder / "mt",
-        lora=settings.lora,
-        training=settings.multitask,
-        seed=derive(place.seed, "mt"),
-    )
-    rlhf = replace(_ppo(place, "rlhf", ()), reward=(str(place.folder / "reward_in_general"),), variants=Variants())
-    pmorl = replace(_ppo(place, "pmorl", place.combinations), steps=settings.steps * len(options))
-    found = {"multitask": sft.run(multitask), "rlhf": ppo.run(rlhf), "pmorl": ppo.run(pmorl)}
-    for option in (*options, settings.added):
-        found[f"ppo: {option}"] = ppo.run(_ppo(place, f"ppo_{option}", [option]))
+    one, settings, options = place.one, place.settings, place.options
+    demos = one.path("pairs", "demos.parquet")
+    tuned = sft.Config(place.model("sft"), demos, Path("mt"), lora=settings.lora, training=settings.multitask)
+    one.run("multitask", tuned)
+    trained: dict[str, Any] = {
+        f"ppo: {option}": _ppo(place, f"ppo_{option}", [option]) for option in (*options, settings.added)
+    }
+    general = replace(_ppo(place, "rlhf", ()), reward=(one.path("reward_in_general"),), variants=Variants())
+    every = replace(_ppo(place, "pmorl", place.combinations), steps=settings.steps * len(options))
     for option in options:
-        mine = place.folder / f"pairs_{option}"
+        mine = one.folder / f"pairs_{option}"
         for name in ("pairs", "held_out"):
             if not (mine / f"{name}.parquet").exists():
-                rows = data.load(place.folder / "pairs" / f"{name}.parquet", "pairs")
+                rows = data.load(one.path("pairs", f"{name}.parquet"), "pairs")
                 data.write([row for row in rows if row["preferences"] == [option]], mine / f"{name}.parquet")
-        direct = dpo.Config(
+        trained[f"dpo: {option}"] = dpo.Config(
             place.model("sft"),
             str(mine / "pairs.parquet"),
-            place.folder / f"dpo_{option}",
+            Path(f"dpo_{option}"),
             held_out=str(mine / "held_out.parquet"),
             lora=settings.lora,
             training=settings.dpo,
-            seed=derive(place.seed, "policies"),  # one seed for all: adapters that start alike average well
         )
-        found[f"dpo: {option}"] = dpo.run(direct)
-    return found
+    for stage, config in {"rlhf": general, "pmorl": every, **trained}.items():
+        one.run(stage, config, "policies")  # one seed for all: adapters that start alike average well
 
 
 def _ppo(place: SoupsChain, name: str, wanted: Sequence[str]) -> ppo.Config:
@@ -276,7 +255,7 @@ def _ppo(place: SoupsChain, name: str, wanted: Sequence[str]) -> ppo.Config:
     return ppo.Config(
         model=place.model("sft"),
         prompts=place.prompts("pair"),
-        reward=(str(place.folder / "reward"),),
+        reward=(place.one.path("reward"),),
         variants=Variants(settings.dimensions, tuple(wanted)),
         lora=settings.lora,
         beta=settings.beta,
@@ -290,41 +269,36 @@ def _ppo(place: SoupsChain, name: str, wanted: Sequence[str]) -> ppo.Config:
             max_new_tokens=settings.max_new_tokens,
         ),
         training=settings.ppo,
-        out=place.folder / name,
-        seed=derive(place.seed, "policies"),
+        out=Path(name),
     )
 
 
-def _answers(place: SoupsChain, methods: Sequence[str], combinations: Sequence[str], stage: str) -> dict[str, Run]:
+def _answers(place: SoupsChain, methods: Sequence[str], combinations: Sequence[str], stage: str) -> None:
     """Answers of methods to the test prompts under combinations, with the same random streams; a soup for each."""
     models = {"vb": "sft", "pp": "sft", "mt": "mt", "rlhf": "rlhf", "pmorl": "pmorl"}
     after = "" if stage == "answers" else f"_after_{place.settings.added}"
-    found = {}
+
+    def answered(told: str, name: str, model: str, wanted: Sequence[str]) -> None:
+        config = generate.Config(
+            model=place.model(model),
+            prompts=place.prompts("pool"),
+            k=place.settings.answers,
+            max_new_tokens=place.settings.max_new_tokens,
+            variants=Variants(place.settings.dimensions, tuple(wanted)),
+            out=Path("answers", f"{name}{after}"),
+        )
+        place.one.run(f"{stage}: {told}", config, "answers")
+
     for method in methods:
         if method in models:
-            wanted = ["neutral"] if method in UNTOLD else combinations
-            found[f"{stage}: {method}"] = _answered(place, models[method], wanted, f"{method}{after}")
+            answered(method, method, models[method], ["neutral"] if method in UNTOLD else combinations)
             continue
         learned, mode = SOUPS[method]
         for combination in combinations:
             name = f"{method}_{combination}"
             policies = tuple(place.model(f"{learned}_{option}") for option in combination.split("+"))
-            found[f"soup: {name}"] = soup.run(soup.Config(policies, place.folder / name, mode=mode))
-            found[f"{stage}: {method}, {combination}"] = _answered(place, name, [combination], f"{name}{after}")
-    return found
-
-
-def _answered(place: SoupsChain, model: str, wanted: Sequence[str], name: str) -> Run:
-    config = generate.Config(
-        model=place.model(model),
-        prompts=place.prompts("pool"),
-        k=place.settings.answers,
-        max_new_tokens=place.settings.max_new_tokens,
-        variants=Variants(place.settings.dimensions, tuple(wanted)),
-        out=place.folder / "answers" / name,
-        seed=derive(place.seed, "answers"),
-    )
-    return generate.run(config)
+            place.one.run(f"soup: {name}", soup.Config(policies, Path(name), mode=mode))
+            answered(f"{method}, {combination}", name, name, [combination])
 
 
 def _files(found: Mapping[str, Run], stage: str = "answers") -> dict[str, list[Path]]:
@@ -337,14 +311,7 @@ def _files(found: Mapping[str, Run], stage: str = "answers") -> dict[str, list[P
     return files
 
 
-def _duels(place: SoupsChain, answers: Mapping[str, Run], name: str) -> duel.Config:
-    stage = next(iter(answers)).split(":")[0]
-    given = tuple(f"{method}={file}" for method, files in _files(answers, stage).items() for file in files)
-    seed = derive(place.seed, name)
-    return duel.Config(given, dimensions=place.settings.dimensions, out=place.folder / name, seed=seed)
-
-
-# what is measured ------------------------------------------------------------------------------------------------
+# what is measured
 
 STAGES = {"duels": "duels", "added": "duels after an addition", "general": "duels in general"}
 KEYS = {  # of the tables of the job duel
@@ -359,12 +326,12 @@ KEYS = {  # of the tables of the job duel
 
 def collect(chains: Sequence[Chain], settings: SoupsSettings) -> Row:
     """Everything the page shows."""
-    fought = [{name: one.runs[stage].results or {} for name, stage in STAGES.items()} for one in chains]
+    fought = [{name: one.results(stage) for name, stage in STAGES.items()} for one in chains]
     kl = [row for one in chains for row in divergence(one.folder / "sft" / "model", _files(one.runs))]
     trained = [
-        {"policy": name, **(run.results or {})["last"]}
+        {"policy": name, **one.results(name)["last"]}
         for one in chains
-        for name, run in one.runs.items()
+        for name in one.runs
         if name in ("rlhf", "pmorl") or name.startswith("ppo: ")
     ]
     return {
@@ -412,7 +379,7 @@ def costs(settings: SoupsSettings) -> list[Row]:
 
     P-MORL gets as many answers for each option as the soups' policies do; for one more option it is trained again.
     """
-    place = SoupsChain(Path(), settings, 0)
+    place = SoupsChain(Chain(0, Path()), settings)
     options, each = len(place.options), settings.steps * settings.prompts_per_step
     more = {"policies_more": 1, "combinations_more": len(place.combinations) + len(place.added)}
     both = {"combinations": len(place.combinations), "answers": each * options, **more}
@@ -426,7 +393,7 @@ def _accuracies(chain: Chain) -> list[Row]:
     return [
         {"seed": chain.seed, "kind": name, **{k: member[k] for k in ("accuracy", "accuracy_lo", "accuracy_hi")}}
         for name in ("reward model", "reward model in general")
-        for member in (chain.runs[name].results or {})["members"]
+        for member in chain.results(name)["members"]
     ]
 
 
@@ -443,12 +410,35 @@ def _samples(chain: Chain, *, prompts: int = 3) -> list[Row]:
     return rows
 
 
-# Claims ---------------------------------------------------------------------------------------------------------------
+# claims
 
 # About the duels of a chain, {"duels": all combinations, "added": those of the added option, "general": ...}.
 
 SOURCE = "arXiv:2310.11564"
-OWN, TABLE = f"not in {SOURCE}", f"{SOURCE}, table 3"
+CLAIMED = """
+psoups-best | table 3 | Personalized soups have the highest average win rate of the published methods (published 55.23
+    %)
+pmorl-best | table 4 (people) | P-MORL has the highest average win rate of the published methods (published 58.70 %)
+psoups-over-vb | table 3 | {soups} the policy as it is {rate}
+psoups-over-rlhf | table 3 | {soups} RLHF on a general reward {rate}
+psoups-over-pp | table 3 | {soups} prompting {rate}
+psoups-over-mt | table 3 | {soups} multitask tuning {rate}
+psoups-over-pmorl | table 3 | {soups} P-MORL {rate}
+pmorl-over-vb | table 3 | {pmorl} the policy as it is {rate}
+pmorl-over-rlhf | table 3 | {pmorl} RLHF on a general reward {rate}
+pmorl-over-pp | table 3 | {pmorl} prompting {rate}
+pmorl-over-mt | table 3 | {pmorl} multitask tuning {rate}
+psoups-over-pmorl-added | section 4.4 | With an option added later soups win against P-MORL, here not trained again
+    (published 59.06 %)
+no-free-lunch | section 5 | In general quality RLHF on a general reward wins against personalized soups
+psoups-over-psoups-factor | not in | {soups} soups of averaged factors {rate}
+psoups-over-psoups-dpo | not in | {soups} soups of DPO policies {rate}
+"""
+WORDS = {
+    "soups": "Over all combinations personalized soups win against",
+    "pmorl": "Over all combinations P-MORL wins against",
+    "rate": "(win rate less one half)",
+}
 PUBLISHED = ("vb", "rlhf", "pp", "mt", "pmorl", "psoups")
 PAIRS = (("technical", "brief", "curt"), ("plain", "detailed", "kind"))
 
@@ -463,6 +453,10 @@ def ahead(first: str, second: str, duels: Mapping[str, Any]) -> float:
     return _halves(duels)[first, second] - 0.5
 
 
+def _ahead(first: str, second: str) -> study.Value:
+    return lambda chain: ahead(first, second, chain["duels"])
+
+
 def best(method: str, duels: Mapping[str, Any]) -> float:
     """Average win rate among the published methods, less that of the best other one."""
     rates = _halves(duels)
@@ -470,49 +464,24 @@ def best(method: str, duels: Mapping[str, Any]) -> float:
     return means[method] - max(value for name, value in means.items() if name != method)
 
 
-def _over(first: str, second: str, source: str) -> Claim:
-    wins = "win" if first in SOUPS else "wins"
-    return Claim(
-        f"{first}-over-{second}".replace("_", "-"),
-        source,
-        f"Over all combinations {METHODS[first]} {wins} against {METHODS[second]} (win rate less one half)",
-        lambda chain: ahead(first, second, chain["duels"]),
-    )
+CLAIMS = study.claims(
+    SOURCE,
+    CLAIMED.format(**WORDS),
+    {
+        f"{first}-over-{second}".replace("_", "-"): _ahead(first, second)
+        for first in ("psoups", "pmorl")
+        for second in METHODS
+    }
+    | {
+        "psoups-best": lambda chain: best("psoups", chain["duels"]),
+        "pmorl-best": lambda chain: best("pmorl", chain["duels"]),
+        "psoups-over-pmorl-added": lambda chain: ahead("psoups", "pmorl", chain["added"]),
+        "no-free-lunch": lambda chain: ahead("rlhf", "psoups", chain["general"]),
+    },
+)
 
 
-CLAIMS = [
-    Claim(
-        "psoups-best",
-        TABLE,
-        "Personalized soups have the highest average win rate of the published methods (published 55.23 %)",
-        lambda chain: best("psoups", chain["duels"]),
-    ),
-    Claim(
-        "pmorl-best",
-        f"{SOURCE}, table 4 (people)",
-        "P-MORL has the highest average win rate of the published methods (published 58.70 %)",
-        lambda chain: best("pmorl", chain["duels"]),
-    ),
-    *(_over("psoups", other, TABLE) for other in ("vb", "rlhf", "pp", "mt", "pmorl")),
-    *(_over("pmorl", other, TABLE) for other in ("vb", "rlhf", "pp", "mt")),
-    Claim(
-        "psoups-over-pmorl-added",
-        f"{SOURCE}, section 4.4",
-        "With an option added later soups win against P-MORL, here not trained again (published 59.06 %)",
-        lambda chain: ahead("psoups", "pmorl", chain["added"]),
-    ),
-    Claim(
-        "no-free-lunch",
-        f"{SOURCE}, section 5",
-        "In general quality RLHF on a general reward wins against personalized soups",
-        lambda chain: ahead("rlhf", "psoups", chain["general"]),
-    ),
-    _over("psoups", "psoups_factor", OWN),
-    _over("psoups", "psoups_dpo", OWN),
-]
-
-
-# the page --------------------------------------------------------------------------------------------------------
+# the page
 
 NOTE = "Intervals are over chains; with one chain nothing is decided."
 LEAD = (
@@ -563,7 +532,7 @@ def story(results: Row) -> tuple[str, str, list[Part]]:
         text(TOLD),
         table(
             ("method", "KL from the start, nats"),
-            [(row["method"], _banded(row, "kl")) for row in results["kl"]],
+            [(row["method"], banded(row, "kl")) for row in results["kl"]],
             "The mean log-ratio (k1) of the judged answers to the policy that all methods start from, under the same "
             "prompts, with its 95 % interval over chains; of one chain, over answers.",
         ),
@@ -577,12 +546,6 @@ def story(results: Row) -> tuple[str, str, list[Part]]:
         table(("method", "combination", "prompt", "answer"), samples, "", "Read the answers"),
     ]
     return title, LEAD, parts
-
-
-def _banded(row: Row, name: str, form: Any = number) -> str:
-    """A value with its interval, if it has one."""
-    low, high = row.get(f"{name}_lo"), row.get(f"{name}_hi")
-    return form(row[name]) + ("" if low is None or high is None else f" [{form(low)}, {form(high)}]")
 
 
 def _costs(rows: Sequence[Row]) -> Part:
@@ -601,9 +564,9 @@ def _costs(rows: Sequence[Row]) -> Part:
 
 def _trained(results: Row) -> list[Part]:
     """Reward models and the policies of PPO."""
-    models = [(row["seed"], row["kind"], _banded(row, "accuracy", percent)) for row in results["reward_models"]]
+    models = [(row["seed"], row["kind"], banded(row, "accuracy", percent)) for row in results["reward_models"]]
     policies = [
-        (row["policy"], *(_banded(row, name) for name in ("score", "kl_k1", "length")), percent(row["missing_eos"]))
+        (row["policy"], *(banded(row, name) for name in ("score", "kl_k1", "length")), percent(row["missing_eos"]))
         for row in results["policies"]
     ]
     caption = "At their ends, on test prompts; the reward is that of the last batch, in standard deviations."
@@ -621,10 +584,10 @@ def duel_sections(duels: Row) -> list[Part]:
     cells = [
         (
             *(row[name] for name in ("first", "second", *counts)),
-            *(_banded(row, r, percent) for r in ("half", "without")),
+            *(banded(row, r, percent) for r in ("half", "without")),
         )
         for row in once
-        if row["without"] is not None
+        if row.get("without") is not None
     ]
     columns = ("method", "against", "won", "lost", "tied", "missing", "ties one half", "without ties")
     matrix = f"Win rate of the method on the left against the one below, ties one half; 95 % intervals over {over}."
@@ -646,10 +609,7 @@ def _met(row: Row, before: Sequence[Row]) -> bool:
 
 def _apiece(rows: Sequence[Row], by: str, caption: str) -> Part:
     """A matrix for each combination or option."""
-    groups: dict[str, list[Row]] = {}
-    for row in rows:
-        groups.setdefault(row[by], []).append(row)
-    return tabs((by,), {(name,): figure(matrix_chart(some), caption) for name, some in groups.items()})
+    return tabs((by,), {key: figure(matrix_chart(some), caption) for key, some in study.grouped(rows, by).items()})
 
 
 def _fronts(duels: Row) -> Part:
@@ -667,12 +627,11 @@ def _fronts(duels: Row) -> Part:
 def _scores(rows: Sequence[Row], over: str) -> Part:
     """Mean scores of methods by option, one table a combination."""
     views: dict[tuple[str, ...], Part] = {}
-    for combination in dict.fromkeys(row["combination"] for row in rows):
-        some = [row for row in rows if row["combination"] == combination]
+    for key, some in study.grouped(rows, "combination").items():
         columns = list(dict.fromkeys(row["option"] for row in some))
         found = {(row["method"], row["option"]): f"{number(row['mean'])} ± {number(row['se'])}" for row in some}
         cells = [(name, *(found.get((name, o)) for o in columns)) for name in dict.fromkeys(r["method"] for r in some)]
-        views[(combination,)] = table(("method", *columns), cells, f"Mean over {over} and standard error over prompts.")
+        views[key] = table(("method", *columns), cells, f"Mean over {over} and standard error over prompts.")
     return tabs(("combination",), views, title="Scores by option")
 
 

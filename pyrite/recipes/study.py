@@ -1,10 +1,11 @@
-"""What recipes share: chains seed after seed, claims with their verdicts, intervals, results.json and the page."""
+"""What recipes share: chains of stages, claims and their verdicts, intervals over chains, results.json and the page."""
 
 from __future__ import annotations
 
+import importlib
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from pyrite.data import rows as data
 from pyrite.data.files import Row
 from pyrite.math import statistics
 from pyrite.math.ranges import Count, Natural
+from pyrite.math.seeds import derive
 from pyrite.report import charts
 from pyrite.report.page import Part, details, figure, number, page, table, text
 from pyrite.report.page import claims as claims_table
@@ -29,7 +31,7 @@ class Config:
     """One or more whole chains, each with a seed of its own."""
 
     scale: str = "toy"
-    """Which settings; toy runs in minutes on 2 cores."""
+    """Which settings of the recipe. All of them use the embedded toy world, which runs in minutes on 2 cores."""
     out: Path | None = None
     """Folder of the run, new or empty; runs/RECIPE by default."""
     seeds: Count = 1
@@ -55,7 +57,24 @@ class Chain:
 
     seed: int
     folder: Path
-    runs: dict[str, Run]
+    runs: dict[str, Run] = field(default_factory=dict)
+
+    def path(self, *parts: str) -> str:
+        """A path in the folder, as jobs are given it."""
+        return str(self.folder.joinpath(*parts))
+
+    def run(self, stage: str, config: Any, *stream: str) -> None:
+        """Run a stage, by the job whose config this is, unless it is done.
+
+        config.out is a path in the chain's folder. A seed is drawn for `stream`, by default the name of that path.
+        """
+        seed = {"seed": derive(self.seed, *(stream or (config.out.name,)))} if hasattr(config, "seed") else {}
+        job = importlib.import_module(type(config).__module__)
+        self.runs[stage] = job.run(replace(config, out=self.folder / config.out, **seed))
+
+    def results(self, stage: str) -> Row:
+        """What the job of a stage returned."""
+        return self.runs[stage].results or {}
 
 
 @dataclass(frozen=True)
@@ -64,16 +83,16 @@ class Recipe:
 
     name: str
     scales: dict[str, Any]
-    chain: Callable[[Path, Any, int], dict[str, Run]]
-    """Runs every stage of a chain that is not done yet: folder, settings, seed."""
+    chain: Callable[[Chain, Any], None]
+    """Runs every stage of a chain that is not done yet."""
     collect: Callable[..., Row]
     """All that the page shows, "curves" and "claims" at least, from the chains and the settings (and from `once`)."""
     story: Callable[[Row], tuple[str, str, list[Part]]]
     """Title, lead and sections of the page, from results.json; claims and timing are added to them."""
     figures: Callable[[Row], Mapping[str, charts.Chart]]
     """The charts worth a file of their own, by name, from results.json."""
-    once: Callable[[Path, Any, int], dict[str, Run]] | None = None
-    """Runs what all chains share: folder of the recipe, settings, first seed."""
+    once: Callable[[Chain, Any], None] | None = None
+    """Runs what all chains share: a chain in the folder of the recipe, with the first seed."""
     note: str = ""
     """What a reader should know about the claims."""
 
@@ -93,24 +112,28 @@ class Recipe:
         if run.done:
             return out / "report.html"
         run.open()
-        shared = [self.once(out, settings, config.first_seed)] if self.once else []
-        chains = []
-        for seed in range(config.first_seed, config.first_seed + config.seeds):
-            say(f"{self.name}: chain with seed {seed}")
-            folder = out / f"seed_{seed}"
-            chains.append(Chain(seed, folder, self.chain(folder, settings, seed)))
+        shared = [Chain(config.first_seed, out)] if self.once else []
+        if self.once:
+            self.once(shared[0], settings)
+        seeds = range(config.first_seed, config.first_seed + config.seeds)
+        chains = [Chain(seed, out / f"seed_{seed}") for seed in seeds]
+        for chain in chains:
+            say(f"{self.name}: chain with seed {chain.seed}")
+            self.chain(chain, settings)
         say(f"{self.name}: curves, claims and the page")
-        done = [one for stages in (*shared, *(chain.runs for chain in chains)) for one in stages.values()]
+        seconds = {
+            (chain, stage): done.results["seconds"]
+            for chain, one in enumerate((*shared, *chains))
+            for stage, done in one.runs.items()
+            if done.results
+        }
         found = {
             "recipe": self.name,
             "scale": config.scale,
-            "seeds": [chain.seed for chain in chains],
-            "seconds": round(sum(one.results["seconds"] for one in done if one.results), 1),
+            "seeds": list(seeds),
+            "seconds": round(sum(seconds.values()), 1),
             "stages": [
-                {"stage": name, "seconds": one.results["seconds"]}
-                for stages in (*shared, chains[0].runs)
-                for name, one in stages.items()
-                if one.results
+                {"stage": stage, "seconds": took} for (chain, stage), took in seconds.items() if chain <= len(shared)
             ],
             **self.collect(chains, settings, *shared),
             "config": asdict(settings),
@@ -144,7 +167,9 @@ CLAIMED = "A claim holds if its whole 95 % interval lies on the claimed side, an
 
 def _repeat(results: Row) -> list[Part]:
     """How long the run took, how to repeat it, and on what it ran."""
-    again = f"$ pyrite recipe {results['recipe']} --scale {results['scale']} --seeds {len(results['seeds'])}"
+    seeds = results["seeds"]
+    again = f"$ pyrite recipe {results['recipe']} --scale {results['scale']} --seeds {len(seeds)}"
+    again += f" --first-seed {seeds[0]}" if seeds[0] else ""
     took = f"The runs took {number(results.get('seconds'))} seconds."
     parts: list[Part] = [text(f"{took} To repeat them:\n\n{again}", title="The run")]
     kinds: dict[str, float] = {}
@@ -152,8 +177,11 @@ def _repeat(results: Row) -> list[Part]:
         kind = str(row["stage"]).split(",")[0].split(":")[0]
         kinds[kind] = kinds.get(kind, 0.0) + row["seconds"]
     if kinds:
-        rows = [{"stage": kind, "seconds": seconds} for kind, seconds in kinds.items()]
-        parts.append(figure(charts.stages(rows), "Time by kind of stage."))
+        rows = [
+            {"label": kind, "value": seconds, "text": f"{seconds:,.1f} s", "color": charts.BLUE}
+            for kind, seconds in kinds.items()
+        ]
+        parts.append(figure(charts.bars(rows), "Time by kind of stage."))
     for key, label in (("config", "Full configuration"), ("manifest", "Versions, hardware and inputs")):
         if results.get(key):
             parts.append(details(results[key], label))
@@ -162,6 +190,7 @@ def _repeat(results: Row) -> list[Part]:
 
 # claims
 
+Value = Callable[[Any], Tensor | float]
 Rule = Callable[[float, float], bool | None]
 
 
@@ -194,8 +223,25 @@ class Claim:
     id: str
     source: str
     statement: str
-    value: Callable[[Any], Tensor | float]
+    value: Value
     rule: Rule = POSITIVE
+
+
+def claims(source: str, table: str, values: Mapping[str, Value | tuple[Value, Rule]]) -> list[Claim]:
+    """Claims from a table: each line is `id | place in the source | statement`, and an indented line continues it.
+
+    A place that begins with "not in" says that the source does not claim it. values: by id, with a rule if a claim does
+    not hold simply where its value is positive.
+    """
+    found = []
+    for line in filter(None, table.replace("\n ", " ").splitlines()):
+        name, place, statement = (" ".join(cell.split()) for cell in line.split("|"))
+        missing = place.startswith("not in")
+        told = place.replace("not in", f"not in {source}", 1) if missing else f"{source}, {place}"
+        given = values[name]
+        value, rule = given if isinstance(given, tuple) else (given, POSITIVE)
+        found.append(Claim(name, told, statement, value, rule))
+    return found
 
 
 def check(
@@ -250,16 +296,21 @@ def spread(name: str, values: Sequence[float], *, half: float = math.nan) -> Row
     return {name: mean} | ({f"{name}_lo": lo, f"{name}_hi": hi} if math.isfinite(lo + hi) else {})
 
 
+def grouped(rows: Iterable[Row], *by: str) -> dict[tuple[Any, ...], list[Row]]:
+    """Rows by the values of some columns, in the order of their first rows."""
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[name] for name in by), []).append(row)
+    return groups
+
+
 def over_chains(rows: Sequence[Row], by: Sequence[str], columns: Sequence[str], *, errors: float = 1.96) -> list[Row]:
     """Rows of all chains as one for each value of `by`: how many chains, and the `spread` of each column they have.
 
     The interval of one chain is `errors` standard errors either side, if the row has them (NAME_se).
     """
-    groups: dict[tuple[Any, ...], list[Row]] = {}
-    for row in rows:
-        groups.setdefault(tuple(row[name] for name in by), []).append(row)
     found = []
-    for key, some in groups.items():
+    for key, some in grouped(rows, *by).items():
         mean: Row = {**dict(zip(by, key, strict=True)), "chains": len(some)}
         for name in columns:
             values = [row[name] for row in some if row.get(name) is not None]
@@ -301,28 +352,22 @@ def halves(values: Mapping[Any, Tensor], *, points: int | None = None, resamples
     over what was measured. An odd prompt out is left out.
     """
     each = next(iter(values.values())).shape[-1] // 2
-    split = {name: _halved(curve if curve.dim() == 3 else curve[None], each) for name, curve in values.items()}
+    split, own = {}, {}
+    for name, curve in values.items():
+        members = curve if curve.dim() == 3 else curve[None]
+        split[name] = torch.stack([members[..., half : 2 * each : 2] for half in (0, 1)], 1).double()  # (E, 2, M, Q/2)
     if resamples:
         g = torch.Generator().manual_seed(0)
         weights = [_draws(resamples, each, g) for _ in range(2)]
         seats = _draws(resamples, max(len(curve) for curve in split.values()), g)
-        drawn = {name: _weighted(curve, weights) for name, curve in split.items()}  # (B, 2, E, M)
         one = torch.ones(resamples, 1, dtype=torch.float64)
-        own = {n: torch.einsum("bhem,be->bhm", v, seats if v.shape[2] > 1 else one) for n, v in drawn.items()}
+        for name, curve in split.items():
+            means = torch.stack([torch.einsum("emq,bq->bem", curve[:, half], weights[half]) for half in (0, 1)], 1)
+            own[name] = torch.einsum("bhem,be->bhm", means, seats if len(curve) > 1 else one)
     else:
         own = {name: curve.mean((0, 3))[None] for name, curve in split.items()}
     own = {name: curve[..., :points] for name, curve in own.items()}
     return Curves(own, {name: curve.flip(1) for name, curve in own.items()})
-
-
-def _halved(curve: Tensor, each: int) -> Tensor:
-    """(E, M, Q) to (E, 2, M, Q/2)."""
-    return torch.stack([curve[..., 0 : 2 * each : 2], curve[..., 1 : 2 * each : 2]], 1).double()
-
-
-def _weighted(curve: Tensor, weights: Sequence[Tensor]) -> Tensor:
-    """Means (B, 2, E, M) over prompts of each half, weighted by (B, Q/2)."""
-    return torch.stack([torch.einsum("emq,bq->bem", curve[:, half], weights[half]) for half in range(2)], 1)
 
 
 def bootstrap(claim: Claim, resampled: Any) -> tuple[float, float]:
@@ -348,10 +393,8 @@ def answers(run: Run) -> list[Row]:
 
 def by_prompt(run: Run, columns: Sequence[str]) -> dict[str, Tensor]:
     """Columns of the answers of a run of the job evaluate, (Q, K): K answers to each of Q prompts, in their order."""
-    prompts: dict[Any, list[Row]] = {}
-    for row in answers(run):
-        prompts.setdefault(row["prompt_id"], []).append(row)
-    values = {name: [[float(row[name]) for row in rows] for rows in prompts.values()] for name in columns}
+    prompts = grouped(answers(run), "prompt_id").values()
+    values = {name: [[float(row[name]) for row in rows] for rows in prompts] for name in columns}
     return {name: torch.tensor(rows, dtype=torch.float64) for name, rows in values.items()}
 
 

@@ -6,7 +6,7 @@ True
 """
 
 from pyrite.report.bandit import bandit_page, convergence
-from pyrite.report.charts import lines, mechanism, overoptimization, save, stages
+from pyrite.report.charts import lines, overoptimization, save
 from pyrite.report.page import answers, claims, details, figure, numbers, page, table, tabs, text
 from pyrite.report.run import run_page
 
@@ -18,13 +18,11 @@ __all__ = [
     "details",
     "figure",
     "lines",
-    "mechanism",
     "numbers",
     "overoptimization",
     "page",
     "run_page",
     "save",
-    "stages",
     "table",
     "tabs",
     "text",

@@ -338,62 +338,31 @@ def _counts(line: Sequence[Row]) -> list[Row]:
     return [{**point, "note": f"{'' if i else 'n = '}{point['n']:,}", "color": FAINT} for i, point in enumerate(kept)]
 
 
-def mechanism(
-    shares: Iterable[Row],
-    *,
-    noise: float | None = None,
-    what: str = "share of the winners",
-    height: int = 260,
-) -> alt.LayerChart:
-    """Share of the winners at n that carry the mark, by objective; the share among all answers in grey.
-
-    shares: rows {noise, objective, n, share, base}, shares in [0, 1].
-    """
-    rows = sorted((r for r in shares if noise is None or r["noise"] == noise), key=lambda r: r["n"])
-    points = [_share(row, row["objective"], row["share"]) for o in OBJECTIVES for row in rows if row["objective"] == o]
-    if not points:
-        raise ValueError(f"mechanism: no shares at noise {noise}")
-    first = points[0]["line"]
-    base = [_share(r, "base", r["base"]) for r in rows if NAMES[r["objective"]] == first and r.get("base") is not None]
-    points += base
-    top = max(point["value"] for point in points) or 0.01
-    y = Axis("value", what, format=".0%" if top > 0.05 else ".1%")
-    shown = {"line": "scorer", "n": "n", "shown": "share"}
-    return draw(points, AXES["n"], y, tooltip=shown, height=height, domain=(0.0, 1.08 * top))
-
-
-def _share(row: Row, key: str, share: float) -> Row:
-    name = NAMES.get(key, "all answers")
-    return {
-        "n": row["n"],
-        "value": share,
-        "lo": None,
-        "hi": None,
-        "line": name,
-        "label": name,
-        "color": COLORS.get(key, FAINT),
-        "dash": DASHED if key == "base" else SOLID,
-        "shown": f"{share:.1%}",
-    }
-
-
 # Any rows -------------------------------------------------------------------------------------------------------------
 
 
-def stages(timing: Iterable[Row]) -> alt.LayerChart:
-    """How long each stage took: rows {stage, seconds}, bars in the order given."""
-    rows = [{"stage": str(t["stage"]), "seconds": t["seconds"], "text": f"{t['seconds']:,.1f} s"} for t in timing]
-    longest = max((row["seconds"] for row in rows), default=1.0) or 1.0
-    across = alt.X("seconds:Q", title=None, axis=None, scale=alt.Scale(domainMax=1.15 * longest))
-    up = alt.Y("stage:N", title=None, sort=None, axis=alt.Axis(grid=False, labelFontSize=13, labelColor=INK))
-    shown = [alt.Tooltip("stage:N"), alt.Tooltip("seconds:Q", format=",.1f")]
-    bars = table("stages", alt.MarkDef("bar", color=BLUE, cornerRadiusEnd=2, height=16)).encode(tooltip=shown)
-    text = alt.MarkDef("text", align="left", dx=6, fontSize=12.5, color=FAINT)
-    times = table("stages", text).encode(alt.Text("text:N"))
-    chart = alt.layer(bars, times).encode(across, up)
-    return styled(
-        chart, {"stages": rows}, " ".join(f"{r['stage']}: {r['text']}." for r in rows), height=max(1, len(rows)) * 26
-    )
+def bars(rows: Sequence[Row], title: str = "") -> alt.LayerChart:
+    """Bars in the order given: rows {label, value, text, color}, with {lo, hi} if an interval is known.
+
+    The text is written behind a bar. `title` is of the horizontal axis, which is left out without one.
+    """
+    ends = [{**row, "lo": row.get("lo"), "hi": row.get("hi")} for row in rows]
+    ends = [{**row, "end": row["value"] if row["hi"] is None else max(row["value"], row["hi"])} for row in ends]
+    low, high = span([*ends, {"value": 0.0}])
+    low, high = min(low, 0.0) if any(row["value"] < 0 for row in ends) else 0.0, high + 0.12 * (high - low)
+    scale = alt.Scale(domain=[low, high], nice=False)
+    across = alt.X("value:Q", title=title or None, scale=scale, axis=alt.Axis() if title else None)
+    up = alt.Y("label:N", title=None, sort=None, axis=alt.Axis(grid=False, labelColor=INK, labelLimit=260))
+    bar = table("bars", alt.MarkDef("bar", cornerRadiusEnd=2, height=14, opacity=0.8))
+    whisker = table("bars", alt.MarkDef("rule", color=FAINT, strokeWidth=1.5))
+    words = table("bars", alt.MarkDef("text", align="left", dx=6, fontSize=12, color=FAINT))
+    chart = alt.layer(
+        bar.encode(across, alt.Color("color:N", scale=None)),
+        whisker.encode(alt.X("lo:Q"), alt.X2("hi:Q")),
+        words.encode(alt.X("end:Q"), alt.Text("text:N")),
+    ).encode(up)
+    told = " ".join(f"{row['label']}: {row['text']}." for row in ends)
+    return styled(chart, {"bars": ends}, told, height=max(2, len(ends)) * 22)
 
 
 def lines(
@@ -446,24 +415,28 @@ def curves(
     colors: Mapping[str, str] = MappingProxyType({}),
     tooltip: Mapping[str, str] = MappingProxyType({}),
     dot: Callable[[Row], bool] = lambda row: False,
-    bands: bool = True,
-    level: float | None = None,
+    band: Callable[[Row], bool] = lambda row: True,
+    dash: Sequence[int] = SOLID,
+    level: tuple[str, float] | None = None,
+    order: str = "",
+    domain: tuple[float, float] | None = None,
     height: int = 260,
 ) -> alt.LayerChart:
     """Column `y` of rows against column `x`, a line for each value of column `by`; rows without both are left out.
 
     names, colors: of the values of `by`, whose lines come in the order of their first rows. tooltip: titles of other
-    columns. dot: which rows get a dot. bands: whether to draw the intervals, y_lo to y_hi. level: a dashed line.
-    Raises ValueError if no row has both columns.
+    columns. dot: which rows get a dot. band: for which rows the interval, y_lo to y_hi, is drawn. level: a dashed line
+    and its name. order, domain: as in `draw`. Raises ValueError if no row has both columns.
     """
     rows = [row for row in rows if finite(row.get(x.field)) and finite(row.get(y.field))]
     if not rows:
         raise ValueError(f"curves: no row has both {x.field} and {y.field}")
+    form = y.format or ".3g"
     lines = list(dict.fromkeys(row[by] for row in rows))
     points = []
     for row in sorted(rows, key=lambda row: lines.index(row[by])):
         low, high = row.get(f"{y.field}_lo"), row.get(f"{y.field}_hi")
-        band = "" if low is None or high is None else f"  [{low:.3g}, {high:.3g}]"
+        interval = "" if low is None or high is None else f"  [{format(low, form)}, {format(high, form)}]"
         name, other = names.get(row[by], row[by]), SERIES[lines.index(row[by]) % len(SERIES)]
         points.append(
             {
@@ -471,23 +444,25 @@ def curves(
                 x.field: row[x.field],
                 "across": f"{row[x.field]:.3g}",
                 "value": row[y.field],
-                "shown": f"{row[y.field]:.3g}{band}",
-                "lo": low if bands else None,
-                "hi": high if bands else None,
+                "shown": f"{format(row[y.field], form)}{interval}",
+                "lo": low if band(row) else None,
+                "hi": high if band(row) else None,
                 "line": name,
                 "label": name,
                 "color": colors.get(row[by], other),
-                "dash": SOLID,
+                "dash": dash,
                 "dot": dot(row),
             }
         )
     dots = [{**point, "flag": ""} for point in points if point["dot"]]
     if level is not None:
+        name, value = level
+        told = {"line": name, "label": name, "color": FAINT, "dash": DASHED, "shown": format(value, form)}
         ends = (min(row[x.field] for row in rows), max(row[x.field] for row in rows))
-        told = {"line": "start", "label": "start", "color": FAINT, "dash": DASHED, "shown": f"{level:.3g}"}
-        points += [{x.field: end, "across": f"{end:.3g}", "value": level, **told} for end in ends]
+        points += [{x.field: end, "across": f"{end:.3g}", "value": value, **told} for end in ends]
     hover = {"line": by, **tooltip, "across": x.title, "shown": y.title}
-    return draw(points, x, Axis("value", y.title, format=y.format), tooltip=hover, height=height, peaks=dots)
+    up = Axis("value", y.title, format=y.format)
+    return draw(points, x, up, tooltip=hover, height=height, peaks=dots, order=order, domain=domain)
 
 
 def finite(value: object) -> TypeGuard[float]:

@@ -7,7 +7,7 @@ True
 import itertools
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -183,6 +183,16 @@ def percent(share: float | None) -> str:
     '25\\xa0%'
     """
     return "–" if share is None else f"{100 * share:.3g}\u00a0%"
+
+
+def banded(row: Row, name: str, form: Callable[[Any], str] = number) -> str:
+    """A value with its interval, NAME_lo to NAME_hi, if the row has one.
+
+    >>> banded({"gold": 1.0, "gold_lo": 0.5, "gold_hi": 1.5}, "gold"), banded({"gold": 1.0}, "gold")
+    ('1.00 [0.50, 1.50]', '1.00')
+    """
+    low, high = row.get(f"{name}_lo"), row.get(f"{name}_hi")
+    return form(row[name]) + ("" if low is None or high is None else f" [{form(low)}, {form(high)}]")
 
 
 def prose(body: str) -> Markup:

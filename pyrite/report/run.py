@@ -8,7 +8,7 @@ from typing import Any
 
 from pyrite.core.runs import read_metrics
 from pyrite.report.charts import NAMES, OBJECTIVES, Chart, Row, finite, lines, overoptimization, reach
-from pyrite.report.page import Part, details, figure, number, numbers, page, table, tabs, text
+from pyrite.report.page import Part, banded, details, figure, number, numbers, page, table, tabs, text
 
 MOST = 600  # points in a line: more cannot be seen, and a browser would feel them
 
@@ -94,7 +94,7 @@ def _best_of_n(curves: Sequence[Row]) -> list[Part]:
         "does not, the proxy promises reward that is not there; the gap between the two is shaded."
     )
     cells = [
-        [_called(name), end["n"], end["kl"], _band(end, "gold"), _band(end, "proxy")]
+        [_called(name), end["n"], end["kl"], banded(end, "gold"), banded(end, "proxy")]
         for name, end in ((name, rows[-1]) for name, rows in found.items())
     ]
     caption = "At the largest n, with 95 % intervals over prompts."
@@ -107,12 +107,6 @@ def _best_of_n(curves: Sequence[Row]) -> list[Part]:
 
 def _called(objective: str) -> str:
     return "average single model" if objective == "single" else NAMES.get(objective, objective)
-
-
-def _band(row: Row, name: str) -> str:
-    low, high = row.get(f"{name}_lo"), row.get(f"{name}_hi")
-    interval = f" [{number(low)}, {number(high)}]" if finite(low) and finite(high) else ""
-    return f"{number(row[name])}{interval}"
 
 
 def _way(rows: Sequence[Row]) -> list[Part]:

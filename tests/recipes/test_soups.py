@@ -60,7 +60,7 @@ def test_recipe_runs_once_and_is_returned_when_done(small: SoupsSettings, tmp_pa
 
 
 def test_test_prompts_are_never_learned_from(tmp_path: Path) -> None:
-    place = SoupsChain(tmp_path, SMALL, 0)
+    place = SoupsChain(study.Chain(0, tmp_path), SMALL)
     recipe.start(place)
     files = (place.prompts("pair"), place.prompts("pool"))
     train, test = ({row["prompt_id"] for row in data.load(path, "prompts")} for path in files)
@@ -80,14 +80,14 @@ def test_demonstrations_lean_to_what_their_prompts_name() -> None:
 
 
 def test_combinations_after_an_addition_are_those_with_it(tmp_path: Path) -> None:
-    place = SoupsChain(tmp_path, SoupsSettings(), 0)
+    place = SoupsChain(study.Chain(0, tmp_path), SoupsSettings())
     assert len(place.combinations) == 8 and len(place.added) == 4
     assert all("lively" in combination for combination in place.added)
 
 
 def test_kl_is_read_off_the_judged_answers(tmp_path: Path) -> None:
     """The start's own answers are at 0; others at the mean of what their policy and the start make of them."""
-    place = SoupsChain(tmp_path, SMALL, 0)
+    place = SoupsChain(study.Chain(0, tmp_path), SMALL)
     recipe.start(place)
     start = Policy.load(place.model("sft"))
     asked = data.load(place.prompts("pool"), "prompts")

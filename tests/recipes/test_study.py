@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from pyrite.core.runs import Run, RunError, read_json
+from pyrite.jobs import bandit
+from pyrite.math.seeds import derive
 from pyrite.recipes import study
 from pyrite.recipes.study import Chain, Claim, Config, Row
 from pyrite.report.page import text
@@ -27,8 +29,8 @@ def collect(chains: list[Chain], settings: Settings) -> Row:
     return {"curves": [], "claims": study.check(CLAIMS, seeds), "folders": [chain.folder.name for chain in chains]}
 
 
-def chain(folder: Path, settings: Settings, seed: int) -> dict[str, Run]:
-    return {"stage": Run(folder, {}, {}, results={"seconds": 0.25 * seed})}
+def chain(one: Chain, settings: Settings) -> None:
+    one.runs["stage"] = Run(one.folder, {}, {}, results={"seconds": 0.25 * one.seed})
 
 
 RECIPE = study.Recipe(
@@ -48,10 +50,34 @@ def test_a_recipe_runs_its_chains_and_says_where_its_results_come_from(tmp_path:
     assert page.read_text() == RECIPE.page(found)
     for told in ("seeds 3, 4", "The seed is above 0", "✓ holds" if found["claims"][0]["holds"] else "? undecided"):
         assert told in page.read_text()
+    assert "--seeds 2 --first-seed 3" in page.read_text()  # how to repeat it
     err = capsys.readouterr().err
     assert "mine: chain with seed 4" in err and "+3.500" in err
     before = page.stat().st_mtime_ns
     assert RECIPE.run(config) == page and page.stat().st_mtime_ns == before
+
+
+def test_a_stage_is_run_in_the_folder_of_its_chain_with_a_seed_of_its_own(tmp_path: Path) -> None:
+    one = Chain(3, tmp_path)
+    race = bandit.Config(Path("races", "short"), instances=1, seeds=1, steps=2)
+    one.run("race", race)
+    one.run("again", replace(race, out=Path("again")), "short")
+    assert one.runs["race"].folder == tmp_path / "races" / "short" and one.results("race")["seconds"] >= 0
+    assert [one.runs[name].config["seed"] for name in ("race", "again")] == [derive(3, "short")] * 2
+
+
+def test_claims_are_a_table() -> None:
+    table = """
+first | table 1 | It is
+    above 0
+second | not in, which has no such figure | It is 0.5
+"""
+    first, second = study.claims("arXiv:0", table, {"first": float, "second": (float, study.contains(0.5))})
+    assert (first.source, first.statement) == ("arXiv:0, table 1", "It is above 0")
+    assert second.source == "not in arXiv:0, which has no such figure"
+    assert first.rule(0.1, 0.2) is True and second.rule(0.1, 0.2) is False
+    with pytest.raises(KeyError, match="first"):
+        study.claims("arXiv:0", table, {})
 
 
 def test_a_run_belongs_to_its_settings(tmp_path: Path) -> None:

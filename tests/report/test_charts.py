@@ -4,7 +4,8 @@ import re
 import pytest
 import vl_convert
 
-from pyrite.report.charts import lines, mechanism, overoptimization, peak, reach, save, specification, stages, vega_lite
+from pyrite.recipes.overoptimization import mark_chart
+from pyrite.report.charts import bars, lines, overoptimization, peak, reach, save, specification, vega_lite
 
 
 def svg_of(chart, capfd) -> str:
@@ -17,12 +18,13 @@ def svg_of(chart, capfd) -> str:
 
 
 def every_chart(results):
-    curves, shares = results["curves"], results["mechanism"]["shares"]
+    curves = results["curves"]
     yield overoptimization(curves, noise=0.25)
     yield overoptimization(curves, noise=0.25, x="n", quantities=("gold",))
     yield overoptimization(curves, noise=0.0, objectives=("single",), members=True)
-    yield mechanism(shares, noise=0.25)
-    yield stages(results["stages"])
+    yield mark_chart([row for row in results["mechanism"]["shares"] if row["noise"] == 0.25])
+    yield bars([{"label": "sft", "value": 2.0, "text": "2.0 s", "color": "red", "lo": 1.0, "hi": 3.0}])
+    yield bars([{"label": "a", "value": -0.5, "text": "−.5", "color": "red"}], "gold")
     yield lines([{"step": i, "loss": 1 / (i + 1), "lr": 0.1} for i in range(5)], "step", ["loss", "lr"])
 
 
@@ -85,7 +87,7 @@ def test_the_description_says_what_the_chart_shows(results):
 
 
 def test_the_share_of_the_mark_and_its_base_rate_are_labeled(results, capfd):
-    svg = svg_of(mechanism(results["mechanism"]["shares"], noise=0.25), capfd)
+    svg = svg_of(mark_chart([row for row in results["mechanism"]["shares"] if row["noise"] == 0.25]), capfd)
     assert ">all answers<" in svg and ">single<" in svg and "%<" in svg
 
 
@@ -117,7 +119,7 @@ def test_a_definition_names_no_address_and_does_not_change(results):
     [
         (lambda r: overoptimization(r["curves"], x="kl"), "choose sqrt_kl or n"),
         (lambda r: overoptimization(r["curves"], noise=0.5), "at noise 0.5"),
-        (lambda r: mechanism(r["mechanism"]["shares"], noise=0.5), "at noise 0.5"),
+        (lambda r: mark_chart([{"objective": "single", "n": None, "share": 0.1, "base": 0.1}]), "both n and share"),
         (lambda r: lines([{"step": 1}], "step", "loss"), "finite step and loss"),
     ],
 )

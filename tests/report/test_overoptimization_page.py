@@ -124,7 +124,7 @@ def test_a_negative_kl_is_told_with_its_error() -> None:
 def test_variance_only_where_it_is_known() -> None:
     drawn = specification(policy_chart(policy_rows(), "variance", STEP))["datasets"]["points"]
     assert {p["line"] for p in drawn} == {"UWO"} and len(drawn) == 3
-    with pytest.raises(ValueError, match="no row has variance"):
+    with pytest.raises(ValueError, match="no row has both sqrt_kl and variance"):
         policy_chart([row for row in policy_rows() if row["objective"] == "single"], "variance")
 
 
