@@ -48,11 +48,10 @@ def parsed(schema: type, tmp_path: Path, yaml: str = "", *options: str):
     return parse(schema, [*given, "--config", str(tmp_path / "c.yaml"), *options], prog="x")
 
 
-COMMANDS = [f"reference {name}" for name in ("compute", "import")]
-COMMANDS += [f"judge {name}" for name in ("ask", "export", "import", "agreement")]
+COMMANDS = [f"judge {name}" for name in ("ask", "export", "import", "agreement")]
 
 
-@pytest.mark.parametrize("job", [job for job in JOBS if job not in ("reference", "judge")] + COMMANDS)
+@pytest.mark.parametrize("job", [job for job in JOBS if job != "judge"] + COMMANDS)
 def test_every_job_has_help(pyrite: Command, job: str) -> None:
     status, out, err = pyrite(*job.split(), "--help")
     assert (status, err) == (0, "")
@@ -60,18 +59,10 @@ def test_every_job_has_help(pyrite: Command, job: str) -> None:
     assert "(required)" in out
 
 
-def test_a_job_with_several_commands(pyrite: Command, tiny: Path, pairs: Path, tmp_path: Path) -> None:
-    status, out, _ = pyrite("reference", "--help")
+def test_a_job_with_several_commands(pyrite: Command) -> None:
+    status, out, _ = pyrite("judge", "--help")
     assert status == 0
-    assert all(f"pyrite reference {command}" in out for command in ("compute", "verify", "import"))
-    made = ("reference", "compute", "--model", tiny, "--data", pairs, "--out", tmp_path / "run")
-    status, out, err = pyrite(*made)
-    assert status == 0, err
-    status, out, err = pyrite(
-        "reference", "verify", "--table", tmp_path / "run" / "table", "--data", pairs, "--model", tiny
-    )
-    assert status == 0, err
-    assert "R6 kept" in err
+    assert all(f"pyrite judge {command}" in out for command in ("ask", "export", "import", "agreement"))
 
 
 def test_a_sweep_runs_and_reads_one_reference(pyrite: Command, tiny: Path, pairs: Path, tmp_path: Path) -> None:
@@ -138,8 +129,9 @@ def test_list(pyrite: Command, kind: str, member: str) -> None:
         (["list", "discriminators"], "`pyrite list annotators`"),
         (["recipe", "nothing"], "unknown recipe 'nothing'"),
         (["report"], "give one folder"),
-        (["reference"], "choose one of compute, verify, import"),
-        (["reference", "verfy"], "did you mean 'verify'?"),
+        (["judge"], "choose one of ask, "),
+        (["judge", "exprt"], "did you mean 'export'?"),
+        (["reference", "compute", "--model", "x"], "reference compute is gone: `pyrite reference` alone computes"),
         (["sft", "--config"], "--config needs a YAML file"),
         (["sft", "--modle", "x"], "unknown option --modle; did you mean 'model'?"),
         (["sft", "--modle=x"], "unknown option --modle; did you mean 'model'?"),

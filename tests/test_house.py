@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "pyrite"
 FILES = sorted(PACKAGE.rglob("*.py"))
-SCHEMAS = ("Config", "Training", "Logging", "Evaluation", "Compute", "Verify", "Import")
+SCHEMAS = ("Config", "Training", "Logging", "Evaluation", "Import")
 SCHEMAS += ("Ask", "Export", "Agreement", "JudgeOptions", "Variants")
 
 spec = importlib.util.spec_from_file_location("house", ROOT / "docs" / "house.py")

@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import Any, get_args
 
 from pyrite.cli import sweeps
-from pyrite.cli.help import KINDS, OLD_KINDS, described, did_you_mean, help_text, names
+from pyrite.cli.help import KINDS, OLD_COMMANDS, OLD_KINDS, described, did_you_mean, help_text, names
 from pyrite.cli.parse import make, read
 from pyrite.core import processes, runs, specs
 from pyrite.core.processes import say, world
@@ -83,6 +83,8 @@ def _command(arguments: list[str]) -> None:
 
 
 def _job(name: str, arguments: list[str]) -> None:
+    if gone := OLD_COMMANDS.get(typed := " ".join([name, *arguments[:1]])):
+        raise ValueError(f"{typed} is gone: {gone}")
     module = importlib.import_module(f"pyrite.jobs.{name}")
     flags = {"--dry-run", "--json"} & set(arguments)
     schema, arguments, prog = _schema(name, module, [a for a in arguments if a not in flags])

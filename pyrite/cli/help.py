@@ -61,9 +61,7 @@ EXAMPLES = {
     "online": "--model runs/sft/model --prompts prompts.jsonl --judge 'mine.py:judge()' --out runs/online",
     "pairs": "--candidates runs/candidates/candidates.parquet --dimensions soups --out runs/pairs",
     "ppo": "--model runs/sft/model --prompts prompts.jsonl --reward runs/reward --out runs/ppo",
-    "reference compute": "--model runs/sft/model --data pairs.jsonl --out runs/reference",
-    "reference import": "--file logprobs.jsonl --scorer 'a model of mine' --out runs/reference",
-    "reference verify": "--table runs/reference/table --data pairs.jsonl --model runs/sft/model",
+    "reference": "--model runs/sft/model --data pairs.jsonl --out runs/reference",
     "reward": "--model runs/sft/model --data pairs.jsonl --members 5 --out runs/reward",
     "scratch": "--data pairs.jsonl --out runs/scratch",
     "sft": "--model path/or/hub-name --data demos.jsonl --out runs/sft",
@@ -210,6 +208,13 @@ OLD_NAMES: dict[str, str] = {
     "--standardize": "scores are always standardized on the candidates",
     "--warmup": "--lr-scheduler-type, as in --lr-scheduler-type 'cosine(warmup_steps=10)'",
     "--weight-decay": "--optim, as in --optim 'adamw(weight_decay=0.01)'",
+}
+
+
+OLD_COMMANDS = {
+    "reference compute": "`pyrite reference` alone computes",
+    "reference import": "put the sums into columns of the data, and use --ref column",
+    "reference verify": "`pyrite dpo --ref FOLDER` checks a reference by every rule before it learns anything",
 }
 
 

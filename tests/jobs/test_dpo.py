@@ -189,7 +189,7 @@ def test_refusals_before_work(config: dpo.Config, tmp_path: Path) -> None:
         ({"loss": "ld_dpo(alpha=0.5)", "ref": "column"}, "sums only"),
         ({"loss": "tdpo()", "ref": "none"}, "whole distribution"),
         ({"ref": "slef"}, "did you mean 'self'"),
-        ({"ref": "none + self"}, "cannot be part of a sum"),
+        ({"ref": "none + self"}, "sums of references are gone"),
         ({"ref": "column"}, "chosen_logprob"),
         ({"measure_every": 0}, "--measure-every 0: give at least 1"),
         ({"evaluation": Evaluation(gold="length()")}, "--eval-prompts"),

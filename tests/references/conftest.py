@@ -18,8 +18,7 @@ from pyrite.data import text
 from pyrite.data.responses import Answer, Prompt, Responses
 from pyrite.models import references
 from pyrite.models.policy import Policy
-from pyrite.models.reference_tables import row_id
-from pyrite.models.references import ReferenceTable
+from pyrite.models.references import ReferenceTable, row_id
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %} <user> {{ m['content'] }}{% endfor %}"

@@ -9,7 +9,6 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from pyrite.models import reference_tables as identity
 from pyrite.models import references
 from pyrite.models.loading import Lora
 from pyrite.models.policy import Policy
@@ -25,7 +24,7 @@ def fingerprint(policy: Policy, texts: list[Text], **change: object) -> str:
     options |= change
     precision = options.pop("precision")
     reading = read(policy.tokenizer, said(texts), **options)  # type: ignore[arg-type]
-    return identity.digest(references.recipe_of(policy, reading, precision=precision))  # type: ignore[arg-type]
+    return references.digest(references.recipe_of(policy, reading, precision=precision))  # type: ignore[arg-type]
 
 
 def with_template(policy: Policy, template: str) -> Policy:
@@ -70,25 +69,25 @@ def test_every_change_that_can_move_a_number_changes_the_fingerprint(policy: Pol
 
 
 def test_adapters_count_once_they_do_something(tiny: Path) -> None:
-    base = identity.weights_hash(Policy.load(tiny).model)
+    base = references.weights_hash(Policy.load(tiny).model)
     policy = Policy.load(tiny, lora=Lora(r=2))
-    assert identity.weights_hash(policy.model) == base
+    assert references.weights_hash(policy.model) == base
     trained = {name: p for name, p in policy.model.named_parameters() if "lora_B" in name}
     with torch.no_grad():
         next(iter(trained.values())).fill_(0.1)
-    learned = identity.weights_hash(policy.model)
+    learned = references.weights_hash(policy.model)
     assert learned != base
     policy.model.peft_config["default"].lora_alpha = 3  # type: ignore[union-attr]
-    assert identity.weights_hash(policy.model) not in (base, learned)
+    assert references.weights_hash(policy.model) not in (base, learned)
 
 
 def test_names_and_shapes_count(tiny: Path) -> None:
     policy = Policy.load(tiny)
-    before = identity.weights_hash(policy.model)
+    before = references.weights_hash(policy.model)
     layers = policy.model.model.layers
     attention = layers[0].self_attn
     attention.k_proj, attention.v_proj = attention.v_proj, attention.k_proj
-    assert identity.weights_hash(policy.model) != before
+    assert references.weights_hash(policy.model) != before
 
 
 def test_tied_weights_are_hashed_once_and_saving_changes_nothing(tiny: Path, tmp_path: Path) -> None:
@@ -96,43 +95,43 @@ def test_tied_weights_are_hashed_once_and_saving_changes_nothing(tiny: Path, tmp
     policy = Policy(model, Policy.load(tiny).tokenizer)
     policy.save(tmp_path)
     again = Policy.load(tmp_path)
-    assert identity.weights_hash(again.model) == identity.weights_hash(model)
-    assert identity.tokenizer_hash(again.tokenizer) == identity.tokenizer_hash(policy.tokenizer)
+    assert references.weights_hash(again.model) == references.weights_hash(model)
+    assert references.tokenizer_hash(again.tokenizer) == references.tokenizer_hash(policy.tokenizer)
 
 
 def test_calling_a_tokenizer_does_not_change_it() -> None:
     tokenizer = bytes_tokenizer()
-    before = identity.tokenizer_hash(tokenizer)
+    before = references.tokenizer_hash(tokenizer)
     tokenizer(["the cat", "a"], padding=True, truncation=True, max_length=2)
-    assert identity.tokenizer_hash(tokenizer) == before
+    assert references.tokenizer_hash(tokenizer) == before
     tokenizer.chat_template = TEMPLATE
-    assert identity.tokenizer_hash(tokenizer) == before
+    assert references.tokenizer_hash(tokenizer) == before
     tokenizer.eos_token = "<s>"
-    assert identity.tokenizer_hash(tokenizer) != before
+    assert references.tokenizer_hash(tokenizer) != before
 
 
 def test_the_files_of_a_model(tiny: Path, tmp_path: Path) -> None:
     Policy.load(tiny).save(tmp_path / "copy")
-    first = identity.files_hash(tmp_path / "copy")
-    assert identity.files_hash(tmp_path / "copy") == first
+    first = references.files_hash(tmp_path / "copy")
+    assert references.files_hash(tmp_path / "copy") == first
     adapters = Policy.load(str(tmp_path / "copy"), lora=Lora(r=2))
     adapters.save(tmp_path / "adapters")
-    above = identity.files_hash(tmp_path / "adapters")
+    above = references.files_hash(tmp_path / "adapters")
     assert above not in (None, first)
     assert references.context_of_files(tmp_path / "adapters") == 64
     (tmp_path / "copy" / "config.json").write_text((tmp_path / "copy" / "config.json").read_text() + " ")
-    assert identity.files_hash(tmp_path / "copy") != first
-    assert identity.files_hash(tmp_path / "adapters") != above
+    assert references.files_hash(tmp_path / "copy") != first
+    assert references.files_hash(tmp_path / "adapters") != above
 
 
 def test_a_prior_begins_with_the_header_of_an_answer(policy: Policy) -> None:
     tokenizer = policy.tokenizer
-    assert identity.prior_prompt(tokenizer) == ("<bos>", [tokenizer.bos_token_id])
+    assert references.prior_prompt(tokenizer) == ("<bos>", [tokenizer.bos_token_id])
     header = with_template(policy, TEMPLATE).tokenizer
-    assert identity.prior_prompt(header) == ("<bos> <assistant>", [header.bos_token_id, header.unk_token_id])
+    assert references.prior_prompt(header) == ("<bos> <assistant>", [header.bos_token_id, header.unk_token_id])
     bare = with_template(policy, "{% for m in messages %} {{ m['content'] }}{% endfor %}").tokenizer
-    assert identity.prior_prompt(bare) == ("<bos>", [bare.bos_token_id])
+    assert references.prior_prompt(bare) == ("<bos>", [bare.bos_token_id])
     without = bytes_tokenizer()
     without.bos_token = None
     with pytest.raises(ValueError, match="a prior needs a start token"):
-        identity.prior_prompt(without)
+        references.prior_prompt(without)

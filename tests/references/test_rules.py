@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from pyrite.models import reference_tables as tables
+from pyrite.models import references
 from pyrite.models.policy import Policy
 from pyrite.models.references import BadReference, ReferenceTable, load, same_tokenizer, spot_check, verify
 
@@ -28,9 +28,9 @@ def rewritten(table: ReferenceTable, change, folder: Path) -> ReferenceTable:
     """The reference with its rows changed and its checksums made good again, as an attacker or a script would."""
     folder.mkdir()
     whole = change(pq.read_table(table.folder / "part-00000.parquet"))
-    tables.write_part(folder / "part-00000.parquet", whole, "")
+    references.write_part(folder / "part-00000.parquet", whole, "")
     recipe = {**table.recipe, "data": {**table.recipe["data"], "rows": len(whole)}}
-    tables.finish(folder, recipe, scorer=table.manifest["scorer"])
+    references.finish(folder, recipe, scorer=table.manifest["scorer"])
     return load(folder)
 
 

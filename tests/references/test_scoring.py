@@ -14,7 +14,6 @@ import torch
 from reading import each
 
 from pyrite.core import runs
-from pyrite.models import reference_tables as tables
 from pyrite.models import references
 from pyrite.models.policy import Policy
 from pyrite.models.references import BadReference, load
@@ -92,7 +91,7 @@ def test_an_interrupted_computation_goes_on(
     policy: Policy, texts: list[Text], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forwards: Forwards
 ) -> None:
     full = compute(policy, texts, folder=tmp_path / "full", scorer="me", budget=128)
-    whole, write, done = forwards.passes, tables.write_part, []
+    whole, write, done = forwards.passes, references.write_part, []
 
     def stopped(path: Path, *part: object) -> None:
         if len(done) == 3:
@@ -100,12 +99,12 @@ def test_an_interrupted_computation_goes_on(
         done.append(path)
         write(path, *part)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(tables, "write_part", stopped)
+    monkeypatch.setattr(references, "write_part", stopped)
     with pytest.raises(KeyboardInterrupt):
         compute(policy, texts, folder=tmp_path / "cut", scorer="me", budget=128)
     with pytest.raises(BadReference, match=r"^R7: .* is not finished"):
         load(tmp_path / "cut")
-    monkeypatch.setattr(tables, "write_part", write)
+    monkeypatch.setattr(references, "write_part", write)
     with pytest.raises(BadReference, match=r"^R7: .* unfinished reference of something else"):
         compute(policy, texts, folder=tmp_path / "cut", scorer="me", max_length=50)
     done[1].write_bytes(done[1].read_bytes()[:-10])  # a part that the crash left damaged is made again
@@ -174,5 +173,5 @@ def test_bfloat16_is_said_and_close(policy: Policy, texts: list[Text], tmp_path:
 
 def test_a_reference_is_its_parts_and_a_manifest(policy: Policy, texts: list[Text], tmp_path: Path) -> None:
     compute(policy, texts, folder=tmp_path, scorer="me")
-    assert sorted(path.name for path in tmp_path.iterdir()) == [tables.MANIFEST, "part-00000.parquet"]
-    assert runs.read_json(tmp_path / tables.MANIFEST)["parts"][0]["rows"] == len(texts)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [references.MANIFEST, "part-00000.parquet"]
+    assert runs.read_json(tmp_path / references.MANIFEST)["parts"][0]["rows"] == len(texts)

@@ -12,14 +12,13 @@ import torch
 from reading import each
 
 from pyrite.math.logps import Logps
-from pyrite.models import reference_tables as tables
+from pyrite.models import references
 from pyrite.models.forward import by_response
 from pyrite.models.loading import Lora
 from pyrite.models.policy import Policy
 from pyrite.models.references import BadReference, obtain, parse
 
 from .conftest import TEMPLATE, Forwards, Text, by_hand, compute, encode, id_of
-from .test_imports import imported, write
 
 Supply = tuple[Logps, list[str | None], list[str]]
 
@@ -64,7 +63,7 @@ def test_self_is_the_policy_at_step_0(supply, policy: Policy, texts: list[Text])
     torch.testing.assert_close(logps.tokens, live.tokens, atol=1e-5, rtol=0)
     assert (logps.mask == live.mask).all()
     assert (logps.length == live.length).all()
-    margins = tables.margins(live.sum.double().numpy())
+    margins = references.margins(live.sum.double().numpy())
     assert any(f"ranks chosen first in {margins['accuracy']:.1%}" in note for note in notes)
     sums, *_ = supply("self")
     assert sums.tokens is None
@@ -86,7 +85,7 @@ def test_none_and_ema(supply, forwards: Forwards) -> None:
     assert forwards.passes == 0
 
 
-def test_models_priors_and_their_sum(supply, policy: Policy, stronger: Path, texts: list[Text]) -> None:
+def test_models_and_priors(supply, policy: Policy, stronger: Path, texts: list[Text]) -> None:
     logps, *_ = supply(str(stronger))
     np.testing.assert_allclose(logps.sum, hand_sums(Policy.load(stronger), texts), atol=1e-3)
     prior, _, notes = supply("prior")
@@ -94,15 +93,10 @@ def test_models_priors_and_their_sum(supply, policy: Policy, stronger: Path, tex
     want = [by_hand(policy, [start], one.response).sum().item() for one in each(encode(policy.tokenizer, texts))]
     np.testing.assert_allclose(prior.sum, want, atol=1e-3)
     assert any("scores answers without their prompts, after '<bos>'" in note for note in notes)
-    mixed, reasons, _ = supply(f"0.25*self + 0.5*{stronger} + 0.25*prior", tokens=True)
-    mine, *_ = supply("self")
-    torch.testing.assert_close(mixed.sum, 0.25 * mine.sum + 0.5 * logps.sum + 0.25 * prior.sum, atol=1e-4, rtol=0)
-    assert mixed.aligned
-    torch.testing.assert_close(mixed.tokens.sum(1), mixed.sum, atol=1e-4, rtol=0)
+    by_token, reasons, _ = supply(str(stronger), tokens=True)
+    assert by_token.aligned
+    torch.testing.assert_close(by_token.tokens.sum(1), logps.sum, atol=1e-4, rtol=0)
     assert reasons == [None] * 80
-    part, _, notes = supply("0.5*self")
-    torch.testing.assert_close(part.sum, 0.5 * mine.sum)
-    assert "the weights of the reference add up to 0.5, not 1: it is no distribution" in notes
 
 
 def test_another_tokenizer(supply, policy: Policy, foreign: Path, texts: list[Text]) -> None:
@@ -112,8 +106,6 @@ def test_another_tokenizer(supply, policy: Policy, foreign: Path, texts: list[Te
     assert reasons == [None] * 80
     assert (logps.length == torch.tensor([len(one.response) for one in each(encode(policy.tokenizer, texts))])).all()
     assert any("has another tokenizer: sums are compared" in note for note in notes)
-    mixed, *_ = supply(f"0.5*self + 0.5*{foreign}")
-    assert not mixed.aligned
     with pytest.raises(BadReference, match=r"^R3: .* another tokenizer"):
         supply(str(foreign), tokens=True)
 
@@ -129,7 +121,7 @@ def test_pairs_that_cannot_be_compared_are_dropped_with_the_reason(supply, forei
     assert reasons == ["R3: truncation cut the answer for the policy or the reference", None]
     _, reasons, _ = supply("self", asked=texts)
     assert reasons == [None, None]
-    _, reasons, notes = supply(f"0.5*self + 0.5*{foreign}", asked=texts[:2])
+    _, reasons, notes = supply(str(foreign), asked=texts[:2])
     assert reasons[0] is not None
     assert notes[-1] == "reference margins: no pair is left"
 
@@ -168,7 +160,7 @@ def test_a_finished_reference(
         supply(str(mine.folder), asked=[Text("a cat", "a dog"), Text("a cat", "a bird")])
 
 
-def test_columns(supply, rows: list[dict], tmp_path: Path) -> None:
+def test_columns(supply, rows: list[dict]) -> None:
     given = [{**row, "chosen_logprob": -1.0 - i, "rejected_logprob": -2} for i, row in enumerate(rows)]
     logps, reasons, _ = supply("column", columns=given)
     assert logps.sum[:4].tolist() == [-1.0, -2.0, -2.0, -2.0]
@@ -178,11 +170,6 @@ def test_columns(supply, rows: list[dict], tmp_path: Path) -> None:
     assert supply("column(chosen=a, rejected=b)", columns=named)[0].sum[:2].tolist() == [-5.0, -6.0]
     trl = [{**row, "ref_chosen_logps": -5.0, "ref_rejected_logps": -6.0} for row in rows]
     assert supply("column", columns=trl)[0].sum[:2].tolist() == [-5.0, -6.0]
-    table = imported(write(given, tmp_path / "given.jsonl"), tmp_path / "run")
-    again, _, notes = supply(str(table.folder))
-    assert (again.sum == logps.sum).all()
-    assert not again.aligned
-    assert any("was imported" in note for note in notes)
 
 
 @pytest.mark.parametrize("value", [None, "x", math.nan, math.inf, 1.0, True])

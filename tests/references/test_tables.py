@@ -11,13 +11,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pyrite.models import reference_tables as t
-from pyrite.models.reference_tables import row_id
-from pyrite.models.references import BadReference, load, margins
+from pyrite.models import references as t
+from pyrite.models.references import BadReference, load, margins, row_id
 
 PART = "part-00000.parquet"
 
-RECIPE = {"imported": {}, "data": {"rows": 3}, "tokens": True}
+RECIPE = {"data": {"rows": 3}, "tokens": True}
 
 
 def columns(values: tuple[float, ...] = (-1.0, -2.5, -3.0)) -> pa.Table:

@@ -74,7 +74,7 @@ def _good(folder: Path, model: Path, pairs: Path, demos: Path) -> dict[str, Path
     for parameter in moved.parameters():
         parameter.data *= 1.01
     moved.save(other)
-    assert pyrite("reference", "compute", "--model", model, "--data", pairs, "--out", folder / "scored")[0] == 0
+    assert pyrite("reference", "--model", model, "--data", pairs, "--out", folder / "scored")[0] == 0
     answers = [
         {
             "prompt_id": str(i),
@@ -107,7 +107,6 @@ def _good(folder: Path, model: Path, pairs: Path, demos: Path) -> dict[str, Path
         for i in range(8)
         for m in ("one", "two")
     ]
-    sums = [{**row, "chosen_logprob": -9.0, "rejected_logprob": -8.0} for row in _rows(pairs)]
     changed = [{**row, "chosen": row["chosen"] + " red"} for row in _rows(pairs)]
     return {
         "reward": reward,
@@ -119,7 +118,6 @@ def _good(folder: Path, model: Path, pairs: Path, demos: Path) -> dict[str, Path
         "first": folder / "first.parquet",
         "second": folder / "second.parquet",
         "judged": _write(folder / "judged.jsonl", judged),
-        "sums": _write(folder / "sums.jsonl", sums),
         "other_pairs": _write(folder / "other_pairs.jsonl", changed),
     }
 

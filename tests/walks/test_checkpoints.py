@@ -133,7 +133,7 @@ def policy_jobs(world: dict[str, Path], model: Path) -> dict[str, list[object]]:
         "ppo": ["ppo", "--model", model, "--prompts", prompts, "--reward", "length()", "--steps", 1, *draws],
         "evaluate": ["evaluate", "--model", model, "--prompts", prompts, *draws],
         "evaluate --ref": ["evaluate", "--model", world["policy"], "--ref", model, "--prompts", prompts, *draws],
-        "reference": ["reference", "compute", "--model", model, "--data", pairs],
+        "reference": ["reference", "--model", model, "--data", pairs],
         "label": [
             *("label", "--no-pairs", "--candidates", world["candidates"]),
             *("--gold", f"distillation(strong={str(world['policy'])!r}, weak={str(model)!r})"),

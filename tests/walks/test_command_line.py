@@ -117,7 +117,7 @@ def test_other_and_earlier_names_lead_to_options_that_exist() -> None:
 
 
 def test_a_job_alone_shows_its_help() -> None:
-    for job in ("sft", "ppo", "reference compute"):
+    for job in ("sft", "ppo", "judge ask"):
         assert pyrite(*job.split()) == pyrite(*job.split(), "--help")
 
 

@@ -53,7 +53,7 @@ def jobs(tiny: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> di
         "evaluate": ("evaluate", *asked, *NEW, "--gold", "length()"),
         "online": ("online", *asked, *judge, "--rounds", 1, *NEW, "--gold", "length()", *FAST),
         "ppo": ("ppo", *asked, "--reward", "length()", "--steps", 1, *NEW, "--gold", "length()", *FAST),
-        "reference": ("reference", "compute", "--model", tiny, "--data", rows),
+        "reference": ("reference", "--model", tiny, "--data", rows),
     }
 
 

@@ -115,7 +115,7 @@ def fault(case: Case, places: dict[str, str]) -> str | None:
         return f"not one line: {err}"
     if lost:
         return f"does not name {lost}: {err}"
-    if out and case.command[:2] != ["reference", "verify"]:  # which tells what it found, rule by rule
+    if out:
         return f"standard output: {out}"
     if changes := {path for path in before.keys() | after.keys() if before.get(path) != after.get(path)}:
         return f"changed {sorted(changes)[:3]}: {err}"

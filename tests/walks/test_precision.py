@@ -36,7 +36,6 @@ DPO |= {
     "ema": ("--ref", "ema(rate=0.5)"),
     "ref none": ("--ref", "none"),
     "ref model": ("--ref", "{tiny}"),
-    "sum": ("--ref", "0.5*self + 0.5*{tiny}"),
     "lora recomputed": ("--lora", "lora(r=4)", "--gradient-checkpointing"),
     "measured": (
         *("--eval-prompts", "{demos}", "--gold", "length()", "--max-new-tokens", "8"),
@@ -230,7 +229,7 @@ def test_a_model_stored_in_half_is_trained_in_float32(places: dict[str, Path], t
 
 
 def test_a_reference_of_the_policy_in_another_precision_is_refused(places: dict[str, Path], tmp_path: Path) -> None:
-    made = ("reference", "compute", "--model", places["tiny"], "--data", places["pairs"])
+    made = ("reference", "--model", places["tiny"], "--data", places["pairs"])
     for precision in ("float32", "bfloat16"):
         assert pyrite(*made, "--out", tmp_path / precision, "--precision", precision)[0] == 0
     given = ("--ref", str(tmp_path / "bfloat16" / "table"))
