@@ -84,7 +84,9 @@ def _read_file(path: str, texts: Collection[str]) -> Source:
         if re.search(r"\.(csv|tsv)(\.gz)?$", path):
             return _read_csv(path, texts)
         return _read_parquet(path) if path.endswith(".parquet") else _read_json(path)
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise DataError(f"cannot read {path}: {error}; save it in UTF-8") from error
+    except (OSError, EOFError) as error:
         raise DataError(f"cannot read {path}: {str(error).splitlines()[0]}") from error
 
 

@@ -27,7 +27,7 @@ from torch import Tensor
 from pyrite.core import specs
 from pyrite.core.processes import say
 from pyrite.data.files import DataError, Row, read
-from pyrite.data.text import load_tokenizer, plain
+from pyrite.data.text import plain
 from pyrite.feedback import scorers
 from pyrite.feedback.ledger import Asker, Budget, Call, Ledger, Outcome, Pace, Question, Trouble
 from pyrite.feedback.pairing import Judge
@@ -639,7 +639,6 @@ def _wait(header: str | None) -> float:
 
 
 TURN = 16  # tokens a chat template adds to a turn, at most
-Counter = Callable[[Sequence[ChatMessage]], int]
 
 
 def most(messages: Sequence[ChatMessage]) -> int:
@@ -647,35 +646,9 @@ def most(messages: Sequence[ChatMessage]) -> int:
     return sum(len(turn["content"].encode()) + TURN for turn in messages)
 
 
-def by_characters(messages: Sequence[ChatMessage]) -> int:
+def about(messages: Sequence[ChatMessage]) -> int:
     """About as many tokens as English text has: characters / 4."""
     return round(sum(len(turn["content"]) for turn in messages) / 4)
-
-
-def by_tokenizer(name: str) -> Counter:
-    """Counts tokens with a tokenizer, a folder or a Hub name, by its chat template if any. Raises ValueError.
-
-    If the template takes no system turn, its text is counted as part of the first user turn, as it will be sent.
-    """
-    from jinja2 import TemplateError
-
-    tokenizer, _ = load_tokenizer(name)
-
-    def rendered(messages: Sequence[ChatMessage]) -> str:
-        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
-
-    def count(messages: Sequence[ChatMessage]) -> int:
-        if tokenizer.chat_template:
-            try:
-                text = rendered(messages)
-            except TemplateError:
-                if messages[0]["role"] != "system":
-                    raise
-                text = rendered(folded(messages))
-            return len(tokenizer(text, add_special_tokens=False)["input_ids"])
-        return sum(len(tokenizer(turn["content"])["input_ids"]) for turn in messages)
-
-    return count
 
 
 # The judge ------------------------------------------------------------------------------------------------------------
@@ -807,8 +780,8 @@ class LanguageJudge:
         """What is asked about each of N pairs, by the order in which its answers are shown."""
         return [self._pair(*texts) for texts in zip(prompts, a, b, strict=True)]
 
-    def estimate(self, pairs: Sequence[dict[Shown, Question]], count: Counter = by_characters) -> Estimate:
-        """What pairs will cost that the ledger does not answer; tokens by `count` of the messages that will be sent.
+    def estimate(self, pairs: Sequence[dict[Shown, Question]]) -> Estimate:
+        """About what pairs will cost that the ledger does not answer, by the messages that will be sent.
 
         Replies are taken to be as long as they may be. Asks nobody.
         """
@@ -819,7 +792,7 @@ class LanguageJudge:
                 known = _answered(ledger, different)
         cases = [Case(*question.texts) for key, question in different.items() if key not in known]
         requests = [cases[at : at + self.options.batch] for at in range(0, len(cases), self.options.batch)]
-        read = sum(count(self.form.messages(some, system=self.system)) for some in requests)
+        read = sum(about(self.form.messages(some, system=self.system)) for some in requests)
         written = len(requests) * self.longest
         return Estimate(len(cases), len(known), len(requests), read, written, self.price(read, written))
 

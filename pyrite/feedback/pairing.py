@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +27,7 @@ Judge = Callable[[list[str], list[str], list[str]], Tensor]
 Pairing = Literal["consecutive", "all", "best_worst"]
 Labels = Literal["soft", "hard", "sampled"]
 LabelSource = Literal["judge", "gold", "silver"]
+Ties = Literal["drop", "keep"]
 
 
 @dataclass(frozen=True)
@@ -163,25 +165,53 @@ def _decided(a: int, b: int, p: float, uniform: float, source: LabelSource) -> P
 # Rows of candidates ---------------------------------------------------------------------------------------------------
 
 
-def by_prompt(rows: Sequence[Row]) -> list[list[Row]]:
-    """Candidates by their prompt."""
+Rows = tuple[Row, Row]
+
+
+def consecutive(rows: Sequence[Row]) -> list[Rows]:
+    """Candidates 0 and 1, 2 and 3, ... of each prompt."""
     groups: dict[Any, list[Row]] = {}
     for row in rows:
         groups.setdefault(row["prompt_id"], []).append(row)
-    return list(groups.values())
+    return [couple for group in groups.values() for couple in zip(group[::2], group[1::2], strict=False)]
 
 
-def why_not(a: Row, b: Row) -> str | None:
-    """Why two candidates can carry no preference; None if they can."""
-    if not (a["finished"] and b["finished"]):
-        return "cut"  # an answer cut before its end says nothing about how it would end
-    if a["response"] == b["response"]:
-        return "equal"
-    return None if a["response"] and b["response"] else "empty"
+def sound(couples: Iterable[Rows], left_out: Counter[str]) -> list[Rows]:
+    """The couples that can carry a preference; the others are counted by reason."""
+    kept = []
+    for a, b in couples:
+        if not (a["finished"] and b["finished"]):
+            left_out["cut"] += 1  # an answer cut before its end says nothing about how it would end
+        elif a["response"] == b["response"]:
+            left_out["equal"] += 1
+        elif not (a["response"] and b["response"]):
+            left_out["empty"] += 1
+        else:
+            kept.append((a, b))
+    return kept
+
+
+def counted(left_out: Counter[str]) -> str:
+    """How many couples make no pair, by reason."""
+    return ", ".join(f"{count} {reason}" for reason, count in left_out.items() if count) or "none"
+
+
+def preferred(
+    couples: Sequence[Rows], strengths: Sequence[float], left_out: Counter[str], *, ties: Ties
+) -> Iterator[tuple[Row, Row, float]]:
+    """(chosen, rejected, strength) of couples and the strengths with which the first is preferred; no verdict, NaN,
+    makes no pair, nor does a tie unless it is kept, with strength 0."""
+    for (a, b), strength in zip(couples, strengths, strict=True):
+        if math.isnan(strength):
+            left_out["no_verdict"] += 1
+        elif strength == 0 and ties == "drop":
+            left_out["tie"] += 1
+        else:
+            yield (a, b, strength) if strength >= 0 else (b, a, -strength)
 
 
 def judged(
-    folder: Path, judge: Judge, prompts: Sequence[str], couples: Sequence[tuple[Row, Row]], *, name: str, title: str
+    folder: Path, judge: Judge, prompts: Sequence[str], couples: Sequence[Rows], *, name: str, title: str
 ) -> list[float]:
     """P(a beats b) of couples of candidates, NaN without a verdict; in parts in `folder` that survive an interruption.
 
@@ -198,6 +228,6 @@ def judged(
         return runs.in_parts(folder, len(couples), ask, size=64)["verdict"].to_pylist()
 
 
-def log_odds(verdicts: Sequence[float]) -> Tensor:
-    """ln(p / (1 − p)) in nats, (N,) float64, of verdicts kept away from 0 and 1."""
-    return torch.logit(torch.tensor(verdicts, dtype=torch.float64), eps=PROBABILITY_FLOOR)
+def log_odds(verdicts: Sequence[float]) -> list[float]:
+    """ln(p / (1 − p)) in nats of verdicts kept away from 0 and 1; NaN of NaN."""
+    return torch.logit(torch.tensor(verdicts, dtype=torch.float64), eps=PROBABILITY_FLOOR).tolist()

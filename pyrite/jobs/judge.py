@@ -11,7 +11,7 @@ import io
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -32,17 +32,14 @@ from pyrite.feedback.judges import (
     Label,
     LanguageJudge,
     Said,
-    Shown,
     Verdict,
-    by_characters,
-    by_tokenizer,
     combined,
     pair_id,
     request,
     shown,
     verdict_row,
 )
-from pyrite.feedback.ledger import Books, Ledger, Question
+from pyrite.feedback.ledger import Books, Ledger
 from pyrite.math import seeds, winrates
 from pyrite.math.ranges import Count, Inside, Natural, check
 
@@ -78,9 +75,8 @@ class Ask:
     ledger: Path | None = None
     """SQLite file of the answers, which runs may share; ledger.db in the run's folder by default."""
     estimate: bool = False
-    """Say what it would cost, by the prompts as they would be sent, and ask nobody."""
-    tokenizer: str | None = None
-    """Tokenizer that counts for --estimate, a folder or a Hub name; without one, characters / 4."""
+    """Say what it would cost, by the prompts as they would be sent, and ask nobody. A token is taken to be four
+    characters."""
     answers: tuple[str, ...] = ()
     """Instead: answers of models that are compared with --baseline, a file each, as FILE or NAME=FILE."""
     baseline: str | None = None
@@ -178,8 +174,10 @@ def ask(config: Ask) -> Run:
     """
     if config.estimate:
         judge, _, texts = _asked(config)
-        results = _estimated(judge, judge.questions(*texts), config.tokenizer)
-        return Run(config.out, runs.plain_config(config), {}, results)
+        found = judge.estimate(judge.questions(*texts))
+        say(f"judge: {found.questions} questions in {found.requests} requests, {found.answered} answered in the ledger")
+        say(f"  about {found.tokens_in} tokens to read, at most {found.tokens_out} to write; cost {found.cost:.6g}")
+        return Run(config.out, runs.plain_config(config), {}, found._asdict())
     run = runs.start("judge", config, inputs=inputs)
     if run.done:
         return run
@@ -263,10 +261,9 @@ def agreement(config: Agreement) -> Run:
     run.open()
     for name, values in found.items():
         say(f"judge: {name}: {', '.join(f'{key} {_shown(value)}' for key, value in values.items())}")
-    whole = {name: {key: _plain(value) for key, value in values.items()} for name, values in found.items()}
     if run.writes:
-        runs.write_json(run.folder / "agreement.json", whole)
-    return run.finish(**whole)
+        runs.write_json(run.folder / "agreement.json", found)
+    return run.finish(**found)
 
 
 # Pairs ----------------------------------------------------------------------------------------------------------------
@@ -295,15 +292,13 @@ def _pairs(config: Ask | Export) -> list[Row]:
         sides = [{"a": row.pop("chosen"), "b": row.pop("rejected")} for row in rows]
         return [{**row, **side} for row, side in zip(rows, sides, strict=True)]
     rows = data.load(str(config.candidates), "candidates", columns=config.columns)
-    groups = pairing.by_prompt(rows)
-    couples = [couple for group in groups for couple in zip(group[::2], group[1::2], strict=False)]
-    sound = [couple for couple in couples if not pairing.why_not(*couple)]
-    hint = data.cut_hint(rows)
-    lost = f"{len(couples) - len(sound)} with an answer cut, empty or twice the same left out{hint}"
-    if not sound:
+    left_out: Counter[str] = Counter()
+    couples = pairing.sound(pairing.consecutive(rows), left_out)
+    lost = f"{left_out.total()} with an answer cut, empty or twice the same left out{data.cut_hint(rows)}"
+    if not couples:
         raise ValueError(f"{config.candidates}: no pair of different, finished answers to one prompt; {lost}")
-    say(f"judge: {len(sound)} pairs; {lost}")
-    return [_couple(a, b) for a, b in sound]
+    say(f"judge: {len(couples)} pairs; {lost}")
+    return [_couple(a, b) for a, b in couples]
 
 
 def _compared(config: Ask) -> list[Row]:
@@ -392,29 +387,19 @@ def _books(path: str, keys: list[str]) -> Books:
         return ledger.books(keys)
 
 
-def _estimated(judge: LanguageJudge, asked: list[dict[Shown, Question]], tokenizer: str | None) -> dict[str, Any]:
-    found = judge.estimate(asked, by_tokenizer(tokenizer) if tokenizer else by_characters)
-    counted = f"counted by {tokenizer}" if tokenizer else "taken as characters / 4; --tokenizer counts them"
-    say(f"judge: {found.questions} questions in {found.requests} requests, {found.answered} answered in the ledger")
-    say(f"  {found.tokens_in} tokens to read, {counted}; at most {found.tokens_out} to write; cost {found.cost:.6g}")
-    return found._asdict()
-
-
 def _counted(table: list[Row]) -> dict[str, int]:
     seen = Counter(row["preference"] for row in table)
     return {"pairs": len(table), "first": seen[1], "second": seen[2], "ties": seen[0], "no_verdict": seen[None]}
 
 
 def _shown(value: Any) -> str:
-    if not isinstance(value, Statistic):
+    if not isinstance(value, dict):
         return str(value)
-    return f"{value.value:.3f} [{value.lo:.3f}, {value.hi:.3f}] of {value.n}"
-
-
-def _plain(value: Any) -> Any:
-    if not isinstance(value, Statistic):
-        return value
-    return {name: None if number != number else number for name, number in value._asdict().items()}
+    return (
+        "not known"
+        if value["value"] is None
+        else f"{value['value']:.3f} [{value['lo']:.3f}, {value['hi']:.3f}] of {value['n']}"
+    )
 
 
 # Sheets for people ----------------------------------------------------------------------------------------------------
@@ -483,27 +468,12 @@ def filled(path: str | Path, rows: Sequence[Row], *, seed: int) -> list[Verdict]
 
 
 def _read(path: str) -> Source:
-    """The rows of a sheet; CSV as spreadsheets save it, with commas, semicolons or tabs."""
-    source = _read_csv(path) if path.endswith(".csv") else read(path)
-    missing = [name for name in ("pair_id", "better") if name not in (source.rows[0] if source.rows else ())]
+    """The rows of a sheet, those of CSV counted as a spreadsheet counts them: below the header."""
+    source = read(path)
+    missing = [name for name in ("pair_id", "better") if name not in source.rows[0]]
     if missing:
         raise DataError(f"{path}: no column {' and no column '.join(missing)}; give a sheet of `pyrite judge export`")
-    return source
-
-
-def _read_csv(path: str) -> Source:
-    try:
-        text = Path(path).read_text("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read {path}: {error}; save it as CSV in UTF-8") from error
-    header = text.partition("\n")[0]
-    delimiter = max(",;\t", key=header.count)
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
-    try:
-        rows = list(reader)
-        return Source(path, rows, "row", range(2, len(rows) + 2))  # as a spreadsheet counts, below the header
-    except csv.Error as error:
-        raise DataError(f"{path}, line {reader.line_num}: not CSV: {error}") from error
+    return replace(source, unit="row", numbers=range(2, len(source.rows) + 2)) if path.endswith(".csv") else source
 
 
 # Agreement ------------------------------------------------------------------------------------------------------------
@@ -514,13 +484,7 @@ def _read_csv(path: str) -> Source:
 NEEDED = ("prompt", "a", "b", "preference")
 
 
-class Statistic(NamedTuple):
-    """A share or coefficient with its interval over prompts, and on how many verdicts it rests."""
-
-    value: float
-    lo: float
-    hi: float
-    n: int
+Statistic = dict[str, Any]  # value, lo and hi over prompts (None if unknown), and n, the verdicts it rests on
 
 
 class Opinion(NamedTuple):
@@ -564,7 +528,7 @@ def agreed(
     table = torch.zeros(len(judged), 3, 3, dtype=torch.float64)
     for i, (mine, other) in enumerate(judged):
         table[i, mine.preference or 0, other.preference or 0] = 1
-    boot = _Boot([mine.prompt for mine, _ in judged], n_boot, level, generator)
+    boot = _resampled([mine.prompt for mine, _ in judged], n_boot, level, generator)
     return {
         "pairs": len(judged),
         "only_first": len(first) - len(both),
@@ -599,7 +563,7 @@ def leaning(judged: Sequence[Opinion], *, n_boot: int, level: float, generator: 
     first_shown: share of decided answers that went to the answer shown first, ½ without position bias. consistency:
     share of pairs asked in both orders on which both said the same. ties and no_verdict: shares of pairs.
     """
-    boot = _Boot([one.prompt for one in judged], n_boot, level, generator)
+    boot = _resampled([one.prompt for one in judged], n_boot, level, generator)
     rows = torch.tensor([_counts(one) for one in judged], dtype=torch.float64)
 
     def share(part: int, whole: int) -> Statistic:
@@ -614,23 +578,22 @@ def leaning(judged: Sequence[Opinion], *, n_boot: int, level: float, generator: 
     }
 
 
-class _Boot:
-    """Statistics of sums over pairs, with percentile intervals from resampled prompts."""
+def _resampled(
+    prompts: Sequence[str], n_boot: int, level: float, generator: torch.Generator
+) -> Callable[[Tensor, Callable[[Tensor], Tensor], int], Statistic]:
+    """A function (rows (N, ...), statistic, n): a statistic of the sum over pairs, with its interval over prompts."""
+    names = {name: i for i, name in enumerate(dict.fromkeys(prompts))}
+    of = torch.tensor([names[prompt] for prompt in prompts], dtype=torch.long)
+    counts = winrates.resamples(len(names), n_boot=n_boot, generator=generator)
 
-    def __init__(self, prompts: Sequence[str], n_boot: int, level: float, generator: torch.Generator) -> None:
-        names = {name: i for i, name in enumerate(dict.fromkeys(prompts))}
-        self.of = torch.tensor([names[prompt] for prompt in prompts], dtype=torch.long)
-        self.counts = winrates.resamples(len(names), n_boot=n_boot, generator=generator)
-        self.level = level
-
-    def __call__(self, rows: Tensor, statistic: Callable[[Tensor], Tensor], n: int) -> Statistic:
-        """Rows (N, ...) of N pairs; the statistic is of their sum (..., ...)."""
+    def found(rows: Tensor, statistic: Callable[[Tensor], Tensor], n: int) -> Statistic:
         flat = rows.flatten(1)
-        sums = torch.zeros(self.counts.shape[1], flat.shape[1], dtype=flat.dtype).index_add_(0, self.of, flat)
-        value = statistic(rows.sum(0))
-        boot = statistic((self.counts @ sums).unflatten(1, rows.shape[1:]))
-        found = winrates.interval(value, boot, level=self.level)
-        return Statistic(found.mean.item(), found.lo.item(), found.hi.item(), n)
+        sums = torch.zeros(counts.shape[1], flat.shape[1], dtype=flat.dtype).index_add_(0, of, flat)
+        boot = statistic((counts @ sums).unflatten(1, rows.shape[1:]))
+        values = (one.item() for one in winrates.interval(statistic(rows.sum(0)), boot, level=level))
+        return dict(zip(("value", "lo", "hi"), (None if x != x else x for x in values), strict=True)) | {"n": n}
+
+    return found
 
 
 def _counts(one: Opinion) -> tuple[float, ...]:

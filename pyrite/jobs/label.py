@@ -14,9 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from torch import Tensor
-
 from pyrite.core import runs, specs
 from pyrite.core.processes import progress, say
 from pyrite.core.runs import Run
@@ -24,6 +21,7 @@ from pyrite.data import rows as data
 from pyrite.data import text
 from pyrite.data.files import Row
 from pyrite.feedback import judges, pairing, scorers
+from pyrite.feedback.pairing import Rows, Ties
 from pyrite.math import seeds
 from pyrite.math.ranges import Fraction, Half, Natural
 
@@ -32,7 +30,6 @@ OUTPUTS = {
     "pairs.parquet": "training pairs: prompt, chosen, rejected, strength, flipped",
     "held_out.parquet": "clean pairs of held-out prompts",
 }
-RowPair = tuple[Row, Row]
 
 
 @dataclass(frozen=True)
@@ -55,7 +52,7 @@ class Config:
     """Of the labels that are flipped."""
     held_out: Fraction = 0.1
     """Share of the prompts whose pairs are kept, clean, for measuring accuracy."""
-    ties: Literal["drop", "keep"] = "drop"
+    ties: Ties = "drop"
     """Two answers that are equally good: left out, or kept with strength 0, which says that either may be chosen.
     Losses that read strengths, such as soft_dpo, learn a probability of one half; for the others they are left out."""
     on_cut: Literal["drop", "rematch"] = "drop"
@@ -87,7 +84,9 @@ def run(config: Config) -> Run:
     couples, left_out = _couples(rows, config)
     hint = _hint(rows, config)
     if config.pairs and not couples:
-        raise ValueError(f"{config.candidates}: no pair could be made (0 ties; left out: {_counted(left_out)}){hint}")
+        raise ValueError(
+            f"{config.candidates}: no pair could be made (0 ties; left out: {pairing.counted(left_out)}){hint}"
+        )
     if judge and judge.own and config.pairs:  # likewise
         some = [[row["response"] for row in side] for side in zip(*couples[:2], strict=True)]
         pairing.check_verdicts(judge(_prompts(couples[:2]), *some), len(some[0]), name=str(config.judge))
@@ -99,11 +98,10 @@ def run(config: Config) -> Run:
     if config.pairs:
         if judge:
             folder, name = run.folder / "parts" / "judge", str(config.judge)
-            strengths = pairing.log_odds(
-                pairing.judged(folder, judge, _prompts(couples), couples, name=name, title="judge")
-            )
+            verdicts = pairing.judged(folder, judge, _prompts(couples), couples, name=name, title="judge")
+            strengths = pairing.log_odds(verdicts)
         else:
-            strengths = torch.tensor([a["gold"] - b["gold"] for a, b in couples], dtype=torch.float64)
+            strengths = [a["gold"] - b["gold"] for a, b in couples]
         found = _write_pairs(run, couples, strengths, left_out, hint, config)
     if run.writes:
         data.write(rows, run.folder / "candidates.parquet")
@@ -123,27 +121,16 @@ def _scored(run: Run, rows: list[Row], scorer: Callable, name: str) -> list[floa
         return runs.in_parts(run.folder / "parts" / "gold", len(rows), score, size=4096)["gold"].to_pylist()
 
 
-def _prompts(couples: list[RowPair]) -> list[str]:
+def _prompts(couples: list[Rows]) -> list[str]:
     return [text.plain(a["prompt"]) for a, _ in couples]
 
 
-def _couples(rows: list[Row], config: Config) -> tuple[list[RowPair], Counter[str]]:
+def _couples(rows: list[Row], config: Config) -> tuple[list[Rows], Counter[str]]:
     """Consecutive answers to each prompt, and how many couples (answers, if cut ones are passed over) cannot carry a
     preference, by reason."""
-    couples, left_out = [], Counter(cut=0, equal=0, empty=0)
-    for every in pairing.by_prompt(rows):
-        answers = [row for row in every if row["finished"] or config.on_cut == "drop"]
-        left_out["cut"] += len(every) - len(answers)
-        for couple in zip(answers[::2], answers[1::2], strict=False):
-            if reason := pairing.why_not(*couple):
-                left_out[reason] += 1
-            else:
-                couples.append(couple)
-    return couples, left_out
-
-
-def _counted(left_out: Counter[str]) -> str:
-    return ", ".join(f"{count} {reason}" for reason, count in left_out.items() if count) or "none"
+    kept = [row for row in rows if row["finished"] or config.on_cut == "drop"]
+    left_out = Counter(cut=len(rows) - len(kept), equal=0, empty=0)
+    return pairing.sound(pairing.consecutive(kept), left_out), left_out
 
 
 def _hint(rows: list[Row], config: Config) -> str:
@@ -154,19 +141,17 @@ def _hint(rows: list[Row], config: Config) -> str:
 
 
 def _write_pairs(
-    run: Run,
-    couples: list[RowPair],
-    strengths: Tensor,
-    left_out: Counter[str],
-    hint: str,
-    config: Config,
+    run: Run, couples: list[Rows], strengths: list[float], left_out: Counter[str], hint: str, config: Config
 ) -> dict[str, Any]:
-    left_out = left_out + Counter(no_verdict=int(strengths.isnan().sum()))
-    ties = int((strengths == 0).sum())
-    pairs = _pairs(couples, strengths, config)
-    counted = _counted(left_out)
+    pairs = []
+    for chosen, rejected, strength in pairing.preferred(couples, strengths, left_out, ties=config.ties):
+        asked = {name: chosen[name] for name in ("prompt_id", "prompt", *data.CONDITIONED) if name in chosen}
+        pairs.append({**asked, "chosen": chosen["response"], "rejected": rejected["response"], "strength": strength})
+    ties = strengths.count(0.0)
+    del left_out["tie"]  # they are counted apart, also where they are kept
+    lost = pairing.counted(left_out)
     if not pairs:
-        run.refuse(f"{config.candidates}: no pair could be made ({ties} ties; left out: {counted}){hint}")
+        run.refuse(f"{config.candidates}: no pair could be made ({ties} ties; left out: {lost}){hint}")
     train, held = data.split(pairs, fraction=config.held_out, seed=seeds.derive(config.seed, "held out"))
     noisy, mask = data.flip_labels(train, p=config.noise, seed=config.noise_seed)
     if run.writes:
@@ -174,19 +159,6 @@ def _write_pairs(
         if held:
             data.write(held, run.folder / "held_out.parquet")
     flipped = int(mask.sum())
-    say(f"label: {len(train)} pairs ({flipped} flipped), {len(held)} held out; {ties} ties; left out: {counted}{hint}")
+    say(f"label: {len(train)} pairs ({flipped} flipped), {len(held)} held out; {ties} ties; left out: {lost}{hint}")
     counts = {"pairs": len(train), "flipped": flipped, "held_out": len(held), "ties": ties}
     return counts | {f"left_out_{reason}": left_out[reason] for reason in ("cut", "equal", "empty", "no_verdict")}
-
-
-def _pairs(couples: list[RowPair], strengths: Tensor, config: Config) -> list[Row]:
-    """The rows of pairs; no verdict makes no pair, nor does a tie unless it is kept, with strength 0."""
-    pairs = []
-    for (a, b), strength in zip(couples, strengths.tolist(), strict=True):
-        if strength != strength or (strength == 0 and config.ties == "drop"):  # NaN differs from itself
-            continue
-        chosen, rejected = (a, b) if strength >= 0 else (b, a)
-        asked = {name: a[name] for name in ("prompt_id", "prompt", *data.CONDITIONED) if name in a}
-        answers = {"chosen": chosen["response"], "rejected": rejected["response"]}
-        pairs.append({**asked, **answers, "strength": abs(strength)})
-    return pairs

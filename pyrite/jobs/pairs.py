@@ -14,8 +14,9 @@ fine-tuning.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -26,7 +27,9 @@ from pyrite.core.runs import Run
 from pyrite.data import rows as data
 from pyrite.data import text
 from pyrite.data.conditioning import Dimensions, Option, Turn, conditioned, files, filled
+from pyrite.data.files import Row
 from pyrite.feedback import judges, pairing
+from pyrite.feedback.pairing import Judge, Rows, Ties
 from pyrite.math import seeds
 from pyrite.math.ranges import Fraction, Natural, Some
 
@@ -36,7 +39,6 @@ OUTPUTS = {
     "demos.parquet": "the chosen answers of judged training pairs",
 }
 PairKind = Literal["labelled", "positive_vs_neutral", "positive_vs_negative", "neutral_vs_negative"]
-Candidate = dict[str, Any]
 KINDS: tuple[PairKind, ...] = ("labelled", "positive_vs_neutral", "positive_vs_negative", "neutral_vs_negative")
 JUDGED = ("labelled", "general")
 REASONS = ("cut", "equal", "empty", "duplicate", "no_verdict", "tie")
@@ -47,7 +49,7 @@ class Config:
     """Make preference pairs for each option of preference dimensions, or general ones."""
 
     candidates: str
-    """Candidates as `pyrite generate` writes them."""
+    """Rows as `pyrite generate` writes them."""
     out: Path
     """Folder of the run, new or empty."""
     dimensions: str | None = None
@@ -65,7 +67,7 @@ class Config:
     """Where the option stands in a pair's prompt: at the end of the last user turn, or in the system turn."""
     held_out: Fraction = 0.1
     """Share of the raw prompts whose pairs are kept for measuring accuracy."""
-    ties: Literal["drop", "keep"] = "drop"
+    ties: Ties = "drop"
     """Two answers that are equally good: left out, or kept with strength 0, which says that either may be chosen.
     Losses that read strengths, such as soft_dpo, learn a probability of one half; for the others they are left out."""
     seed: Natural = 0
@@ -80,26 +82,13 @@ class OptionTask:
     options: tuple[Option, ...]
     """Those in the prompt of a pair: the option, or none."""
     kinds: Sequence[str]
-    judge: judges.Judge | None
+    judge: Judge | None
     others: frozenset[str] = frozenset()
 
     @property
     def id(self) -> str | None:
         """The preference that positive answers were asked for."""
         return self.option.id if self.options else None
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Two answers to one raw prompt; of a kind that nobody judges, `a` is the better one."""
-
-    kind: str
-    a: Candidate
-    b: Candidate
-
-    @property
-    def judged(self) -> bool:
-        return self.kind in JUDGED
 
 
 def inputs(config: Config) -> dict[str, str | Path]:
@@ -117,15 +106,15 @@ def run(config: Config) -> Run:
     train, _ = data.split(rows, fraction=config.held_out, seed=seeds.derive(config.seed, "held out"))
     left_out: Counter[str] = Counter()
     hint = data.cut_hint(rows)
-    couples = [_sound(_couples(rows, task, config), left_out) for task in tasks]
+    couples = [_couples(rows, task, config, left_out) for task in tasks]
     run.open()
     learned = {row["asked_id"] for row in train}
-    sides: tuple[list[Candidate], list[Candidate]] = ([], [])
+    sides: tuple[list[Row], list[Row]] = ([], [])
     for task, some in zip(tasks, couples, strict=True):
-        pairs = _pairs(some, _verdicts(run, some, task), task, config, left_out)
+        pairs = [pair for kind in some for pair in _pairs(run, kind, some[kind], task, config, left_out)]
         if not any(pair["asked_id"] in learned for pair in pairs):
-            counted = ", ".join(f"{count} {reason}" for reason, count in left_out.items()) or "none"
-            run.refuse(f"{config.candidates}: no pair to train on for {task.option.id} (left out: {counted}){hint}")
+            lost = pairing.counted(left_out)
+            run.refuse(f"{config.candidates}: no pair to train on for {task.option.id} (left out: {lost}){hint}")
         for pair in pairs:
             sides[pair["asked_id"] not in learned].append(pair)
     return run.finish(**_written(run, *sides, tasks, left_out, hint))
@@ -158,7 +147,7 @@ def _tasks(config: Config) -> list[OptionTask]:
     ]
 
 
-def _rows(config: Config) -> list[Candidate]:
+def _rows(config: Config) -> list[Row]:
     """The candidates; one without preferences is neutral. Raises ValueError for preferences that are not among the
     dimensions'."""
     plain = data.load(config.candidates, "candidates")
@@ -176,29 +165,39 @@ def _rows(config: Config) -> list[Candidate]:
 # Couples ----------------------------------------------------------------------------------------------------------
 
 
-def _couples(rows: Sequence[Candidate], task: OptionTask, config: Config) -> list[Comparison]:
-    """Answers set against each other, kind by kind. Raises ValueError for a kind of which there is none."""
-    groups: dict[Any, dict[str | None, list[Candidate]]] = {}
+def _couples(rows: Sequence[Row], task: OptionTask, config: Config, left_out: Counter[str]) -> dict[str, list[Rows]]:
+    """Answers set against each other, kind by kind; of a kind that nobody judges, the first is the better one.
+
+    Those that cannot carry a preference, or are there already, are counted by reason. Raises ValueError for a kind of
+    which there is none.
+    """
+    groups: dict[Any, dict[str | None, list[Row]]] = {}
     for row in rows:
         own = next((id for id in row["preferences"] if id == task.id or id in task.others), None)
         rest = tuple(id for id in row["preferences"] if id != own)
         if task.id or not rest:
             groups.setdefault((row["asked_id"], rest), {}).setdefault(own, []).append(row)
-    found: list[Comparison] = []
+    found: dict[str, list[Rows]] = {}
+    seen = set()
     for kind in task.kinds:
-        new = [Comparison(kind, a, b) for group in groups.values() for a, b in _set_against(kind, group, task)]
-        if not new:
+        every = [couple for group in groups.values() for couple in _set_against(kind, group, task)]
+        if not every:
             raise ValueError(
                 f"{config.candidates}: no two answers for {kind} of {task.option.id}; generate answers under its "
                 "preferences (positive, neutral and negative ones as the kind says), or leave it out of --kinds"
             )
-        found += new
+        found[kind] = []
+        for a, b in pairing.sound(every, left_out):
+            key = (a["asked_id"], frozenset((a["response"], b["response"])))
+            if key in seen:
+                left_out["duplicate"] += 1
+            else:
+                seen.add(key)
+                found[kind].append((a, b))
     return found
 
 
-def _set_against(
-    kind: str, group: dict[str | None, list[Candidate]], task: OptionTask
-) -> Iterator[tuple[Candidate, Candidate]]:
+def _set_against(kind: str, group: dict[str | None, list[Row]], task: OptionTask) -> Iterator[Rows]:
     """Couples among the answers of one raw prompt, by what they were asked for in the option's dimension."""
     positive, neutral = group.get(task.id, []), group.get(None, [])
     if kind in JUDGED:
@@ -211,61 +210,29 @@ def _set_against(
             yield from zip(better, group.get(id, []), strict=False)
 
 
-def _sound(couples: Iterable[Comparison], left_out: Counter[str]) -> list[Comparison]:
-    """Those of one option that can carry a preference; the others are counted by reason."""
-    seen, kept = set(), []
-    for couple in couples:
-        key = (couple.a["asked_id"], frozenset((couple.a["response"], couple.b["response"])))
-        if reason := pairing.why_not(couple.a, couple.b):
-            left_out[reason] += 1
-        elif key in seen:
-            left_out["duplicate"] += 1
-        else:
-            seen.add(key)
-            kept.append(couple)
-    return kept
-
-
 # Pairs ------------------------------------------------------------------------------------------------------------
 
 
-def _verdicts(run: Run, couples: Sequence[Comparison], task: OptionTask) -> list[float]:
-    """P(a beats b) of each couple, NaN without a verdict: from the judge, in parts that survive an interruption, or 1
-    where it is known."""
-    asked = [couple for couple in couples if couple.judged]
-    judge, name = task.judge, f"the judge of {task.option.id}"
-    if judge is None or not asked:
-        return [1.0] * len(couples)
-    prompts, sides = [text.plain(couple.a["asked"]) for couple in asked], [(couple.a, couple.b) for couple in asked]
-    folder, title = run.folder / "parts" / task.option.id, f"judge {task.option.id}"
-    verdicts = iter(pairing.judged(folder, judge, prompts, sides, name=name, title=title))
-    return [next(verdicts) if couple.judged else 1.0 for couple in couples]
-
-
 def _pairs(
-    couples: Sequence[Comparison], verdicts: Sequence[float], task: OptionTask, config: Config, left_out: Counter[str]
-) -> list[Candidate]:
-    """The rows of pairs; no verdict makes no pair, nor does a tie unless it is kept, with strength 0."""
-    pairs = []
-    for couple, p in zip(couples, verdicts, strict=True):
-        if p != p:  # NaN differs from itself
-            left_out["no_verdict"] += 1
-        elif p == 0.5 and config.ties == "drop":
-            left_out["tie"] += 1
-        else:
-            better, worse = (couple.a, couple.b) if p >= 0.5 else (couple.b, couple.a)
-            raw = {"prompt_id": couple.a["asked_id"], "prompt": couple.a["asked"]}
-            answers = {"chosen": better["response"], "rejected": worse["response"]}
-            strength = {"strength": pairing.log_odds([p]).abs().item()} if couple.judged else {}
-            made = conditioned(raw, task.options, turn=config.preference_turn)
-            pairs.append({**made, "kind": couple.kind, **answers, **strength})
-    return pairs
+    run: Run, kind: str, couples: Sequence[Rows], task: OptionTask, config: Config, left_out: Counter[str]
+) -> Iterator[Row]:
+    """The rows of pairs of one kind: judged, or known from what was asked for."""
+    strengths = [math.inf] * len(couples)
+    if kind in JUDGED and task.judge and couples:
+        prompts, folder = [text.plain(a["asked"]) for a, _ in couples], run.folder / "parts" / task.option.id
+        about = {"name": f"the judge of {task.option.id}", "title": f"judge {task.option.id}"}
+        strengths = pairing.log_odds(pairing.judged(folder, task.judge, prompts, couples, **about))
+    for chosen, rejected, strength in pairing.preferred(couples, strengths, left_out, ties=config.ties):
+        raw = {"prompt_id": chosen["asked_id"], "prompt": chosen["asked"]}
+        made = conditioned(raw, task.options, turn=config.preference_turn)
+        answers = {"kind": kind, "chosen": chosen["response"], "rejected": rejected["response"]}
+        yield {**made, **answers} | ({"strength": strength} if kind in JUDGED else {})
 
 
 def _written(
     run: Run,
-    train: list[Candidate],
-    held: list[Candidate],
+    train: list[Row],
+    held: list[Row],
     tasks: Sequence[OptionTask],
     left_out: Counter[str],
     hint: str,
@@ -276,20 +243,20 @@ def _written(
         for name, rows in (("pairs", train), ("held_out", held), ("demos", demos)):
             if rows:
                 data.write(rows, run.folder / f"{name}.parquet")
-    counted = ", ".join(f"{left_out[reason]} {reason}" for reason in REASONS if left_out[reason]) or "none"
-    say(f"pairs: {len(train)} pairs, {len(held)} held out, {len(demos)} demonstrations; left out: {counted}{hint}")
+    lost = pairing.counted(left_out)
+    say(f"pairs: {len(train)} pairs, {len(held)} held out, {len(demos)} demonstrations; left out: {lost}{hint}")
     by_option = {task.option.id: _counts(train, held, task) for task in tasks}
     counts = {"pairs": len(train), "held_out": len(held), "demos": len(demos), "options": by_option}
     return counts | {f"left_out_{reason}": left_out[reason] for reason in REASONS}
 
 
-def _counts(train: Sequence[Candidate], held: Sequence[Candidate], task: OptionTask) -> dict[str, int]:
+def _counts(train: Sequence[Row], held: Sequence[Row], task: OptionTask) -> dict[str, int]:
     mine = [option.id for option in task.options]
     kinds = Counter(pair["kind"] for pair in train if pair["preferences"] == mine)
     return {**{kind: kinds[kind] for kind in task.kinds}, "held_out": sum(p["preferences"] == mine for p in held)}
 
 
-def _demos(pairs: Sequence[Candidate]) -> list[Candidate]:
+def _demos(pairs: Sequence[Row]) -> list[Row]:
     """The chosen answers of judged pairs, each once; of a tie, neither was chosen."""
     names = ("prompt_id", "prompt", *data.CONDITIONED)
     judged = [pair for pair in pairs if pair["kind"] in JUDGED and pair["strength"]]

@@ -58,13 +58,12 @@ def test_verdicts_of_pairs(config: judge.Ask, server: Server, pairs: Path) -> No
         judge.run(replace(config, criterion="fewer words"))
 
 
-def test_an_estimate_asks_nobody(config: judge.Ask, server: Server, tiny: Path) -> None:
+def test_an_estimate_asks_nobody(config: judge.Ask, server: Server) -> None:
     found = judge.run(replace(config, estimate=True)).results
-    counted = judge.run(replace(config, estimate=True, tokenizer=str(tiny))).results
-    assert found and counted
+    assert found
     assert (found["questions"], found["requests"], found["answered"]) == (160, 160, 0)
     assert found["cost"] == pytest.approx((found["tokens_in"] + 2 * found["tokens_out"]) / 1e6)
-    assert found["tokens_in"] != counted["tokens_in"] > 160 * 20
+    assert found["tokens_in"] > 160 * 20
     assert (server.bodies, config.out.exists()) == ([], False)
     judge.run(config)
     after = judge.run(replace(config, estimate=True)).results

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from judges.conftest import Make
-from pyrite.feedback.judges import by_characters, by_tokenizer, most
+from pyrite.feedback.judges import about, most
 
 MESSAGES = [{"role": "system", "content": "tell me"}, {"role": "user", "content": "about the cat ää"}]
 
@@ -21,9 +19,6 @@ def test_the_worked_price(make: Make) -> None:
         make(price_out=-1.0)
 
 
-def test_counting(tiny: Path) -> None:
-    assert by_characters(MESSAGES) == round((7 + 16) / 4)
-    assert by_tokenizer(str(tiny))(MESSAGES) == 2 + 4
+def test_counting() -> None:
+    assert about(MESSAGES) == round((7 + 16) / 4)
     assert most(MESSAGES) == 7 + 18 + 2 * 16
-    with pytest.raises(ValueError, match="holds no tokenizer"):
-        by_tokenizer(str(tiny.parent))
