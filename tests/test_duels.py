@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from pyrite.math import duels
+from pyrite.math import duels, statistics
 from pyrite.math.duels import average, mirrored, outcomes, pareto, rates
 
 NAN = math.nan
@@ -102,7 +102,7 @@ def test_units_may_come_in_any_order() -> None:
 def test_long_tables_are_drawn_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     values, prompt = drawn(40)
     whole = rates(values, prompt, times=50)
-    monkeypatch.setattr(duels, "CHUNK", 33)
+    monkeypatch.setattr(statistics, "CHUNK", 33)
     assert rates(values, prompt, times=50) == pytest.approx(whole)
 
 

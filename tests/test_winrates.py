@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize
 from torch import Tensor
 
-from pyrite.math import winrates
+from pyrite.math import statistics, winrates
 from pyrite.math.winrates import FREE, GAMED, Comparisons, Prior
 
 PUBLISHED = Path(__file__).parents[2] / "shared" / "data" / "winrates.json"
@@ -181,7 +181,7 @@ def test_separable_data_have_a_rate(value: float) -> None:
 
 
 def test_resamples_draw_whole_prompts() -> None:
-    counts = winrates.resamples(50, n_boot=400, generator=torch.Generator().manual_seed(0))
+    counts = torch.cat([*statistics.resamples(50, n_boot=400, generator=torch.Generator().manual_seed(0))])
     assert (counts.sum(1) == 50).all()
     assert counts.mean(0).tolist() == pytest.approx([1.0] * 50, abs=0.25)
     assert counts.var().item() == pytest.approx(1 - 1 / 50, abs=0.05)
@@ -189,7 +189,7 @@ def test_resamples_draw_whole_prompts() -> None:
 
 def test_a_resample_is_a_fit_of_its_prompts() -> None:
     wins, gap, gamma = world(3)
-    counts = winrates.resamples(120, n_boot=4, generator=None)
+    counts = torch.cat([*statistics.resamples(120, n_boot=4, generator=None)])
     found = winrates.rates(Comparisons(wins, gap, gamma), n_boot=4)
     for b in range(4):
         drawn = torch.arange(120).repeat_interleave(counts[b].long())

@@ -34,14 +34,14 @@ class Skip(Exception):  # noqa: N818, a signal and not an error
 class Layout:
     """Columns a layout is recognized by, others it reads, and the function that turns a row into ours.
 
-    gather: of layouts with one answer a row, what makes pairs of the rows before they are converted: the pairs, each
-    with the number of the row it begins with, and how many rows are left out by reason.
+    gather: for layouts with one answer a row, finds the pairs: the numbers (from 0) of their chosen and rejected rows,
+    and how many rows are left out by reason.
     """
 
     needs: tuple[str, ...]
     convert: Callable[[Row], Row]
     reads: tuple[str, ...] = ()
-    gather: Callable[[list[Row]], tuple[list[tuple[int, Row]], dict[str, int]]] | None = None
+    gather: Callable[[Source], tuple[list[tuple[int, int]], dict[str, int]]] | None = None
 
 
 def messages(value: Any, name: str) -> list[Message]:
@@ -206,49 +206,46 @@ def pair_from_turns(row: Row) -> Row:
     return split_conversations(whole[0], whole[1])
 
 
-def pairs_of_labels(rows: list[Row]) -> tuple[list[tuple[int, Row]], dict[str, int]]:
+def pairs_of_labels(source: Source) -> tuple[list[tuple[int, int]], dict[str, int]]:
     """Unpaired rows (prompt, completion, label): the first good answer to a prompt and its first bad one, and so on."""
-    groups: dict[str, tuple[list[int], list[int]]] = {}
-    for i, row in enumerate(rows):
-        good = _label(row.get("label"), "label", where=i)
-        groups.setdefault(repr(row.get("prompt")), ([], []))[not good].append(i)
-    pairs = [(rows[a], rows[b], min(a, b)) for good, bad in groups.values() for a, b in zip(good, bad, strict=False)]
+    pairs: list[tuple[int, int]] = []
+    for group in _by_prompt(source, lambda row: _label(row.get("label"), "label")):
+        good, bad = ([i for i, label in group if label == wanted] for wanted in (True, False))
+        pairs += zip(good, bad, strict=False)
     if not pairs:
-        raise ValueError(
-            "no prompt has both an answer with label true and one with label false, and pairs are learned from here; "
-            "have a judge compare answers (`pyrite generate`, `pyrite label --judge`), or give the file to `pyrite sft`"
+        raise DataError(
+            f"{source.name}: no prompt has both an answer with label true and one with label false, and pairs are "
+            "learned from here; have a judge compare answers (`pyrite generate`, `pyrite label --judge`), or give the "
+            "file to `pyrite sft`"
         )
-    kept = [
-        (i, {**good, "chosen": good.get("completion"), "rejected": bad.get("completion")}) for good, bad, i in pairs
-    ]
-    alone = len(rows) - 2 * len(pairs)
-    reason = "no answer with the other label is left for their prompt"
-    return sorted(kept, key=lambda pair: pair[0]), {reason: alone} if alone else {}
+    return pairs, {"no answer with the other label is left for their prompt": len(source.rows) - 2 * len(pairs)}
 
 
-def pairs_of_scores(rows: list[Row]) -> tuple[list[tuple[int, Row]], dict[str, int]]:
+def pairs_of_scores(source: Source) -> tuple[list[tuple[int, int]], dict[str, int]]:
     """HelpSteer's rows (prompt, response, helpfulness, ...): answers 0 and 1, 2 and 3, ... to a prompt are compared,
     and the more helpful one is chosen."""
-    groups: dict[str, list[int]] = {}
-    for i, row in enumerate(rows):
-        value = row.get("helpfulness")
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise MisplacedError(f"helpfulness must be a number, not {value!r:.60}", i)
-        groups.setdefault(repr(row.get("prompt")), []).append(i)
-    pairs, ties, alone = [], 0, 0
-    for group in groups.values():
-        alone += len(group) % 2
-        for a, b in zip(group[::2], group[1::2], strict=False):
-            if rows[a]["helpfulness"] == rows[b]["helpfulness"]:
-                ties += 2
-                continue
-            good, bad = (a, b) if rows[a]["helpfulness"] > rows[b]["helpfulness"] else (b, a)
-            sides = {"chosen": rows[good].get("response"), "rejected": rows[bad].get("response")}
-            pairs.append((a, {"prompt": rows[a].get("prompt"), **sides}))
+    groups = _by_prompt(source, lambda row: _score(row.get("helpfulness"), "helpfulness"))
+    couples = [couple for group in groups for couple in zip(group[::2], group[1::2], strict=False)]
+    pairs = [(i, k) if one > other else (k, i) for (i, one), (k, other) in couples if one != other]
     if not pairs:
-        raise ValueError("no prompt has two answers of which one is more helpful, and pairs are learned from here")
-    counts = {"two answers to a prompt are equally helpful": ties, "the only answer left to its prompt": alone}
-    return pairs, {reason: count for reason, count in counts.items() if count}
+        raise DataError(
+            f"{source.name}: no prompt has two answers of which one is more helpful, and pairs are learned from here"
+        )
+    return pairs, {
+        "two answers to a prompt are equally helpful": 2 * (len(couples) - len(pairs)),
+        "the only answer left to its prompt": len(source.rows) - 2 * len(couples),
+    }
+
+
+def _by_prompt(source: Source, read: Callable[[Row], Any]) -> list[list[tuple[int, Any]]]:
+    """The rows of each prompt: their numbers from 0, and what is read in them."""
+    groups: dict[str, list[tuple[int, Any]]] = {}
+    for i, row in enumerate(source.rows):
+        try:
+            groups.setdefault(repr(row.get("prompt")), []).append((i, read(row)))
+        except ValueError as error:
+            raise DataError(f"{source.at(i)}: {error}") from error
+    return list(groups.values())
 
 
 def sharegpt(value: Any) -> list[dict[str, str]]:
@@ -340,14 +337,6 @@ def text(row: Row, name: str) -> str:
     return row[name]
 
 
-class MisplacedError(ValueError):
-    """A broken row that is not the one at hand; `row` is its number from 0."""
-
-    def __init__(self, message: str, row: int) -> None:
-        super().__init__(message)
-        self.row = row
-
-
 def _opened(row: Row) -> list[dict[str, str]]:
     """ShareGPT's turns, after the system text if there is one."""
     turns = merged(sharegpt(row["conversations"]))
@@ -359,12 +348,17 @@ def _opened(row: Row) -> list[dict[str, str]]:
     return turns
 
 
-def _label(value: Any, name: str, *, where: int | None = None) -> bool:
+def _label(value: Any, name: str) -> bool:
     """A label true or false, or 1 or 0."""
     if value not in (True, False) or not isinstance(value, (bool, int, float)):
-        message = f"{name} must be true or false (or 1 or 0), not {value!r:.60}"
-        raise ValueError(message) if where is None else MisplacedError(message, where)
+        raise ValueError(f"{name} must be true or false (or 1 or 0), not {value!r:.60}")
     return bool(value)
+
+
+def _score(value: Any, name: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"{name} must be a number, not {value!r:.60}")
+    return value
 
 
 def _better(row: Row, prompt: Any, one: str, other: str, *, first: bool) -> Row:
@@ -682,22 +676,21 @@ def _layout(source: Source, kind: str) -> Layout:
 
 
 def _gathered(source: Source, layout: Layout) -> tuple[Source, Layout, Counter[str]]:
-    """The rows, made pairs where the layout has one answer a row, and how many of them make none, by reason."""
+    """Pairs made of rows with one answer each (other rows stay as they are), and how many rows are left out, by reason.
+
+    A pair stands in the place of the first of its rows, and has the other columns of the chosen one."""
     if layout.gather is None:
         return source, layout, Counter()
-    try:
-        pairs, alone = layout.gather(source.rows)
-    except MisplacedError as error:
-        raise DataError(f"{source.at(error.row)}: {error}") from error
-    except ValueError as error:
-        raise DataError(f"{source.name}: {error}") from error
-    numbers = [source.numbers[i] if source.numbers else i + 1 for i, _ in pairs]
-    made = Source(source.name, [row for _, row in pairs], source.unit, numbers)
-    return (
-        made,
-        replace(layout, needs=("prompt", "chosen", "rejected"), reads=layout.needs, gather=None),
-        Counter(alone),
-    )
+    pairs, alone = layout.gather(source)
+    pairs.sort(key=min)
+    numbers = [source.numbers[min(pair)] if source.numbers else min(pair) + 1 for pair in pairs]
+    answer = layout.needs[1]
+    rows = [
+        {**source.rows[good], "chosen": source.rows[good].get(answer), "rejected": source.rows[bad].get(answer)}
+        for good, bad in pairs
+    ]
+    made = replace(layout, needs=("prompt", "chosen", "rejected"), reads=layout.needs, gather=None)
+    return Source(source.name, rows, source.unit, numbers), made, +Counter(alone)
 
 
 def _nearest(name: str, present: Row) -> str:

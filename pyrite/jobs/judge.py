@@ -40,7 +40,7 @@ from pyrite.feedback.judges import (
     verdict_row,
 )
 from pyrite.feedback.ledger import Books, Ledger
-from pyrite.math import seeds, winrates
+from pyrite.math import seeds, statistics, winrates
 from pyrite.math.ranges import Count, Inside, Natural, check
 
 ANSWER = ("response", "sample", "finished", "length", "logp")  # what a candidate has of its own
@@ -584,7 +584,7 @@ def _resampled(
     """A function (rows (N, ...), statistic, n): a statistic of the sum over pairs, with its interval over prompts."""
     names = {name: i for i, name in enumerate(dict.fromkeys(prompts))}
     of = torch.tensor([names[prompt] for prompt in prompts], dtype=torch.long)
-    counts = winrates.resamples(len(names), n_boot=n_boot, generator=generator)
+    counts = torch.cat([*statistics.resamples(len(names), n_boot=n_boot, generator=generator)])
 
     def found(rows: Tensor, statistic: Callable[[Tensor], Tensor], n: int) -> Statistic:
         flat = rows.flatten(1)

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from pyrite.math import seeds
+from pyrite.math.statistics import resamples
 
-CHUNK = 1 << 20  # elements worked on at once: bounds memory
 NONE = (math.nan, math.nan)
 Missing = Literal["drop", "tie"]
 
@@ -76,7 +76,8 @@ def rates(outcomes: Tensor, prompt: Tensor, *, times: int = 2000, seed: int = 0)
     half, without = (rate.item() for rate in _rates(counts.sum(0)))
     spread = [NONE, NONE]
     if len(prompts) > 1:
-        spread = [_interval(draws) for draws in _rates(_resampled(counts, times, seed))]
+        drawn = resamples(len(counts), n_boot=times, generator=seeds.generator(seed, "duels"))
+        spread = [_interval(draws) for draws in _rates(torch.cat([often @ counts for often in drawn]))]
     points = kinds @ torch.tensor([1.0, 0.0, 0.5], dtype=torch.float64)
     sem = points.std().item() / len(points) ** 0.5 if len(points) > 1 else math.nan
     return DuelRates(wins, losses, ties, int((~known).sum()), half, *spread[0], without, *spread[1], sem)
@@ -126,17 +127,6 @@ def _rates(counts: Tensor) -> tuple[Tensor, Tensor]:
     """half and without of wins, losses and ties (..., 3), NaN where there is nothing to divide by."""
     wins, losses, ties = counts.unbind(-1)
     return (wins + ties / 2) / (wins + losses + ties), wins / (wins + losses)
-
-
-def _resampled(counts: Tensor, times: int, seed: int) -> Tensor:
-    """Sums of (Q, 3) counts over Q prompts drawn with replacement, (times, 3)."""
-    generator, size = seeds.generator(seed, "duels"), len(counts)
-    sums = []
-    for some in torch.arange(times).split(max(1, CHUNK // size)):
-        drawn = torch.randint(size, (len(some), size), generator=generator)
-        often = torch.zeros(drawn.shape, dtype=torch.float64)
-        sums.append(often.scatter_add_(1, drawn, torch.ones_like(often)) @ counts)
-    return torch.cat(sums)
 
 
 def _interval(draws: Tensor) -> tuple[float, float]:

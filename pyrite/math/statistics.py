@@ -206,17 +206,23 @@ def bootstrap(
     if len(counts) < 2:
         nan = torch.full_like(values.mean(-1), math.nan)
         return Interval(values.mean(-1), nan, nan)
-    generator = generator or torch.Generator().manual_seed(0)
-    means = []
-    for size in torch.arange(n_boot).split(max(1, CHUNK // len(counts))):
-        drawn = torch.randint(len(counts), (len(size), len(counts)), generator=generator)
-        times = torch.zeros(drawn.shape, dtype=torch.float64).scatter_add_(
-            1, drawn, torch.ones(drawn.shape, dtype=torch.float64)
-        )
-        means.append(sums @ times.T.to(values.device) / (times @ counts).to(values.device))
+    means = [
+        sums @ times.T.to(values.device) / (times @ counts).to(values.device)
+        for times in resamples(len(counts), n_boot=n_boot, generator=generator)
+    ]
     tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64, device=values.device)
     lo, hi = torch.cat(means, -1).quantile(tails, dim=-1)
     return Interval(values.mean(-1), lo, hi)
+
+
+def resamples(units: int, *, n_boot: int, generator: torch.Generator | None = None) -> Iterator[Tensor]:
+    """How often each of Q units was drawn, Q draws with replacement, in each of B resamples: (B, Q) float64, some rows
+    at a time. `generator` is a CPU generator; without one, a fixed seed."""
+    generator = generator or torch.Generator().manual_seed(0)
+    for some in torch.arange(n_boot).split(max(1, CHUNK // units)):
+        drawn = torch.randint(units, (len(some), units), generator=generator)
+        counts = torch.zeros(drawn.shape, dtype=torch.float64)
+        yield counts.scatter_add_(1, drawn, torch.ones_like(counts))
 
 
 def t_interval(values: Tensor) -> Interval:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyrite.math.statistics import Interval
+from pyrite.math.statistics import Interval, resamples
 
 CHUNK = 1 << 20  # resamples x rows worked on at once: bounds memory
 RIDGE = 1e-3  # precision of the coefficients that have no prior: separable data then have a (far) solution
@@ -279,20 +279,12 @@ def rates(
     if (verdicts < 2).any():
         short = int((verdicts < 2).nonzero()[0])
         raise ValueError(f"win rates: too few verdicts on model {short} ({int(verdicts[short])}); give at least 2")
-    counts = resamples(found.wins.shape[1], n_boot=n_boot, generator=generator)
+    counts = torch.cat([*resamples(found.wins.shape[1], n_boot=n_boot, generator=generator)])
     raw_boot = 100 * counts @ found.wins.nan_to_num().double().T / (counts @ found.wins.isfinite().double().T)
     fits = [_of_model(found, m, prior, counts) for m in range(len(found.wins))]
     coefficients, lc, lc_boot = (torch.stack(parts, -1) for parts in zip(*fits, strict=True))
     lc_error = (lc_boot - lc_boot.nanmean(0)).square().nanmean(0).sqrt()
     return Rates(*win_rate(found.wins), lc, lc_error, coefficients.T, raw_boot, lc_boot)
-
-
-def resamples(prompts: int, *, n_boot: int, generator: torch.Generator | None = None) -> Tensor:
-    """How often each of Q prompts was drawn, Q draws with replacement, in each of B resamples, (B, Q) float64."""
-    generator = generator or torch.Generator().manual_seed(0)
-    drawn = torch.randint(prompts, (n_boot, prompts), generator=generator)
-    counts = torch.zeros(drawn.shape, dtype=torch.float64)
-    return counts.scatter_add_(1, drawn, torch.ones_like(counts))
 
 
 def interval(value: Tensor, boot: Tensor, *, level: float = 0.95) -> Interval:
