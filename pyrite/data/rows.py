@@ -1,4 +1,4 @@
-"""Rows of data: read in many layouts, checked, told apart by prompt, written, and fitted to a context length."""
+"""Rows of data: read in many layouts, checked, split by prompt, written, and fitted to a context length."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ Message = dict[str, Any]
 
 
 class Skip(Exception):  # noqa: N818, a signal and not an error
-    """Raised for a sound row that is left out; its message is the reason, which is counted."""
+    """Raised for a valid row that is left out. Its message is the reason; rows are counted by reason."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Columns a layout is recognized by, others it reads, and the function that turns a row into ours.
+    """A layout of files: the columns it is recognized by, others that it reads, and how a row becomes one of ours.
 
     gather: for layouts with one answer a row, finds the pairs: the numbers (from 0) of their chosen and rejected rows,
     and how many rows are left out by reason.
@@ -45,9 +45,9 @@ class Layout:
 
 
 def messages(value: Any, name: str) -> list[Message]:
-    """The value as messages: role, content, and the further fields a chat template may write (`templates.SHOWN`).
+    """The value as messages: role, content, and the other fields that a chat template may write (`text.SHOWN`).
 
-    A turn of tool calls needs no content. Raises ValueError for anything else.
+    A turn of tool calls needs no content. Raises ValueError if the value is something else.
     """
     shaped = isinstance(value, list) and value and all(isinstance(turn, dict) for turn in value)
     turns = [_message(turn) for turn in value] if shaped else []
@@ -71,20 +71,23 @@ def _known(value: Any) -> Any:
 
 
 def said(turn: Message, name: str) -> Row:
-    """The columns of an answer: its text, and as NAME_fields what else its message holds."""
+    """The columns of an answer: NAME holds its text, NAME_fields the other fields of its message."""
     fields = {key: value for key, value in turn.items() if key not in ("role", "content")}
     return {name: turn["content"]} | ({f"{name}_fields": fields} if fields else {})
 
 
 def transcript(text: str) -> list[Message]:
-    """Messages of a transcript in Anthropic's HH format ("\\n\\nHuman: …\\n\\nAssistant: …")."""
+    """The messages of a transcript in Anthropic's HH format ("\\n\\nHuman: …\\n\\nAssistant: …")."""
     parts = re.split(r"(?:\A|\n\n)(Human|Assistant):", text.strip())[1:]
     roles = {"Human": "user", "Assistant": "assistant"}
     return [{"role": roles[who], "content": said.strip()} for who, said in zip(parts[::2], parts[1::2], strict=True)]
 
 
 def merged(turns: list[Message]) -> list[Message]:
-    """Turns of one speaker in a row joined to one: chat templates want speakers to alternate; not those with fields."""
+    """Join turns that the same speaker takes one after another, since chat templates want speakers to alternate.
+
+    Turns with fields such as reasoning or tool calls are not joined.
+    """
     result: list[Message] = []
     for turn in turns:
         if result and result[-1]["role"] == turn["role"] and len(result[-1]) == len(turn) == 2:
@@ -96,10 +99,10 @@ def merged(turns: list[Message]) -> list[Message]:
 
 
 def split_conversations(chosen: list[Message], rejected: list[Message]) -> Row:
-    """Two conversations that differ in their last answer only: the common turns are the prompt.
+    """A pair from two conversations that differ only in their last answer: the turns before it are the prompt.
 
-    A pair that parts earlier is skipped: its preference is about several turns, some of them the user's,
-    and giving it to one answer would invent a label.
+    If they differ earlier, the pair is skipped. The preference is then about several turns, some of them the user's;
+    giving it to one answer would invent a label.
     """
     first, second = merged(chosen), merged(rejected)
     for name, turns in (("chosen", first), ("rejected", second)):
@@ -164,16 +167,6 @@ def pair_from_answers(row: Row) -> Row:
         raise ValueError("answers must be a list of two texts")
     named = {"first": answers[0], "second": answers[1]}
     return _better(named, instruction(row), "first", "second", first=_is_first(row["preference"], (0, 1)))
-
-
-def pair_from_question(row: Row) -> Row:
-    """Stack-exchange pairs: question, response_j (the better), response_k."""
-    return _better(row, text(row, "question"), "response_j", "response_k", first=True)
-
-
-def pair_from_votes(row: Row) -> Row:
-    """SHP: history (of the post), human_ref_A, human_ref_B, labels = 1 if A has more votes, else 0."""
-    return _better(row, row["history"], "human_ref_A", "human_ref_B", first=_label(row["labels"], "labels"))
 
 
 def pair_from_strength(row: Row) -> Row:
@@ -276,11 +269,6 @@ def demo_from_turns(row: Row) -> Row:
     return demo_from_messages({"messages": turns})
 
 
-def prompt_from_turns(row: Row) -> Row:
-    """ShareGPT's conversation without its closing answer."""
-    return prompt_from_messages({"messages": _opened(row)})
-
-
 def demo_from_text(row: Row) -> Row:
     """TRL language modeling: a text without a prompt, learned whole; an HH transcript is a conversation."""
     whole = text(row, "text")
@@ -313,11 +301,6 @@ def demo_from_messages(row: Row) -> Row:
     return {"prompt": turns[:-1], **said(turns[-1], "response")}
 
 
-def demo_from_instruction(row: Row) -> Row:
-    """Alpaca: instruction, input, output."""
-    return {"prompt": instruction(row), "response": text(row, "output")}
-
-
 def prompt_from_messages(row: Row) -> Row:
     """A conversation without its closing assistant turn."""
     turns = merged(messages(row["messages"], "messages"))
@@ -325,13 +308,13 @@ def prompt_from_messages(row: Row) -> Row:
 
 
 def instruction(row: Row) -> str:
-    """Alpaca prompt: the instruction verbatim, and the input on the next line where there is one."""
+    """Alpaca prompt: the instruction as it is, and the input, if any, on the next line."""
     extra = text(row, "input") if row.get("input") is not None else ""
     return text(row, "instruction") + (f"\n{extra}" if extra.strip() else "")
 
 
 def text(row: Row, name: str) -> str:
-    """The text in a column. Raises ValueError where it is something else."""
+    """The text in a column. Raises ValueError if it is something else."""
     if not isinstance(row[name], str):
         raise ValueError(f"{name} must be text, not {row[name]!r:.60}")
     return row[name]
@@ -375,13 +358,16 @@ def _is_first(preference: Any, numbers: tuple[int, int]) -> bool:
     return preference == numbers[0]
 
 
+def _alpaca(row: Row) -> Row:
+    return {"prompt": instruction(row), "response": text(row, "output")}
+
+
 def _same(*names: str) -> Callable[[Row], Row]:
     return lambda row: {name: row[name] for name in names}
 
 
 SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant"}
 SPEAKERS |= {"bing": "assistant", "bard": "assistant", "model": "assistant", "system": "system"}
-VOTES = ("history", "human_ref_A", "human_ref_B", "labels")
 CANDIDATE = ("prompt", "response", "sample", "finished", "length", "logp")
 # The first layout of a kind whose columns are all there is taken; the first of all is our own.
 LAYOUTS: dict[str, tuple[Layout, ...]] = {
@@ -390,7 +376,11 @@ LAYOUTS: dict[str, tuple[Layout, ...]] = {
         Layout(("messages",), prompt_from_messages),
         Layout(("instruction",), lambda row: {"prompt": instruction(row)}, reads=("input",)),
         Layout(("question",), lambda row: {"prompt": text(row, "question")}),
-        Layout(("conversations",), prompt_from_turns, reads=("system", "chosen", "rejected")),
+        Layout(
+            ("conversations",),
+            lambda row: prompt_from_messages({"messages": _opened(row)}),
+            reads=("system", "chosen", "rejected"),
+        ),
         Layout(("history",), lambda row: {"prompt": text(row, "history")}),
         Layout(("context",), lambda row: {"prompt": row["context"]}),
         Layout(("chosen", "rejected"), lambda row: {"prompt": pair_without_prompt(row)["prompt"]}),
@@ -400,7 +390,7 @@ LAYOUTS: dict[str, tuple[Layout, ...]] = {
         Layout(("prompt", "completion", "label"), demo_from_label),
         Layout(("prompt", "completion"), demo_from_completion),
         Layout(("messages",), demo_from_messages, reads=("prompt",)),
-        Layout(("instruction", "output"), demo_from_instruction, reads=("input",)),
+        Layout(("instruction", "output"), _alpaca, reads=("input",)),
         Layout(("conversations",), demo_from_turns, reads=("system",)),
         Layout(("text",), demo_from_text),
     ),
@@ -410,8 +400,16 @@ LAYOUTS: dict[str, tuple[Layout, ...]] = {
         Layout(("chosen", "rejected"), pair_without_prompt),
         Layout(("instruction", "output_1", "output_2", "preference"), pair_from_outputs, reads=("input",)),
         Layout(("instruction", "answers", "preference"), pair_from_answers, reads=("input",)),
-        Layout(("question", "response_j", "response_k"), pair_from_question),
-        Layout(VOTES, pair_from_votes),
+        Layout(  # Stack Exchange
+            ("question", "response_j", "response_k"),
+            lambda row: _better(row, text(row, "question"), "response_j", "response_k", first=True),
+        ),
+        Layout(  # SHP: labels is 1 if A has more votes, else 0
+            ("history", "human_ref_A", "human_ref_B", "labels"),
+            lambda row: _better(
+                row, row["history"], "human_ref_A", "human_ref_B", first=_label(row["labels"], "labels")
+            ),
+        ),
         Layout(("prompt", "response_1", "response_2", "preference_strength"), pair_from_strength),
         Layout(("context", "response1", "response2", "overall_preference"), pair_from_strength),
         Layout(("prompt", "response1", "response2", "overall_preference"), pair_from_strength),
@@ -424,7 +422,7 @@ LAYOUTS: dict[str, tuple[Layout, ...]] = {
         Layout(("prompt", "response"), _same("prompt", "response")),
         Layout(("prompt", "completion"), demo_from_completion),
         Layout(("messages",), demo_from_messages, reads=("prompt",)),
-        Layout(("instruction", "output"), demo_from_instruction, reads=("input",)),
+        Layout(("instruction", "output"), _alpaca, reads=("input",)),
         Layout(("prompt", "output"), lambda row: {"prompt": row["prompt"], "response": text(row, "output")}),
         Layout(("conversations",), demo_from_turns, reads=("system",)),
     ),
@@ -458,19 +456,17 @@ def load(
 ) -> list[Row]:
     """Checked rows of a kind from a file, a `datasets` folder (folder[:split]) or the Hub (org/name[:split]).
 
-    Files: JSON, JSONL, CSV, TSV (each gzipped too), Parquet. Layouts recognized: ours, TRL's standard and
-    conversational ones, Anthropic HH transcripts, AlpacaFarm, Alpaca, question/response_j/response_k;
-    `columns` renames others ("prompt=question,chosen=good", ours first). A missing prompt_id is derived from
-    the prompt. A judge's `probability` p becomes `strength` = ln(p / (1 − p)) nats, p clipped to
-    [1e-4, 1 − 1e-4]. Left out, and told to `note` in one line a reason: pairs with chosen equal to rejected,
-    conversations that part before the last answer or prefer an empty one, rows without a verdict, and prompts seen
-    before (kind "prompts").
+    Files: JSON, JSONL, CSV, TSV (each gzipped too), Parquet. The layouts are those of LAYOUTS; `columns` renames the
+    columns of others ("prompt=question,chosen=good", ours first). A missing prompt_id is derived from the prompt. A
+    judge's `probability` p becomes `strength` = ln(p / (1 − p)) nats, p clipped to [1e-4, 1 − 1e-4]. Left out, and told
+    to `note` in one line for each reason: pairs with equal answers, conversations that differ before the last answer or
+    prefer an empty one, rows without a verdict, and (kind "prompts") prompts seen before.
 
-    on_contradiction: for pairs whose strength is below 0, or probability below ½, so that the rejected answer is the
-    better one: keep, as they stand; swap, which exchanges the answers and their columns; drop; or an error. on_tie: for
-    pairs of strength 0, of which neither answer is better.
+    on_contradiction: what to do with pairs whose strength is below 0, or probability below ½, so that the rejected
+    answer is the better one. keep takes them as they stand, swap exchanges the answers and their columns, drop leaves
+    them out, error refuses them. on_tie: what to do with pairs of strength 0, in which neither answer is better.
 
-    Every row knows its file and line: `place(row)` says them, whatever was left out, split or shuffled since.
+    Every row knows its file and line (`place(row)`), also after rows were left out, split or shuffled.
     Raises DataError, naming the file and the row.
     """
     if kind is None:
@@ -493,28 +489,28 @@ def load(
 
 
 def place(row: Row, unknown: str = "") -> str:
-    """Where the user's file has a row, as errors call it: "pairs.jsonl, line 7"; `unknown` where nobody knows.
+    """The file and line of a row, as errors name it: "pairs.jsonl, line 7"; `unknown` if it is not known.
 
-    Known of rows from `load`, and of rows made of them by `row | {...}`.
+    It is known for rows from `load`, and for rows made from them by `row | {...}`.
     """
     return getattr(row, "place", "") or unknown or f"the row of prompt {row.get('prompt_id')!r}"
 
 
 def answer(row: Row, name: str) -> Answer:
-    """The answer in a column: its text, or the whole message where that had more fields than a text."""
+    """The answer in a column: its text, or the whole message if the message had more fields."""
     fields = row.get(f"{name}_fields")
     return {"content": row[name], **fields} if fields else row[name]
 
 
 def prompt_id(prompt: Any) -> str:
-    """Id of a prompt, from its text alone: the same prompt has the same id in every file."""
+    """The id of a prompt. It depends on the text alone, so the same prompt has the same id in every file."""
     return hashlib.sha256(plain(prompt).encode()).hexdigest()[:16]
 
 
 def origin(row: Row) -> tuple[str, str]:
-    """Id and text of the raw prompt of a row: what splits go by, whatever preferences made of it.
+    """The id and text of a row's raw prompt, before preferences were written into it. Splits go by these.
 
-    Of a text without a prompt, the text.
+    If a row has no prompt, its response stands for it.
     """
     raw = all(name in row for name in CONDITIONED)
     asked = plain(row["asked" if raw else "prompt"])
@@ -522,10 +518,10 @@ def origin(row: Row) -> tuple[str, str]:
 
 
 def apart(rows: Sequence[Row], held: Sequence[Row], *, note: Callable[[str], object], source: str) -> list[Row]:
-    """The rows whose raw prompt is not among those held out; how many are left out is told to `note`.
+    """The rows whose raw prompt is not held out. `note` is told how many are left out.
 
-    Prompts are compared by their texts, as files number their rows each in its own way. source: the file of `rows`,
-    for messages. Raises DataError if none is left.
+    Prompts are compared by their texts, since each file may number its prompts in its own way. source: the file of
+    `rows`, for messages. Raises DataError if no row is left.
     """
     kept = {_words(row) for row in held}
     left = [row for row in rows if _words(row) not in kept]
@@ -548,18 +544,18 @@ def _words(row: Row) -> tuple[str, ...]:
 
 
 def clusters(rows: Sequence[Row]) -> list[int]:
-    """Which raw prompt each row is about, numbered from 0 in order: rows of one number are not independent."""
+    """The number of each row's raw prompt, from 0 in order. Rows with the same number are not independent."""
     names = _groups(rows, None)
     number = {name: i for i, name in enumerate(dict.fromkeys(names))}
     return [number[name] for name in names]
 
 
 def split(rows: Sequence[Row], *, fraction: float, seed: int, by: str | None = None) -> tuple[list[Row], list[Row]]:
-    """(train, held), round(fraction · groups) groups of equal `by`, at least one, held; no prompt in both.
+    """(train, held): round(fraction · groups) groups of rows are held out, at least one; no prompt is in both.
 
-    by: a column; by default asked_id where a row has it, else prompt_id. Which groups depends on the seed and their
-    ids only, never on the order of rows. Rows with the same prompt under two ids stay together. Raises DataError
-    where there is nothing to divide.
+    by: the column that makes groups; by default asked_id if a row has it, else prompt_id. Which groups are held out
+    depends only on the seed and their ids, never on the order of rows. Rows with the same prompt under two ids stay
+    together. Raises DataError if there are fewer than two groups.
     """
     if not 0 <= fraction < 1:
         raise DataError(f"--held-out: the held-out fraction is {fraction}; it must be at least 0 and below 1")
@@ -581,7 +577,7 @@ def split(rows: Sequence[Row], *, fraction: float, seed: int, by: str | None = N
 
 
 def write(rows: Sequence[Row], path: str | Path) -> None:
-    """Rows to .parquet, .jsonl or .jsonl.gz, whole or not at all. Raises DataError where it cannot."""
+    """Write rows to .parquet, .jsonl or .jsonl.gz; an interrupted write leaves no file. Raises DataError."""
     target = Path(path)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     if not target.name.endswith((".parquet", ".jsonl", ".jsonl.gz")):
@@ -604,7 +600,7 @@ def write(rows: Sequence[Row], path: str | Path) -> None:
 
 
 def cut_hint(candidates: Sequence[Row]) -> str:
-    """What to do about answers that were cut before their end, as the end of a message; empty if none was."""
+    """The end of a message that says what to do about answers that were cut; empty if none was."""
     cut = [row["length"] for row in candidates if not row["finished"]]
     if not cut:
         return ""
@@ -613,10 +609,10 @@ def cut_hint(candidates: Sequence[Row]) -> str:
 
 
 def flip_labels(rows: Sequence[Row], *, p: float, seed: int) -> tuple[list[Row], np.ndarray]:
-    """Exact label noise: chosen and rejected swapped in exactly round(p · N) pairs, and the mask (N,).
+    """Exact label noise: swap chosen and rejected in exactly round(p · N) pairs; returns the pairs and the mask (N,).
 
-    Give it training pairs only. One seed gives one mask, to be shared by all members of an ensemble. A
-    strength stays: it is part of the (now false) claim. Raises DataError unless 0 ≤ p ≤ 1.
+    Flip training pairs only. One seed gives one mask, which all members of an ensemble share. A pair keeps its
+    strength, which is part of the label that is now wrong. Raises DataError unless 0 ≤ p ≤ 1.
     """
     if not 0 <= p <= 1:
         raise DataError(f"the share of flipped labels is {p}; it must be between 0 and 1")
@@ -627,7 +623,7 @@ def flip_labels(rows: Sequence[Row], *, p: float, seed: int) -> tuple[list[Row],
 
 
 def apply_flips(rows: Sequence[Row], mask: np.ndarray) -> list[Row]:
-    """Pairs swapped where `mask` (N,) is true, `flipped` kept in step; done twice, the identity."""
+    """Swap the pairs whose entry of `mask` (N,) is true, and note it in `flipped`; done twice, it changes nothing."""
     if len(mask) != len(rows):
         raise DataError(f"the flip mask has {len(mask)} entries for {len(rows)} pairs")
     result = []
@@ -638,7 +634,7 @@ def apply_flips(rows: Sequence[Row], mask: np.ndarray) -> list[Row]:
 
 
 def _names(columns: str | Mapping[str, str] | None) -> Mapping[str, str]:
-    """Theirs by ours: "prompt=question,chosen=good" or the mapping itself."""
+    """The file's name of each of our columns, from "prompt=question,chosen=good" or a mapping."""
     if not isinstance(columns, str) or not columns:
         return columns or {}
     pairs = [entry.partition("=") for entry in columns.split(",")]
@@ -701,7 +697,7 @@ def _nearest(name: str, present: Row) -> str:
 def _converted(
     source: Source, kind: Kind, layout: Layout, on_contradiction: OnContradiction, on_tie: str
 ) -> tuple[list[Row], Counter[str], int]:
-    """The rows, how many were left out by reason, and of how many pairs the answers were exchanged."""
+    """The rows, how many were left out by reason, and in how many pairs the answers were exchanged."""
     rows: list[Row] = []
     dropped: Counter[str] = Counter()
     prompts: dict[Any, str] = {}
@@ -735,7 +731,7 @@ def _converted(
 
 
 def _preferred(row: Row) -> float:
-    """Which answer the numbers of a pair prefer: above 0 chosen, below 0 rejected, 0 neither; 1 without numbers."""
+    """Which answer a pair's own numbers prefer: above 0 chosen, below 0 rejected, 0 neither; 1 without numbers."""
     if answer(row, "chosen") == answer(row, "rejected"):
         raise Skip("chosen equals rejected")
     if "strength" not in row:
@@ -748,7 +744,7 @@ def _preferred(row: Row) -> float:
 
 
 def _resolved(row: Row, on_contradiction: OnContradiction) -> Row:
-    """A pair of which the rejected answer is the better one, as it is to be taken."""
+    """A pair whose rejected answer is the better one, treated as `on_contradiction` says."""
     if on_contradiction == "drop":
         raise Skip(CONTRADICTION)
     if on_contradiction != "swap":
@@ -758,7 +754,7 @@ def _resolved(row: Row, on_contradiction: OnContradiction) -> Row:
 
 
 def exchanged(row: Row) -> Row:
-    """A pair with its answers exchanged, and with them all columns that come in twos: chosen_logp and rejected_logp."""
+    """Exchange the answers of a pair, and all columns that come in twos, such as chosen_logp and rejected_logp."""
     return row | {name: row[_twin(name)] for name in row if _twin(name) in row}
 
 
@@ -772,12 +768,12 @@ def twins(one: str, other: str) -> bool:
 
 
 def _twin(name: str) -> str:
-    """Of a column about one answer, the name of the other's."""
+    """The name of the column about the other answer."""
     return re.sub("chosen|rejected", lambda found: "rejected" if found[0] == "chosen" else "chosen", name)
 
 
 def _check_id(row: Row, kind: Kind, prompts: dict[Any, str]) -> None:
-    """One id, one prompt: splits, counts and random streams go by it."""
+    """Refuse an id that stands for two prompts: splits, counts and random streams go by ids."""
     text, seen = plain(row["prompt"]), row["prompt_id"] in prompts
     if prompts.setdefault(row["prompt_id"], text) != text:
         raise ValueError(f"prompt_id {row['prompt_id']!r} already belongs to another prompt")
@@ -786,7 +782,7 @@ def _check_id(row: Row, kind: Kind, prompts: dict[Any, str]) -> None:
 
 
 def _checked(raw: Row, kind: Kind, layout: Layout) -> Row:
-    """Our columns, then the file's others; raises ValueError without the place, which the caller knows."""
+    """Our columns, then the file's others. Raises ValueError without the place, which the caller adds."""
     missing = [name for name in layout.needs if name not in raw]
     if missing:
         raise ValueError(f"missing {', '.join(missing)}")
@@ -811,7 +807,7 @@ def _checked(raw: Row, kind: Kind, layout: Layout) -> Row:
 
 
 def _asked(raw: Row) -> Row:
-    """What a prompt was made from; nothing unless both the raw prompt and its preferences are there."""
+    """The columns about the raw prompt; none unless the row has both the raw prompt and its preferences."""
     if raw.get("asked") is None or raw.get("preferences") is None:
         return {}
     asked, ids = _checked_prompt(raw["asked"], "asked"), raw["preferences"]
@@ -821,7 +817,7 @@ def _asked(raw: Row) -> Row:
 
 
 def _named(raw: Row, name: str, prompt: Any) -> str | int:
-    """The id in a column, else one derived from the prompt."""
+    """The id in a column, or one derived from the prompt."""
     given = raw.get(name)
     if given is None:
         return prompt_id(prompt)
@@ -860,7 +856,7 @@ def _log_odds(p: float) -> float:
 
 
 def _groups(rows: Sequence[Row], by: str | None) -> list[str]:
-    """Group of each row: rows joined by equal `by` or raw prompt, named by the smallest `by` in it."""
+    """The group of each row: rows with the same `by` or the same raw prompt, named by the smallest `by` among them."""
     parent: dict[str, str] = {}
 
     def root(key: str) -> str:
@@ -894,7 +890,7 @@ def _json(row: Row) -> str:
     return json.dumps(row, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
-# Prompts longer than a job can take: cut, left out, or an error; always counted, and named by file and line.
+# Prompts that are too long: cut, left out or an error, always counted, and named by file and line -------------------
 
 
 OnLong = Literal["truncate", "drop", "error"]
@@ -903,7 +899,7 @@ NAMED = 3  # prompts that a message names
 
 @dataclass(frozen=True)
 class Fitted:
-    """Rows whose prompts fit, the token ids of those prompts, how many were cut, and what was left out and why."""
+    """Rows whose prompts fit, the token ids of these prompts, how many were cut, and what was left out and why."""
 
     rows: list[Row]
     ids: list[list[int]]
@@ -917,7 +913,7 @@ class Fitted:
 
 
 def room(context: int, new: int, max_prompt: int | None) -> int:
-    """Longest prompt in tokens where `new` tokens are drawn behind it. Raises ValueError if options leave no room."""
+    """The longest prompt, in tokens, that leaves room for `new` drawn tokens. Raises ValueError if there is no room."""
     most = context - new
     if most < 1:
         raise ValueError(
@@ -940,11 +936,12 @@ def fit(
     on_long: OnLong | None,
     note: Callable[[str], object],
 ) -> Fitted:
-    """The rows with prompts of at most `most` tokens, in a model that reads `context`.
+    """Rows whose prompts have at most `most` tokens, for a model that reads `context` tokens.
 
-    A longer prompt is cut (it keeps its end, and what the chat template writes around it), its row is left out, or it
-    is an error. Without on_long it is cut, but if all prompts are too long, an option is wrong and not the data: that
-    is an error. Raises DataError for these, and if no prompt is left, ValueError if `most` leaves no room at all.
+    on_long says what happens to a longer prompt: truncate keeps its end and what the chat template writes around it,
+    drop leaves its row out, error refuses it. By default it is cut, unless all prompts are too long: then an option
+    must be wrong, and that is an error. Raises DataError for these errors and if no prompt is left, ValueError if
+    `most` leaves no room for an answer.
     """
     if most >= context:
         raise ValueError(
