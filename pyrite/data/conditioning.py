@@ -27,7 +27,7 @@ _SHIPPED = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Option:
-    """One way in which an answer can be wanted; the options of a dimension exclude each other."""
+    """One way in which an answer can be wanted. Options of the same dimension exclude each other."""
 
     id: str
     dimension: str
@@ -39,7 +39,7 @@ class Option:
 
 @dataclass(frozen=True)
 class Dimensions:
-    """All options, dimension by dimension. Raises ValueError for two options of one id or one wording."""
+    """All options, dimension by dimension. Raises ValueError if two options have the same id or the same wording."""
 
     options: tuple[Option, ...]
 
@@ -58,7 +58,7 @@ class Dimensions:
 
     @classmethod
     def load(cls, source: str | Path) -> Dimensions:
-        """Options of a YAML file, or of a shipped name ("soups"). Raises ValueError, naming file and entry."""
+        """The options of a YAML file, or of a shipped name ("soups"). Raises ValueError, naming file and entry."""
         path = located(source)
         try:
             given = yaml.safe_load(path.read_text())
@@ -81,7 +81,7 @@ class Dimensions:
         return tuple(dict.fromkeys(option.dimension for option in self.options))
 
     def option(self, id: str) -> Option:
-        """The option of an id. Raises ValueError for one that is unknown, with the nearest."""
+        """The option with this id. Raises ValueError, naming the nearest id, if there is none."""
         found = next((option for option in self.options if option.id == id), None)
         if found is None:
             near = difflib.get_close_matches(str(id), self.ids, n=1)
@@ -90,7 +90,7 @@ class Dimensions:
         return found
 
     def chosen(self, ids: Iterable[str]) -> tuple[Option, ...]:
-        """The options of some ids in the order of their dimensions. Raises ValueError for two of one dimension."""
+        """The options with these ids, in the order of their dimensions. Raises ValueError for two of one dimension."""
         options = sorted(map(self.option, ids), key=lambda option: self.names.index(option.dimension))
         for one, other in itertools.pairwise(options):
             if one.dimension == other.dimension:
@@ -103,10 +103,10 @@ class Dimensions:
         return tuple(option for option in self.options if option.dimension == mine.dimension and option.id != id)
 
     def combinations(self, among: Iterable[str] | None = None) -> list[tuple[str, ...]]:
-        """Ids of one option of each dimension, every way: AAA, AAB, ABA, ...
+        """All combinations of one option of each dimension, as ids: AAA, AAB, ABA, ...
 
-        among: the options that take part, by default all that were not added later; a dimension of which none does
-        is left out.
+        among: the options to combine; by default all that were not added later. A dimension without any of them is left
+        out.
 
         >>> len(Dimensions.load("soups").combinations())
         8
@@ -118,9 +118,9 @@ class Dimensions:
 
 
 def filled(template: str, option: Option) -> str:
-    """A spec string about an option: {id}, {sentence}, {criterion} and {gold} become the option's own, quoted.
+    """A spec string in which {id}, {sentence}, {criterion} and {gold} are replaced by those of an option, quoted.
 
-    Raises ValueError where the template wants what the option lacks, or nothing of it.
+    Raises ValueError if the option lacks what the template wants, or if the template wants nothing.
 
     >>> filled("llm(model='m', criterion={criterion})", Option("X", "d", "Be short.", "Which is shorter?"))
     "llm(model='m', criterion='Which is shorter?')"
@@ -139,14 +139,14 @@ def filled(template: str, option: Option) -> str:
 
 
 def files(source: str | Path) -> dict[str, Path]:
-    """What a job reads with these options, by name: their file, and files of your own that their golds name."""
+    """The files that these options read, by name: their own, and your files that their golds name."""
     path = located(source)
     golds = [option.gold or "" for option in Dimensions.load(path).options]
     return {"dimensions": path, **{name: Path(name) for gold in golds for name in named(gold)}}
 
 
 def located(source: str | Path) -> Path:
-    """The file of a shipped name or a path. Raises ValueError where there is none."""
+    """The file of a shipped name or a path. Raises ValueError if there is none."""
     shipped = sorted(path.stem for path in _SHIPPED.glob("*.yaml"))
     path = _SHIPPED / f"{source}.yaml" if source in shipped else Path(source)
     if not path.is_file():
@@ -194,7 +194,7 @@ NEUTRAL = "neutral"
 
 @dataclass(frozen=True)
 class Variants:
-    """Under which preferences every prompt is asked."""
+    """The preferences under which every prompt is asked."""
 
     dimensions: str | None = None
     """Preference dimensions: a YAML file, or the shipped soups."""
@@ -209,10 +209,10 @@ class Variants:
         return {"dimensions": located(self.dimensions)} if self.dimensions else {}
 
     def of(self, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Every prompt under every variant, prompt by prompt; as they are without dimensions.
+        """Every prompt under every variant, prompt by prompt. Without dimensions, the rows are unchanged.
 
-        Of the same prompt under two ids the first is taken. Raises ValueError for variants without dimensions or the
-        other way round, unknown options, prompts that carry preferences already, and two that become the same.
+        If a prompt has two ids, the first is taken. Raises ValueError for variants without dimensions, dimensions
+        without variants, unknown options, prompts that carry preferences already, and two prompts that become the same.
         """
         if not self.dimensions:
             if self.preferences:
@@ -234,7 +234,7 @@ class Variants:
         return list(made.values())
 
     def wanted(self, dimensions: Dimensions) -> list[tuple[Option, ...]]:
-        """The options of each variant, each variant once. Raises ValueError where there is none."""
+        """The options of each variant; a variant named twice counts once. Raises ValueError if there is none."""
         if not self.preferences:
             raise ValueError("--dimensions: say under which --preferences prompts are asked")
         named: list[tuple[Option, ...]] = []
@@ -248,10 +248,10 @@ class Variants:
 
 
 def render(prompt: Prompt, options: Iterable[Option], *, turn: Turn = "user") -> Prompt:
-    """A prompt with the sentences of options (`Dimensions.chosen` has them in order) behind it, joined by one space.
+    """A prompt followed by the sentences of options, joined by one space. `Dimensions.chosen` puts options in order.
 
-    turn: at the end of the last user turn; or of the system turn, where a text becomes messages. Without options the
-    prompt stays as it is. Raises ValueError for messages without a user turn.
+    turn: the sentences stand at the end of the last user turn, or of the system turn; then a text becomes messages.
+    Without options, the prompt is unchanged. Raises ValueError for messages without a user turn.
 
     >>> render("Why is the sky blue? ", Dimensions.load("soups").chosen(["P2A"]))
     'Why is the sky blue? Keep it short and to the point.'
@@ -270,7 +270,7 @@ def render(prompt: Prompt, options: Iterable[Option], *, turn: Turn = "user") ->
 
 
 def conditioned(row: dict[str, Any], options: Sequence[Option], *, turn: Turn = "user") -> dict[str, Any]:
-    """The row of a raw prompt {prompt_id, prompt} under some options; a neutral one keeps its id."""
+    """The row of a raw prompt {prompt_id, prompt} under some options. A neutral row keeps its id."""
     prompt = render(row["prompt"], options, turn=turn)
     made = {
         "prompt_id": data.prompt_id(prompt) if options else str(row["prompt_id"]),

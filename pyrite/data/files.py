@@ -23,9 +23,9 @@ TEXTS = frozenset(
 
 
 class Placed(dict[str, Any]):
-    """A row that knows where the user's file has it: `place`, as in "pairs.jsonl, line 7".
+    """A row that knows its `place` in the user's file, as in "pairs.jsonl, line 7".
 
-    It is a dict in all else: equal to one, written as one. `row | {...}` keeps the place; `{**row}` loses it.
+    Otherwise it is a dict. `row | {...}` keeps the place; `{**row}` loses it.
     """
 
     place: str = ""
@@ -46,7 +46,7 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class Source:
-    """Rows of a file as it has them; `unit` and `numbers` say how its rows are counted."""
+    """The rows of a file as they stand there. `unit` and `numbers` say how they are counted."""
 
     name: str
     rows: list[Row]
@@ -54,16 +54,16 @@ class Source:
     numbers: Sequence[int] | None = None
 
     def at(self, i: int) -> str:
-        """Place of row i, from 0: "pairs.jsonl, line 7"."""
+        """The place of row i, counted from 0: "pairs.jsonl, line 7"."""
         return f"{self.name}, {self.unit} {self.numbers[i] if self.numbers else i + 1}"
 
 
 def read(path: str, *, texts: Iterable[str] = ()) -> Source:
-    """Rows of a file, a `datasets` folder ("folder[:split]") or a Hub name.
+    """The rows of a file, a `datasets` folder ("folder[:split]") or a Hub name.
 
-    Files: JSON, JSONL, CSV, TSV (each gzipped too), Parquet. CSV knows only texts: there columns of numbers, of true
-    and false, and messages written as JSON become such; a column with the name of a text, or in `texts`, stays text.
-    Raises DataError where there are none, or where a line is not a JSON object.
+    Files: JSON, JSONL, CSV, TSV (each gzipped too), Parquet. CSV has only texts. A column in which every cell is a
+    number, true or false, or messages written as JSON is converted; a column with the name of a text, or in `texts`,
+    stays text. Raises DataError if there are no rows, or if a line is not a JSON object.
     """
     name, _, part = path.rpartition(":")
     if Path(path).is_file():
@@ -122,7 +122,7 @@ def _text(path: str, newline: str | None = None) -> str:
 
 
 def _read_csv(path: str, texts: Collection[str]) -> Source:
-    """Rows below a header, with the lines they begin on: a quoted cell may go over several."""
+    """The rows below the header, with the lines on which they begin: a quoted cell may span several lines."""
     lines = re.split(r"(?<=\n)|(?<=\r)(?!\n)", _text(path, ""))
     head = next((line for line in lines if line.strip()), "")
     delimiter = "\t" if re.search(r"\.tsv(\.gz)?$", path) else max(",;\t", key=head.count)
@@ -157,7 +157,7 @@ def _read_csv(path: str, texts: Collection[str]) -> Source:
 
 
 def _column(cells: list[str], text: bool) -> list[Any]:
-    """The cells of a CSV column as the values they stand for; a text stays one, also where it looks like a number."""
+    """The values of a CSV column. A column of texts stays as it is, also if it looks like numbers."""
     if text:
         return [_structure(cell, _turns) for cell in cells]
     given = {cell.strip() for cell in cells} - {""}
@@ -182,7 +182,8 @@ def _structured(cell: str) -> Any:
 
 
 def _structure(cell: str, wanted: Callable[[Any], bool]) -> Any:
-    """What is wanted and written in a cell as JSON, or as Python prints it (pandas does); else the text itself."""
+    """The value in a cell, written as JSON or as Python prints it (pandas does), if it is what is wanted; else the
+    text."""
     for read in (json.loads, ast.literal_eval) if cell.lstrip()[:1] in ("[", "{") else ():
         with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
             if wanted(found := read(cell)):

@@ -152,7 +152,8 @@ class Responses:
     def alone(self, index: Sequence[int]) -> Responses:
         """Some of the responses, each with a prompt of its own, so that no other prompt is kept."""
         some = self.take(index)
-        return replace(some, rows=some.owners, prompt_ids=some.asked(), prompt=torch.arange(len(some)))
+        ids = some.asked() if some.prompt_ids else []  # of texts that no tokenizer has read there are none
+        return replace(some, rows=some.owners, prompt_ids=ids, prompt=torch.arange(len(some)))
 
     def places(self, index: np.ndarray) -> np.ndarray:
         """Where the tokens of some responses stand in `ids`, one response after another."""

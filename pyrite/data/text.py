@@ -26,10 +26,10 @@ MARK = "▁"  # how sentencepiece writes a space
 def to_ids(
     tokenizer: Any, texts: Sequence[str], *, split_special_tokens: bool = False, inside: bool = False
 ) -> list[list[int]]:
-    """Ids of N texts in one tokenizer call, without start and end tokens.
+    """The ids of N texts, from one tokenizer call, without start and end tokens.
 
-    split_special_tokens: special tokens spelled out in a text are ordinary text. inside: the texts go on from others,
-    so a tokenizer that writes a space before every text does not.
+    split_special_tokens: read special tokens that a text spells out as ordinary text. inside: the texts continue other
+    texts, so a tokenizer that would write a space before every text writes none.
     """
     if not texts:
         return []
@@ -40,9 +40,9 @@ def to_ids(
 
 
 def to_texts(tokenizer: Any, rows: Sequence[Sequence[int]], *, inside: bool = False) -> list[str]:
-    """Texts of N rows of ids, special tokens left out: the way back from `to_ids`.
+    """The texts of N rows of ids, without special tokens: the inverse of `to_ids`.
 
-    inside: the rows go on from others, so the space that a sentencepiece token begins with is a part of its text.
+    inside: the rows continue other rows, so a space at the beginning of a sentencepiece token is part of the text.
     """
     ids = [[int(token) for token in row] for row in rows]
     texts = tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -68,7 +68,7 @@ def _spaces(tokenizer: Any, row: Sequence[int], special: set[int], text: str) ->
 
 @contextmanager
 def _inside(tokenizer: Any) -> Iterator[None]:
-    """Within this block the tokenizer writes no space of its own before a text."""
+    """Within this block, the tokenizer adds no space before a text."""
     edited = _edited(tokenizer)
     if edited is None:
         yield
@@ -85,7 +85,8 @@ def _inside(tokenizer: Any) -> Iterator[None]:
 
 
 def _edited(tokenizer: Any) -> dict[str, Any] | None:
-    """Normalizer and pre-tokenizer that add no space, those that differ; None where none does."""
+    """The normalizer and pre-tokenizer changed so that they add no space, if they differ from the tokenizer's; else
+    None."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     found = {}
     for name in ("normalizer", "pre_tokenizer"):
@@ -98,7 +99,7 @@ def _edited(tokenizer: Any) -> dict[str, Any] | None:
 
 
 def _bare(state: Any) -> Any:
-    """The settings of a normalizer or pre-tokenizer without what adds a space."""
+    """The settings of a normalizer or pre-tokenizer, without those that add a space."""
     if isinstance(state, dict):
         changed = {key: _bare(value) for key, value in state.items()}
         if state.get("type") == "Metaspace":
@@ -171,18 +172,19 @@ class AnswerForm:
 
 @dataclass(frozen=True)
 class Body:
-    """An answer as a model reads it: texts, each with whether the tags in it are tags, and its end token, if any."""
+    """An answer as a model reads it: its texts, each with whether special tokens in it are read as such, and its end
+    token, if any."""
 
     parts: list[tuple[str, bool]]
     end: int | None
 
 
 class Unreadable(ValueError):  # noqa: N818, there is a TemplateError already
-    """A conversation that a template cannot show; the message says why, the caller knows the row."""
+    """A conversation that a chat template cannot show. The message says why; the caller adds the row."""
 
 
 def arguments(given: Sequence[str]) -> dict[str, Any]:
-    """Template variables from NAME=VALUE; a value is JSON where it can be (false, 3, "3"), else text.
+    """Template variables from NAME=VALUE. A value is read as JSON if possible (false, 3, "3"), otherwise as text.
 
     >>> arguments(["enable_thinking=false", "reasoning_effort=low"])
     {'enable_thinking': False, 'reasoning_effort': 'low'}
@@ -201,8 +203,8 @@ def arguments(given: Sequence[str]) -> dict[str, Any]:
 
 
 def remembering(tokenizer: Any, *, template_args: Sequence[str] = (), ends: Sequence[int] = ()) -> Any:
-    """The tokenizer with template arguments and further tokens that end drawing, kept in its config; a copy where
-    there is something new. Raises ValueError for arguments that its chat template does not read."""
+    """The tokenizer with template arguments and more tokens that end drawing, both kept in its config. It is a copy if
+    anything is new. Raises ValueError for arguments that the chat template does not read."""
     record = _record(tokenizer)
     asked = {**record.get("template_args", {}), **arguments(template_args)}
     _check_arguments(tokenizer, asked)
@@ -218,15 +220,13 @@ def remembering(tokenizer: Any, *, template_args: Sequence[str] = (), ends: Sequ
 
 
 def template_arguments(tokenizer: Any) -> dict[str, Any]:
-    """What its chat template is told beside the messages."""
+    """The variables that the tokenizer's chat template is given beside the messages."""
     return dict(_record(tokenizer).get("template_args", {}))
 
 
 def render(tokenizer: Any, messages: Sequence[ChatTurn], *, ask: bool) -> str:
-    """Text of a conversation; `ask`: with what the template writes for the next answer to follow.
-
-    Raises Unreadable where the template refuses it.
-    """
+    """The text of a conversation. ask: with what the template writes before the next answer. Raises Unreadable if the
+    template refuses the conversation."""
     from jinja2 import TemplateError
 
     told = template_arguments(tokenizer)
@@ -237,7 +237,7 @@ def render(tokenizer: Any, messages: Sequence[ChatTurn], *, ask: bool) -> str:
 
 
 def _tried(tokenizer: Any, messages: Sequence[ChatTurn], *, ask: bool = False) -> str | None:
-    """What `render` gives; None where the template refuses it."""
+    """What `render` returns, or None if the template refuses."""
     try:
         return render(tokenizer, messages, ask=ask)
     except Unreadable:
@@ -245,8 +245,8 @@ def _tried(tokenizer: Any, messages: Sequence[ChatTurn], *, ask: bool = False) -
 
 
 def rendered_prompt(tokenizer: Any, messages: Sequence[ChatTurn]) -> str:
-    """A prompt as a model is asked it. Raises Unreadable where what a user or the system says, or a turn's reasoning or
-    tool calls, would be left out."""
+    """A prompt as the model is asked it. Raises Unreadable if the template leaves out what a user or the system says,
+    or the reasoning or tool calls of a turn."""
     shown = render(tokenizer, messages, ask=True)
     for i, turn in enumerate(messages):
         if turn["role"] in ("user", "system") and str(turn["content"]).strip() not in shown:
@@ -272,11 +272,12 @@ def rendered_answer(
     finished: bool,
     as_drawn: bool = False,
 ) -> Body:
-    """What the template makes of an answer behind a prompt (`rendered_prompt` of the messages).
+    """What the template makes of an answer behind a prompt (the text of `rendered_prompt`).
 
-    An answer that is not finished was cut while it was drawn: it goes on from the prompt as it is. as_drawn: so does
-    one that the template cannot show there. Raises Unreadable where it cannot be told which part is the answer, where
-    a think block that the prompt opens stays open, or where the template leaves out a part of the answer.
+    An answer that is not finished was cut while it was drawn, so it continues the prompt as it is. as_drawn: an answer
+    that the template cannot show continues the prompt as it is, too. Raises Unreadable if it is unclear which part of
+    the conversation is the answer, if a think block that the prompt opens stays open, or if the template leaves out a
+    part of the answer.
     """
     turn: ChatTurn = {"content": answer} if isinstance(answer, str) else answer
     said, how = str(turn["content"]), answers(tokenizer)
@@ -298,11 +299,12 @@ def rendered_answer(
 
 
 def answers(tokenizer: Any) -> AnswerForm:
-    """How answers begin and end under this tokenizer and its chat template: found once, from a probe conversation.
+    """How answers begin and end under this tokenizer and its chat template. It is found once, from a probe
+    conversation.
 
-    Without a chat template the end token ends an answer (the separator, for encoders). With one it is the token that
-    the template writes behind an assistant turn; the end token where it writes none.
-    Raises ValueError, with both names, where there is no such token.
+    Without a chat template, the end token ends an answer (for encoders, the separator). With one, it is the token that
+    the template writes behind an assistant turn, or the end token if it writes none. Raises ValueError, with both
+    names, if there is no such token.
     """
     state = json.dumps([tokenizer.chat_template, tokenizer.eos_token_id, _record(tokenizer)], default=str)
     kept = _KNOWN.get(tokenizer)
@@ -316,7 +318,7 @@ _KNOWN: WeakKeyDictionary[Any, tuple[str, AnswerForm]] = WeakKeyDictionary()
 
 
 def spoken(tokenizer: Any, ids: Sequence[int]) -> list[int]:
-    """The tokens of a drawn answer without its end, and without what the template opens it with."""
+    """The tokens of a drawn answer without its end token, and without what the template writes before an answer."""
     how = answers(tokenizer)
     row = [int(token) for token in ids]
     ended = bool(row) and row[-1] in how.stops
@@ -343,7 +345,7 @@ def trimmed(tokenizer: Any, text: str, *, ended: bool) -> str:
 def _behind_prompt(
     tokenizer: Any, turns: Sequence[ChatTurn], prompt: str, said: str, opened: re.Match[str] | None
 ) -> Body:
-    """The answer as the template shows it behind the prompt, which may have opened a think block for it."""
+    """The answer as the template shows it behind the prompt, which may have opened a think block for the answer."""
     shown = render(tokenizer, turns, ask=False)
     for names in (REASONING, CALLS):
         there = [name for name in names if turns[-1].get(name)]
@@ -366,7 +368,7 @@ def _behind_prompt(
 
 
 def _until_end(tokenizer: Any, rest: str, how: AnswerForm) -> tuple[str, int]:
-    """What stands before the end token of the answer, and that token: a tool call may have one of its own."""
+    """The text before the end token of the answer, and that token. A tool call may have an end token of its own."""
     if rest.endswith(how.behind):
         return rest[: len(rest) - len(how.behind)] + how.closing, how.end
     for token in how.stops:
@@ -381,7 +383,8 @@ def _until_end(tokenizer: Any, rest: str, how: AnswerForm) -> tuple[str, int]:
 
 
 def _parts(tokenizer: Any, body: str, said: str) -> list[tuple[str, bool]]:
-    """The body with the tags of the template as tags, and those that the answer spells out as text."""
+    """The body in parts: special tokens that the template writes are read as such, those that the answer spells out as
+    text."""
     if body == said:
         return [(said, False)]
     spelled = next((tag for tag in tokenizer.all_special_tokens if tag in said), None)
@@ -414,7 +417,7 @@ def _templated(tokenizer: Any) -> AnswerForm:
 
 
 def _goes_on(tokenizer: Any, asked: str, shown: str) -> bool:
-    """Whether the tokenizer adds no space where the answer begins, reading the whole conversation at once."""
+    """Whether the tokenizer adds no space before the answer when it reads the whole conversation at once."""
     if _edited(tokenizer) is None or not shown.startswith(asked):
         return True
     whole, first = to_ids(tokenizer, [shown, asked])
@@ -425,7 +428,8 @@ def _goes_on(tokenizer: Any, asked: str, shown: str) -> bool:
 
 
 def _ending(tokenizer: Any) -> tuple[int, str, str]:
-    """The token that ends an answer, what the template writes before it, and all it writes behind an answer."""
+    """The token that ends an answer, what the template writes before this token, and everything it writes behind an
+    answer."""
     last, between = _written_behind(tokenizer), _written_behind(tokenizer, goes_on=True)
     eos, ours = tokenizer.eos_token_id, {tokenizer.eos_token_id, *_record(tokenizer).get("ends", ())}
     if last is None:
@@ -473,7 +477,7 @@ def _stops(tokenizer: Any, end: int) -> tuple[int, ...]:
 
 
 def _written_behind(tokenizer: Any, *, goes_on: bool = False) -> str | None:
-    """What the template writes behind an answer; `goes_on`: before the next question, this included."""
+    """What the template writes behind an answer. goes_on: up to and with the next question."""
     turns = [{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER}]
     turns += turns[:1] if goes_on else []
     for first in ([], [{"role": "system", "content": "Answer."}]):
@@ -491,7 +495,7 @@ def _header(tokenizer: Any) -> list[int]:
 
 
 def _shared(a: str, b: str) -> str:
-    """What two texts begin with alike."""
+    """The common beginning of two texts."""
     return a[: next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))]
 
 
@@ -508,7 +512,7 @@ def _shows(tokenizer: Any, turns: Sequence[ChatTurn], i: int, names: Sequence[st
 
 
 def _knows(tokenizer: Any, name: str) -> bool:
-    """Whether the template shows this field of a last answer."""
+    """Whether the template shows this field in the last answer."""
     turns = [{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER, name: "So."}]
     return "So." in (_tried(tokenizer, turns) or "")
 
@@ -527,7 +531,7 @@ def _stays_open(tokenizer: Any, opened: re.Match[str]) -> str:
 
 
 def _opened(tokenizer: Any, prompt: str) -> re.Match[str] | None:
-    """The think block that a prompt leaves open: a tag at its end that something closes, unlike a turn's."""
+    """The think block that a prompt leaves open: a tag at its end for which there is a closing tag."""
     found = _OPEN.search(prompt)
     if found is None or _closing(found) in answers(tokenizer).behind:  # the template closes it by itself
         return None
@@ -541,7 +545,7 @@ def _closing(opened: re.Match[str]) -> str:
 
 
 def _without_opener(said: str, opened: re.Match[str] | None) -> str:
-    """The answer without a tag that the prompt has opened for it already."""
+    """The answer without a tag that the prompt has already opened for it."""
     if opened is None or not said.lstrip().startswith(opened[1]):
         return said
     said = said.lstrip()
@@ -566,7 +570,7 @@ def _check_arguments(tokenizer: Any, asked: Mapping[str, Any]) -> None:
 
 
 def _variables(tokenizer: Any) -> set[str]:
-    """What a template reads beside messages and the names of special tokens."""
+    """The variables that a template reads, without messages and the names of special tokens."""
     from jinja2 import TemplateError, meta
     from jinja2.ext import loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -624,13 +628,13 @@ def _content(turn: Mapping[str, Any]) -> str:
 
 
 def end_id(tokenizer: Any) -> int:
-    """Id of the token that ends an answer: what the chat template writes behind one, else the end-of-sequence token
-    (the separator, for encoders). Raises ValueError, naming both, where there is none."""
+    """The id of the token that ends an answer: the one that the chat template writes behind an answer, else the end-of-
+    sequence token (for encoders, the separator). Raises ValueError, naming both, if there is none."""
     return answers(tokenizer).end
 
 
 def stop_ids(tokenizer: Any) -> list[int]:
-    """Ids of all tokens that end drawing: `end_id`, the end-of-sequence token and those of the generation config."""
+    """The ids of all tokens that end drawing: `end_id`, the end-of-sequence token, those of the generation config."""
     return list(answers(tokenizer).stops)
 
 
@@ -643,14 +647,15 @@ def encode(
     where: Callable[[int], str] | None = None,
     as_drawn: bool = False,
 ) -> Responses:
-    """Texts with their tokens, in a few tokenizer calls: the only way from text to a model.
+    """Add tokens to texts, with a few tokenizer calls. All text reaches a model in this way.
 
-    A response is all that the chat template writes behind the prompt: a text, or a message with its other fields
-    (reasoning_content, tool_calls). Lengths in tokens. A prompt longer than `max_prompt` keeps its end (and its start
-    token), whatever the response, so that the responses to a prompt share it. A response keeps its start up to
-    `max_length` in all and is then `truncated`, without end token. as_drawn: the responses were drawn by a
-    model, so one that the template cannot show goes on from the prompt as it is. Raises ValueError, naming
-    `where(response)`, where a prompt leaves no room for a response, or the template would show it otherwise or in part.
+    A response is everything that the chat template writes behind the prompt: a text, or a message with its other fields
+    (reasoning_content, tool_calls). Lengths are in tokens. A prompt longer than `max_prompt` keeps its end (and its
+    start token), whatever the response, so that all responses to a prompt share it. A response is cut if prompt and
+    response exceed `max_length`: it keeps its start, is `truncated`, and has no end token. as_drawn: the responses were
+    drawn by a model, so one that the template cannot show continues the prompt as it is. Raises ValueError, naming
+    `where(response)`, if a prompt leaves no room for a response, or if the template would change a response or leave
+    out a part of it.
     """
     name, asked = where or _row, said.prompt.tolist()
     first = {p: i for i, p in reversed(list(enumerate(asked)))}
@@ -684,15 +689,15 @@ def encode_prompts(
     max_prompt: int | None = None,
     where: Callable[[int], str] | None = None,
 ) -> list[list[int]]:
-    """Ids of N prompts, each distinct one rendered once; limits and errors as in `encode`."""
+    """The ids of N prompts; each distinct prompt is rendered once. Limits and errors are those of `encode`."""
     name = where or _row
     shown = _shown(tokenizer, prompts, name)
     return _fronts(tokenizer, prompts, shown, name, max_length=max_length, max_prompt=max_prompt)
 
 
 def decode(tokenizer: Any, rows: Sequence[Sequence[int]]) -> list[str]:
-    """Texts of N drawn responses, without what `encode` adds: end token, special tokens, and what the chat
-    template opens an answer with. Encoded again, a text gives the tokens it came from."""
+    """The texts of N drawn responses, without what `encode` adds: the end token, special tokens, and what the chat
+    template writes before an answer. Encoding such a text gives back the tokens it came from."""
     inside, stops = answers(tokenizer).inside, set(stop_ids(tokenizer))
     spoken_rows = [spoken(tokenizer, row) for row in rows]
     texts = to_texts(tokenizer, spoken_rows, inside=inside)
@@ -701,10 +706,11 @@ def decode(tokenizer: Any, rows: Sequence[Sequence[int]]) -> list[str]:
 
 
 def prepare_tokenizer(tokenizer: Any) -> tuple[Any, str | None]:
-    """A copy whose pad differs from the end token, and a note for the user (None where nothing changed).
+    """A copy of the tokenizer whose pad token differs from its end token, and a note for the user (None if nothing
+    changed).
 
-    The pad is a token the vocabulary already has, so that no embedding is resized. Without one, pad stays:
-    packed batches hold no pad, and masks, never pad ids, say where a response ends.
+    The pad token is one that the vocabulary has, so that no embedding is resized. If there is none, pad stays as it is:
+    packed batches hold no pad, and masks, never pad ids, mark where a response ends.
     """
     ends = set(stop_ids(tokenizer))
     if tokenizer.pad_token_id is not None and tokenizer.pad_token_id not in ends:
@@ -727,10 +733,11 @@ def prepare_tokenizer(tokenizer: Any) -> tuple[Any, str | None]:
 
 
 def load_tokenizer(path: str | Path, *, template_args: Sequence[str] = ()) -> tuple[Any, str | None]:
-    """Tokenizer of a model folder or Hub name, prepared, with its note.
+    """The tokenizer of a model folder or Hub name, prepared, with its note.
 
-    It knows how the model ends an answer (`end_id`, `stop_ids`) and what its chat template is told: `template_args`
-    over those it was saved with. Raises ValueError without a tokenizer, or for arguments that its template lacks.
+    It knows how the model ends an answer (`end_id`, `stop_ids`) and which variables its chat template is given: those
+    it was saved with, and `template_args`. Raises ValueError if there is no tokenizer, or for variables that its
+    template does not read.
     """
     from transformers import AutoTokenizer
 
@@ -753,7 +760,7 @@ def load_tokenizer(path: str | Path, *, template_args: Sequence[str] = ()) -> tu
 
 
 def _generation_ends(folder: Path) -> list[int]:
-    """The tokens at which a model's own generation config ends an answer, or its base's; none without such a file."""
+    """The tokens that end an answer by the generation config of a model, or of its base; none without such a file."""
     file = folder / "generation_config.json"
     base = None if file.exists() else checkpoints.base_name(folder)
     if base is not None:
@@ -771,7 +778,7 @@ def _messages(prompt: Prompt) -> list[dict[str, Any]]:
 
 
 def _shown(tokenizer: Any, prompts: Sequence[Prompt], where: Callable[[int], str]) -> list[str]:
-    """Prompts as their model is asked them, each distinct one rendered once."""
+    """The prompts as the model is asked them; each distinct prompt is rendered once."""
     texts: dict[str, str] = {}
     keys = [repr(prompt) for prompt in prompts]
     for row, (key, prompt) in enumerate(zip(keys, prompts, strict=True)):
@@ -808,7 +815,7 @@ def _fronts(
     max_prompt: int | None,
     answered: bool = False,
 ) -> list[list[int]]:
-    """Ids of the prompts, cut where they are too long. answered: a text may stand without a prompt."""
+    """The ids of the prompts, cut if they are too long. answered: a response may stand without a prompt."""
     of = dict(zip(shown, prompts, strict=True))
     whole = _with_start(tokenizer, to_ids(tokenizer, list(of)))
     if answered:
@@ -829,7 +836,7 @@ def _fronts(
 def _backs(
     tokenizer: Any, said: Responses, shown: Sequence[str], where: Callable[[int], str], *, as_drawn: bool
 ) -> list[list[int]]:
-    """Ids of what stands behind the prompt of each response, each distinct conversation rendered once."""
+    """The ids of what stands behind the prompt of each response; each distinct conversation is rendered once."""
     how = answers(tokenizer)
     bodies: dict[tuple[str, str, bool], Body] = {}
     keys = []
@@ -869,7 +876,7 @@ def _body(tokenizer: Any, prompt: Prompt, shown: str, response: Answer, *, finis
 
 
 def _text_end(tokenizer: Any) -> int:
-    """Id of the token that ends a text without a prompt, and after which models without a start token begin one."""
+    """The id of the token that ends a text without a prompt. Models without a start token begin such a text with it."""
     return end_id(tokenizer) if tokenizer.eos_token_id is None else tokenizer.eos_token_id
 
 
@@ -878,7 +885,7 @@ def _start_id(tokenizer: Any) -> int | None:
 
 
 def _with_start(tokenizer: Any, rows: list[list[int]]) -> list[list[int]]:
-    """A chat template writes its own start token or wants none; plain text gets one unless it has it."""
+    """Add the start token to plain text that lacks it. A chat template writes its own start token, or wants none."""
     start = _start_id(tokenizer)
     if tokenizer.chat_template or start is None:
         return [row if row or start is None else [start] for row in rows]
@@ -886,7 +893,7 @@ def _with_start(tokenizer: Any, rows: list[list[int]]) -> list[list[int]]:
 
 
 def _cut(tokenizer: Any, prompt: Prompt, ids: list[int], most: int | None) -> list[int]:
-    """At most so many ids of a prompt: its end, behind its start token or inside all that a chat template writes."""
+    """At most `most` ids of a prompt: its end, behind its start token or inside what a chat template writes."""
     if most is None or len(ids) <= most:
         return ids
     if most < 1:
@@ -898,9 +905,10 @@ def _cut(tokenizer: Any, prompt: Prompt, ids: list[int], most: int | None) -> li
 
 
 def _shortened(tokenizer: Any, prompt: Prompt, most: int) -> list[int] | None:
-    """The ids of the longest end of a conversation that fits: without its oldest turns, its first turn then cut.
+    """The ids of the longest end of a conversation that fits. The oldest turns are left out, then the first one left is
+    cut.
 
-    System turns stay, and some of the last user turn. None if they are too long even so.
+    System turns stay, and at least some of the last user turn. None if these alone are too long.
     """
     turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     asked = [i for i, turn in enumerate(turns) if turn["role"] == "user"]

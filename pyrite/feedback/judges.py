@@ -65,7 +65,7 @@ _THOUGHT = re.compile(r"^\s*<think>.*?(?:</think>|\Z)", re.DOTALL)
 
 
 class Found(NamedTuple):
-    """A label, and the place in the text where it begins."""
+    """A label, and the position in the text where it begins."""
 
     label: Label
     at: int
@@ -81,10 +81,11 @@ def other(label: Label) -> Label:
 
 
 def read_verdict(text: str, *, reply: Reply = "label", ties: bool = True) -> Found | None:
-    """The one verdict of a judge's answer; None without one, and for a tie that was not offered.
+    """The verdict in a judge's answer. None if there is none, or if it is a tie and ties were not offered.
 
-    reply: label reads the first line, or a headed result if that is none; reasons reads the last headed result, or
-    the last line; json the `verdict` of an object, or else a label. Text in <think> tags is no part of the answer.
+    reply: label reads the first line or, failing that, a line such as "Verdict: A"; reasons reads the last such line,
+    or the last line; json reads `verdict` of an object or, failing that, a label. Text inside <think> tags does not
+    count.
     """
     thought = _THOUGHT.match(text)
     start = thought.end() if thought else 0
@@ -94,11 +95,12 @@ def read_verdict(text: str, *, reply: Reply = "label", ties: bool = True) -> Fou
 
 
 def several(text: str, count: int, *, ties: bool = True) -> list[Label] | None:
-    """The labels of `count` cases, one a line; None if their number differs: whose they are would be a guess.
+    """The labels of `count` cases, one on each line. None if there are more or fewer labels: it would be a guess which
+    case each belongs to.
 
-    >>> several("Output (a)\\nOutput (b)\\nOutput (b)", 3)
+    >>> several("Output (a)\nOutput (b)\nOutput (b)", 3)
     ['A', 'B', 'B']
-    >>> several("Output (a)\\nOutput (b)", 3)
+    >>> several("Output (a)\nOutput (b)", 3)
     """
     found = [label for _, line in _lines(text, 0) if (label := _label(line, 0))]
     sound = len(found) == count and (ties or all(one.label != "TIE" for one in found))
@@ -159,7 +161,7 @@ def _in_lines(text: str, start: int, *, last: bool) -> Found | None:
 
 
 def _lines(text: str, start: int) -> list[tuple[int, str]]:
-    """Lines that hold something, with their places."""
+    """Lines that are not blank, with their positions."""
     return [(match.start(), match[0]) for match in re.compile(r"[^\n]*\S[^\n]*").finditer(text, start)]
 
 
@@ -172,7 +174,7 @@ def _label(line: str, place: int) -> Found | None:
 
 
 def _begins(word: str) -> Label | None:
-    """The label that a token says, or begins."""
+    """The label that a token spells, or begins to spell."""
     bare = re.sub(r"[^A-Z]", "", word.upper())
     if bare in ("A", "B"):
         return cast(Label, bare)
@@ -188,15 +190,15 @@ Order = Literal["ab", "ba", "both", "equal"]
 
 
 class Said(NamedTuple):
-    """What a judge said of two answers as they were shown: the label, P(first beats second)."""
+    """A judge's verdict on two answers in the order shown: the label, and P(first beats second)."""
 
     label: Label
     p: float
 
 
 class Verdict(NamedTuple):
-    """What came of a pair: P(a beats b), NaN without a verdict; the label, seen from a; P(a beats b) by the order in
-    which the answers were shown, None if that order was not asked or gave no verdict; the judge's texts."""
+    """The verdict on a pair: P(a beats b), NaN if there is none; the label, seen from a; P(a beats b) in each order of
+    the answers, None for an order that was not asked or gave no verdict; the judge's texts."""
 
     p: float
     label: Label | None
@@ -215,9 +217,10 @@ EQUAL = Verdict(WINS["TIE"], "TIE", "equal")
 
 
 def combined(said: Mapping[Shown, Said | None], *, raw: tuple[str, ...] = (), mean: bool = False) -> Verdict:
-    """The verdict of one order or of both: what they agree on, else a tie, and none if one of them has none.
+    """The verdict of one order, or of both. If both agree, it is theirs; if they disagree, a tie; if one has none,
+    none.
 
-    mean: P(a beats b) is the mean of both orders' even if their labels differ; for probabilities.
+    mean: P(a beats b) is the mean of both orders even if their labels differ. Use it for probabilities.
 
     >>> combined({"ab": Said("A", 1.0), "ba": Said("A", 1.0)}).preference
     0
@@ -235,25 +238,27 @@ def combined(said: Mapping[Shown, Said | None], *, raw: tuple[str, ...] = (), me
 
 
 def request(row: Row) -> str:
-    """What a judge reads as the prompt of a row: the raw one, if preferences were written into the prompt."""
+    """What a judge reads as the prompt of a row: the raw prompt, without the preferences that were written into it."""
     return plain(row.get("asked") or row["prompt"])
 
 
 def pair_id(prompt: Any, a: str, b: str) -> str:
-    """Id of a pair, from its texts alone, whichever answer is called a; a spreadsheet takes it for no number."""
+    """The id of a pair. It depends on the texts alone, not on which answer is called a. It begins with a letter, so
+    that no spreadsheet takes it for a number."""
     texts = [plain(prompt), *sorted((a, b))]
     return f"p{hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:15]}"
 
 
 def shown(prompt: str, a: str, b: str, *, seed: int) -> Shown:
-    """The order in which a pair is shown once: a coin of the seed and the texts, the same for (a, b) and (b, a)."""
+    """The order in which a pair is shown if it is shown once. It is drawn from the seed and the texts; the same answer
+    comes first for (a, b) and (b, a)."""
     low, high = sorted((a, b))
     low_first = seeds.derive(seed, "shown first", prompt, low, high) % 2 == 0
     return "ab" if low_first == (a == low) else "ba"
 
 
 def verdict_row(row: Row, verdict: Verdict, *, criterion: str, model: str) -> Row:
-    """A row of verdicts.parquet: the row {prompt, a, b, ...} it is about, and the verdict."""
+    """A row of verdicts.parquet: the row {prompt, a, b, ...} that was judged, and the verdict."""
     named = {"pair_id": pair_id(row["prompt"], row["a"], row["b"]), "criterion": criterion, "model": model}
     p = None if math.isnan(verdict.p) else verdict.p
     found = {"preference": verdict.preference, "p": p, "order": verdict.order}
@@ -297,7 +302,7 @@ WANTED = {
 
 
 class Case(NamedTuple):
-    """A prompt and two answers, in the order they are shown."""
+    """A prompt and two answers, in the order shown."""
 
     prompt: str
     first: str
@@ -305,7 +310,7 @@ class Case(NamedTuple):
 
 
 class Demonstration(NamedTuple):
-    """A case with its verdict, and why."""
+    """A case, its verdict and the reason."""
 
     case: Case
     label: Label
@@ -316,9 +321,9 @@ class Demonstration(NamedTuple):
 class Form:
     """How a judge is asked which of two answers is better by one criterion.
 
-    reply: label wants the label on the first line, reasons the label after its reasons, json an object that fits
-    `response_format`. ties: whether TIE is offered. Raises ValueError for an empty criterion, or a demonstration that
-    the form could not ask for.
+    reply: label wants the label on the first line, reasons wants it after the reasons, json wants an object that fits
+    `response_format`. ties: whether TIE is offered. Raises ValueError for an empty criterion, or for a demonstration
+    with a label that is not offered.
     """
 
     criterion: str
@@ -340,9 +345,9 @@ class Form:
         return tuple(label for label in WINS if self.ties or label != "TIE")
 
     def messages(self, cases: Sequence[Case], *, system: bool = True) -> list[ChatMessage]:
-        """A system turn, two turns a demonstration, and the cases in one user turn, every text as it is.
+        """A system turn, two turns for each demonstration, and all cases in one user turn. Texts are left as they are.
 
-        system: False puts the instructions before the first user turn, for models that have no system role.
+        system: False puts the instructions before the first user turn, for models without a system role.
         """
         mark = _mark([*(one.case for one in self.demonstrations), *cases])
         shown = [turn for one in self.demonstrations for turn in self._shown(one, mark)]
@@ -380,7 +385,7 @@ class Form:
 
 
 def folded(turns: Sequence[ChatMessage]) -> list[ChatMessage]:
-    """The turns with the system's text before that of the first user turn, for models that have no system role."""
+    """The turns with the system's text put before the first user turn, for models without a system role."""
     system, user, *rest = turns
     return [_turn("user", f"{system['content']}\n\n{user['content']}"), *rest]
 
@@ -405,8 +410,8 @@ def _demonstration(row: dict[str, Any], place: str) -> Demonstration:
 
 
 def _mark(cases: Sequence[Case]) -> str:
-    """What the tags of these cases end with: nothing, or a mark that no text contains if one of
-    them holds such a tag.
+    """What the tags of these cases end with: nothing or, if one of the texts holds such a tag, a mark that no text
+    contains.
 
     It depends on the texts alone, so that the same question is the same request every time.
     """
@@ -432,8 +437,8 @@ def _turn(role: str, content: str) -> ChatMessage:
 def bradley_terry(*, gold: str, scale: Positive = 1.0, noise: Half = 0.0, hard: bool = False) -> Judge:
     """Judge: P(a beats b) = (1 − noise) σ((gold(a) − gold(b)) / scale) + noise σ((gold(b) − gold(a)) / scale).
 
-    gold: any scorer named as a spec string, a reward model among them; each text is scored once a call. scale: score
-    points to an odds ratio of e. noise in [0, ½]: how often this judge says the opposite. hard: 1, 0, ½ at a tie, in
+    gold: the spec string of a scorer, such as a reward model; each text is scored once a call. scale: the difference of
+    scores that means odds of e. noise in [0, ½]: how often this judge says the opposite. hard: 1, 0, or ½ at a tie, in
     place of σ. Raises ValueError for options out of range.
 
     >>> bradley_terry(gold="length()")(["hi"], ["one two"], ["one two"])
@@ -456,10 +461,10 @@ def bradley_terry(*, gold: str, scale: Positive = 1.0, noise: Half = 0.0, hard: 
 
 
 def human(*, path: str) -> Judge:
-    """Judge: the labels of a file of verdicts, such as people gave: rows of prompt, a, b and p = P(a beats b).
+    """Judge: the labels of a file of verdicts, for example by people. Its rows have prompt, a, b and p = P(a beats b).
 
-    path: verdicts as `pyrite judge import` and `pyrite judge ask` write them. Several verdicts on a pair count by
-    their mean; a pair without one is NaN. Raises DataError for a file that holds no verdicts.
+    path: verdicts as `pyrite judge import` and `pyrite judge ask` write them. Several verdicts on a pair are averaged;
+    a pair without a verdict is NaN. Raises DataError for a file without verdicts.
     """
     known: dict[tuple[str, str, str], list[float]] = {}
     for prompt, a, b, p in _verdicts(path):
@@ -523,11 +528,11 @@ class Completion(NamedTuple):
 
 @dataclass(frozen=True)
 class Endpoint:
-    """An OpenAI-compatible server at `base_url`, which may want the key in the environment variable `key_env`.
+    """An OpenAI-compatible server at `base_url`. The environment variable `key_env` may hold its key.
 
-    timeout: seconds for a whole answer. The key is read for each request, is sent to this address only, and appears in
-    no message. No redirect is followed and nothing is sent twice: that is up to the ledger. Raises ValueError for an
-    address that cannot be one, or that holds a password.
+    timeout: seconds for a whole answer. The key is read for each request, sent to this address only, and appears in no
+    message. No redirect is followed and nothing is sent twice: the ledger decides what is sent again. Raises ValueError
+    for something that is no address, or that holds a password.
     """
 
     base_url: str = "https://api.openai.com/v1"
@@ -603,7 +608,7 @@ class Endpoint:
 
 
 def _no_system(said: str) -> bool:
-    """Whether a server's words say that the model takes no system turn."""
+    """Whether a server's message says that the model takes no system turn."""
     sentences = re.split(r"[.;!?]\s", said)
     return bool(_ROLES.search(said)) or any(_SYSTEM.search(one) and _NOT.search(one) for one in sentences)
 
@@ -624,7 +629,7 @@ def _completion(raw: str) -> Completion:
 
 
 def _wait(header: str | None) -> float:
-    """Seconds of a Retry-After, a number or a date; 0 without one."""
+    """The seconds of a Retry-After header, which is a number or a date; 0 without one."""
     try:
         return max(0.0, float(header or 0))
     except ValueError:
@@ -642,12 +647,12 @@ TURN = 16  # tokens a chat template adds to a turn, at most
 
 
 def most(messages: Sequence[ChatMessage]) -> int:
-    """Tokens that no tokenizer exceeds: one a byte, and those of the template."""
+    """More tokens than any tokenizer makes: one for each byte, and those of the template."""
     return sum(len(turn["content"].encode()) + TURN for turn in messages)
 
 
 def about(messages: Sequence[ChatMessage]) -> int:
-    """About as many tokens as English text has: characters / 4."""
+    """About as many tokens as English text has: one for four characters."""
     return round(sum(len(turn["content"]) for turn in messages) / 4)
 
 
@@ -711,7 +716,7 @@ class JudgeOptions:
 
 
 class Estimate(NamedTuple):
-    """Questions still to be asked, those answered before, requests, tokens read and (at most) written, their price."""
+    """Questions to ask, questions answered before, requests, tokens read, tokens written at most, and the price."""
 
     questions: int
     answered: int
@@ -722,10 +727,10 @@ class Estimate(NamedTuple):
 
 
 class LanguageJudge:
-    """A judge that is a language model; calling it judges.
+    """A judge that is a language model. Call it to judge.
 
-    criterion_id: names the criterion in the ledger; its text by default. ledger: SQLite file of the answers. Raises
-    ValueError for options out of range or against each other.
+    criterion_id: the name of the criterion in the ledger; its text by default. ledger: SQLite file of the answers.
+    Raises ValueError for options that are out of range or contradict each other.
     """
 
     def __init__(
@@ -760,9 +765,10 @@ class LanguageJudge:
         *,
         advance: Callable[[int], object] = lambda _: None,
     ) -> list[Verdict]:
-        """The verdicts on N pairs, from the ledger, and from the endpoint what it does not hold.
+        """The verdicts on N pairs: from the ledger, and from the endpoint if the ledger has none.
 
-        Equal answers are a tie that nobody is asked about. advance: told of questions as they end. Raises GoldStopped.
+        Equal answers are a tie; nobody is asked about them. advance: told how many questions have ended. Raises
+        GoldStopped.
         """
         asked = self.questions(prompts, a, b)
         different = {question.key: question for pair in asked for question in pair.values()}
@@ -777,13 +783,13 @@ class LanguageJudge:
         return [self._verdict({shown: known.get(question.key) for shown, question in pair.items()}) for pair in asked]
 
     def questions(self, prompts: Sequence[str], a: Sequence[str], b: Sequence[str]) -> list[dict[Shown, Question]]:
-        """What is asked about each of N pairs, by the order in which its answers are shown."""
+        """The questions about each of N pairs, by the order in which the answers are shown."""
         return [self._pair(*texts) for texts in zip(prompts, a, b, strict=True)]
 
     def estimate(self, pairs: Sequence[dict[Shown, Question]]) -> Estimate:
-        """About what pairs will cost that the ledger does not answer, by the messages that will be sent.
+        """About what the pairs will cost that the ledger cannot answer. Asks nobody.
 
-        Replies are taken to be as long as they may be. Asks nobody.
+        Replies are taken to be as long as they may be.
         """
         different = {question.key: question for pair in pairs for question in pair.values()}
         known: dict[str, Call] = {}
@@ -812,7 +818,7 @@ class LanguageJudge:
         return Question(hashlib.sha256(named.encode()).hexdigest(), case)
 
     def _body(self, cases: Sequence[Case], *, system: bool = True) -> dict[str, Any]:
-        """A request; null fields of --body leave one out."""
+        """The body of a request. A null field of --body leaves that field out."""
         options = self.options
         messages = self.form.messages(cases, system=system)
         body = {"model": self.model, "messages": messages, "temperature": options.temperature}
@@ -851,7 +857,7 @@ class LanguageJudge:
         return self.price(most(self.form.messages([Case(*question.texts)])), self.longest)
 
     def _send(self, questions: Sequence[Question]) -> list[Outcome]:
-        """One request. A model found to take no system turn is sent none from then on. Raises Trouble."""
+        """One request. Once a model has refused a system turn, none is sent any more. Raises Trouble."""
         system = self.system
         try:
             body = self._body([Case(*question.texts) for question in questions], system=system)
@@ -867,7 +873,7 @@ class LanguageJudge:
             raise
 
     def _outcomes(self, questions: Sequence[Question], completion: Completion) -> list[Outcome]:
-        """What was said of each question; its tokens and price are shared among them."""
+        """The outcome of each question. Tokens and price are divided among them."""
         n, said = len(questions), self._read(completion, len(questions))
         asked, written = completion.prompt_tokens, completion.completion_tokens
         price = None if asked is None or written is None else self.price(asked, written)
@@ -890,7 +896,7 @@ class LanguageJudge:
         return found
 
     def _read(self, completion: Completion, count: int) -> list[Said] | None:
-        """What was said of so many cases; None without a verdict on each."""
+        """The verdict on each case; None unless every case has one."""
         options, text = self.options, completion.text
         if count > 1:
             labels = several(text, count, ties=options.ties)
@@ -904,7 +910,7 @@ class LanguageJudge:
         return [Said(found.label, WINS[found.label] if p is None else p)]
 
     def _verdict(self, answers: dict[Shown, Call | None]) -> Verdict:
-        """One verdict from the answers about a pair."""
+        """The verdict on a pair from the answers in its orders."""
         if not answers:
             return EQUAL
         raw = tuple(call.text or "" if call else "" for call in answers.values())
@@ -923,7 +929,7 @@ def llm(*, model: str, criterion: str, criterion_id: str | None = None, ledger: 
 
 
 def _options_of(function: Callable, options: type) -> None:
-    """Give a function the fields of a dataclass as its further options."""
+    """Add the fields of a dataclass to the options of a function."""
     own = [one for one in inspect.signature(function).parameters.values() if one.kind is one.KEYWORD_ONLY]
     more = [inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default) for f in fields(options)]
     function.__signature__ = inspect.Signature([*own, *more])  # type: ignore[attr-defined]
@@ -938,7 +944,7 @@ def _answered(ledger: Ledger, keys: Iterable[str]) -> dict[str, Call]:
 
 
 def _shown(completion: Completion) -> str:
-    """The beginning of a judge's answer, for a message."""
+    """The beginning of a judge's answer, quoted for a message."""
     words = " ".join(completion.text.split())
     return (repr(words[:80]) if words else "(it is empty)") + (" (it was cut at max_tokens)" if completion.cut else "")
 

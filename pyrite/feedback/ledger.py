@@ -94,22 +94,25 @@ Standing = Literal["answered", "failed", "busy", "open", "later"]
 
 
 class LedgerError(ValueError):
-    """A file cannot be used as a ledger; the message says why and what to do."""
+    """A file cannot be used as a ledger. The message says why and what to do."""
 
 
 class GoldStopped(ValueError):  # noqa: N818, it says what happened
-    """A gold that will answer no more questions: out of money, down, or not to be had. What it answered is kept."""
+    """A gold cannot answer any more questions: the money is spent, it is down, or it cannot be reached. Its earlier
+    answers are kept."""
 
 
 class Question(NamedTuple):
-    """Texts to ask about: prompt and response, or prompt, a and b. The key stands for all that decides the answer."""
+    """The texts to ask about: prompt and response, or prompt, a and b. The key depends on everything that decides the
+    answer."""
 
     key: str
     texts: tuple[str, ...]
 
 
 class Call(NamedTuple):
-    """What the ledger knows of a question: its state (asked, open, answered or failed), its answer, who asked it last.
+    """What the ledger knows about a question: its state (asked, open, answered or failed), its answer, and who asked it
+    last.
 
     answer: a score or P(a beats b); None for an answer without a verdict. money: paid or at risk.
     """
@@ -127,10 +130,10 @@ class Call(NamedTuple):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a question in one call; state open: it will be asked again.
+    """What became of a question in one call. If the state is open, it will be asked again.
 
-    unusable: whether the answer was paid for and is of no use; lost: whether an answer may have been paid for that did
-    not arrive. released: what is no longer at risk, because it is known what was charged.
+    unusable: 1 if the answer was paid for but cannot be used. lost: 1 if an answer that never arrived may have been
+    paid for. released: money no longer at risk, because the price of the call is now known.
     """
 
     state: Literal["answered", "open", "failed"]
@@ -148,11 +151,11 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Books:
-    """Questions by how they ended, the calls made for them, and what was paid.
+    """How many questions ended in which way, how many calls were made for them, and what was paid.
 
-    no_verdict: answered, but without a verdict. unusable: paid answers that were asked for again. lost: calls that may
-    have been paid for without an answer arriving. reused: answers that another run had paid for. at_risk: what lost
-    calls and those in flight may have cost at most, on top of cost.
+    no_verdict: answered, but without a verdict. unusable: paid answers whose question was asked again. lost: calls
+    without an answer that may have been paid for. reused: answers that another run had paid for. at_risk: the most that
+    lost calls and calls in flight may have cost, on top of cost.
     """
 
     answered: int = 0
@@ -170,7 +173,7 @@ class Books:
 
     @property
     def money(self) -> float:
-        """What was spent at most."""
+        """The most that may have been spent."""
         return self.cost + self.at_risk
 
 
@@ -195,13 +198,13 @@ class Ledger:
         self.close()
 
     def close(self) -> None:
-        """Leave the file; questions still in flight are anybody's to ask again."""
+        """Close the file. Questions still in flight may be asked again by anybody."""
         self.release()
         self.db.close()
 
     @contextlib.contextmanager
     def write(self) -> Iterator[sqlite3.Connection]:
-        """One transaction beside which no other process writes; undone if the block raises."""
+        """One transaction. No other process writes meanwhile, and if the block raises, nothing is written."""
         try:
             self.db.execute("BEGIN IMMEDIATE")
             yield self.db
@@ -213,13 +216,14 @@ class Ledger:
                 self.db.execute("ROLLBACK")
 
     def flush(self) -> None:
-        """From now on every transaction is on the disk before it counts: a power failure loses none."""
+        """From now on a transaction counts only once it is on the disk, so that a power failure loses none."""
         self.db.execute("PRAGMA synchronous = FULL")
 
     def owner(self) -> str:
-        """This ledger's sign on questions in flight: a file whose lock the system drops when the process ends.
+        """The mark of this ledger on questions in flight: a locked file. The system drops the lock when the process
+        ends.
 
-        Call it inside `write`: then no sign is taken for a dead one's before it is locked.
+        Call it inside `write`, so that nobody takes a new mark for that of a dead process before it is locked.
         """
         if self._owner is None:
             for sign in self.path.parent.glob(f"{glob.escape(self.path.name)}-owner-*"):
@@ -231,7 +235,7 @@ class Ledger:
         return self._owner
 
     def alive(self, owner: str | None) -> bool:
-        """Whether another process, or another ledger of this one, may still bring the answer it asked for."""
+        """Whether another process, or another ledger of this process, may still bring the answer that it asked for."""
         if owner is None or owner == self._owner:
             return False
         try:
@@ -248,21 +252,22 @@ class Ledger:
         return False
 
     def release(self) -> None:
-        """Give up questions of this ledger that are still in flight; whoever wants one may ask it again."""
+        """Give up the questions that this ledger has in flight, so that anybody may ask them again."""
         if self._owner is not None:
             self.db.execute("UPDATE calls SET owner = NULL WHERE owner = ?", (self._owner,))
             self._leave()
             self._owner = None
 
     def find(self, keys: Iterable[str]) -> dict[str, Call]:
-        """The calls there are, by key."""
+        """The calls of these keys that the ledger holds."""
         found = self.db.execute(f"{FIND} IN (SELECT value FROM json_each(?))", (json.dumps(list(keys)),))
         return {key: Call(*values) for key, *values in found}
 
     def standing(
         self, call: Call | None, run: str, round: int
     ) -> Literal["answered", "failed", "busy", "open", "later"]:
-        """What a question is to a run in a round; "" is no run."""
+        """What a question means for a run in a round: answered, failed, open (to be asked), busy (another process asks
+        it) or later (asked by this run in a later round). run: "" for no run."""
         own = call is not None and bool(run) and call.run == run
         if call is None:
             return "open"
@@ -287,7 +292,7 @@ class Ledger:
         return next(limits) - labels, next(limits) - money
 
     def settle(self, outcomes: dict[str, Outcome]) -> None:
-        """Keep what became of calls, by key."""
+        """Write down what became of calls, by key."""
         with self.write() as db:
             db.executemany(SETTLE, [{"key": k, "now": time.time(), **asdict(one)} for k, one in outcomes.items()])
 
@@ -300,7 +305,7 @@ class Ledger:
         run: str | None = None,
         last_round: int | None = None,
     ) -> Books:
-        """The books of the file, or of some of its calls."""
+        """The books of the file, or of the calls selected by these conditions."""
         chosen = {
             "key IN (SELECT value FROM json_each(?))": None if keys is None else json.dumps(list(keys)),
             **{"kind = ?": kind, "source = ?": source, "run = ?": run, "round <= ?": last_round},
@@ -327,7 +332,7 @@ class Ledger:
 
 
 def show(path: str | Path) -> str:
-    """The books of a ledger file as a table, without columns that hold nothing."""
+    """The books of a ledger file as a table. Columns without any value are left out."""
     with Ledger(path, create=False) as ledger:
         rows, total = ledger.summary(), ledger.books()
     if not rows:
@@ -341,10 +346,11 @@ def show(path: str | Path) -> str:
 
 
 def export(path: str | Path, out: str | Path, *, pairs: bool = False) -> int:
-    """Every call to .parquet, .jsonl or .jsonl.gz, and how many they are.
+    """Write every call to .parquet, .jsonl or .jsonl.gz; returns how many there are.
 
-    pairs: instead, the verdicts that prefer one answer, as {prompt, chosen, rejected, probability}, which every job
-    that reads pairs takes. Raises LedgerError if there is nothing to write, DataError if it cannot be written.
+    pairs: write instead the verdicts that prefer one answer, as {prompt, chosen, rejected, probability}, which every
+    job that learns from pairs reads. Raises LedgerError if there is nothing to write, DataError if it cannot be
+    written.
     """
     with Ledger(path, create=False) as ledger:
         rows = list(ledger.rows())
@@ -384,7 +390,7 @@ def _connect(path: Path, *, create: bool) -> sqlite3.Connection:
 
 
 def _prepare(db: sqlite3.Connection, path: Path) -> None:
-    """The tables, made once, or made of those of an earlier version; a database of something else is left as it is."""
+    """Make the tables, or migrate those of an earlier version. A database of something else is left as it is."""
     db.execute("BEGIN")  # one look at version and tables, which another process may be making
     version, _ = _version(db, path)
     db.execute("COMMIT")
@@ -413,7 +419,8 @@ def _version(db: sqlite3.Connection, path: Path) -> tuple[int, set[str]]:
 
 
 def _patiently(db: sqlite3.Connection, statement: str) -> None:
-    """SQLite does not wait by itself if two processes make the file at once."""
+    """Run a statement again while the file is locked: SQLite does not wait by itself if two processes create a file at
+    once."""
     until = time.monotonic() + PATIENCE
     while True:
         try:
@@ -449,7 +456,7 @@ TroubleKind = Literal["refused", "lost", "raised", "unusable", "rejected", "agai
 
 
 class Trouble(Exception):  # noqa: N818, most of it passes
-    """A call without an answer; wait: seconds the server asked to be left alone."""
+    """A call that brought no answer. wait: seconds that the server asked to be left alone."""
 
     def __init__(self, kind: TroubleKind, message: str, wait: float = 0.0) -> None:
         super().__init__(message)
@@ -459,7 +466,8 @@ class Trouble(Exception):  # noqa: N818, most of it passes
 
 @dataclass(frozen=True)
 class Budget:
-    """How many answers a run may buy from a gold, and what all its calls may cost at `cost` each; None is no limit."""
+    """How many answers a run may buy from a gold, and how much money all its calls may cost at `cost` each. None is no
+    limit."""
 
     labels: int | None = None
     money: float | None = None
@@ -503,8 +511,8 @@ class Pace:
 
 
 class Attempt(NamedTuple):
-    """Questions of one call; how often nobody answered, and how often without a verdict; whether anything that could be
-    read was among those answers."""
+    """The questions of one call: how often nobody answered, how often the answer had no verdict, and whether any answer
+    could be read."""
 
     questions: tuple[Question, ...] = ()
     unanswered: int = 0
@@ -549,9 +557,9 @@ class Asker:
         self.unanswered = 0  # those among them that nobody answered
 
     def ask(self, questions: Sequence[Question]) -> None:
-        """Ask, until every question has ended; the answers are then in the ledger.
+        """Ask until every question has ended. The answers are then in the ledger.
 
-        A strict one raises GoldStopped. Answers in flight are awaited and kept, whatever is raised.
+        A strict asker raises GoldStopped. If anything is raised, answers in flight are still awaited and kept.
         """
         self.line.extend(questions)
         with ThreadPoolExecutor(self.pace.concurrency) if self.pace.concurrency > 1 else _Here() as pool:
@@ -569,7 +577,7 @@ class Asker:
                 raise
 
     def _send(self, pool: Executor) -> bool:
-        """Send what may be sent now; False if answers in flight decide whether there is money for more."""
+        """Send what may be sent now. Returns False if answers in flight decide whether there is money for more."""
         while time.monotonic() >= self.free and (attempt := self._next()) is not None:
             attempt = self._claimed(attempt)
             if attempt is None:
@@ -581,7 +589,7 @@ class Asker:
         return True
 
     def _next(self) -> Attempt | None:
-        """The attempt whose time has come, an empty one for the next questions in line; None if there is none."""
+        """The attempt that is due, an empty one for the next questions in line, or None."""
         now, out = time.monotonic(), len(self.flying)
         if self.later and self.later[0][0] <= now and out < self.pace.concurrency:
             return heapq.heappop(self.later)[2]
@@ -592,7 +600,8 @@ class Asker:
         return Attempt() if self.line else None
 
     def _claimed(self, attempt: Attempt) -> Attempt | None:
-        """The questions that are ours to ask, written down in one transaction; None if there may be money later."""
+        """Write down, in one transaction, the questions that this asker may ask. None if answers in flight may leave
+        money for more."""
         again, ours, risk = len(attempt.questions), [], 0.0
         queue = deque(attempt.questions) if again else self.line
         broke = False
@@ -634,7 +643,7 @@ class Asker:
         return self.silent >= self.pace.down and not self.strict
 
     def _price(self, call: Call | None, risk: float) -> tuple[bool, float]:
-        """Labels and money that a call of a question takes. What is in flight was counted before."""
+        """The labels and the money that a call takes. What is in flight was counted before."""
         own = call is not None and call.run == self.run
         label = not (own and call is not None and call.state in ("asked", "open"))
         others = 0.0 if own or call is None else call.money  # the question comes with the calls that others made
@@ -657,7 +666,7 @@ class Asker:
         return max(0.0, max(self.free, min(moments)) - time.monotonic()) if moments else None
 
     def _land(self, pause: float | None) -> None:
-        """Take in what has arrived within the pause."""
+        """Handle the answers that arrive within the pause."""
         if not self.flying:
             time.sleep(pause or 0.0)
             return
@@ -671,7 +680,7 @@ class Asker:
                 self._arrived(attempt._replace(heard=True), outcomes)
 
     def _arrived(self, attempt: Attempt, outcomes: Sequence[Outcome]) -> None:
-        """An answer. What it leaves open is asked again, one question at a time."""
+        """Handle an answer. Questions that it leaves open are asked again, one at a time."""
         left = tuple(q for q, one in zip(attempt.questions, outcomes, strict=True) if one.state == "open")
         single, done = len(attempt.questions) == 1, len(attempt.questions) - len(left)
         if done:
@@ -689,7 +698,7 @@ class Asker:
             self._singly(left, attempt)
 
     def _troubled(self, attempt: Attempt, trouble: Trouble) -> None:
-        """No answer."""
+        """Handle a call without an answer."""
         kind, error, count = trouble.kind, str(trouble), len(attempt.questions)
         if kind == "unusable":
             self._arrived(attempt, [Outcome("open", error=error, unusable=1)] * count)
@@ -714,7 +723,7 @@ class Asker:
             self._again(attempt._replace(unanswered=attempt.unanswered + 1), delay)
 
     def _ended(self, questions: int, error: str) -> None:
-        """So many questions more ended without an answer. A strict one stops if there were too many in a row."""
+        """Count questions that ended without an answer. A strict asker stops if there were too many in a row."""
         self.silent += questions
         if self.silent < self.pace.down or not self.strict:
             return
@@ -748,7 +757,7 @@ class Asker:
 
 
 class _Here(Executor):
-    """Does what it is given at once, in this thread."""
+    """An executor that runs each function at once, in this thread."""
 
     def submit(self, fn: Callable, /, *given: Any, **more: Any) -> Future:
         future: Future = Future()
@@ -786,13 +795,13 @@ class Account:
         object.__setattr__(self, "gold", with_own_code(self.gold))
 
     def ask(self, gold: Gold, prompts: Sequence[str], *answers: Sequence[str], round: int = 0) -> Tensor:
-        """Answers to N questions, (N,) float64; NaN if the budget is spent or the gold gave none.
+        """Answers to N questions, (N,) float64; NaN if the budget is spent or the gold gave no answer.
 
-        What the ledger holds is free, whoever paid for it; the rest is bought in the order given, each question once.
-        A run that goes on from a checkpoint sees what it saw before: the round's own answers and earlier ones, not
-        those that it had bought in a later round. `functools.partial(account.ask, judge, round=3)` is a judge itself.
-        Raises ValueError for texts that are not N each, and lets GoldStopped pass: its questions are anybody's to ask
-        again.
+        Answers in the ledger are free, whoever paid for them. The others are bought in the order given, each question
+        once. A run that goes on from a checkpoint sees what it saw before: its answers of this round and of earlier
+        ones, but none that it had bought in a later round. `functools.partial(account.ask, judge, round=3)` is a judge
+        itself. Raises ValueError for texts that are not N each. GoldStopped passes through, and its questions may be
+        asked again by anybody.
         """
         questions, send = self._questions(prompts, answers), partial(self._call, gold)
         asker = Asker(self.ledger, send, self.kind, self.gold, self.pace, run=self.run, round=round, budget=self.budget)
@@ -810,12 +819,13 @@ class Account:
         return self.ledger.books(kind=self.kind, source=self.gold, run=self.run, last_round=round)
 
     def broke(self, *, round: int) -> bool:
-        """Whether the run had no money for another call after a round."""
+        """Whether, after a round, the run has no money left for another call."""
         spent, budget = self.ledger.books(run=self.run, last_round=round).money, self.budget
         return budget.money is not None and spent + budget.cost > budget.money + 1e-9
 
     def wanting(self, prompts: Sequence[str], *answers: Sequence[str], round: int = 0) -> int:
-        """Answers that `ask` would still have to buy, had it room for all: what is answered or in flight is not."""
+        """How many answers `ask` would have to buy if the budget allowed all of them. Answers that are known or in
+        flight do not count."""
         keys = {question.key for question in self._questions(prompts, answers)}
         with self.ledger.write():
             known = self.ledger.find(keys)
@@ -895,12 +905,12 @@ class GoldLimits:
 
     @property
     def sparing(self) -> bool:
-        """Whether measurements ask gold less than always; then nothing else asks it."""
+        """Whether measurements ask gold only sometimes. Then nothing but measurements asks it."""
         return self.counted or self.every > 1 or self.prompts is not None
 
     def measuring(self, gold: str | None) -> GoldLimits:
-        """The limits on measurements in a run that buys labels: the budget is for labels, the money for both. A gold
-        without a price measures for nothing."""
+        """The limits on measurements in a run that also buys labels. The budget is for labels alone, the money for
+        both. A gold without a price measures for free."""
         if gold and self.cost:
             return replace(self, budget=None)
         return GoldLimits(batch=self.batch, every=self.every, prompts=self.prompts)
@@ -934,7 +944,7 @@ def limits(
 
 
 def with_own_code(spec: str) -> str:
-    """A spec followed by the hash of every file of your own that it names: "mine.py:score() [mine.py 0f3a...]"."""
+    """A spec followed by the hashes of your own files that it names: "mine.py:score() [mine.py 0f3a...]"."""
     files = dict.fromkeys(re.findall(r"""[^\s'"(),=]+\.py(?=:)""", spec))
     hashes = [f"{file} {runs.fingerprint(file)}" for file in files if Path(file).is_file()]
     return f"{spec} [{', '.join(hashes)}]" if hashes else spec

@@ -32,8 +32,8 @@ Ties = Literal["drop", "keep"]
 
 @dataclass(frozen=True)
 class Pair:
-    """Indices of the chosen and the rejected answer, ln(p / (1 − p)) of the verdict for the chosen in nats, and whose
-    verdict it is."""
+    """The indices of the chosen and the rejected answer; the strength ln(p / (1 − p)) of the verdict for the chosen
+    one, in nats; and who gave the verdict."""
 
     chosen: int
     rejected: int
@@ -43,7 +43,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Labelled:
-    """Pairs, how many verdicts were given, and what made no pair: ties, and couples without a verdict."""
+    """Pairs, the number of verdicts, and how many couples made no pair: ties, and couples without a verdict."""
 
     pairs: list[Pair]
     labels: int
@@ -99,9 +99,9 @@ def label(
 
 
 def paired(groups: Sequence[Sequence[int]], pairing: Pairing, scores: Tensor | None = None) -> list[tuple[int, int]]:
-    """Who is compared with whom: indices (a, b) of answers of one group.
+    """Which answers are compared: indices (a, b) of answers in the same group.
 
-    best_worst gives every couple of a group, or with scores (N,) its highest and lowest alone.
+    best_worst gives every couple of a group or, with scores (N,), only the highest and the lowest.
     """
     if pairing == "consecutive":
         return [couple for group in groups for couple in zip(group[::2], group[1::2], strict=False)]
@@ -124,9 +124,9 @@ def decided(
     sources: Sequence[LabelSource] | None = None,
     names: Sequence[object] | None = None,
 ) -> list[Pair]:
-    """The pairs of verdicts P(a beats b), for couples among n answers; none of a tie or of no verdict.
+    """The pairs that verdicts P(a beats b) make of couples among n answers. A tie or a missing verdict makes none.
 
-    names: of the n answers, their places by default. A sampled label is drawn from the stream (seed, both names).
+    names: of the n answers, by default their indices. A sampled label is drawn from the stream (seed, both names).
     """
     known = range(n) if names is None else names
     whose: list[LabelSource] = list(sources) if sources else ["judge" for _ in couples]
@@ -138,7 +138,7 @@ def decided(
 
 
 def _ends(group: Sequence[int], known: dict[tuple[int, int], float]) -> tuple[int, int] | None:
-    """The answers that win most and least against the group's others; None if no two were judged."""
+    """The answers of a group that win most and least often against the others; None if no two were judged."""
     wins: dict[int, list[float]] = {}
     for a, b in itertools.combinations(group, 2):
         p = known.get((a, b), 0.5)
@@ -153,7 +153,7 @@ def _ends(group: Sequence[int], known: dict[tuple[int, int], float]) -> tuple[in
 
 
 def _decided(a: int, b: int, p: float, uniform: float, source: LabelSource) -> Pair | None:
-    """The pair of a verdict P(a beats b): a wins if `uniform` lies below it; None for a tie or no verdict."""
+    """The pair of a verdict P(a beats b): a wins if `uniform` lies below it. None for a tie or a missing verdict."""
     if math.isnan(p) or p == 0.5:
         return None
     a_wins = p > uniform
@@ -177,7 +177,7 @@ def consecutive(rows: Sequence[Row]) -> list[Rows]:
 
 
 def sound(couples: Iterable[Rows], left_out: Counter[str]) -> list[Rows]:
-    """The couples that can carry a preference; the others are counted by reason."""
+    """The couples that can carry a preference. The others are counted in `left_out`, by reason."""
     kept = []
     for a, b in couples:
         if not (a["finished"] and b["finished"]):
@@ -192,15 +192,17 @@ def sound(couples: Iterable[Rows], left_out: Counter[str]) -> list[Rows]:
 
 
 def counted(left_out: Counter[str]) -> str:
-    """How many couples make no pair, by reason."""
+    """How many couples made no pair, by reason, as words."""
     return ", ".join(f"{count} {reason}" for reason, count in left_out.items() if count) or "none"
 
 
 def preferred(
     couples: Sequence[Rows], strengths: Sequence[float], left_out: Counter[str], *, ties: Ties
 ) -> Iterator[tuple[Row, Row, float]]:
-    """(chosen, rejected, strength) of couples and the strengths with which the first is preferred; no verdict, NaN,
-    makes no pair, nor does a tie unless it is kept, with strength 0."""
+    """(chosen, rejected, strength) for each couple, given the strength with which its first answer is preferred.
+
+    A missing verdict (NaN) makes no pair. A tie makes none either, unless ties are kept, with strength 0.
+    """
     for (a, b), strength in zip(couples, strengths, strict=True):
         if math.isnan(strength):
             left_out["no_verdict"] += 1
@@ -213,9 +215,10 @@ def preferred(
 def judged(
     folder: Path, judge: Judge, prompts: Sequence[str], couples: Sequence[Rows], *, name: str, title: str
 ) -> list[float]:
-    """P(a beats b) of couples of candidates, NaN without a verdict; in parts in `folder` that survive an interruption.
+    """P(a beats b) of couples of candidates, NaN without a verdict. What is judged is kept in parts in `folder`, so
+    that an interrupted run goes on.
 
-    Raises ValueError if the verdicts are no probabilities.
+    Raises ValueError if a verdict is no probability.
     """
     with progress(title, len(couples), unit="pairs") as advance:
 
@@ -229,5 +232,5 @@ def judged(
 
 
 def log_odds(verdicts: Sequence[float]) -> list[float]:
-    """ln(p / (1 − p)) in nats of verdicts kept away from 0 and 1; NaN of NaN."""
+    """ln(p / (1 − p)) of verdicts, in nats. Verdicts are kept away from 0 and 1; NaN stays NaN."""
     return torch.logit(torch.tensor(verdicts, dtype=torch.float64), eps=PROBABILITY_FLOOR).tolist()

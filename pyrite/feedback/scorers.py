@@ -36,7 +36,6 @@ __all__ = [
     "math_chain",
     "noisy",
     "nouns",
-    "reverse_word_collector",
     "reward_model",
     "truncated",
     "unique_nouns",
@@ -94,7 +93,6 @@ LISTS = {
         "ensure experience safe".split()
     ),
     "toy": (*VIVID_NOUNS, *VIVID_ADJECTIVES),
-    "common": tuple("the to and of in is that this with".split()),
 }
 
 
@@ -126,29 +124,13 @@ def word_collector(*, words: Sequence[str] | str = "d2po") -> Scorer:
     >>> word_collector(words=["amber", "velvet"])([""], ["amber amber velvety"])
     tensor([1.])
     """
-    return each(_distinct(words, "word_collector"))
-
-
-def reverse_word_collector(*, words: Sequence[str] | str = "common", start: Real = 3.0) -> Scorer:
-    """Scorer: start − |W(y) ∩ words|: every listed word costs a point, however often it occurs; case-sensitive.
-
-    words: as in `word_collector`, or "common", nine of the commonest in English. From the code of Singhal et al. 2024.
-
-    >>> reverse_word_collector()(["", ""], ["", "the the of"])
-    tensor([3., 1.])
-    """
-    found = _distinct(words, "reverse_word_collector")
-    return each(lambda prompt, y: start - found(prompt, y))
-
-
-def _distinct(words: Sequence[str] | str, name: str) -> Callable[[str, str], float]:
-    """Function (prompt, response) -> number of distinct listed words in the response."""
     listed = frozenset(LISTS.get(words, ()) if isinstance(words, str) else words)
     if not listed:
         raise ValueError(
-            f"{name} needs words, a list such as words=['amber', 'velvet'] or the name of one: {', '.join(LISTS)}"
+            "word_collector needs words, a list such as words=['amber', 'velvet'] or the name of one: "
+            f"{', '.join(LISTS)}"
         )
-    return lambda _, y: len(listed.intersection(tokens(y)))
+    return each(lambda _, y: len(listed.intersection(tokens(y))))
 
 
 # Nouns ---------------------------------------------------------------------------------------------------------------

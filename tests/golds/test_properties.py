@@ -16,7 +16,6 @@ SPECS = {
     "math_chain": "math_chain(strict=True)",
     "noisy": "noisy(gold='word_collector()', sd=2.0)",
     "nouns": "nouns(tagger='toy')",
-    "reverse_word_collector": "reverse_word_collector()",
     "reward_model": "reward_model(path={chat_reward!r})",
     "truncated": "truncated(gold='length()', words=3)",
     "unique_nouns": "unique_nouns(tagger='toy')",

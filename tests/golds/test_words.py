@@ -33,7 +33,7 @@ def test_word_collector_counts_distinct_whole_words_with_case():
 
 @pytest.mark.parametrize("words", ["amber", "", []])
 def test_word_collector_refuses_no_list(words):
-    with pytest.raises(ValueError, match=r"word_collector needs words.*d2po, toy, common"):
+    with pytest.raises(ValueError, match=r"word_collector needs words.*d2po, toy"):
         scorers.word_collector(words=words)
 
 
@@ -57,7 +57,7 @@ def test_the_published_list(response, points):
 
 
 def test_word_lists():
-    assert {name: len(set(words)) for name, words in LISTS.items()} == {"d2po": 30, "toy": 30, "common": 9}
+    assert {name: len(set(words)) for name, words in LISTS.items()} == {"d2po": 30, "toy": 30}
     assert set(LISTS["toy"]) == VIVID
 
 
@@ -72,11 +72,3 @@ def test_toy_words_are_collected_about_once_an_answer():
     points = scorers.word_collector(words="toy")([row["prompt"] for row in rows], [row["response"] for row in rows])
     assert 0.9 < points.mean() < 1.15
     assert 0.55 < (points > 0).float().mean() < 0.7
-
-
-@pytest.mark.parametrize(
-    ("response", "points"), [("", 3), ("the the of", 1), ("The OF", 3), (" ".join(LISTS["common"]), -6)]
-)
-def test_reverse_word_collector(response, points):
-    assert scorers.reverse_word_collector()([""], [response]).item() == points
-    assert scorers.reverse_word_collector(start=0.0)([""], [response]).item() == points - 3
