@@ -216,8 +216,7 @@ class Ours:
 
     @classmethod
     def make(cls, case: Case, critic: str, by: Updates, *, ref: Any | None = None) -> Ours:
-        from pyrite.models.policy import Policy, RewardEnsemble, RewardModel
-        from pyrite.models.value import ValueModel, WithValue
+        from pyrite.models.policy import Policy, RewardEnsemble, RewardModel, ValueModel, WithValue
         from pyrite.training.loop import Learner, Training
         from pyrite.training.ppo import Critic, Learners, Reward
         from pyrite.training.rollouts import Players

@@ -11,8 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from pyrite.math.policy_gradient import KLControl
 from pyrite.models.loading import Lora
-from pyrite.models.policy import Policy
-from pyrite.models.value import ValueModel, WithValue
+from pyrite.models.policy import Policy, ValueModel, WithValue
 from pyrite.recipes import toy
 from pyrite.training.loop import Training
 from pyrite.training.ppo import Critic, Learners, Reward, Rollouts, State, collect, estimates

@@ -16,8 +16,7 @@ from pyrite.data.conditioning import Dimensions, Option, conditioned
 from pyrite.data.responses import Responses
 from pyrite.math import ensembles, seeds
 from pyrite.math.policy_gradient import gae, policy_loss, rloo, token_rewards, value_loss, whiten
-from pyrite.models.policy import Policy, RewardModel
-from pyrite.models.value import ValueModel, WithValue
+from pyrite.models.policy import Policy, RewardModel, ValueModel, WithValue
 from pyrite.training.loop import BatchLoss, Learner, Training
 from pyrite.training.ppo import Reward, Rollouts, batch_loss, collect, estimates, scored
 from pyrite.training.rollouts import Players

@@ -14,8 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from pyrite.data.responses import Responses
 from pyrite.models.forward import score
 from pyrite.models.loading import Lora
-from pyrite.models.policy import Policy, RewardModel
-from pyrite.models.value import ValueModel, WithValue
+from pyrite.models.policy import Policy, RewardModel, ValueModel, WithValue
 
 SHAPES = [(4, [3, 5, 1]), (1, [2]), (7, [6, 6])]
 
@@ -135,7 +134,7 @@ def test_adapters_are_saved_and_trained_on(tiny: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(again(again.pack(rows)), model(model.pack(rows)))
     names = [{name for name, p in one.named_parameters() if p.requires_grad} for one in (model, again)]
     assert names[0] == names[1]
-    with pytest.raises(ValueError, match="has adapters, which are trained on"):
+    with pytest.raises(ValueError, match="has adapters already, and training goes on with them"):
         ValueModel.load(tmp_path / "value", lora=Lora(r=2))
 
 

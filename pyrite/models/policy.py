@@ -1,6 +1,6 @@
-"""Policies and reward models: load, adapt, log-probabilities, scores, save.
+"""Policies, reward models and value models: load, adapt, log-probabilities, scores, values, save.
 
-Both run packed rows through the stock transformers model where its architecture allows it and padded
+All run packed rows through the stock transformers model where its architecture allows it and padded
 where it does not (an encoder, recurrent layers, unusual masks); rows that may not share a batch are run apart.
 """
 
@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -59,6 +60,7 @@ from pyrite.models.loading import (
     check_ids,
     draw_head,
     has_bare_head,
+    is_classifier,
     member_paths,
     one_trunk,
     opened,
@@ -69,6 +71,7 @@ from pyrite.models.loading import (
 )
 
 Pooling = Literal["last", "mean"]
+HEAD = "value_head.safetensors"  # beside a policy that has one
 REORDERED = frozenset({"xlnet", "xlm", "flaubert"})  # generate puts a mask behind the text, which a text has not
 
 
@@ -444,6 +447,77 @@ class RewardModel(nn.Module):
         if self.adapter and self.model.active_adapter != self.adapter:
             self.model.set_adapter(self.adapter, inference_mode=True)  # type: ignore[operator,arg-type]
         return backbone(self.model)
+
+
+class ValueModel(RewardModel):
+    """A reward model read before every response token: (score − mean) / std, what is still to come of the reward."""
+
+    def __init__(
+        self, model: PreTrainedModel | PeftModel, tokenizer: Any, *, mean: float = 0.0, std: float = 1.0
+    ) -> None:
+        super().__init__(model, tokenizer, mean=mean, std=std)
+        if not self.decodes:
+            raise ValueError(f"{type(backbone(model)).__name__} reads ahead: a value model needs a decoder model")
+
+    @classmethod
+    def load(cls, path: str | Path, *, lora: Lora | None = None, dtype: Dtype = "float32") -> ValueModel:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """From a reward model, whose head and standardization it takes over; or from any other model, at 0 everywhere.
+
+        lora: new adapters, which are trained beside the head in place of the trunk.
+        """
+        starts = not settings(path) and not is_classifier(path)
+        scorer = RewardModel.load(path, lora=lora, dtype=dtype, head_seed=0 if starts else None, head_std=0.0)
+        return cls(scorer.model, scorer.tokenizer, mean=scorer.mean, std=scorer.std)
+
+    def forward(self, batch: Packed) -> Tensor:
+        """The value before each of the R response tokens, (R,) float32: it has not seen the token."""
+        hidden = states(self._active(), batch, self.ways, pad=pad_of(self._active()))
+        return (self.read(hidden.index_select(0, places(batch).predictor)) - self.mean) / self.std
+
+    def values(self, batch: Packed) -> Tensor:
+        return self(batch)
+
+
+class WithValue(nn.Module):
+    """A policy and a linear head on its trunk, 0 at first and float32 throughout.
+
+    detach: the values' gradient stops at the head, so that the trunk is the policy's alone.
+    """
+
+    def __init__(self, policy: Policy, *, detach: bool = False) -> None:
+        super().__init__()
+        self.policy, self.detach = policy, detach
+        size = backbone(policy.model).config.get_text_config().hidden_size
+        self.head = nn.Linear(size, 1, device=policy.device)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    @property
+    def model(self) -> PreTrainedModel | PeftModel:
+        """The policy's."""
+        return self.policy.model
+
+    def pack(self, responses: Responses, groups: Groups | None = None) -> Packed:
+        """As the policy reads them, on its device."""
+        return self.policy.pack(responses, groups)
+
+    def forward(self, batch: Packed) -> Tensor:
+        """(2, R) float32: log-probability of each of the R response tokens, nats, and the value before it."""
+        hidden, logp = self.policy.read(batch)
+        return torch.stack([logp, self._value(hidden)])
+
+    def values(self, batch: Packed) -> Tensor:
+        """The values alone, (R,)."""
+        return self._value(self.policy.predicting(batch))
+
+    def save(self, folder: str | Path) -> None:
+        """The policy as it saves itself, and the head beside it."""
+        self.policy.save(folder)
+        save_file({name: value.contiguous() for name, value in self.head.state_dict().items()}, Path(folder) / HEAD)
+
+    def _value(self, hidden: Tensor) -> Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.head((hidden.detach() if self.detach else hidden).float()).squeeze(-1)
 
 
 def recompute(model: Policy | RewardModel) -> None:

@@ -36,8 +36,7 @@ from pyrite.math.policy_gradient import (
 )
 from pyrite.models.forward import Packed, score
 from pyrite.models.loading import Lora, member_paths
-from pyrite.models.policy import Policy, RewardEnsemble, RewardModel
-from pyrite.models.value import ValueModel, WithValue
+from pyrite.models.policy import Policy, RewardEnsemble, RewardModel, ValueModel, WithValue
 from pyrite.training import loop
 from pyrite.training.evaluation import gold_scores
 from pyrite.training.loop import BatchLoss, Learner, Training

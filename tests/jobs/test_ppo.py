@@ -17,8 +17,7 @@ from pyrite.core.runs import read_json, read_metrics
 from pyrite.data.conditioning import Variants
 from pyrite.data.responses import Responses
 from pyrite.jobs import ppo
-from pyrite.models.policy import Policy, RewardModel
-from pyrite.models.value import HEAD, ValueModel
+from pyrite.models.policy import HEAD, Policy, RewardModel, ValueModel
 from pyrite.training.evaluation import Evaluation
 from pyrite.training.loop import Training, TrainingError
 from pyrite.training.ppo import Rollouts
