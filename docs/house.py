@@ -120,9 +120,9 @@ def repeated_types() -> dict[str, list[str]]:
 
 def options(job: str) -> dict[str, str]:
     """The options of a job, as they are typed, with their text."""
-    described = importlib.import_module("pyrite.cli.help").described
+    declared = importlib.import_module("pyrite.math.ranges").declared
     schema = importlib.import_module(f"pyrite.jobs.{job}").Config
-    return {found.typed: found.text for one in get_args(schema) or [schema] for found in described(one)}
+    return {found.typed: found.text for one in get_args(schema) or [schema] for found in declared(one)}
 
 
 def size() -> dict[str, Any]:

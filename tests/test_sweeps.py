@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from pyrite.cli import parse, sweeps
-from pyrite.cli.help import described
 from pyrite.core import runs
+from pyrite.math.ranges import declared
 from pyrite.training.loop import Training
 
 
@@ -26,13 +26,13 @@ class Config:
 
 
 def axes(*arguments: str) -> dict[str, list[str]]:
-    return sweeps.axes(described(Config), parse.read(Config, ["--data", "d", "--out", "o", *arguments]))
+    return sweeps.axes(declared(Config), parse.read(Config, ["--data", "d", "--out", "o", *arguments]))
 
 
 def split(*arguments: str) -> dict[str, Config]:
     """The config of every combination, by its folder."""
     given = parse.read(Config, ["--data", "d", "--out", "o", *arguments])
-    points = sweeps.points(given, sweeps.axes(described(Config), given))
+    points = sweeps.points(given, sweeps.axes(declared(Config), given))
     return {folder: parse.make(Config, options, prog="x") for folder, options in points.items()}
 
 

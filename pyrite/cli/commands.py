@@ -17,10 +17,11 @@ from types import ModuleType
 from typing import Any, get_args
 
 from pyrite.cli import sweeps
-from pyrite.cli.help import KINDS, OLD_COMMANDS, OLD_KINDS, described, did_you_mean, help_text, names
+from pyrite.cli.help import KINDS, OLD_COMMANDS, OLD_KINDS, did_you_mean, help_text, names
 from pyrite.cli.parse import make, read
 from pyrite.core import processes, runs, specs
 from pyrite.core.processes import say, world
+from pyrite.math.ranges import declared
 
 LINES = 20  # of a summary on a terminal
 SIDE_BY_SIDE = 6  # figures in one of them
@@ -91,7 +92,7 @@ def _job(name: str, arguments: list[str]) -> None:
     if _helped(schema, arguments, prog):
         return
     given = read(schema, arguments, job=name)
-    axes = sweeps.axes(described(schema), given)
+    axes = sweeps.axes(declared(schema), given)
     configs = {folder: make(schema, options, prog=prog) for folder, options in sweeps.points(given, axes).items()}
     first = next(iter(configs.values()))
     _quiet()
@@ -144,7 +145,7 @@ def _schema(name: str, module: ModuleType, arguments: list[str]) -> tuple[type, 
 def _helped(schema: type, given: list[str], prog: str) -> bool:
     """Print help if it is asked for, or if nothing is given though something is required."""
     asked = {"-h", "--help", "--help-all"} & set(given)
-    if not asked and (given or not any(one.required for one in described(schema))):
+    if not asked and (given or not any(one.required for one in declared(schema))):
         return False
     _print(help_text(schema, prog, everything="--help-all" in asked))
     return True

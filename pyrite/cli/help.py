@@ -8,16 +8,14 @@ from __future__ import annotations
 import ast
 import difflib
 import importlib.util
-import inspect
 import pkgutil
 import textwrap
-from collections.abc import Iterable, Iterator
-from dataclasses import MISSING
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 from pyrite import __version__
-from pyrite.math import ranges
+from pyrite.math.ranges import ConfigOption, declared, kinds, words
 
 WIDTH = 100
 KINDS = {  # what `pyrite list KIND` lists, and the module that holds it
@@ -244,42 +242,9 @@ def _summary(module: str) -> str:
     return (ast.get_docstring(ast.parse(Path(spec.origin).read_bytes())) or "").partition("\n")[0]
 
 
-class ConfigOption(NamedTuple):
-    """One option of a Config, perhaps in a group."""
-
-    name: str
-    group: str
-    text: str
-    hint: Any
-    default: Any
-
-    @property
-    def required(self) -> bool:
-        return self.default is MISSING
-
-    @property
-    def typed(self) -> str:
-        """The option as it is typed."""
-        return f"--{_dashed(self.name)}"
-
-    @property
-    def several(self) -> bool:
-        """Whether it takes more than one value."""
-        return any(get_origin(kind) is tuple for kind in ranges.kinds(self.hint))
-
-
-def described(schema: Any) -> Iterator[ConfigOption]:
-    """Every option of a Config class and its groups, with the text below it."""
-    texts: dict[type, dict[str, str]] = {}
-    for owner, group, name, hint, default in ranges.declared(schema):
-        if owner not in texts:
-            texts[owner] = _texts(owner)
-        yield ConfigOption(name, group, texts[owner].get(name, ""), hint, default)
-
-
 def help_text(schema: type, prog: str, *, everything: bool) -> str:
     """The help of a job or recipe: what it does, required and common options, or all of them, and an example."""
-    known = list(described(schema))
+    known = list(declared(schema))
     needed = [one for one in known if one.required]
     others = [one for one in known if not one.required]
     common = [one for one in others if one.name in COMMON]
@@ -344,7 +309,7 @@ def _entry(head: str, text: str) -> list[str]:
 
 
 def _told(one: ConfigOption) -> str:
-    text, span = " ".join(one.text.split()), ranges.words(one.hint)
+    text, span = " ".join(one.text.split()), words(one.hint)
     if span and get_origin(one.hint) is not Literal and span not in text:
         text += f" {span[0].upper()}{span[1:]}."
     if one.required:
@@ -364,31 +329,19 @@ def _value(value: Any) -> str:
 
 def _metavar(one: ConfigOption) -> str:
     """What an option takes: a number, a choice, several."""
-    kinds = [kind for kind in ranges.kinds(one.hint) if kind is not type(None)]
-    if bool in kinds:
+    plain = [kind for kind in kinds(one.hint) if kind is not type(None)]
+    if bool in plain:
         return f"| --no-{_dashed(one.name)}"
     names = {int: "N", float: "X", str: "TEXT", Path: "PATH"}
-    inner = [part for kind in kinds for part in (get_args(kind) if get_origin(kind) is tuple else (kind,))]
+    inner = [part for kind in plain for part in (get_args(kind) if get_origin(kind) is tuple else (kind,))]
     told = dict.fromkeys(
         "|".join(map(str, get_args(kind))) if get_origin(kind) is Literal else names.get(kind, "TEXT")
         for part in inner
         if part is not ...
-        for kind in ranges.kinds(part)
+        for kind in kinds(part)
     )
     return "|".join(told) + (" ..." if one.several else "")
 
 
 def _dashed(name: str) -> str:
     return name.replace("_", "-")
-
-
-def _texts(schema: type) -> dict[str, str]:
-    """The text below each option of a Config class."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(schema))).body[0]
-    assert isinstance(body, ast.ClassDef)
-    return {
-        line.target.id: inspect.cleandoc(after.value.value)
-        for line, after in zip(body.body, body.body[1:], strict=False)
-        if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name)
-        if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) and isinstance(after.value.value, str)
-    }

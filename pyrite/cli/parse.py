@@ -13,8 +13,8 @@ from typing import Any, Literal, get_args, get_origin
 
 import yaml
 
-from pyrite.cli.help import ConfigOption, described, did_you_mean, is_old, unknown
-from pyrite.math import ranges
+from pyrite.cli.help import did_you_mean, is_old, unknown
+from pyrite.math.ranges import ConfigOption, check, declared, filled, kinds
 
 Given = dict[str, list[str]]
 
@@ -26,7 +26,7 @@ def parse(schema: type, arguments: Sequence[str], *, prog: str) -> Any:
 
 def read(schema: type, arguments: Sequence[str], *, job: str | None = None) -> Given:
     """The options typed, over those of `--config FILE`. Raises ValueError for one that the Config does not have."""
-    known = {one.name: one for one in described(schema)}
+    known = {one.name: one for one in declared(schema)}
     given: Given = {}
     values: list[str] | None = None
     for argument in arguments:
@@ -51,29 +51,29 @@ def read(schema: type, arguments: Sequence[str], *, job: str | None = None) -> G
 
 def make(schema: type, given: Given, *, prog: str) -> Any:
     """A Config from typed options, over its defaults. Raises ValueError for one that is missing or out of its range."""
-    known = list(described(schema))
+    known = list(declared(schema))
     for one in known:
         if one.required and one.name not in given:
             told = one.text.split(". ")[0].rstrip(".:")
             why = f" ({told})" if told else ""
             raise ValueError(f"{one.typed} is missing{why}; `{prog} --help` shows an example")
-    config = ranges.filled(schema, {one.name: _values(one, given[one.name]) for one in known if one.name in given})
-    ranges.check(config)
+    config = filled(schema, {one.name: _values(one, given[one.name]) for one in known if one.name in given})
+    check(config)
     return config
 
 
 def _values(one: ConfigOption, texts: list[str]) -> Any:
     """What was typed for an option, as its annotation has it."""
-    kinds = ranges.kinds(one.hint)
-    if Path in kinds and (not texts or "" in texts):
+    plain = kinds(one.hint)
+    if Path in plain and (not texts or "" in texts):
         raise ValueError(f"{one.typed} is empty: give a path")  # an empty path would be the current folder
-    for kind in kinds:
+    for kind in plain:
         if get_origin(kind) is tuple:
             inner = get_args(kind)
             if inner[-1] is not ... and len(texts) != len(inner):
                 raise ValueError(f"{one.typed}: {len(inner)} values are needed")
             return tuple(_value(one, inner[0] if inner[-1] is ... else inner[i], text) for i, text in enumerate(texts))
-    if kinds == [bool]:
+    if plain == [bool]:
         if texts not in ([], ["True"], ["False"]):
             raise ValueError(
                 f"{one.typed} {' '.join(texts)}: is a switch and takes no value; --no-{one.typed[2:]} is off"
@@ -88,7 +88,7 @@ def _values(one: ConfigOption, texts: list[str]) -> Any:
 
 def _value(one: ConfigOption, hint: Any, text: str) -> Any:
     wrong = ""
-    for kind in ranges.kinds(hint):
+    for kind in kinds(hint):
         if kind is types.NoneType:
             if text == "None":
                 return None

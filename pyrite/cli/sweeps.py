@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pyrite.cli.help import ConfigOption
 from pyrite.cli.parse import Given
 from pyrite.core import runs
 from pyrite.core.processes import on_main, say
 from pyrite.core.runs import Run
+from pyrite.math.ranges import ConfigOption
 
 
 def axes(known: Iterable[ConfigOption], given: Given) -> Given:

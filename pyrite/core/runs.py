@@ -25,7 +25,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, is_dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -444,7 +444,8 @@ def _differences(run: Run) -> list[str]:
         raise RunError(f"{run.folder}: holds a run of an earlier version, with other options; choose another --out")
     if before["job"] != run.config["job"]:
         return [f"job: {before['job']!r} there, {run.config['job']!r} now"]
-    theirs, mine, usual = about["identity"], _identity(run), _flat(_defaults(run.job))
+    theirs, mine = about["identity"], _identity(run)
+    usual = _plain(_options(type(run.job)))
     old, new = _flat(before), _flat(run.config)
     found = [
         f"{key}: {old.get(key, theirs.get(key, usual.get(key)))!r} there, {new.get(key)!r} now"
@@ -473,30 +474,14 @@ def _identity(run: Run) -> dict[str, Any]:
         return value
 
     found = {key: put(value) for key, value in _flat(run.config).items()}
-    for key, text in found.items():
-        if isinstance(text, str) and isinstance(_option(run.job, key), Path):
-            found[key] = os.path.realpath(os.path.expanduser(text))
-    return found
+    paths = {key: value for key, value in _options(run.job).items() if isinstance(value, Path) and key in found}
+    return found | {key: os.path.realpath(os.path.expanduser(found[key])) for key in paths}
 
 
-def _option(config: Any, name: str) -> Any:
-    """The value of an option, of those in groups by "training.lr"."""
-    for part in name.split("."):
-        config = getattr(config, part, None)
-    return config
-
-
-def _defaults(config: Any) -> dict[str, Any]:
-    """The values that options have if they are left out, groups as the options above them have them."""
-    found: dict[str, Any] = {}
-    for one in fields(config) if is_dataclass(config) else ():
-        factory = one.default_factory
-        value = one.default if factory is MISSING else factory()
-        if value is not MISSING:
-            found[one.name] = asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
-        elif is_dataclass(given := getattr(config, one.name)):
-            found[one.name] = _defaults(given)
-    return _plain(found)
+def _options(schema: Any) -> dict[str, Any]:
+    """The options of a job by their names in config.json: their values in a Config, their defaults in its class."""
+    found = ranges.declared(schema) if is_dataclass(schema) else ()
+    return {one.key: one.default for one in found if not one.required}
 
 
 def _flat(config: dict[str, Any]) -> dict[str, Any]:

@@ -31,7 +31,7 @@ def function(job: str) -> Callable[..., Run]:
     from pyrite.core import runs
 
     module = importlib.import_module(f"pyrite.jobs.{job}")
-    options = {name: (hint, default) for _, _, name, hint, default in ranges.declared(module.Config)}
+    options = {one.name: (one.hint, one.default) for one in ranges.declared(module.Config)}
 
     def run(*args: Any, **values: Any) -> Run:
         for name in set(values) - set(options):

@@ -7,20 +7,23 @@ and text is never empty, unless that is the default.
 
 from __future__ import annotations
 
+import ast
 import functools
 import inspect
 import math
+import textwrap
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from annotated_types import Ge, Gt, Interval, Le, Len, Lt, Predicate
 
 __all__ = [
     "Amplitude",
     "AnyText",
+    "ConfigOption",
     "Count",
     "Fraction",
     "Half",
@@ -100,10 +103,12 @@ def check(config: Any) -> None:
 
     Raises ValueError that names the option as it is typed: "--batch-size 0: give at least 1".
     """
-    for name, value, hint, default in _leaves(config):
-        wrong = None if value == default and value == "" else fault(value, hint)
-        if wrong:
-            raise ValueError(refusal(f"--{name.replace('_', '-')} {shown(value)}", wrong))
+    usual = {one.key: one.default for one in declared(type(config))}
+    for one in declared(config):
+        if one.default == usual.get(one.key) == "":
+            continue
+        if wrong := fault(one.default, one.hint):
+            raise ValueError(refusal(f"{one.typed} {shown(one.default)}", wrong))
 
 
 def require(function: Callable[..., Any], **values: Any) -> None:
@@ -159,9 +164,56 @@ def shown(value: Any) -> str:
     return repr(value) if isinstance(value, str) and (not value or value.isspace()) else str(value)
 
 
-def declared(schema: Any, group: str = "") -> Iterator[tuple[type, str, str, Any, Any]]:
-    """Every option of a Config class, its groups opened: the class that declares it, its group, name, annotation and
-    default, MISSING if it is required."""
+class ConfigOption(NamedTuple):
+    """One option of a Config class; of a Config or a group made ready, `default` is its value."""
+
+    owner: type
+    """The class that declares it."""
+    group: str
+    name: str
+    hint: Any
+    default: Any
+
+    @property
+    def required(self) -> bool:
+        return self.default is MISSING
+
+    @property
+    def typed(self) -> str:
+        """The option as it is typed."""
+        return f"--{self.name.replace('_', '-')}"
+
+    @property
+    def key(self) -> str:
+        """Its name in a run's config.json: "seed", "training.lr"."""
+        return f"{self.group}.{self.name}" if self.group else self.name
+
+    @property
+    def several(self) -> bool:
+        """Whether it takes more than one value."""
+        return any(get_origin(kind) is tuple for kind in kinds(self.hint))
+
+    @property
+    def text(self) -> str:
+        """The text below it in its class."""
+        return _texts(self.owner).get(self.name, "")
+
+
+@functools.cache
+def _texts(schema: type) -> dict[str, str]:
+    """The text below each option of a Config class."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(schema))).body[0]
+    assert isinstance(body, ast.ClassDef)
+    return {
+        line.target.id: inspect.cleandoc(after.value.value)
+        for line, after in zip(body.body, body.body[1:], strict=False)
+        if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name)
+        if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) and isinstance(after.value.value, str)
+    }
+
+
+def declared(schema: Any, group: str = "") -> Iterator[ConfigOption]:
+    """Every option of a Config class, or of a Config, its groups opened."""
     owner = schema if isinstance(schema, type) else type(schema)
     annotated = hints(owner)
     for one in fields(schema):
@@ -169,7 +221,7 @@ def declared(schema: Any, group: str = "") -> Iterator[tuple[type, str, str, Any
         if is_dataclass(default):
             yield from declared(default, one.name)
         else:
-            yield owner, group, one.name, annotated.get(one.name, Any), default
+            yield ConfigOption(owner, group, one.name, annotated.get(one.name, Any), default)
 
 
 def filled(schema: Any, values: Mapping[str, Any]) -> Any:
@@ -191,21 +243,6 @@ def _default_in(schema: Any, field: Field[Any]) -> Any:
     if field.default is MISSING and field.default_factory is not MISSING:
         return field.default_factory()
     return field.default
-
-
-def _leaves(config: Any) -> Iterator[tuple[str, Any, Any, Any]]:
-    """Name, value, annotation and default of every option of a config and its groups."""
-    annotated = hints(type(config))
-    for field in fields(config):
-        value = getattr(config, field.name)
-        if is_dataclass(value) and not isinstance(value, type):
-            yield from _leaves(value)
-        else:
-            yield field.name, value, annotated.get(field.name, Any), _default(field)
-
-
-def _default(field: Field[Any]) -> Any:
-    return field.default if field.default is not MISSING else None
 
 
 Fault = tuple[bool, str]  # whether the type is right and only the value is not; what is wrong, in words

@@ -23,6 +23,7 @@ from pyrite.cli import commands
 from pyrite.cli import help as usage
 from pyrite.cli.parse import parse
 from pyrite.core import runs
+from pyrite.math.ranges import declared
 from pyrite.recipes import study
 from pyrite.training.loop import Learner
 from tests import launch
@@ -91,7 +92,7 @@ def test_a_terminal_gets_a_summary_with_the_next_command(
 
 @pytest.mark.parametrize("command", SCHEMAS)
 def test_every_option_has_text_and_the_example_is_a_command(command: str) -> None:
-    known = list(usage.described(SCHEMAS[command]))
+    known = list(declared(SCHEMAS[command]))
     assert [one.name for one in known if not one.text and one.name != "out"] == []
     status, short, err = pyrite(*command.split(), "--help")
     assert (status, err) == (0, "")
@@ -110,7 +111,7 @@ def test_every_option_has_text_and_the_example_is_a_command(command: str) -> Non
 
 
 def test_other_and_earlier_names_lead_to_options_that_exist() -> None:
-    known = {one.typed for schema in SCHEMAS.values() for one in usage.described(schema)}
+    known = {one.typed for schema in SCHEMAS.values() for one in declared(schema)}
     later = [new for now in usage.OLD_NAMES.values() if now.startswith("--") for new in now.split(" or ")]
     elsewhere = [f"--{name}" for name in usage.ALIASES.values()]
     assert {name.split()[0].rstrip(",") for name in [*later, *elsewhere]} - known == set()
