@@ -247,6 +247,19 @@ def test_a_job_runs_and_says_where(pyrite: Command, tiny: Path, demos: Path, tmp
     assert (tmp_path / "run" / "report.html").stat().st_size > 1000
 
 
+def test_report_of_a_sweep_is_a_page_for_each_run(pyrite: Command, tmp_path: Path) -> None:
+    for name in ("beta_0.1", "beta_0.2"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text('{"job": "dpo"}')
+    status, _, err = pyrite("report", tmp_path)
+    assert status == 0
+    for name in ("beta_0.1", "beta_0.2"):
+        assert "not finished" in (tmp_path / name / "report.html").read_text()
+    (tmp_path / "empty").mkdir()
+    status, out, err = pyrite("report", tmp_path / "empty")
+    assert status == 2 and "give the --out folder of a job, a sweep or a recipe" in out + err
+
+
 def test_expected_errors_are_one_line_and_others_are_not_hidden(
     pyrite: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -266,11 +266,13 @@ def _list(arguments: list[str]) -> None:
 
 def _report(arguments: list[str]) -> None:
     if len(arguments) != 1:
-        raise ValueError("report: give one folder, of a run or a recipe")
+        raise ValueError("report: give one folder, of a run, a sweep or a recipe")
     folder = Path(arguments[0])
-    if not (folder / "config.json").exists():
-        raise ValueError(f"{folder}: no run here (no config.json); give the --out folder of a job or a recipe")
-    _print(f"report: {_page(folder)}")
+    found = [folder / "config.json"] if (folder / "config.json").exists() else sorted(folder.glob("*/config.json"))
+    if not found:
+        raise ValueError(f"{folder}: no run here (no config.json); give the --out folder of a job, a sweep or a recipe")
+    for config in found:
+        _print(f"report: {_page(config.parent)}")
 
 
 def _page(folder: Path) -> Path:

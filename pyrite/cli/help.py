@@ -38,7 +38,7 @@ USAGE = """\
 pyrite {jobs}   run one job; --help lists its options
 pyrite recipe {recipes}   run a whole experiment and write its report
 pyrite list {kinds}   what can be named in an option
-pyrite report DIR   write DIR/report.html for a run or a recipe
+pyrite report DIR   write report.html for a run or a recipe, or for every run of a sweep
 pyrite ledger show FILE | export FILE OUT.parquet [--pairs]   what was asked of golds, and what it cost
 Every job takes --config FILE (YAML, or the config.json of a run; the command line wins), --dry-run, --json and --debug.
 Several values for an option that takes one make a sweep: one run for each combination, in folders of their own below

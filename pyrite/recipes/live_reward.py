@@ -333,13 +333,6 @@ def accuracy_lost(lines: Lines) -> float:
     return math.nan if right is None else (right[0] - right[-1]).item()
 
 
-def at_equal_kl(lines: Lines, first: str, second: str) -> float:
-    """Gold of one method above another's at the KL where the shorter of both curves ends."""
-    kl = min(lines[method]["kl"].max().item() for method in (first, second))
-    ours, theirs = (statistics.where(lines[method]["kl"], lines[method]["gold"], kl) for method in (first, second))
-    return ours - theirs
-
-
 def _ahead(first: str, second: str) -> Callable[[Lines], float]:
     return lambda lines: last(lines, first) - last(lines, second)
 
@@ -357,7 +350,7 @@ CLAIMS = study.claims(
         "live-random-over-implicit": _ahead("live_random", "implicit"),
         "live-random-over-self-reward": _ahead("live_random", "self_reward"),
         "live-over-gold-matched": _ahead("live", "gold_matched"),
-        "equal-kl": lambda lines: at_equal_kl(lines, "live", "gold_matched"),
+        "equal-kl": lambda lines: study.at_equal_kl(lines["live"], lines["gold_matched"], "gold"),
         "live-over-live-random": _ahead("live", "live_random"),
         "live-disagreement-over-live-random": _ahead("live_disagreement", "live_random"),
     },

@@ -667,7 +667,8 @@ def _curves(
     effective = [statistics.effective_samples(pools[0].gold.shape[1], [n]).item() for n in settings.n]
     rows = []
     for name in gold[0]:
-        bands = {"gold": _band([one[name] for one in gold]), "proxy": _band([one[name] for one in proxy])}
+        both = {"gold": gold, "proxy": proxy}
+        bands = {key: study.over_prompts([one[name] for one in some]) for key, some in both.items()}
         for i, n in enumerate(settings.n):
             row = _point(noise, name, n) | {"effective_samples": effective[i]}
             for key, band in bands.items():
@@ -679,13 +680,6 @@ def _curves(
             for n, values in zip(settings.n, zip(*(line.tolist() for line in both), strict=True), strict=True):
                 rows.append(_point(noise, "member", n, member) | dict(zip(("gold", "proxy"), values, strict=True)))
     return rows
-
-
-def _band(values: Sequence[Tensor]) -> statistics.Interval:
-    """Mean and interval (M,) of per-prompt values (M, Q): over prompts of one chain, or over chains."""
-    if len(values) == 1:
-        return statistics.bootstrap(values[0])
-    return statistics.t_interval(torch.stack([value.mean(1) for value in values], -1))
 
 
 def _fits(curves: Sequence[Row], end: int) -> list[Row]:

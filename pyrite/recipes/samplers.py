@@ -226,15 +226,11 @@ def _end(chain: Chain, method: str) -> dict[str, Tensor]:
 
 
 def _means(chains: Sequence[Mapping[str, Tensor]]) -> Row:
-    """Means of every column, with intervals over the prompts of one chain, or over several chains."""
+    """Means of every column, with intervals."""
     row: Row = {}
     for name in chains[0]:
-        values = [chain[name] for chain in chains]
-        if len(values) > 1:
-            row |= study.spread(name, [value.mean().item() for value in values])
-        else:
-            mean, lo, hi = (value.item() for value in statistics.bootstrap(values[0]))
-            row |= {name: mean, f"{name}_lo": lo, f"{name}_hi": hi}
+        ends = study.over_prompts([chain[name] for chain in chains])
+        row |= dict(zip((name, f"{name}_lo", f"{name}_hi"), (end.item() for end in ends), strict=True))
     return row
 
 
@@ -318,21 +314,8 @@ def _floor_slope(exact: Races) -> float:
     return math.log(errors[max(errors)] / errors[min(errors)]) / math.log(max(errors) / min(errors))
 
 
-def at_equal_kl(chain: StepModel, name: str, first: str, second: str) -> float:
-    """How far one method's curve of reward over KL is above another's, at the KL where the shorter one ends."""
-    rounds = chain["rounds"]
-    kl = min(rounds[method]["kl"].max().item() for method in (first, second))
-    ours, theirs = (_along(rounds[method]["kl"], rounds[method][name], kl) for method in (first, second))
-    return ours - theirs
-
-
-def _along(kl: Tensor, reward: Tensor, at: float) -> float:
-    """Reward where the curve, round by round, first reaches a KL; linear between rounds."""
-    for i in range(1, len(kl)):
-        if kl[i] >= at:
-            share = (at - kl[i - 1].item()) / max((kl[i] - kl[i - 1]).item(), 1e-12)
-            return reward[i - 1].item() + share * (reward[i] - reward[i - 1]).item()
-    return reward[-1].item()
+def _at_equal_kl(second: str) -> Callable[[StepModel], float]:
+    return lambda chain: study.at_equal_kl(chain["rounds"]["mixed"], chain["rounds"][second], "proxy")
 
 
 def _ahead(first: str, second: str, name: str) -> Callable[[StepModel], Tensor]:
@@ -377,8 +360,8 @@ MODEL = study.claims(
             for reward in ("proxy", "gold")
         },
         "farther": _ahead("mixed", "offline", "kl"),
-        "equal-kl-offline": lambda chain: at_equal_kl(chain, "proxy", "mixed", "offline"),
-        "equal-kl-on-policy": lambda chain: at_equal_kl(chain, "proxy", "mixed", "on_policy"),
+        "equal-kl-offline": _at_equal_kl("offline"),
+        "equal-kl-on-policy": _at_equal_kl("on_policy"),
     },
 )
 CLAIMS = [*EXACT, *BOUNDS, *MODEL]

@@ -31,7 +31,8 @@ class Config:
     """One or more whole chains, each with a seed of its own."""
 
     scale: str = "toy"
-    """Which settings of the recipe. All of them use the embedded toy world, which runs in minutes on 2 cores."""
+    """Which settings. toy: minutes on 2 cores; toy_wide, of overoptimization: with more KL strengths, fewer pairs and
+    larger reward models. Both use the embedded toy world; for other models and data run the jobs."""
     out: Path | None = None
     """Folder of the run, new or empty; runs/RECIPE by default."""
     seeds: Count = 1
@@ -294,6 +295,20 @@ def spread(name: str, values: Sequence[float], *, half: float = math.nan) -> Row
     """{name, name_lo, name_hi}: the mean of chains and its interval; of one chain its value, `half` either side."""
     mean, lo, hi = t_interval(values) if len(values) > 1 else (values[0], values[0] - half, values[0] + half)
     return {name: mean} | ({f"{name}_lo": lo, f"{name}_hi": hi} if math.isfinite(lo + hi) else {})
+
+
+def over_prompts(values: Sequence[Tensor]) -> statistics.Interval:
+    """Mean and 95 % interval of values by prompt, (..., Q) of each chain: over the prompts of one, or over chains."""
+    if len(values) == 1:
+        return statistics.bootstrap(values[0])
+    return statistics.t_interval(torch.stack([value.mean(-1) for value in values], -1))
+
+
+def at_equal_kl(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], name: str) -> float:
+    """How far one curve over KL, {"kl": (P,), name: (P,)}, is above another at the KL where the shorter one ends."""
+    kl = min(curve["kl"].max().item() for curve in (ours, theirs))
+    first, second = (statistics.where(curve["kl"], curve[name], kl) for curve in (ours, theirs))
+    return first - second
 
 
 def grouped(rows: Iterable[Row], *by: str) -> dict[tuple[Any, ...], list[Row]]:

@@ -24,7 +24,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -260,21 +260,20 @@ def tokenizer(*, words: Sequence[str] = ()) -> PreTrainedTokenizerFast:
     for word in words:
         if word.split() != [word]:
             raise ValueError(f"toy word {word!r}: the tokenizer reads words between spaces; give them one by one")
-    vocabulary = dict.fromkeys([*SPECIALS, *toy_words.TAGS, *words])
-    inner = Tokenizer(WordLevel({word: index for index, word in enumerate(vocabulary)}, unk_token=UNK))
+    inner = _vocabulary([*SPECIALS, *toy_words.TAGS, *words])
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=inner,
-        pad_token=PAD,
-        bos_token=BOS,
-        eos_token=EOS,
-        unk_token=UNK,
-        additional_special_tokens=[USER, ASSISTANT],
-        chat_template=CHAT_TEMPLATE,
-        model_max_length=128,
-        padding_side="left",
-        clean_up_tokenization_spaces=False,
-    )
+    roles = {"additional_special_tokens": [USER, ASSISTANT], "chat_template": CHAT_TEMPLATE}
+    return _padded(inner, model_max_length=128, **roles)
+
+
+def _vocabulary(words: Sequence[str]) -> Tokenizer:
+    return Tokenizer(WordLevel({word: index for index, word in enumerate(dict.fromkeys(words))}, unk_token=UNK))
+
+
+def _padded(inner: Tokenizer, **options: Any) -> PreTrainedTokenizerFast:
+    special = {"pad_token": PAD, "bos_token": BOS, "eos_token": EOS, "unk_token": UNK}
+    options |= {"padding_side": "left", "clean_up_tokenization_spaces": False}
+    return PreTrainedTokenizerFast(tokenizer_object=inner, **special, **options)
 
 
 def model(seed: int, *, size: Size = "small", words: Sequence[str] = ()) -> LlamaForCausalLM:
@@ -417,20 +416,10 @@ def math_demos(
 
 def math_tokenizer() -> PreTrainedTokenizerFast:
     """Digits, parentheses and spaced operators, a token each; decode(encode(text)) == text for what is made of them."""
-    vocabulary = [PAD, BOS, EOS, UNK, *PIECES]
-    inner = Tokenizer(WordLevel({piece: i for i, piece in enumerate(vocabulary)}, unk_token=UNK))
+    inner = _vocabulary([PAD, BOS, EOS, UNK, *PIECES])
     inner.pre_tokenizer = pre_tokenizers.Split(Regex(r" [-+*=] |."), "isolated")
     inner.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=inner,
-        pad_token=PAD,
-        bos_token=BOS,
-        eos_token=EOS,
-        unk_token=UNK,
-        padding_side="left",
-        model_max_length=192,
-        clean_up_tokenization_spaces=False,
-    )
+    return _padded(inner, model_max_length=192)
 
 
 def write_math(

@@ -347,7 +347,7 @@ def bars(rows: Sequence[Row], title: str = "") -> alt.LayerChart:
     The text is written behind a bar. `title` is of the horizontal axis, which is left out without one.
     """
     ends = [{**row, "lo": row.get("lo"), "hi": row.get("hi")} for row in rows]
-    ends = [{**row, "end": row["value"] if row["hi"] is None else max(row["value"], row["hi"])} for row in ends]
+    ends = [{**row, "end": max(row["value"], row["hi"] or 0.0, 0.0)} for row in ends]
     low, high = span([*ends, {"value": 0.0}])
     low, high = min(low, 0.0) if any(row["value"] < 0 for row in ends) else 0.0, high + 0.12 * (high - low)
     scale = alt.Scale(domain=[low, high], nice=False)

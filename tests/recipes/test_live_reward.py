@@ -116,12 +116,5 @@ def test_labels_saved_are_those_of_the_ledger() -> None:
     assert never["measured"] is never["holds"] is None
 
 
-def test_equal_kl_compares_where_the_shorter_curve_ends() -> None:
-    long = {"gold": torch.tensor([0.0, 4.0, 8.0]), "kl": torch.tensor([0.0, 1.0, 2.0])}
-    short = {"gold": torch.tensor([0.0, 3.0]), "kl": torch.tensor([0.0, 1.5])}
-    lines = {"live": short, "gold_matched": long}
-    assert recipe.at_equal_kl(lines, "live", "gold_matched") == pytest.approx(3 - 6)
-
-
 def test_every_method_has_the_same_labels() -> None:
     assert {method.offline + method.online for method in methods(400, 100).values()} == {400}

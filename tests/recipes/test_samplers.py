@@ -156,12 +156,3 @@ def test_a_sampler_that_never_arrives_gives_no_number() -> None:
     exact["best"]["samplers"]["uniform"]["by_repetition"]["steps_to_1e-06"] = [None] * 5
     row = {row["id"]: row for row in recipe.check(exact, [chain(0)])}["fewer-updates-mix-r"]
     assert (row["measured"], row["interval"], row["holds"]) == (None, None, None)
-
-
-def test_rewards_are_compared_where_the_shorter_curve_ends() -> None:
-    def line(kl: list[float], proxy: list[float]) -> dict[str, torch.Tensor]:
-        return {"kl": torch.tensor(kl).double(), "proxy": torch.tensor(proxy).double()}
-
-    rounds = {"mixed": line([0, 2, 6], [0, 1, 3]), "offline": line([0, 1, 3], [0, 1, 1.2])}
-    ahead = recipe.at_equal_kl({"end": {}, "rounds": rounds}, "proxy", "mixed", "offline")
-    assert ahead == pytest.approx(1.5 - 1.2)  # at 3 nats, a quarter of the way from 1 to 3

@@ -125,3 +125,12 @@ def test_verdicts_in_words(capsys: pytest.CaptureFixture[str]) -> None:
     assert "holds" in lines[0] and "+1.000 [+0.500, +1.500]  one" in lines[0]
     assert "does not hold" in lines[1]
     assert "undecided" in lines[2] and "–  three" in lines[2]
+
+
+def test_curves_over_kl_are_compared_where_the_shorter_one_ends() -> None:
+    long = {"gold": torch.tensor([0.0, 4.0, 8.0]), "kl": torch.tensor([0.0, 1.0, 2.0])}
+    short = {"gold": torch.tensor([0.0, 3.0]), "kl": torch.tensor([0.0, 1.5])}
+    assert study.at_equal_kl(short, long, "gold") == pytest.approx(3 - 6)
+    mixed = {"proxy": torch.tensor([0, 1, 3.0]), "kl": torch.tensor([0, 2, 6.0])}
+    offline = {"proxy": torch.tensor([0, 1, 1.2]), "kl": torch.tensor([0, 1, 3.0])}
+    assert study.at_equal_kl(mixed, offline, "proxy") == pytest.approx(1.5 - 1.2)  # at 3 nats, a quarter of the way
