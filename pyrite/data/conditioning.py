@@ -197,12 +197,12 @@ class Variants:
     """The preferences under which every prompt is asked."""
 
     dimensions: str | None = None
-    """Preference dimensions: a YAML file, or the shipped soups."""
+    """Preference dimensions: a YAML file, or the built-in soups."""
     preferences: tuple[str, ...] = ()
     """What each prompt is asked under: an option such as P1A, several as in P1A+P2B, or neutral. "all" is every
     combination of one option of each dimension, but for options added later; "all:P1A,P2A,P2B" takes these options."""
     preference_turn: Turn = "user"
-    """Where preferences stand: at the end of the last user turn, or in the system turn."""
+    """Where to write the preferences: at the end of the last user turn, or in the system turn."""
 
     def inputs(self) -> dict[str, str | Path]:
         """What is read."""

@@ -669,48 +669,48 @@ class JudgeOptions:
     """How a language model is asked to judge."""
 
     base_url: str = "https://api.openai.com/v1"
-    """Address of the OpenAI-compatible server, up to and with its version."""
+    """Address of the OpenAI-compatible server, including its version: http://127.0.0.1:8000/v1."""
     key_env: str = "OPENAI_API_KEY"
-    """Environment variable with the server's key; leave it unset if the server wants none."""
+    """Environment variable that holds the server's key; leave it unset if the server needs none."""
     system: bool = True
     """Give the instructions as a system turn; otherwise, and for models that turn out to have no such role, they stand
     before the first user turn."""
     reply: Reply = "label"
-    """label: the verdict on the first line; reasons: the verdict after its reasons; json: by a schema."""
+    """Form of the reply. label: the verdict on the first line; reasons: reasons, then the verdict; json: an object."""
     ties: bool = True
     """The judge may say that neither answer is better."""
     both_orders: bool = True
-    """Ask about each pair in both orders, disagreement is a tie; otherwise once, in an order drawn by the seed."""
+    """Ask about each pair in both orders; if the verdicts disagree, it is a tie. Otherwise ask in one random order."""
     batch: Count = 1
-    """Pairs in one request, cheaper and coarser; needs reply label."""
+    """Pairs in one request: cheaper, but less accurate. Needs --reply label."""
     demonstrations: str | None = None
     """File of solved cases shown first: prompt, a, b, label (A, B or TIE), and optionally reason."""
     temperature: NonNegative = 0.0
-    """Of the judge's answers; 0 for the likeliest one."""
+    """Sampling temperature of the judge; 0 is greedy."""
     max_tokens: Count = 512
-    """Longest reply, its reasons included."""
+    """Longest reply in tokens, including reasons."""
     logprobs: bool = False
-    """Take P(a beats b) from the probabilities of the label, if the server offers them."""
+    """Take P(a beats b) from the log-probabilities of the label, if the server returns them."""
     body: AnyText = ""
-    """More fields of the request, as a JSON object; null leaves one out: '{"max_tokens": null, "seed": 1}'."""
+    """More fields for the request, as a JSON object; null removes one: '{"max_tokens": null, "seed": 1}'."""
     price_in: NonNegative = 0.0
-    """Money for a million tokens read."""
+    """Price of a million input tokens."""
     price_out: NonNegative = 0.0
-    """Money for a million tokens written."""
+    """Price of a million output tokens."""
     max_cost: NonNegative | None = None
-    """Money that all answers in the ledger's file may cost; the judge stops before it is exceeded."""
+    """Most money that all answers in the ledger file may cost. The judge stops before exceeding it."""
     concurrency: Count = 8
-    """Requests at once."""
+    """Requests in flight at the same time."""
     per_minute: Positive | None = None
-    """Requests a minute, at most."""
+    """Most requests per minute."""
     timeout: Positive = 60.0
-    """Seconds to wait for an answer."""
+    """Seconds to wait for a reply."""
     retries: Natural = 6
-    """Requests after one that was not answered, further and further apart."""
+    """Retries of a failed request."""
     reasks: Natural = 2
-    """Requests after an answer without a verdict."""
+    """How often to ask again after a reply without a verdict."""
     backoff: NonNegative = 1.0
-    """Seconds before the first retry; each next one waits twice as long, up to a minute."""
+    """Seconds before the first retry. Each further retry waits twice as long, up to a minute."""
     seed: Natural = 0
     """Of the order of the answers."""
 

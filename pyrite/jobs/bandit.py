@@ -43,33 +43,33 @@ class Config:
     out: Path
     """Folder of the run, new or empty."""
     samplers: Some[str] = ("uniform", "mix_r", "mix_p")
-    """Which pairs are drawn: see `pyrite list samplers`."""
+    """Samplers to race; see `pyrite list samplers`."""
     actions: Several = 20
     """Responses to choose from."""
     instances: Count = 200
-    """Reward tables per repetition."""
+    """Reward tables in each repetition."""
     seeds: Count = 5
-    """Independent repetitions; intervals are over them."""
+    """Independent repetitions; intervals are computed over them."""
     beta: Positive = 3.0
-    """Strength of the KL, of the loss and of samplers that know it."""
+    """KL strength of the loss, and of samplers that read it."""
     steps: Count = 60
     """Updates of each policy."""
     loss: str = "dpo"
-    """The direct loss of a pair; see `pyrite list losses`."""
+    """Direct preference loss; see `pyrite list losses`."""
     rate: str = "matched"
-    """Learning rate: matched to the sampler, best (the best constant one at the optimum), or a number."""
+    """Learning rate: matched (to the sampler), best (the best constant rate at the optimum), or a number."""
     scale: Positive = 1.0
-    """Multiplies the rate."""
+    """Factor on the learning rate."""
     samples: Count | None = None
-    """Pairs drawn and labeled anew at each step; exact gradients by default."""
+    """Pairs drawn and labeled at each step; by default the gradient is exact."""
     noise: Half = 0.0
-    """Share of labels flipped, 0 to 0.5."""
+    """Share of labels to flip, 0 to 0.5."""
     rewards: Literal["normal", "unit"] = "normal"
-    """Rewards drawn from N(0, 1), or uniformly from [0, 1], where the theorems' bounds hold."""
+    """Draw rewards from N(0, 1), or uniformly from [0, 1], for which the theorems' bounds hold."""
     ref_spread: NonNegative = 0.0
     """Standard deviation of the reference's logits; 0 is the uniform reference."""
     seed: Natural = 0
-    """Of everything that is drawn at random."""
+    """Random seed."""
 
 
 def inputs(config: Config) -> dict[str, str | Path]:

@@ -44,7 +44,7 @@ class Config:
     out: Path
     """Folder of the run, new or empty."""
     objectives: Some[str] = ("mean()", "wco()", "uwo(weight=0.5)")
-    """How members become one score; every single member is reported as well."""
+    """How to combine the members' scores. Every single member is reported as well."""
     n: tuple[Count, ...] = ()
     """Values of n; powers of two up to the number of answers by default."""
     truncated: Literal["exclude", "keep"] = "exclude"

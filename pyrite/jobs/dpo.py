@@ -66,14 +66,14 @@ class Config:
     out: Path
     """Folder of the run, new or empty."""
     columns: str | None = None
-    """Names of the columns where they differ, as ours=theirs: "prompt=question,response=answer"."""
+    """Column names that differ, as ours=theirs: "prompt=question,response=answer"."""
     held_out: Fraction | str = 0.1
     """Pairs to measure on: a file, whose prompts are not learned from, or the share of the prompts to keep. With 0 the
     policy is measured on the training pairs, as part=train, and the last policy counts as the best."""
     loss: str = "dpo(beta=0.1)"
-    """The direct loss of a pair, with its options; see `pyrite list losses`."""
+    """Direct preference loss with its options; see `pyrite list losses`."""
     ref: str = "self"
-    """self, none, prior, column, a model, a reference folder, or ema(rate=0.01)."""
+    """Reference: self, none, prior, column, a model, a reference folder, or ema(rate=0.01)."""
     max_length: Several | None = None
     """Longest prompt + response in tokens; the model's context by default."""
     max_prompt: Count | None = None
@@ -92,7 +92,7 @@ class Config:
     training: Training = Training(lr=1e-6)
     logging: Logging = Logging()
     seed: Natural = 0
-    """Of everything that is drawn at random."""
+    """Random seed."""
 
 
 def inputs(config: Config) -> dict[str, str | Path]:

@@ -49,19 +49,19 @@ class Config:
     out: Path
     """Folder of the run, new or empty."""
     dimensions: str | None = None
-    """Preference dimensions: a YAML file, or a shipped name such as soups. Only --general goes without."""
+    """Preference dimensions: a YAML file, or a built-in name such as soups. Required unless --general is given."""
     judge: str = "bradley_terry(gold={gold}, hard=True)"
-    """Who judges; {criterion}, {gold}, {sentence} and {id} stand for the option's own."""
+    """The judge; {criterion}, {gold}, {sentence} and {id} are replaced by those of the option."""
     general: str | None = None
-    """What is better in general, in place of the options: the gold, or the criterion, that the judge is given."""
+    """What is better in general, in place of the options: the gold or the criterion that the judge is given."""
     rewards: tuple[str, ...] = ()
-    """Score by reward runs too: one folder for all options, or OPTION=FOLDER for each."""
+    """Also score by reward runs: one folder for all options, or OPTION=FOLDER for each."""
     missing: Missing = "drop"
-    """What an option without a verdict makes of its unit: it is dropped, or that option counts as a tie."""
+    """If an option has no verdict: drop the unit, or count the option as a tie."""
     times: Several = 2000
-    """Resamples for the intervals."""
+    """Bootstrap resamples for the intervals."""
     seed: Natural = 0
-    """Of everything that is drawn at random."""
+    """Random seed."""
 
 
 class Unit(NamedTuple):

@@ -52,28 +52,28 @@ class Config:
     out: Path
     """Folder of the run, new or empty."""
     gold: str | None = None
-    """The scorer that plays the truth."""
+    """Gold scorer, the reward that counts as true."""
     proxy: str | None = None
-    """Folder of a reward run: the proxy."""
+    """Proxy: the folder of a reward run."""
     ensemble: str = "mean()"
-    """How its members become one score."""
+    """How to combine the scores of its members."""
     ref: str | None = None
-    """Folder or Hub name of the reference policy for KL."""
+    """Folder or Hub name of the reference policy for the KL."""
     pairs: str | None = None
-    """Preference pairs for the analyses against the reference: rankings, tokens, end tokens."""
+    """Preference pairs for analyses against the reference: rankings, tokens moved most, end tokens."""
     on_contradiction: data.OnContradiction = "error"
     """What to do with a pair whose strength is below 0, or probability below one half, so that its rejected answer is
     the better one: stop, exchange the answers, leave it out, or take it as it stands, as a label that was drawn."""
     alpaca_eval: str | None = None
-    """Name of this model among generators: the first answer to each prompt is also written for AlpacaEval."""
+    """Also write the first answer to each prompt in AlpacaEval's format, under this generator name."""
     min_count: Count = 100
-    """Occurrences a token needs to be listed among those moved most."""
+    """Least number of occurrences for a token to be listed among those moved most."""
     columns: str | None = None
-    """Names of the columns where they differ, as ours=theirs: "prompt=question,response=answer"."""
+    """Column names that differ, as ours=theirs: "prompt=question,response=answer"."""
     limit: Count | None = None
-    """Use only the first so many prompts."""
+    """Use only the first N prompts."""
     k: Count = 1
-    """Answers a prompt."""
+    """Answers per prompt."""
     max_prompt: Count | None = None
     """Longest prompt in tokens; what --max-new-tokens leaves of the model's context by default."""
     on_long: OnLong | None = None
@@ -83,7 +83,7 @@ class Config:
     """Longest answer in tokens."""
     template: Template = Template()
     seed: Natural = 0
-    """Of everything that is drawn at random."""
+    """Random seed."""
 
 
 def inputs(config: Config) -> dict[str, str | Path]:

@@ -41,11 +41,11 @@ class Config:
     out: Path
     """Folder of the run, new or empty."""
     columns: str | None = None
-    """Names of the columns where they differ, as ours=theirs: "prompt=question,response=answer"."""
+    """Column names that differ, as ours=theirs: "prompt=question,response=answer"."""
     k: Count = 2
-    """Answers a prompt."""
+    """Answers per prompt."""
     limit: Count | None = None
-    """Use only the first so many prompts."""
+    """Use only the first N prompts."""
     variants: Variants = Variants()
     max_prompt: Count | None = None
     """Longest prompt in tokens; what --max-new-tokens leaves of the model's context by default."""
@@ -55,16 +55,16 @@ class Config:
     max_new_tokens: Count = 256
     """Longest answer in tokens."""
     temperature: NonNegative = 1.0
-    """Logits are divided by it before drawing; 0 takes the likeliest token."""
+    """Sampling temperature; 0 is greedy."""
     top_p: Amplitude = 1.0
-    """Draw among the likeliest tokens that hold this share of the probability; 1 is all."""
+    """Sample only among the likeliest tokens that hold this share of the probability; 1 for all."""
     top_k: Natural = 0
-    """Draw among so many of the likeliest tokens; 0 is all."""
+    """Sample only among the top_k likeliest tokens; 0 for all."""
     rows: Count = 512
-    """Answers decoded at once; changes speed, not the result."""
+    """Answers decoded together. Changes memory and speed, not the result."""
     template: Template = Template()
     seed: Natural = 0
-    """Of everything that is drawn at random."""
+    """Random seed."""
 
 
 def inputs(config: Config) -> dict[str, str | Path]:

@@ -59,7 +59,7 @@ class Ask:
     """Have a language model say which answer of each pair is better by a criterion."""
 
     model: str
-    """The judge, by the name its server knows."""
+    """The judge's model name on the server."""
     criterion: str
     """What makes an answer better, in a sentence."""
     out: Path
@@ -67,20 +67,20 @@ class Ask:
     pairs: str | None = None
     """Pairs to judge, a = chosen and b = rejected; rename others: --columns chosen=a,rejected=b."""
     candidates: str | None = None
-    """Instead: candidates, whose answers 0 and 1, 2 and 3, ... to a prompt are paired."""
+    """Candidates to judge, in place of --pairs: answers 0 and 1, 2 and 3, ... to a prompt make pairs."""
     columns: str | None = None
-    """Names of columns that differ, as ours=theirs: "prompt=question,response=answer"."""
+    """Column names that differ, as ours=theirs: "prompt=question,response=answer"."""
     criterion_id: str | None = None
     """Name of the criterion in ledger and table; the sentence by default."""
     ledger: Path | None = None
-    """SQLite file of the answers, which runs may share; ledger.db in the run's folder by default."""
+    """SQLite file that keeps the answers; runs may share it. By default ledger.db in the run's folder."""
     estimate: bool = False
-    """Say what it would cost, by the prompts as they would be sent, and ask nobody. A token is taken to be four
+    """Estimate the cost from the prompts that would be sent. Nothing is asked. A token is taken to be four
     characters."""
     answers: tuple[str, ...] = ()
-    """Instead: answers of models that are compared with --baseline, a file each, as FILE or NAME=FILE."""
+    """Answers of models to compare with --baseline, in place of --pairs: one file per model, as FILE or NAME=FILE."""
     baseline: str | None = None
-    """The answers that those of --answers are compared with, as FILE or NAME=FILE."""
+    """Answers to compare --answers with, as FILE or NAME=FILE."""
     judge: JudgeOptions = JudgeOptions()
 
 
@@ -89,21 +89,21 @@ class Export:
     """Write pairs to a file for a person to label, blinded: in an order, and with sides, drawn by the seed."""
 
     criterion: str
-    """What makes an answer better, in a sentence; it stands beside each pair."""
+    """What makes an answer better, in one sentence. The judge reads it with every pair."""
     out: Path
     """Folder of the run, new or empty."""
     pairs: str | None = None
-    """Pairs, a = chosen and b = rejected; rename others: --columns chosen=a,rejected=b."""
+    """Pairs to judge: a = chosen, b = rejected. Rename other columns with --columns chosen=a,rejected=b."""
     candidates: str | None = None
-    """Instead: candidates, whose answers 0 and 1, 2 and 3, ... to a prompt are paired."""
+    """Candidates to judge, in place of --pairs: answers 0 and 1, 2 and 3, ... to a prompt make pairs."""
     columns: str | None = None
-    """Names of columns that differ, as ours=theirs: "prompt=question,response=answer"."""
+    """Column names that differ, as ours=theirs: "prompt=question,response=answer"."""
     criterion_id: str | None = None
     """Name of the criterion in the table of verdicts; the sentence by default."""
     format: Literal["csv", "jsonl"] = "csv"
-    """Of the file for the person who labels."""
+    """Format of the file to fill in."""
     seed: Natural = 0
-    """Of everything that is drawn at random."""
+    """Random seed."""
 
 
 @dataclass(frozen=True)
@@ -111,13 +111,13 @@ class Import:
     """Take in the labels of a filled file, by the ids of its pairs: A, B, TIE, or nothing for no verdict."""
 
     file: str
-    """The filled file: columns pair_id and better."""
+    """The filled-in file: columns pair_id and better."""
     exported: Path
-    """Folder of the export that the file comes from."""
+    """Folder of the export that the file belongs to."""
     out: Path
     """Folder of the run, new or empty."""
     annotator: str = "human"
-    """Who labelled."""
+    """Name of the person or group that labeled."""
 
 
 @dataclass(frozen=True)
@@ -125,17 +125,17 @@ class Agreement:
     """How far two files of verdicts agree, and how each of the judges leans."""
 
     first: str
-    """verdicts.parquet of a judge."""
+    """verdicts.parquet of the first judge."""
     out: Path
     """Folder of the run, new or empty."""
     second: str | None = None
-    """verdicts.parquet of another judge, or of people; without one, how the first judge leans."""
+    """verdicts.parquet of a second judge, or of people. Without it, only position bias is reported."""
     n_boot: Count = 1000
-    """Resamples of prompts for the intervals."""
+    """Bootstrap resamples of prompts for the intervals."""
     level: Inside = 0.95
-    """Of the intervals: 0.95 covers the truth in 95 of 100 repetitions."""
+    """Confidence level of the intervals."""
     seed: Natural = 0
-    """Of everything that is drawn at random."""
+    """Random seed."""
 
 
 Config = Ask | Export | Import | Agreement

@@ -41,25 +41,25 @@ class Config:
     out: Path
     """Folder of the run, new or empty."""
     gold: str | None = None
-    """The scorer that plays the truth, such as "length()" or "mine.py:score()"."""
+    """Gold scorer, the reward that counts as true, such as "length()" or "mine.py:score()"."""
     judge: str | None = None
-    """What says which answer of a pair is better, in place of the gold: "bradley_terry(gold='length()')"."""
+    """Judge that compares the answers of a pair, in place of the gold: "bradley_terry(gold='length()')"."""
     pairs: bool = True
     """Also make pairs, not only scores. Two equal answers make no pair; they are counted."""
     noise: Half = 0.0
-    """Share of the training pairs whose label is flipped, exactly."""
+    """Exact share of the training pairs whose label is flipped."""
     noise_seed: Natural = 0
-    """Of the labels that are flipped."""
+    """Random seed of the flipped labels."""
     held_out: Fraction = 0.1
-    """Share of the prompts whose pairs are kept, clean, for measuring accuracy."""
+    """Share of the prompts whose pairs are held out for measuring accuracy, without label noise."""
     ties: Ties = "drop"
-    """Two answers that are equally good: left out, or kept with strength 0, which says that either may be chosen.
+    """What to do with two equally good answers: leave the pair out, or keep it with strength 0.
     Losses that read strengths, such as soft_dpo, learn a probability of one half; for the others they are left out."""
     on_cut: Literal["drop", "rematch"] = "drop"
     """What to do with an answer that was cut before its end: leave its pair out, or pair the finished answers to its
     prompt among themselves."""
     seed: Natural = 0
-    """Of the prompts that are held out, and of ties."""
+    """Random seed of held-out prompts and of ties."""
 
 
 def inputs(config: Config) -> dict[str, str | Path]:

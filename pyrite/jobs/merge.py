@@ -27,11 +27,11 @@ class Config:
     """Merge a model's adapters into its base."""
 
     model: str
-    """Folder of a policy or a reward model with adapters."""
+    """Folder of a policy or reward model with adapters."""
     out: Path
     """Folder of the run, new or empty."""
     dtype: Dtype = "float32"
-    """Of the merged weights."""
+    """Data type of the merged weights."""
 
 
 def inputs(config: Config) -> dict[str, str | Path]:

@@ -76,37 +76,37 @@ class Config:
     prompts: str
     """Prompts: prompt, prompt_id."""
     judge: str
-    """Who says which answer is better: "bradley_terry(gold='length()')"."""
+    """The judge that compares two answers: "bradley_terry(gold='length()')"."""
     out: Path
     """Folder of the run, new or empty."""
     columns: str | None = None
-    """Names of the columns where they differ, as ours=theirs: "prompt=question,response=answer"."""
+    """Column names that differ, as ours=theirs: "prompt=question,response=answer"."""
     held_out: Fraction = 0.1
-    """Share of the prompts kept for measuring, where no --eval-prompts are given."""
+    """Share of the prompts to hold out for measuring if no --eval-prompts are given."""
     max_prompt: Count | None = None
     """Longest prompt in tokens; what --max-new-tokens leaves of the model's context by default."""
     on_long: OnLong | None = None
     """What to do with a longer prompt: cut it to its end, leave its row out, or stop. By default it is cut, unless all
     prompts are too long."""
     sampler: str = "on_policy()"
-    """Which two distributions a pair is drawn from: reference(), on_policy(), hybrid(), mixed(kappa=0.5), ..."""
+    """The two distributions to draw a pair from: reference(), on_policy(), hybrid(), mixed(kappa=0.5), ..."""
     loss: str = "soft_dpo(beta=0.1)"
-    """The direct loss of a pair, with its options; see `pyrite list losses`."""
+    """Direct preference loss with its options; see `pyrite list losses`."""
     rounds: Count = 3
-    """Rounds of answering, judging and learning."""
+    """Number of rounds; each draws answers, judges them and learns."""
     prompts_per_round: Count | None = None
     """Prompts answered in a round, all by default: each round takes the next ones, and once all have been asked, they
     come again in a new order."""
     k: Several = 2
-    """Answers a prompt; an even number."""
+    """Answers per prompt; an even number."""
     pairing: str = "best_worst()"
     """Which answers to a prompt make pairs: best_worst(), consecutive() or all(). labels="soft" or "hard": the likelier
     answer is chosen; "sampled": drawn by the judge's probability. min_margin: log-odds, nats, by which a pair's answers
     must differ; closer ones are ties."""
     ref: Literal["start", "previous"] = "start"
-    """The reference of loss and sampler: the first policy, or the one each round begins with."""
+    """Reference of loss and sampler: the initial policy, or the policy at the start of each round."""
     temperature: Positive = 1.0
-    """Of the draws, after mixing."""
+    """Sampling temperature, applied after mixing."""
     reset_optimizer: bool = True
     """Every round has its own optimizer and learning rate schedule; --no-reset-optimizer carries both through the
     run."""
@@ -115,13 +115,13 @@ class Config:
     Its option schedule says when it buys labels and learns from them: "even(selector='random()')", "never()". Without
     an annotator the judge labels every pair."""
     measure_every: Count = 1
-    """Rounds between measurements and checkpoints."""
+    """Measure and save a checkpoint every N rounds."""
     early_stopping_patience: Count | None = None
     """Stop once gold has fallen from its best while the proxy has not, in so many measurements in a row; the best
     policy by gold is kept in best/."""
     evaluation: Evaluation = Evaluation()
     gold_budget: Natural | None = None
-    """Labels of the judge to buy at most."""
+    """Most labels to buy from the judge."""
     gold_limits: str = "limits()"
     """What asking gold costs and how often it is asked: "limits(cost=0.01, max_cost=5, ledger='gold.db', batch=8,
     every=2, prompts=64)". Paid answers are kept in the ledger, which runs may share; every and prompts are about
@@ -131,7 +131,7 @@ class Config:
     """Low-rank adapters in place of the weights: "lora(r=16, alpha=32)"; see `pyrite.models.loading.Lora`."""
     training: Training = Training(lr=5e-7)
     seed: Natural = 0
-    """Of everything that is drawn at random."""
+    """Random seed."""
 
 
 def inputs(config: Config) -> dict[str, str | Path]:

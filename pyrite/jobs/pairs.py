@@ -53,25 +53,25 @@ class Config:
     out: Path
     """Folder of the run, new or empty."""
     dimensions: str | None = None
-    """Preference dimensions: a YAML file, or the shipped soups."""
+    """Preference dimensions: a YAML file, or the built-in soups."""
     options: tuple[str, ...] = ()
-    """The options to make pairs for; by default all that were not added later."""
+    """Options to make pairs for; by default all except those added later."""
     kinds: Some[PairKind] = KINDS
     """Which pairs are made: judged ones, and those whose better answer is known from what was asked for. Two equal
     answers make no pair; they are counted."""
     judge: str = "bradley_terry(gold={gold}, hard=True)"
-    """Who labels: a judge; {criterion}, {gold}, {sentence} and {id} stand for the option's own."""
+    """The judge that labels; {criterion}, {gold}, {sentence} and {id} are replaced by those of the option."""
     general: str | None = None
-    """In place of dimensions: what is better in general, the gold, or criterion, that the judge is given."""
+    """What is better in general, in place of dimensions: the gold or the criterion that the judge is given."""
     preference_turn: Turn = "user"
-    """Where the option stands in a pair's prompt: at the end of the last user turn, or in the system turn."""
+    """Where to write the option in a pair's prompt: at the end of the last user turn, or in the system turn."""
     held_out: Fraction = 0.1
-    """Share of the raw prompts whose pairs are kept for measuring accuracy."""
+    """Share of the raw prompts whose pairs are held out for measuring accuracy."""
     ties: Ties = "drop"
-    """Two answers that are equally good: left out, or kept with strength 0, which says that either may be chosen.
+    """What to do with two equally good answers: leave the pair out, or keep it with strength 0.
     Losses that read strengths, such as soft_dpo, learn a probability of one half; for the others they are left out."""
     seed: Natural = 0
-    """Of everything that is drawn at random."""
+    """Random seed."""
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ class Config:
     """Train a policy on rewards of its own answers."""
 
     model: str
-    """Folder or Hub name of the policy to start from; it is the reference too."""
+    """Folder or Hub name of the policy to start from, which is also the reference."""
     prompts: str
     """Prompts: prompt, prompt_id."""
     reward: Some[str]
@@ -63,16 +63,16 @@ class Config:
     out: Path
     """Folder of the run, new or empty."""
     columns: str | None = None
-    """Names of the columns where they differ, as ours=theirs: "prompt=question,response=answer"."""
+    """Column names that differ, as ours=theirs: "prompt=question,response=answer"."""
     held_out: Fraction = 0.1
-    """Share of the prompts kept for measuring, where no --eval-prompts are given."""
+    """Share of the prompts to hold out for measuring if no --eval-prompts are given."""
     max_prompt: Count | None = None
     """Longest prompt in tokens; what --max-new-tokens leaves of the model's context by default."""
     on_long: OnLong | None = None
     """What to do with a longer prompt: cut it to its end, leave its row out, or stop. By default it is cut, unless all
     prompts are too long."""
     ensemble: str = "mean()"
-    """How the members of a reward run become one score, learned from and measured: mean(), wco(), uwo(weight=0.5)."""
+    """How to combine the scores of a reward run's members: mean(), wco(), uwo(weight=0.5)."""
     advantage: str = "gae()"
     """gae(gamma=1.0, lam=0.95), which is PPO and needs a critic; rloo(), grpo(), reinforce(). Advantages get mean 0 and
     variance 1 over the tokens of a batch, unless whiten=False."""
@@ -80,45 +80,45 @@ class Config:
     """The critic: shared(weight=0.1, clip=0.2) or detached(...), a head on the policy's trunk; or a model of its own,
     a folder or "model(path='runs/reward/member_0', lr=1e-5, lora='lora(r=16)')"."""
     steps: Count = 100
-    """Batches of answers."""
+    """Number of steps; each draws a batch of answers and learns from it."""
     prompts_per_step: Count = 32
-    """Each step takes the next ones; once all have been asked, they come again in a new order."""
+    """Prompts in one step. When all have been used, they come again in a new order."""
     k: Count = 1
-    """Answers a prompt; rloo and grpo need 2."""
+    """Answers per prompt; rloo and grpo need at least 2."""
     beta: NonNegative = 0.05
-    """Price of a nat of KL from the reference, in units of the reward."""
+    """Price of one nat of KL from the reference, in units of the reward."""
     kl: str = "k1()"
     """How a token's price of KL is estimated from its log-ratio: k1(), the log-ratio; k3(), never below 0; none(). With
     k1(target=6.0, horizon=10000) beta follows the KL towards so many nats an answer."""
     cliprange: Positive = 0.2
-    """How far a token's probability ratio may move in a batch and still be rewarded for it."""
+    """PPO's clip range: a token's probability ratio is clipped to 1 - cliprange and 1 + cliprange."""
     reward_scaling: str = "fixed(clip=10.0)"
     """What is done to scores: fixed, nothing; running, divided by their running standard deviation and centered. clip:
     the largest score of an answer, in absolute value; None for no limit."""
     missing_eos_penalty: NonNegative | None = None
-    """Taken off the score of an answer that was cut."""
+    """Subtracted from the score of an answer without an end token."""
     measure_every: Count = 10
-    """Steps between measurements and checkpoints."""
+    """Measure and save a checkpoint every N steps."""
     early_stopping_patience: Count | None = None
     """Stop once gold has fallen from its best while the proxy has not, in so many measurements in a row; the best
     policy by gold is kept in best/."""
     evaluation: Evaluation = Evaluation()
     gold_budget: Natural | None = None
-    """Answers gold may score at most, in the measurements; none is scored twice."""
+    """Most answers that gold may score in measurements. No answer is paid for twice."""
     gold_limits: str = "limits()"
     """What asking gold costs and how often it is asked: "limits(cost=0.01, max_cost=5, ledger='gold.db', batch=8,
     every=2, prompts=64)". Paid answers are kept in the ledger, which runs may share; every and prompts are about
     measurements: one in so many asks gold, about answers to the first prompts."""
     variants: Variants = Variants()
     combine_rewards: tuple[str, ...] = ("mean",)
-    """How the scores of a prompt's options become one: mean, min, or weights such as P1A=0.5 P2B=0.25."""
+    """How to combine the scores of a prompt's options: mean, min, or weights such as P1A=0.5 P2B=0.25."""
     template: Template = Template()
     lora: str | None = None
     """Low-rank adapters in place of the weights: "lora(r=16, alpha=32)"; see `pyrite.models.loading.Lora`."""
     training: Training = Training(lr=1e-6, epochs=4)
     """epochs: passes over a batch of answers; batch_size: prompts in an update."""
     seed: Natural = 0
-    """Of everything that is drawn at random."""
+    """Random seed."""
 
 
 def inputs(config: Config) -> dict[str, str | Path]:

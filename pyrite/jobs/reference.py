@@ -35,20 +35,20 @@ class Config:
     out: Path
     """Folder of the run, new or empty."""
     columns: str | None = None
-    """Names of the columns where they differ, as ours=theirs: "prompt=question,response=answer"."""
+    """Column names that differ, as ours=theirs: "prompt=question,response=answer"."""
     conditioning: references.Conditioning = "prompt"
-    """prior scores the answers without their prompts."""
+    """prompt: score answers after their prompts; prior: without them."""
     max_length: Several | None = None
-    """Longest prompt + response in tokens; the model's context by default. As in training, for the same tokenizer."""
+    """Longest prompt + response in tokens; the model's context by default. Give the same value as in training."""
     max_prompt: Count | None = None
     """Longest prompt in tokens; three quarters of max_length by default."""
     on_long: OnLong = "truncate"
     """What to do with a longer prompt: cut it to its end, leave its pair out, or stop."""
     template: Template = Template()
     dtype: Dtype = "float32"
-    """Of the weights."""
+    """Data type of the weights."""
     precision: Dtype = "float32"
-    """Of the products."""
+    """Precision of matrix products."""
     micro_batch_tokens: Count = 16384
     """Packed tokens in one forward pass."""
 

@@ -44,18 +44,18 @@ class Config:
     out: Path
     """Folder of the run, new or empty."""
     columns: str | None = None
-    """Names of the columns where they differ, as ours=theirs: "prompt=question,response=answer"."""
+    """Column names that differ, as ours=theirs: "prompt=question,response=answer"."""
     held_out: Fraction | str = 0.1
     """Pairs for measuring accuracy: a file, whose prompts are not learned from, or the share of the prompts to keep.
     With 0, accuracy is that on the training pairs, and called train_accuracy."""
     members: Count = 1
-    """Reward models in the ensemble."""
+    """Number of reward models in the ensemble."""
     loss: str = "bradley_terry(center=0.001)"
-    """The loss of two scores, with its options; see `pyrite list reward_losses`."""
+    """Loss of the two scores, with its options; see `pyrite list reward_losses`."""
     pooling: Pooling = "last"
-    """Where the score is read: the end token, or the mean over the response."""
+    """Where to read the score: at the end token, or as the mean over the response."""
     head_std: NonNegative = 0.02
-    """Standard deviation of a new head's weights."""
+    """Standard deviation of a new head's initial weights."""
     max_length: Several | None = None
     """Longest prompt + response in tokens; the model's context by default."""
     max_prompt: Count | None = None
@@ -71,7 +71,7 @@ class Config:
     training: Training = Training(epochs=2)
     logging: Logging = Logging()
     seed: Natural = 0
-    """Of everything that is drawn at random."""
+    """Random seed."""
 
 
 def inputs(config: Config) -> dict[str, str | Path]:

@@ -32,25 +32,25 @@ class Config:
     """A random small Llama with a tokenizer trained on your data."""
 
     data: str
-    """Texts the tokenizer learns from."""
+    """Texts to train the tokenizer on."""
     out: Path
     """Folder of the run, new or empty."""
     kind: Literal["pairs", "demos", "prompts"] = "pairs"
-    """What the rows of the data are."""
+    """Kind of rows in --data."""
     columns: str | None = None
-    """Names of the columns where they differ, as ours=theirs: "prompt=question,response=answer"."""
+    """Column names that differ, as ours=theirs: "prompt=question,response=answer"."""
     vocabulary: Count = 4096
-    """Tokens of the tokenizer."""
+    """Vocabulary size."""
     hidden: Count = 128
-    """Width of the model; a multiple of the heads."""
+    """Hidden size; a multiple of --heads."""
     layers: Count = 2
-    """Layers of the model."""
+    """Number of layers."""
     heads: Count = 4
-    """Attention heads of a layer."""
+    """Attention heads per layer."""
     context: Several = 1024
     """Longest prompt + response in tokens."""
     seed: Natural = 0
-    """Of everything that is drawn at random."""
+    """Random seed."""
 
 
 def inputs(config: Config) -> dict[str, str | Path]:

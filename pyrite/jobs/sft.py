@@ -41,7 +41,7 @@ class Config:
     out: Path
     """Folder of the run, new or empty."""
     columns: str | None = None
-    """Names of the columns where they differ, as ours=theirs: "prompt=question,response=answer"."""
+    """Column names that differ, as ours=theirs: "prompt=question,response=answer"."""
     held_out: Fraction | str = 0.02
     """Demonstrations for measuring perplexity: a file, whose prompts are not learned from, or the share of the prompts
     to keep."""
@@ -57,10 +57,10 @@ class Config:
     """Low-rank adapters in place of the weights: "lora(r=16, alpha=32)"; see `pyrite.models.loading.Lora`."""
     training: Training = Training()
     dropout: Share | None = None
-    """Of the model as it learns; the model's own by default."""
+    """Dropout during training; the model's own by default."""
     logging: Logging = Logging()
     seed: Natural = 0
-    """Of everything that is drawn at random."""
+    """Random seed."""
 
 
 def inputs(config: Config) -> dict[str, str | Path]:

@@ -47,17 +47,18 @@ class Config:
     """Merge models by weights."""
 
     ingredients: tuple[str, ...]
-    """Folders with adapters, or of whole models; several."""
+    """Two or more folders with adapters, or with whole models."""
     out: Path
     """Folder of the run, new or empty."""
     weights: tuple[Real, ...] = ()
-    """One for each ingredient, at least 0, of sum 1; none: all alike."""
+    """One weight for each ingredient, at least 0, with sum 1. By default all are equal."""
     normalize: bool = True
-    """--no-normalize takes any weights as they stand: base + Σ w_i Δ_i, so a sum below 1 stays nearer to the base."""
+    """Require weights that sum to 1. --no-normalize uses any weights: base + Σ w_i Δ_i."""
     mode: Literal["delta", "factor", "svd", "full"] = "delta"
-    """Adapters: their exact mean, A and B averaged apart, or the mean cut to --rank. Whole models: full."""
+    """For adapters: delta, their exact mean; factor, A and B averaged separately; svd, the mean cut to --rank. For
+    whole models: full."""
     rank: Count | None = None
-    """Of mode svd; by default the ingredients' largest."""
+    """Rank for --mode svd; by default the largest of the ingredients."""
 
 
 def inputs(config: Config) -> dict[str, str | Path]:

@@ -64,20 +64,20 @@ class Config:
     out: Path
     """Folder of the run, new or empty."""
     gamed: tuple[str, ...] = ()
-    """Models of the table that are the baseline told to be brief or long-winded: their rows replace the prior."""
+    """Models of the table that are the baseline, told to be brief or verbose. Their rows replace the prior."""
     difficulty: str = "auto"
     """How hard the prompts are: a file with prompt_id and difficulty; auto, the column of that name, else estimated
     where 3 models or more were judged; none, left out."""
     length_mean: Real | None = None
     """Prior mean of the length coefficient; by default -2.0 where difficulties are given, else -1.8."""
     length_precision: NonNegative = GAMED.precision
-    """Its precision; 0: no prior."""
+    """Prior precision of the length coefficient; 0 for no prior."""
     n_boot: Several = 1000
-    """Resamples for the intervals."""
+    """Bootstrap resamples for the intervals."""
     level: Inside = 0.95
-    """Of the intervals: 0.95 covers the truth in 95 of 100 repetitions."""
+    """Confidence level of the intervals."""
     seed: Natural = 0
-    """Of everything that is drawn at random."""
+    """Random seed."""
 
 
 class JudgedComparison(NamedTuple):

@@ -164,15 +164,15 @@ class Evaluation:
     """What a policy's answers are measured by, at every measurement; nothing without prompts."""
 
     eval_prompts: str | None = None
-    """Prompts to answer: prompt, prompt_id."""
+    """Evaluation prompts: prompt, prompt_id."""
     gold: str | None = None
-    """The scorer that plays the truth."""
+    """Gold scorer, the reward that counts as true."""
     proxy: str | None = None
-    """Folder of a reward run: the proxy."""
+    """Proxy: the folder of a reward run."""
     eval_limit: Count | None = 256
-    """Prompts to answer at most."""
+    """Use at most this many of the evaluation prompts."""
     eval_k: Count = 1
-    """Answers a prompt."""
+    """Answers per prompt."""
     max_new_tokens: Count = 256
     """Longest answer in tokens."""
 

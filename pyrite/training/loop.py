@@ -178,17 +178,17 @@ class Training:
     batch_size: Count = 32
     """Rows in one optimizer step, over all processes."""
     micro_batch_tokens: Count = 8192
-    """Packed tokens in one forward pass; changes memory and speed, not the result."""
+    """Packed tokens in one forward pass. Changes memory and speed, not the result."""
     lr_scheduler_type: str = "cosine()"
     """How the learning rate rises and falls: "cosine(warmup_steps=10, min_lr_ratio=0.1)", or linear or constant."""
     optim: str = "adamw()"
     """The optimizer with its options: "adamw(weight_decay=0.01, betas=(0.9, 0.98))"."""
     max_grad_norm: Positive = 1.0
-    """Largest gradient norm; larger gradients are scaled down to it."""
+    """Largest gradient norm; larger gradients are scaled down."""
     precision: Dtype = "float32"
-    """Of the products, in training and in all that a step learns from; weights are float32."""
+    """Precision of matrix products, in training and in everything a step learns from. Weights stay float32."""
     gradient_checkpointing: bool = False
-    """Compute layers again for their gradients, which saves memory and costs time."""
+    """Recompute layers in the backward pass: less memory, more time."""
 
     def __post_init__(self) -> None:
         check(self)
@@ -207,9 +207,9 @@ class Logging:
     """How often a run writes."""
 
     logging_steps: Count = 10
-    """Steps between rows of metrics."""
+    """Write a row of metrics every N steps."""
     save_steps: Count = 200
-    """Steps between checkpoints."""
+    """Save a checkpoint every N steps."""
 
     def __post_init__(self) -> None:
         check(self)
