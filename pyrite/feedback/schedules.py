@@ -15,10 +15,10 @@ __all__ = ["even", "never"]
 
 @dataclass(frozen=True)
 class Schedule:
-    """Labels over rounds.
+    """How many labels are bought in each round.
 
-    selector: which pairs are worth one. window: rounds whose pairs compete for labels. replay: earlier labels learned
-    again beside each new one. buys: whether any are bought.
+    selector: which pairs get them. window: rounds whose pairs compete for labels. replay: how many earlier labels are
+    learned again beside each new one. buys: whether any are bought.
     """
 
     selector: Selector
@@ -27,15 +27,16 @@ class Schedule:
     buys: bool = True
 
     def allotment(self, number: int, *, rounds: int, budget: int | None, used: int, pairs: int) -> int:
-        """Labels for round `number` (from 0), of `pairs` that compete; `used` so far. None is no budget: all pairs."""
+        """How many labels to buy in round `number` (from 0), if `pairs` compete and `used` were bought before. Without
+        a budget: one for every pair."""
         due = math.inf if budget is None else (number + 1) * budget // rounds - used
         return int(max(min(due, pairs), 0)) if self.buys else 0
 
 
 def even(*, selector: str = "confidence()", window: Count = 1, replay: NonNegative = 1.0) -> Schedule:
-    """The budget in equal parts over the rounds; the annotator learns in each, then labels the rest of the round.
+    """Spend the budget evenly over the rounds. The annotator learns in each round, then labels the round's other pairs.
 
-    Raises ValueError for a window of no round, negative replay, or an unknown selector.
+    Raises ValueError for a window below 1, a negative replay, or an unknown selector.
 
     >>> even().allotment(0, rounds=4, budget=10, used=0, pairs=64)
     2
@@ -45,5 +46,5 @@ def even(*, selector: str = "confidence()", window: Count = 1, replay: NonNegati
 
 
 def never() -> Schedule:
-    """No label is bought: the annotator stays what it is."""
+    """Buy no labels: the annotator stays as it is."""
     return Schedule(specs.part("random()", selection), buys=False)

@@ -52,7 +52,7 @@ Scorer = Callable[[list[str], list[str]], Tensor]
 
 
 def each(points: Callable[[str, str], float]) -> Scorer:
-    """The scorer that gives every row points(prompt, response) of its own. Raises ValueError for unequal lists."""
+    """The scorer that gives each row points(prompt, response). Raises ValueError for lists of unequal length."""
 
     def score(prompts: list[str], responses: list[str]) -> Tensor:
         check_rows(prompts, responses)
@@ -62,13 +62,13 @@ def each(points: Callable[[str, str], float]) -> Scorer:
 
 
 def check_rows(prompts: list[str], responses: list[str]) -> None:
-    """Raises ValueError unless prompts and responses are one for one."""
+    """Raise ValueError unless there is one prompt for each response."""
     if len(prompts) != len(responses):
         raise ValueError(f"{len(prompts)} prompts but {len(responses)} responses; a scorer needs one prompt for each")
 
 
 def check_scores(scores: Tensor | Sequence[float], n: int, *, name: str) -> Tensor:
-    """The scores of `name` as a (N,) floating tensor. Raises ValueError on a wrong count, NaN, infinity."""
+    """The scores of `name` as a floating tensor (N,). Raises ValueError for a wrong count, NaN or infinity."""
     values = torch.as_tensor(scores)
     if values.shape != (n,):
         raise ValueError(f"{name} returned scores of shape {tuple(values.shape)}; {n} responses need ({n},)")
@@ -288,7 +288,7 @@ _ROLES = {"Human": "user", "Assistant": "assistant", "System": "system"}
 
 @dataclass(frozen=True)
 class Asks:
-    """A scorer that asks models, each with the class it is loaded by."""
+    """A scorer that asks models, with the class that loads each of them."""
 
     score: Scorer
     models: tuple[tuple[Any, str], ...]
@@ -297,7 +297,7 @@ class Asks:
         return self.score(prompts, responses)
 
     def verify(self) -> None:
-        """Refuse a model that could not be loaded, without loading it."""
+        """Refuse a model that cannot be loaded, without loading it."""
         for kind, path in self.models:
             verify(kind, path)
 
@@ -430,7 +430,7 @@ def truncated(*, gold: str, words: Count = 50) -> Scorer:
 
 
 def with_prompt(*, gold: str, separator: AnyText = " ") -> Scorer:
-    """Scorer: gold of prompt + separator + response, as the response to an empty prompt.
+    """Scorer: gold of prompt + separator + response, given as the response to an empty prompt.
 
     >>> with_prompt(gold="word_collector()")(["data hope"], ["nothing"])
     tensor([2.])
@@ -448,7 +448,7 @@ def with_prompt(*, gold: str, separator: AnyText = " ") -> Scorer:
 def scorer(gold: str | Scorer) -> Callable[..., Tensor]:
     """A gold that also reads a record of answers: score(answers) is a table (P, K), a row for each prompt.
 
-    gold: a spec string, or a function scorer(prompts, responses) of one's own. With lists of texts, score(prompts,
+    gold: a spec string, or your own function scorer(prompts, responses). Given lists of texts, score(prompts,
     responses), it is that scorer: (N,). Raises ValueError for an unknown gold.
     """
     if not isinstance(gold, str) and not callable(gold):
@@ -470,7 +470,8 @@ def scorer(gold: str | Scorer) -> Callable[..., Tensor]:
 
 
 def named(gold: str) -> Scorer:
-    """The gold of a spec string, its scores checked. Raises ValueError for one that is unknown, or cannot be read."""
+    """The gold of a spec string; its scores are checked. Raises ValueError for a gold that is unknown or cannot be
+    read."""
     scorer = specs.part(gold, sys.modules["pyrite.feedback.scorers"])
 
     def score(prompts: list[str], responses: list[str]) -> Tensor:
@@ -481,7 +482,7 @@ def named(gold: str) -> Scorer:
 
 
 def _first(text: str, words: Count) -> str:
-    """A text up to the end of its n-th word, its spaces as they are."""
+    """A text up to the end of its n-th word; spaces are kept."""
     said = text.split()
     if len(said) <= words:
         return text

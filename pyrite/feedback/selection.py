@@ -21,7 +21,7 @@ Selector = Callable[..., Tensor]
 
 
 def random(margins: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Any pair as well as any other: uniform numbers. Margins (E, B) -> (B,)."""
+    """Random pairs: uniform numbers. Margins (E, B) -> (B,)."""
     return torch.rand(margins.shape[1], generator=generator, dtype=torch.float64)
 
 
@@ -42,7 +42,8 @@ def margin_top(margins: Tensor, generator: torch.Generator | None = None) -> Ten
 
 
 def disagreement(margins: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Where members disagree most: the variance of the margin over members (population). Margins (E, B) -> (B,).
+    """Pairs on which members disagree most: the variance of the margin over members (population). Margins (E, B) ->
+    (B,).
 
     Raises ValueError for one member, which never disagrees.
     """
@@ -54,7 +55,7 @@ def disagreement(margins: Tensor, generator: torch.Generator | None = None) -> T
 def with_random(
     margins: Tensor, generator: torch.Generator | None = None, *, of: str = "confidence()", share: Share = 0.5
 ) -> Tensor:
-    """Another selector, with a random share: each next place goes to a random pair with probability `share`.
+    """Another selector with a share of random pairs: each place goes to a random pair with probability `share`.
 
     Margins (E, B) -> (B,), the ranks B, B−1, …, 1. Raises ValueError for a share outside [0, 1].
     """
@@ -72,9 +73,9 @@ def with_random(
 
 
 def pick(selector: Selector, margins: Tensor, n: int, *, generator: torch.Generator) -> list[int]:
-    """The n pairs of highest priority, first things first; equal ones in their order.
+    """The n pairs of highest priority, the highest first; pairs of equal priority in their order.
 
-    Margins (E, B). Raises ValueError if the selector does not give one finite number a pair.
+    Margins (E, B). Raises ValueError if the selector does not give each pair one finite number.
     """
     priority = selector(margins, generator=generator)
     if priority.shape != margins.shape[1:] or not priority.isfinite().all():

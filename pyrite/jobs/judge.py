@@ -86,7 +86,8 @@ class Ask:
 
 @dataclass(frozen=True)
 class Export:
-    """Write pairs to a file for a person to label, blinded: in an order, and with sides, drawn by the seed."""
+    """Write pairs to a file for a person to label. The file is blinded: the order of the pairs, and which answer is A,
+    are drawn by the seed."""
 
     criterion: str
     """What makes an answer better, in one sentence. The judge reads it with every pair."""
@@ -108,7 +109,7 @@ class Export:
 
 @dataclass(frozen=True)
 class Import:
-    """Take in the labels of a filled file, by the ids of its pairs: A, B, TIE, or nothing for no verdict."""
+    """Read the labels of a filled file, by the ids of its pairs: A, B, TIE, or nothing for no verdict."""
 
     file: str
     """The filled-in file: columns pair_id and better."""
@@ -122,7 +123,7 @@ class Import:
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far two files of verdicts agree, and how each of the judges leans."""
+    """How far two files of verdicts agree, and how each of the judges is biased."""
 
     first: str
     """verdicts.parquet of the first judge."""
@@ -167,10 +168,10 @@ def run(config: Config) -> Run:
 
 
 def ask(config: Ask) -> Run:
-    """Ask what the ledger does not hold, then write the verdicts.
+    """Ask what the ledger cannot answer, then write the verdicts.
 
-    The folder gets its config only then: until it is done, the ledger is all there is to resume, and the pace, the
-    price or the limit may be others in the next attempt.
+    The folder gets its config only then. Until the run is done, the ledger is all that a new attempt needs, so the new
+    attempt may have another pace, price or limit.
     """
     if config.estimate:
         judge, _, texts = _asked(config)
@@ -210,7 +211,7 @@ def ask(config: Ask) -> Run:
 
 
 def export(config: Export) -> Run:
-    """Write the pairs as a person gets them, and what they were made of."""
+    """Write the sheet for a person, and the pairs it was made of."""
     run = runs.start("judge", config, inputs=inputs)
     if run.done:
         return run
@@ -270,7 +271,7 @@ def agreement(config: Agreement) -> Run:
 
 
 def _asked(config: Ask) -> tuple[LanguageJudge, list[Row], tuple[list[str], list[str], list[str]]]:
-    """The judge, the rows, and the texts it is asked about."""
+    """The judge, the rows, and the texts that the judge is asked about."""
     rows = _pairs(config)
     ledger = str(config.ledger or config.out / "ledger.db")
     judge = LanguageJudge(config.model, config.criterion, config.criterion_id, config.judge, ledger)
@@ -278,7 +279,7 @@ def _asked(config: Ask) -> tuple[LanguageJudge, list[Row], tuple[list[str], list
 
 
 def _pairs(config: Ask | Export) -> list[Row]:
-    """Rows {prompt_id, prompt, a, b, ...}, and what else the file has."""
+    """Rows {prompt_id, prompt, a, b, ...} with the other columns of the file."""
     compared = isinstance(config, Ask) and bool(config.answers or config.baseline)
     if bool(config.pairs) + bool(config.candidates) + compared != 1:
         raise ValueError(
@@ -302,7 +303,7 @@ def _pairs(config: Ask | Export) -> list[Row]:
 
 
 def _compared(config: Ask) -> list[Row]:
-    """The baseline's answer (a) and a model's (b) to every prompt that both have answered, model by model."""
+    """For every model and every prompt that both have answered: the baseline's answer (a) and the model's (b)."""
     if not (config.answers and config.baseline):
         raise ValueError("judge: --answers and --baseline belong together; give both")
     theirs, base = _answers(config.baseline, config.columns)
@@ -371,7 +372,7 @@ def _couple(a: Row, b: Row) -> Row:
 
 
 def _nothing(judge: LanguageJudge, keys: list[str], pairs: int) -> str:
-    """What went wrong if no pair got a verdict."""
+    """The error if no pair got a verdict."""
     with Ledger(judge.ledger) as ledger:
         books = ledger.books(keys)
         last = next((row.error for row in reversed(ledger.find(keys).values()) if row.error), "nothing was asked")
@@ -410,9 +411,9 @@ LABELS: dict[str, Label] = {"A": "A", "B": "B", "TIE": "TIE", "T": "TIE", "1": "
 
 
 def blinded(rows: Sequence[Row], *, criterion: str, seed: int) -> list[Row]:
-    """Rows {prompt, a, b} as a person gets them: which answer is A, and the order of the pairs, drawn by the seed.
+    """The sheet of rows {prompt, a, b}. Which answer is A, and the order of the pairs, are drawn by the seed.
 
-    Nothing else of the rows is shown. Raises DataError for a pair that is there twice.
+    The sheet shows nothing else of the rows. Raises DataError if a pair is there twice.
     """
     sheet: dict[str, Row] = {}
     for row in rows:
@@ -428,7 +429,7 @@ def blinded(rows: Sequence[Row], *, criterion: str, seed: int) -> list[Row]:
 
 
 def write_sheet(sheet: Sequence[Row], path: Path) -> None:
-    """The pairs to be filled in, .csv (with a mark by which spreadsheets know UTF-8) or .jsonl."""
+    """Write the sheet to be filled in, as .csv (with a mark by which spreadsheets recognize UTF-8) or .jsonl."""
     if path.suffix == ".jsonl":
         runs.write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in sheet))
         return
@@ -440,10 +441,10 @@ def write_sheet(sheet: Sequence[Row], path: Path) -> None:
 
 
 def filled(path: str | Path, rows: Sequence[Row], *, seed: int) -> list[Verdict]:
-    """The verdicts of a filled sheet on the rows {prompt, a, b} it was made of; none if it was left blank.
+    """The verdicts of a filled sheet on the rows {prompt, a, b} that it was made of; a blank row has none.
 
-    By id alone: rows of the sheet may be in any order, and its texts are not read. Raises DataError, naming the file
-    and the row, for an unknown or repeated id, or a label other than A, B, TIE.
+    Rows are found by their ids, so they may be in any order, and their texts are not read. Raises DataError, naming the
+    file and the row, for an unknown or repeated id, or a label other than A, B, TIE.
     """
     source = _read(str(path))
     wanted = {pair_id(row["prompt"], row["a"], row["b"]): row for row in rows}
@@ -468,7 +469,7 @@ def filled(path: str | Path, rows: Sequence[Row], *, seed: int) -> list[Verdict]
 
 
 def _read(path: str) -> Source:
-    """The rows of a sheet, those of CSV counted as a spreadsheet counts them: below the header."""
+    """The rows of a sheet. Rows of CSV are counted as a spreadsheet counts them."""
     source = read(path)
     missing = [name for name in ("pair_id", "better") if name not in source.rows[0]]
     if missing:
@@ -488,8 +489,8 @@ Statistic = dict[str, Any]  # value, lo and hi over prompts (None if unknown), a
 
 
 class Opinion(NamedTuple):
-    """A verdict as it counts here: prompt; pair and criterion; preference 1 for the answer whose text sorts first, 2
-    for the other, 0 for a tie; P(a beats b) by the order in which the answers were shown."""
+    """A verdict: the prompt; the pair and the criterion; the preference, 1 for the answer whose text sorts first, 2 for
+    the other one, 0 for a tie; and P(a beats b) in each order in which the answers were shown."""
 
     prompt: str
     pair: tuple[str, str]
@@ -513,11 +514,11 @@ def opinions(path: str) -> list[Opinion]:
 def agreed(
     first: Sequence[Opinion], second: Sequence[Opinion], *, n_boot: int, level: float, generator: torch.Generator
 ) -> dict[str, Any]:
-    """How two judges agree on the pairs that both have a verdict on, joined by texts and criterion, never by place.
+    """How far two judges agree on the pairs that both have judged. Pairs are joined by their texts and criterion.
 
-    agreement: share of equal verdicts of three, A, B or tie. kappa: (agreement − chance) / (1 − chance), chance =
-    Σ_c p₁(c) p₂(c) of their own shares (Cohen 1960); NaN if chance is 1. decided: agreement if neither sees a tie.
-    Raises ValueError if no pair has both verdicts.
+    agreement: share of equal verdicts among A, B and tie. kappa: (agreement − chance) / (1 − chance), chance = Σ_c
+    p₁(c) p₂(c) of their own shares (Cohen 1960); NaN if chance is 1. decided: agreement on pairs on which neither sees
+    a tie. Raises ValueError if no pair has both verdicts.
     """
     theirs = {one.pair: one for one in second}
     both = [(one, theirs[one.pair]) for one in first if one.pair in theirs]
@@ -558,10 +559,10 @@ def _equal(table: Tensor) -> Tensor:
 
 
 def leaning(judged: Sequence[Opinion], *, n_boot: int, level: float, generator: torch.Generator) -> dict[str, Any]:
-    """How one judge leans.
+    """How one judge is biased.
 
-    first_shown: share of decided answers that went to the answer shown first, ½ without position bias. consistency:
-    share of pairs asked in both orders on which both said the same. ties and no_verdict: shares of pairs.
+    first_shown: share of verdicts for the answer shown first, without ties; ½ without position bias. consistency: share
+    of pairs, asked in both orders, with the same verdict in both. ties and no_verdict: shares of pairs.
     """
     boot = _resampled([one.prompt for one in judged], n_boot, level, generator)
     rows = torch.tensor([_counts(one) for one in judged], dtype=torch.float64)

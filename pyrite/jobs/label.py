@@ -109,7 +109,7 @@ def run(config: Config) -> Run:
 
 
 def _scored(run: Run, rows: list[Row], scorer: Callable, name: str) -> list[float]:
-    """Gold of every answer, in parts that survive an interruption."""
+    """The gold score of every answer, kept in parts, so that an interrupted run goes on."""
     with progress("label", len(rows), unit="answers") as advance:
 
         def score(begin: int, end: int) -> dict[str, list]:
@@ -126,8 +126,8 @@ def _prompts(couples: list[Rows]) -> list[str]:
 
 
 def _couples(rows: list[Row], config: Config) -> tuple[list[Rows], Counter[str]]:
-    """Consecutive answers to each prompt, and how many couples (answers, if cut ones are passed over) cannot carry a
-    preference, by reason."""
+    """Consecutive answers to each prompt, and how many couples (with --on-cut rematch, how many cut answers) are left
+    out, by reason."""
     kept = [row for row in rows if row["finished"] or config.on_cut == "drop"]
     left_out = Counter(cut=len(rows) - len(kept), equal=0, empty=0)
     return pairing.sound(pairing.consecutive(kept), left_out), left_out

@@ -40,7 +40,7 @@ def inputs(config: Config) -> dict[str, str | Path]:
 
 
 def run(config: Config) -> Run:
-    """Load, merge, compare both on a text, save; results hold the largest difference."""
+    """Load, merge, compare base and merged model on a text, save. The results hold the largest difference."""
     run = runs.start("merge", config, inputs=inputs)
     if run.done:
         return run

@@ -76,7 +76,7 @@ class Config:
 
 @dataclass(frozen=True)
 class OptionTask:
-    """The pairs of one option, or general ones: their kinds, who judges them, and which other options exclude it."""
+    """The pairs to make for one option, or in general: their kinds, their judge, the options that exclude this one."""
 
     option: Option
     options: tuple[Option, ...]
@@ -92,7 +92,7 @@ class OptionTask:
 
 
 def inputs(config: Config) -> dict[str, str | Path]:
-    """What the job reads, files of the options' golds among it."""
+    """What the job reads, including files of yours that the options' golds name."""
     return {"candidates": config.candidates, **(files(config.dimensions) if config.dimensions else {})}
 
 
@@ -124,7 +124,7 @@ def run(config: Config) -> Run:
 
 
 def _tasks(config: Config) -> list[OptionTask]:
-    """Options with their judges, ready; whatever the options alone show to be impossible is refused."""
+    """The options with their judges. What the options alone show to be impossible is refused here."""
     if bool(config.dimensions) == bool(config.general):
         raise ValueError("pairs needs --dimensions, a YAML file or soups, or --general; and not both")
     if config.general:
@@ -148,8 +148,7 @@ def _tasks(config: Config) -> list[OptionTask]:
 
 
 def _rows(config: Config) -> list[Row]:
-    """The candidates; one without preferences is neutral. Raises ValueError for preferences that are not among the
-    dimensions'."""
+    """The candidates; one without preferences is neutral. Raises ValueError for preferences of no dimension."""
     plain = data.load(config.candidates, "candidates")
     rows = [{"asked": row["prompt"], "asked_id": row["prompt_id"], "preferences": [], **row} for row in plain]
     if config.dimensions:
@@ -198,7 +197,7 @@ def _couples(rows: Sequence[Row], task: OptionTask, config: Config, left_out: Co
 
 
 def _set_against(kind: str, group: dict[str | None, list[Row]], task: OptionTask) -> Iterator[Rows]:
-    """Couples among the answers of one raw prompt, by what they were asked for in the option's dimension."""
+    """The couples of one kind among the answers to one raw prompt."""
     positive, neutral = group.get(task.id, []), group.get(None, [])
     if kind in JUDGED:
         yield from zip(positive[::2], positive[1::2], strict=False)
@@ -237,7 +236,7 @@ def _written(
     left_out: Counter[str],
     hint: str,
 ) -> dict[str, Any]:
-    """Store everything; what there is of each option, and what is not."""
+    """Write everything, and count what there is of each option and what was left out."""
     demos = _demos(train)
     if run.writes:
         for name, rows in (("pairs", train), ("held_out", held), ("demos", demos)):
@@ -257,7 +256,7 @@ def _counts(train: Sequence[Row], held: Sequence[Row], task: OptionTask) -> dict
 
 
 def _demos(pairs: Sequence[Row]) -> list[Row]:
-    """The chosen answers of judged pairs, each once; of a tie, neither was chosen."""
+    """The chosen answers of judged pairs, each once. A tie has none."""
     names = ("prompt_id", "prompt", *data.CONDITIONED)
     judged = [pair for pair in pairs if pair["kind"] in JUDGED and pair["strength"]]
     rows = {(pair["prompt_id"], pair["chosen"]): pair for pair in judged}

@@ -98,7 +98,7 @@ def run(config: Config) -> Run:
 
 
 def _weights(config: Config) -> list[float]:
-    """One for each ingredient."""
+    """One weight for each ingredient."""
     if len(config.ingredients) < 2:
         raise ValueError(f"--ingredients names {len(config.ingredients)}; a soup takes at least 2")
     if config.rank is not None and (config.mode != "svd" or config.rank < 1):
@@ -107,7 +107,7 @@ def _weights(config: Config) -> list[float]:
 
 
 def _copy_beside(source: Path, folder: Path) -> None:
-    """Copy what lies beside the weights of a model: tokenizer and config, but not its card."""
+    """Copy what lies beside the weights of a model: its tokenizer and config, but not its card."""
     folder.mkdir(parents=True, exist_ok=True)
     for path in sorted(source.iterdir()):
         wanted = path.suffix in (".json", ".jinja", ".txt", ".model") and path.name != checkpoints.ABOUT
@@ -116,7 +116,7 @@ def _copy_beside(source: Path, folder: Path) -> None:
 
 
 def _check_sum(weights: Sequence[float], what: str) -> None:
-    """Tensors saved whole would be scaled by weights that do not sum to 1."""
+    """Refuse weights that do not sum to 1: they would scale tensors that are saved whole."""
     if abs(math.fsum(weights) - 1) > 1e-6:
         raise ValueError(f"{what} is averaged whole, so the weights must sum to 1; these sum to {math.fsum(weights):g}")
 
@@ -166,9 +166,9 @@ def _adapters(config: Config, paths: Sequence[Path], weights: Sequence[float]) -
 
 
 def _read(path: Path) -> Adapter:
-    """The adapters of a folder, on the processor.
+    """Load the adapters of a folder.
 
-    Raises ValueError for what no low-rank soup can hold: DoRA, trained biases, ranks by module, a base changed at the
+    Raises ValueError for what a low-rank soup cannot hold: DoRA, trained biases, ranks by module, a base changed at the
     start, tensors that are no low-rank pairs.
     """
     config = adapters_of(path)
@@ -212,7 +212,8 @@ def _module(name: str) -> str:
 
 
 def _check_alike(adapters: Sequence[Adapter], *, factors: bool) -> None:
-    """Refuse adapters of different bases, tasks, modules or shapes; `factors` must also have one rank and scale."""
+    """Refuse adapters of different bases, tasks, modules or shapes. With `factors`, their ranks and scales must be
+    equal, too."""
     first = adapters[0]
     for other in adapters[1:]:
         both = f"{first.path} and {other.path}"
@@ -238,7 +239,7 @@ def _traits(adapter: Adapter, *, factors: bool) -> dict[str, Any]:
 
 
 def _same_base(a: dict[str, Any], b: dict[str, Any]) -> bool:
-    """By name and revision, or by content for two folders."""
+    """Whether two bases are the same: by name and revision, or by content if both are folders."""
     names = [Path(config["base_model_name_or_path"]) for config in (a, b)]
     if names[0] == names[1]:
         return a.get("revision") == b.get("revision")
@@ -272,7 +273,7 @@ def _compared(adapters: Sequence[Adapter], weights: Sequence[float], soup: dict[
 
 
 def _whole_models(config: Config, paths: Sequence[Path], weights: Sequence[float]) -> Mix:
-    """Tensors are read one at a time and written in the files of the first model."""
+    """Read the tensors one at a time, and write them to files like those of the first model."""
     for path in paths:
         if (path / checkpoints.ABOUT).exists() or not (path / "config.json").exists():
             raise ValueError(f"{path}: no folder of a whole model; modes other than full merge adapters")
@@ -315,10 +316,10 @@ def _config(path: Path) -> dict[str, Any]:
 
 
 def _constants(paths: Sequence[str], weights: Sequence[float]) -> dict[str, Any]:
-    """How a soup of reward models reads and standardizes, {} of policies; refuses configs that differ in the former.
+    """How a soup of reward models reads and standardizes; {} for policies. Refuses ingredients that read differently.
 
-    mean and std are the weighted means of the ingredients'. As far as scores are linear in the weights, this mean is
-    exact, and this std is not below the true one.
+    mean and std are the weighted means of the ingredients'. If scores are linear in the weights, this mean is exact,
+    and this std is not below the true one.
     """
     own = [settings(path) for path in paths]
     plain = {"mean": None, "std": None}
@@ -336,7 +337,7 @@ def _constants(paths: Sequence[str], weights: Sequence[float]) -> dict[str, Any]
 
 
 def _check_tokenizers(paths: Sequence[Path]) -> None:
-    """Refuse models that read texts differently; the soup gets the tokenizer of the first."""
+    """Refuse models that read texts differently. The soup gets the tokenizer of the first one."""
     first, *others = map(_reading, paths)
     for path, other in zip(paths[1:], others, strict=True):
         if odd := [name for name in first.keys() & other.keys() if first[name] != other[name]]:

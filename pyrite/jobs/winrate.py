@@ -11,7 +11,7 @@ import difflib
 import io
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -94,7 +94,7 @@ class JudgedComparison(NamedTuple):
 
 @dataclass(frozen=True)
 class ComparisonTable:
-    """Comparisons of M models on Q prompts, (M, Q) each, NaN where there is none; difficulty (Q,) where it is given."""
+    """Comparisons of M models on Q prompts, (M, Q) each, NaN if there is none; difficulty (Q,) if it is given."""
 
     models: list[str]
     baseline: str
@@ -137,7 +137,9 @@ def run(config: Config) -> Run:
         about = {"baseline": table.baseline, "difficulty": source} | ({"warning": warning} if warning else {})
         runs.write_json(run.folder / "winrates.json", {**about, "models": models, "differences": differences})
         if found.difficulty is not None:
-            runs.write_text(run.folder / "difficulty.csv", _difficulties(table.prompts, found.difficulty))
+            hard = zip(table.prompts, found.difficulty.tolist(), strict=True)
+            known = [{"prompt_id": prompt, "difficulty": value} for prompt, value in hard]
+            runs.write_text(run.folder / "difficulty.csv", _csv(known))
         runs.write_text(run.folder / "winrates.csv", _csv(models))
     rows = {row["model"]: {name: row[name] for name in ("raw", "raw_se", "lc", "lc_se")} for row in models}
     said = {"difficulty": source} | ({"warning": warning} if warning else {})
@@ -184,7 +186,8 @@ def difficulties(path: str, prompts: Sequence[Any]) -> Tensor:
 
 
 def judged(raw: dict[str, Any]) -> JudgedComparison:
-    """One row's comparison. Raises ValueError, without the place, for what is missing, not a number or out of range."""
+    """The comparison in one row. Raises ValueError, without the place, for a value that is missing, no number or out of
+    range."""
     row = {ours: next((raw[name] for name in names if name in raw), None) for ours, names in NAMES.items()}
     for name in ("prompt_id", "model"):
         if not isinstance(row[name], (str, int)) or row[name] == "":
@@ -205,25 +208,22 @@ def aligned(models: Sequence[dict[str, Any]]) -> list[str]:
     head = ("model", "prompts", "raw", "s.e.", "length-controlled", "s.e.", "interval", "chars", "baseline")
     body = [
         (
-            row["model"],
-            str(row["prompts"]),
-            f"{row['raw']:.2f}",
-            f"{row['raw_se']:.2f}",
-            f"{row['lc']:.2f}",
-            f"{row['lc_se']:.2f}",
+            *(row["model"], str(row["prompts"])),
+            *(f"{row[name]:.2f}" for name in ("raw", "raw_se", "lc", "lc_se")),
             f"[{row['lc_lo']:.2f}, {row['lc_hi']:.2f}]",
-            f"{row['length']:.0f}",
-            f"{row['baseline_length']:.0f}",
+            *(f"{row[name]:.0f}" for name in ("length", "baseline_length")),
         )
         for row in models
     ]
     width = [max(map(len, column)) for column in zip(head, *body, strict=True)]
-    place: list[Callable[..., str]] = [str.ljust] + [str.rjust] * (len(head) - 1)
-    return ["  ".join(p(cell, w) for p, cell, w in zip(place, line, width, strict=True)) for line in (head, *body)]
+    sides = "<" + ">" * (len(head) - 1)
+    return [
+        "  ".join(f"{c:{side}{w}}" for c, side, w in zip(line, sides, width, strict=True)) for line in (head, *body)
+    ]
 
 
 def _win(raw: dict[str, Any]) -> float:
-    """P(model wins) of a row; NaN where it says null."""
+    """P(model wins) of a row; NaN if the row says null."""
     given = [name for name in ("preference", "score", "win") if name in raw]
     if len(given) != 1:
         raise ValueError(
@@ -288,7 +288,7 @@ def _grid(rows: list[JudgedComparison], source: Source) -> ComparisonTable:
 
 
 def _comparisons(table: ComparisonTable, config: Config) -> tuple[Comparisons, str]:
-    """What is to be fitted, and where the difficulty of prompts comes from."""
+    """What is to be fitted, and the source of the prompts' difficulties."""
     gap = winrates.length_gap(table.baseline_length, table.length)
     gamed = [table.models.index(name) for name in config.gamed if _known(name, table.models)]
     rows = (table.wins[gamed], gap[gamed]) if gamed else None
@@ -306,7 +306,7 @@ def _comparisons(table: ComparisonTable, config: Config) -> tuple[Comparisons, s
 
 
 def _prior(config: Config, *, given: bool) -> Prior:
-    """What is known of the length coefficient, by whether the difficulties of the prompts are given."""
+    """The prior of the length coefficient. Its mean depends on whether the difficulties of the prompts are given."""
     usual = (KNOWN if given else GAMED).mean
     return Prior(usual if config.length_mean is None else config.length_mean, config.length_precision)
 
@@ -324,7 +324,7 @@ def _known(name: str, models: list[str]) -> bool:
 
 
 def _models(table: ComparisonTable, several: Sequence[Rates], level: float) -> Iterator[dict[str, Any]]:
-    """A row for each model, by the first rates; intervals that hold those of all."""
+    """A row for each model, by the first rates. Each interval covers those of all rates."""
     rates = several[0]
     for m, model in enumerate(table.models):
         wins = table.wins[m]
@@ -346,7 +346,7 @@ def _models(table: ComparisonTable, several: Sequence[Rates], level: float) -> I
 
 
 def _differences(models: list[str], several: Sequence[Rates], level: float) -> Iterator[dict[str, Any]]:
-    """Every pair of models, resampled together."""
+    """The difference of every two models; both are resampled together."""
     rates = several[0]
     for a, b in itertools.combinations(range(len(models)), 2):
         raw = _with_interval("raw", rates.raw[a] - rates.raw[b], rates.raw_boot[:, a] - rates.raw_boot[:, b], level)
@@ -361,22 +361,15 @@ def _with_interval(name: str, value: Tensor, boot: Tensor, level: float) -> dict
 
 
 def _widened(name: str, several: Sequence[tuple[Tensor, Tensor]], level: float) -> dict[str, float]:
-    """The first value, and the interval that holds those of all."""
+    """The first value, with an interval that covers those of all."""
     found = [_with_interval(name, value, boot, level) for value, boot in several]
     low, high = min(one[f"{name}_lo"] for one in found), max(one[f"{name}_hi"] for one in found)
     return found[0] | {f"{name}_lo": low, f"{name}_hi": high}
 
 
-def _difficulties(prompts: Sequence[Any], hard: Tensor) -> str:
+def _csv(rows: Sequence[dict[str, Any]]) -> str:
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerows([("prompt_id", "difficulty"), *zip(prompts, hard.tolist(), strict=True)])
-    return text.getvalue()
-
-
-def _csv(models: Sequence[dict[str, Any]]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(models[0]), lineterminator="\n")
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
-    writer.writerows(models)
+    writer.writerows(rows)
     return text.getvalue()
