@@ -966,7 +966,11 @@ def fit(
         kept = [i for i in range(len(rows)) if len(ids[i]) <= most]
         if not kept:
             raise DataError(f"{place(rows[0])}: no prompt is left: {counted}; raise --max-prompt, or cut them")
-        lost = [_lost(rows[i], len(ids[i]), most) for i in long]
+        lost = [
+            {"prompt_id": rows[i]["prompt_id"], "place": place(rows[i])}
+            | {"reason": f"the prompt has {len(ids[i])} tokens, more than {most}"}
+            for i in long
+        ]
         return Fitted([rows[i] for i in kept], [ids[i] for i in kept], 0, lost)
     note(f"{counted} and are cut, keeping their ends: {named}")
     short = text_.encode_prompts(
@@ -975,8 +979,3 @@ def fit(
     for i, one in zip(long, short, strict=True):
         ids[i] = one
     return Fitted(list(rows), ids, len(long), [])
-
-
-def _lost(row: Row, length: int, most: int) -> dict[str, Any]:
-    reason = f"the prompt has {length} tokens, more than {most}"
-    return {"prompt_id": row["prompt_id"], "place": place(row), "reason": reason}

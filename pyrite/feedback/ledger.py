@@ -263,9 +263,7 @@ class Ledger:
         found = self.db.execute(f"{FIND} IN (SELECT value FROM json_each(?))", (json.dumps(list(keys)),))
         return {key: Call(*values) for key, *values in found}
 
-    def standing(
-        self, call: Call | None, run: str, round: int
-    ) -> Literal["answered", "failed", "busy", "open", "later"]:
+    def standing(self, call: Call | None, run: str, round: int) -> Standing:
         """What a question means for a run in a round: answered, failed, open (to be asked), busy (another process asks
         it) or later (asked by this run in a later round). run: "" for no run."""
         own = call is not None and bool(run) and call.run == run
