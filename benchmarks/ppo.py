@@ -243,12 +243,11 @@ class Ours:
             learners = Learners(Learner(policy, training), value, Learner(value, training), **rest)
         return cls(Players(policy, start.requires_grad_(False)), [reward], learners)
 
-    def collect(self, number: int, ids: list[list[int]], *, reread: bool = False) -> Any:
+    def collect(self, number: int, ids: list[list[int]]) -> Any:
         from pyrite.training.ppo import collect
 
         rows = [{"prompt_id": f"{number}-{i}", "prompt": words(prompt)} for i, prompt in enumerate(ids)]
-        options: dict[str, Any] = {"k": 1, "max_new_tokens": NEW, "seed": 0}
-        options |= {"critic": self.learners.critic, "reread": reread}
+        options: dict[str, Any] = {"k": 1, "max_new_tokens": NEW, "seed": 0, "critic": self.learners.critic}
         drawn = collect(self.players, self.rewards, rows, ids, number, **options)
         assert bool(drawn.mask.all()) and drawn.mask.shape == (ANSWERS, NEW), "an answer ended early"
         return drawn
@@ -302,6 +301,7 @@ def equality(case: Case, python: str) -> dict[str, Any]:
     from pyrite.data import text
     from pyrite.data.responses import Responses
     from pyrite.math.policy_gradient import Estimates
+    from pyrite.models.forward import score
     from pyrite.training.ppo import batch_loss
     from pyrite.training.rollouts import Players
 
@@ -312,9 +312,10 @@ def equality(case: Case, python: str) -> dict[str, Any]:
     side = Ours.make(case, "own", FULL, ref=talker(case, seed=1))
     texts = text.decode(side.players.policy.tokenizer, told.tokens())
     rows = [{"prompt_id": str(i), "prompt": words(prompt)} for i, prompt in enumerate(prompts)]
-    told = replace(told, rows=rows, texts=texts, finished=told.finished & False, logps=torch.zeros(told.ids.shape))
+    read = score(side.players.policy, told, told.groups())
+    told = replace(told, rows=rows, texts=texts, finished=told.finished & False, logps=read)
     with patch.object(Players, "draw", lambda *_, **__: told):
-        drawn = side.collect(0, prompts, reread=True)
+        drawn = side.collect(0, prompts)
     made = side.advantages(drawn)
     learned = Estimates(theirs["whitened"].cpu(), made.returns)
     learners = (side.learners.policy, side.learners.value)

@@ -14,6 +14,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -515,6 +516,29 @@ def origin(row: Row) -> tuple[str, str]:
     raw = all(name in row for name in CONDITIONED)
     asked = plain(row["asked" if raw else "prompt"])
     return str(row["asked_id" if raw else "prompt_id"]), asked or str(row.get("response", ""))
+
+
+def load_apart(
+    path: str | Path,
+    kind: Kind,
+    held_out: float | str,
+    *,
+    seed: int,
+    note: Callable[[str], object],
+    columns: str | None = None,
+    on_contradiction: OnContradiction = "keep",
+    on_tie: Literal["keep", "drop"] = "keep",
+) -> tuple[list[Row], list[Row]]:
+    """Rows to learn from and rows to measure on; no prompt is in both. Other options are those of `load`.
+
+    held_out: a file to measure on, whose prompts are not learned from, or the share of the prompts to keep.
+    """
+    read = partial(load, kind=kind, columns=columns, on_contradiction=on_contradiction, on_tie=on_tie, note=note)
+    every = read(path)
+    if isinstance(held_out, str):
+        held = read(held_out)
+        return apart(every, held, note=note, source=str(path)), held
+    return split(every, fraction=held_out, seed=seed)
 
 
 def apart(rows: Sequence[Row], held: Sequence[Row], *, note: Callable[[str], object], source: str) -> list[Row]:

@@ -111,7 +111,16 @@ def run(config: Config) -> Run:
     loss = specs.part(config.loss, losses)
     wanted = needs(loss)
     _refuse(config, wanted)
-    pairs, held = _read(config, loss)
+    pairs, held = rows.load_apart(
+        config.data,
+        "pairs",
+        config.held_out,
+        seed=seeds.derive(config.seed, "held out"),
+        columns=config.columns,
+        on_contradiction=config.on_contradiction,
+        on_tie="keep" if takes_ties(loss) else "drop",
+        note=say,
+    )
     policy = Policy.load(config.model, lora=Lora.parse(config.lora), template=config.template)
     loop.set_dropout(policy, name=config.model)
     evaluator = _evaluator(config, policy)
@@ -177,22 +186,6 @@ def _refuse(config: Config, wanted: frozenset[str]) -> None:
         )
     if "ref_tokens" in wanted and source.kind == "column":
         raise ValueError(f"--loss {config.loss} reads the reference token by token; --ref column has sums only")
-
-
-def _read(config: Config, loss: Loss) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    read = partial(
-        rows.load,
-        kind="pairs",
-        columns=config.columns,
-        on_contradiction=config.on_contradiction,
-        on_tie="keep" if takes_ties(loss) else "drop",
-        note=say,
-    )
-    pairs = read(config.data)
-    if isinstance(config.held_out, str):
-        held = read(config.held_out)
-        return rows.apart(pairs, held, note=say, source=config.data), held
-    return rows.split(pairs, fraction=config.held_out, seed=seeds.derive(config.seed, "held out"))
 
 
 def _evaluator(config: Config, policy: Policy) -> Evaluator | None:
@@ -326,7 +319,7 @@ class LiveReference:
         moves = source.kind == "ema" and "ref" in wanted
         if not moves and "kl" not in wanted:
             return None
-        options = {"rate": 0.01, "every": 1, **source.options} if moves else {"rate": 0.0, "every": 1}
+        options = source.options if moves else {"rate": 0.0, "every": 1}
         return cls(copy.deepcopy(policy).eval().requires_grad_(False), **options)
 
     @torch.no_grad()
@@ -362,12 +355,10 @@ class Watch:
 
     def measure(self) -> dict[str, float]:
         """Loss, accuracies and margin on held-out pairs, in the precision of training; gold, proxy, KL of answers."""
-        precision = self.training.precision == "bfloat16"
-        with torch.autocast(self.policy.device.type, torch.bfloat16, enabled=precision):
+        with self.policy.reading(self.training.precision):
             measured = measure(self.policy, self.loss, self.test, size=self.training.batch_size)
         if self.evaluator:
-            for name, value in self.evaluator(self.policy).summary().items():
-                measured |= {name: value["mean"], f"{name}_se": value["se"]}
+            measured |= self.evaluator(self.policy).means()
         return measured
 
     def begin(self, start: dict[str, float]) -> None:

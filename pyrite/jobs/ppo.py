@@ -125,13 +125,9 @@ def inputs(config: Config) -> dict[str, str | Path]:
     """What the job reads."""
     found: dict[str, str | Path] = {"model": config.model, "prompts": config.prompts, **config.evaluation.inputs()}
     found |= config.variants.inputs()
-    path = (
-        _part("value", config.value, VALUES).path
-        if _part("advantage", config.advantage, ADVANTAGES).method == "gae"
-        else None
-    )
-    folders = [folder for _, name in map(_weighed, config.reward) for _, folder in [_owned(name)]]
-    found |= {"value": path} if path else {}
+    critic = _parts(config).critic
+    found |= {"value": critic.path} if critic and critic.path else {}
+    folders = [_owned(name)[1] for _, name in map(_weighed, config.reward)]
     return found | {f"reward {i}": folder for i, folder in enumerate(folders) if Path(folder).exists()}
 
 
@@ -141,7 +137,9 @@ def run(config: Config) -> Run:
     if run.done:
         return run
     loaded: dict[Path, RewardEnsemble] = {}  # a reward run that is the proxy too is loaded once
-    control, rewards = _checked(config), _rewards(config, loaded)
+    named = _parts(config)
+    _check(config, named)
+    rewards = _rewards(config, loaded)
     both = rounds.split(
         config.prompts, config.evaluation, columns=config.columns, held_out=config.held_out, seed=config.seed
     )
@@ -163,10 +161,12 @@ def run(config: Config) -> Run:
         max_prompt=config.max_prompt,
         on_long=config.on_long,
     )
-    learners = _learners(policy, config)
+    options: dict[str, Any] = {"steps": config.steps, "clip": config.cliprange, "seed": config.seed}
+    learners = Learners.make(policy, config.training, named.critic, **options)
     players = Players(policy, ready.start, config.training.precision)
     run.open()
     say(f"ppo: {config.steps} steps of {ready.size * config.k} answers, {len(test)} prompts to measure on")
+    control = KLControl(config.beta, named.kl.target, named.kl.horizon)
     state = State.of(control)
     journal = Journal(run, ready.evaluator, policy, "ppo", config.early_stopping_patience)
     begin = learners.resume(run.folder, state)
@@ -182,8 +182,8 @@ def run(config: Config) -> Run:
         drawn = collect(players, rewards, *ready.turn(number), number, **drawing)
         if number == 0:
             _check_start(players, drawn)
-        shaped, clipped = _shaped(drawn, state, config)
-        made = _advantages(drawn, shaped, state, config)
+        shaped, clipped = _shaped(drawn, state, named, config.missing_eos_penalty)
+        made = _advantages(drawn, shaped, state, named.advantage)
         found = learners.learn(drawn, made, number) | _summary(drawn, shaped, made, state) | clipped
         state.follow(control, found["rollout_kl"], answers=len(drawn.responses))
         return len(drawn.responses), 0, found, False
@@ -212,9 +212,9 @@ def _check_start(players: Players, drawn: Rollouts) -> None:
             )
 
 
-def _shaped(drawn: Rollouts, state: State, config: Config) -> tuple[Tensor, dict[str, float]]:
+def _shaped(drawn: Rollouts, state: State, named: Parts, missing_eos: float | None) -> tuple[Tensor, dict[str, float]]:
     """Token rewards (N, T): the score at the end, the price of KL on the way. And the share of scores that were cut."""
-    scaling, scores = _part("reward-scaling", config.reward_scaling, SCALINGS), drawn.scores.total
+    scaling, scores = named.scaling, drawn.scores.total
     state.see("scores", scores)
     if scaling.running:
         scores = normalized(scores, state.scores)
@@ -226,19 +226,18 @@ def _shaped(drawn: Rollouts, state: State, config: Config) -> tuple[Tensor, dict
         drawn.ref.tokens,
         drawn.mask,
         beta=state.beta.item(),
-        kl=_part("kl", config.kl, KLS).estimator,
+        kl=named.kl.estimator,
         finished=drawn.responses.finished,
-        missing_eos=config.missing_eos_penalty,
+        missing_eos=missing_eos,
         clip=scaling.clip,
     )
     return shaped, {name: share.item() for name, share in cut.items()}
 
 
-def _advantages(drawn: Rollouts, shaped: Tensor, state: State, config: Config) -> Estimates:
+def _advantages(drawn: Rollouts, shaped: Tensor, state: State, by: Advantage) -> Estimates:
     """Against the critic, the prompt's other answers, or the mean of earlier batches."""
     before = state.see("returns", shaped.sum(1))
     baseline = before.mean if before.count else None
-    by = _part("advantage", config.advantage, ADVANTAGES)
     made = estimates(drawn, shaped, method=by.method, gamma=by.gamma, lam=by.lam, baseline=baseline)
     return made._replace(advantages=whiten(made.advantages, drawn.mask)) if by.whiten else made
 
@@ -360,6 +359,23 @@ KLS = {one.__name__: one for one in (k1, k3, none)}
 SCALINGS = {one.__name__: one for one in (fixed, running)}
 
 
+class Parts(NamedTuple):
+    """What the options name; critic is None for advantages without one."""
+
+    advantage: Advantage
+    critic: Critic | None
+    kl: KL
+    scaling: Scaling
+
+
+def _parts(config: Config) -> Parts:
+    """What the options name. Raises ValueError for the first that names nothing."""
+    advantage = _part("advantage", config.advantage, ADVANTAGES)
+    critic = _part("value", config.value, VALUES)
+    kl, scaling = _part("kl", config.kl, KLS), _part("reward-scaling", config.reward_scaling, SCALINGS)
+    return Parts(advantage, critic if advantage.method == "gae" else None, kl, scaling)
+
+
 def _part(name: str, spec: str, known: Mapping[str, Callable[..., Any]]) -> Any:
     """What an option's spec string makes."""
     if name == "value" and not re.match(rf"\s*({'|'.join(known)})\s*(\(|$)", spec):
@@ -373,31 +389,17 @@ def _part(name: str, spec: str, known: Mapping[str, Callable[..., Any]]) -> Any:
 # Options ----------------------------------------------------------------------------------------------------------
 
 
-def _checked(config: Config) -> KLControl:
-    """Whatever the options alone show to be impossible."""
+def _check(config: Config, named: Parts) -> None:
+    """Raises ValueError for whatever the options alone show to be impossible."""
     rounds.check_stopping(config.early_stopping_patience, config.evaluation)
     specs.part(config.ensemble, ensembles)  # also where no reward has members
     names = [name for _, name in _each(config.reward)]
     if twice := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"--reward names {twice[0]} more than once; give each reward once, with its weight")
-    method, kl = _part("advantage", config.advantage, ADVANTAGES).method, _part("kl", config.kl, KLS)
-    if method in ("rloo", "group") and config.k < 2:
+    if named.advantage.method in ("rloo", "group") and config.k < 2:
         raise ValueError(f"--advantage {config.advantage} compares the answers to a prompt: give --k 2 or more")
-    _part("value", config.value, VALUES)
-    if method != "gae" and config.value != Config.value:
+    if named.critic is None and config.value != Config.value:
         raise ValueError(f"--advantage {config.advantage} has no critic: leave --value out")
-    _part("reward-scaling", config.reward_scaling, SCALINGS)
-    return KLControl(config.beta, kl.target, kl.horizon)
-
-
-def _learners(policy: Policy, config: Config) -> Learners:
-    """Who learns, as the options say."""
-    critic = (
-        _part("value", config.value, VALUES)
-        if _part("advantage", config.advantage, ADVANTAGES).method == "gae"
-        else None
-    )
-    return Learners.make(policy, config.training, critic, steps=config.steps, clip=config.cliprange, seed=config.seed)
 
 
 def _rewards(config: Config, loaded: dict[Path, RewardEnsemble]) -> list[Reward]:

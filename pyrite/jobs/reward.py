@@ -18,17 +18,16 @@ from torch import Tensor
 from pyrite.core import runs, specs
 from pyrite.core.processes import say
 from pyrite.core.runs import Run
-from pyrite.data import rows as data
+from pyrite.data.files import Row
 from pyrite.data.responses import Responses
-from pyrite.data.rows import Fitted, OnLong
+from pyrite.data.rows import Fitted, OnContradiction, OnLong, clusters, fit, load_apart, place
 from pyrite.data.text import Template
 from pyrite.math import reward_losses, seeds, statistics
 from pyrite.math.ranges import Count, Fraction, Natural, NonNegative, Several
 from pyrite.models.policy import Lora, Pooling, RewardModel
 from pyrite.training import loop
-from pyrite.training.annotators import pair_loss
 from pyrite.training.loop import Logging, Training
-from pyrite.training.pairs import in_pairs, paired_texts
+from pyrite.training.pairs import in_pairs, pair_loss, paired_texts
 
 OUTPUTS = {"member_*/": "reward models, Hugging Face layout", "metrics.jsonl": "loss and accuracy by step"}
 
@@ -62,7 +61,7 @@ class Config:
     """Longest prompt in tokens; three quarters of max_length by default."""
     on_long: OnLong = "truncate"
     """What to do with a longer prompt: cut it to its end, leave its pair out, or stop."""
-    on_contradiction: data.OnContradiction = "error"
+    on_contradiction: OnContradiction = "error"
     """What to do with a pair whose strength is below 0, or probability below one half, so that its rejected answer is
     the better one: stop, exchange the answers, leave it out, or take it as it stands, as a label that was drawn."""
     template: Template = Template()
@@ -92,7 +91,7 @@ def run(config: Config) -> Run:
     long = [_fitting(model, some, config) for some in (pairs, held)]
     pairs, held = (fitted.rows for fitted in long)
     learn, clean = _encoded(model, pairs), _encoded(model, held)
-    test, prompts = (clean, data.clusters(held)) if held else (learn, data.clusters(pairs))
+    test, prompts = (clean, clusters(held)) if held else (learn, clusters(pairs))
     run.open()
     say(f"reward: {len(pairs)} pairs, {len(held)} held out, {config.members} members")
     if not held:
@@ -128,26 +127,21 @@ def run(config: Config) -> Run:
     return run.finish(members=_results(run, config), **counts, **_baseline(test, prompts, "" if held else "train_"))
 
 
-def _read(config: Config) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    read = partial(
-        data.load,
-        kind="pairs",
+def _read(config: Config) -> tuple[list[Row], list[Row]]:
+    pairs, held = load_apart(
+        config.data,
+        "pairs",
+        config.held_out,
+        seed=seeds.derive(config.seed, "held out"),
         columns=config.columns,
         on_contradiction=config.on_contradiction,
         on_tie="drop",
         note=say,
     )
-    pairs = read(config.data)
-    if isinstance(config.held_out, str):
-        held = read(config.held_out)
-        train_pairs = data.apart(pairs, held, note=say, source=config.data)
-    else:
-        train_pairs, held = data.split(pairs, fraction=config.held_out, seed=seeds.derive(config.seed, "held out"))
-    if len(held or train_pairs) < 2:
-        raise ValueError(
-            f"{config.data}: {len(held or train_pairs)} pair to measure accuracy on; at least 2 are needed"
-        )
-    return train_pairs, held
+    measured = len(held or pairs)
+    if measured < 2:
+        raise ValueError(f"{config.data}: {measured} pair to measure accuracy on; at least 2 are needed")
+    return pairs, held
 
 
 def _member(config: Config, member: int) -> RewardModel:
@@ -168,12 +162,12 @@ def _member(config: Config, member: int) -> RewardModel:
 def _fitting(model: RewardModel, pairs: list[dict[str, Any]], config: Config) -> Fitted:
     """Pairs whose prompts are no longer than the model is to read."""
     limits: dict[str, Any] = {"most": model.max_prompt, "context": model.max_length, "on_long": config.on_long}
-    return data.fit(model.tokenizer, pairs, **limits, note=lambda words: say(f"reward: {words}"))
+    return fit(model.tokenizer, pairs, **limits, note=lambda words: say(f"reward: {words}"))
 
 
 def _encoded(model: RewardModel, pairs: list[dict[str, Any]]) -> Responses:
     """Chosen and rejected of each pair, in turn, as the model reads them."""
-    return model.encode(paired_texts(pairs), where=lambda i: data.place(pairs[i // 2]))
+    return model.encode(paired_texts(pairs), where=lambda i: place(pairs[i // 2]))
 
 
 def _measure(model: RewardModel, test: Responses, prompts: list[int], what: str) -> dict[str, Any]:

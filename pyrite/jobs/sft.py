@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from pyrite.core import runs
 from pyrite.core.processes import say
 from pyrite.core.runs import Run
-from pyrite.data import rows as data
 from pyrite.data import text
+from pyrite.data.files import Row
 from pyrite.data.responses import Responses
-from pyrite.data.rows import Fitted, OnLong
+from pyrite.data.rows import Fitted, OnLong, answer, fit, load_apart, place
 from pyrite.data.text import Template
 from pyrite.math.ranges import Count, Fraction, Natural, Several, Share
 from pyrite.models.forward import Packed, score, singles, token_logps
@@ -74,7 +74,9 @@ def run(config: Config) -> Run:
     run = runs.start("sft", config, inputs=inputs)
     if run.done:
         return run
-    training, held = _read(config)
+    training, held = load_apart(
+        config.data, "demos", config.held_out, seed=config.seed, columns=config.columns, note=say
+    )
     policy = Policy.load(config.model, lora=Lora.parse(config.lora), template=config.template)
     loop.set_dropout(policy, config.dropout, name=config.model)
     first = loop.Weights.of(policy)
@@ -114,14 +116,6 @@ def run(config: Config) -> Run:
     return run.finish(held_out_nll=nll, perplexity=perplexity, **counts, **fitted.counts(), moved=found)
 
 
-def _read(config: Config) -> tuple[list[data.Row], list[data.Row]]:
-    rows = data.load(config.data, "demos", columns=config.columns, note=say)
-    if not isinstance(config.held_out, str):
-        return data.split(rows, fraction=config.held_out, seed=config.seed)
-    held = data.load(config.held_out, "demos", columns=config.columns, note=say)
-    return data.apart(rows, held, note=say, source=config.data), held
-
-
 def negative_log_likelihood(policy: Policy, held_out: Responses, *, budget: int = 16384) -> float:
     """Mean over response tokens, nats."""
     return -score(policy, held_out, singles(held_out), budget=budget).double().sum().item() / len(held_out.ids)
@@ -139,17 +133,17 @@ def _limits(policy: Policy, config: Config) -> tuple[int, int]:
     return context, context * 3 // 4 if config.max_prompt is None else config.max_prompt
 
 
-def _fitting(policy: Policy, rows: list[data.Row], config: Config) -> Fitted:
+def _fitting(policy: Policy, rows: list[Row], config: Config) -> Fitted:
     """Demonstrations with prompts that leave room for the response."""
     context, most = _limits(policy, config)
     limits: dict[str, Any] = {"most": most, "context": context, "on_long": config.on_long}
-    return data.fit(policy.tokenizer, rows, **limits, note=lambda words: say(f"sft: {words}"))
+    return fit(policy.tokenizer, rows, **limits, note=lambda words: say(f"sft: {words}"))
 
 
-def _encoded(policy: Policy, rows: list[data.Row], config: Config) -> Responses:
+def _encoded(policy: Policy, rows: list[Row], config: Config) -> Responses:
     context, most = _limits(policy, config)
-    said = Responses.said(rows, [data.answer(row, "response") for row in rows])
-    read = text.encode(policy.tokenizer, said, max_length=context, max_prompt=most, where=lambda i: data.place(rows[i]))
+    said = Responses.said(rows, [answer(row, "response") for row in rows])
+    read = text.encode(policy.tokenizer, said, max_length=context, max_prompt=most, where=lambda i: place(rows[i]))
     if cut := int((~read.finished).sum()):
         say(f"sft: {cut} of {len(read)} responses end beyond {context} tokens: they are cut, without an end token")
     return read

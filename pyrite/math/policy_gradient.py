@@ -73,15 +73,14 @@ def merged(a: Moments, b: Moments) -> Moments:
 
 
 @torch.no_grad()
-def normalized(scores: Tensor, seen: Moments, *, center: bool = True) -> Tensor:
-    """(r − mean) / std, constants of the scores seen so far; by custom these are merged first. center=False: r / std.
+def normalized(scores: Tensor, seen: Moments) -> Tensor:
+    """(r − mean) / std, constants of the scores seen so far; by custom these are merged first.
 
     scores (..., N), seen (...) -> (..., N). Population standard deviation; 1 where they hardly varied (variance below
     1e-8), as in a first batch of equal scores.
     """
     std = torch.where(seen.var > EPS, seen.var.sqrt(), 1.0)[..., None]
-    shifted = scores.double() - seen.mean[..., None] if center else scores.double()
-    return (shifted / std).to(scores.dtype)
+    return ((scores.double() - seen.mean[..., None]) / std).to(scores.dtype)
 
 
 # The price of the KL --------------------------------------------------------------------------------------------------
@@ -243,19 +242,18 @@ def rloo(scores: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def group_normalized(scores: Tensor, *, scale: bool = True, eps: float = 1e-4) -> Tensor:
+def group_normalized(scores: Tensor, *, eps: float = 1e-4) -> Tensor:
     """Group-relative advantages: how far an answer stands from the prompt's average, in standard deviations.
 
     A_k = (r_k − mean) / (std + eps),   std with K − 1 in the denominator
 
     Scores (Q, K), KL included -> (Q, K). Biased: a prompt whose answers score nearly alike weighs as much as any other.
-    scale=False leaves the difference, (K−1)/K of rloo's. Raises ValueError as rloo does.
+    Raises ValueError as rloo does.
 
-    Shao et al. 2024, arXiv:2402.03300, section 4.1; scale=False: Liu et al. 2025, arXiv:2503.20783.
+    Shao et al. 2024, arXiv:2402.03300, section 4.1.
     """
     _answers("group_normalized", scores)
-    centered = scores - scores.mean(1, keepdim=True)
-    return centered / (scores.std(1, keepdim=True) + eps) if scale else centered
+    return (scores - scores.mean(1, keepdim=True)) / (scores.std(1, keepdim=True) + eps)
 
 
 @torch.no_grad()
@@ -275,20 +273,18 @@ def reinforce(scores: Tensor, *, baseline: Literal["mean"] | float | Tensor = "m
 
 
 @torch.no_grad()
-def whiten(values: Tensor, mask: Tensor, *, shift_mean: bool = True, over: Moments | None = None) -> Tensor:
-    """Advantages (or rewards) with mean 0 and variance 1 over the real tokens; shift_mean=False keeps their mean.
+def whiten(values: Tensor, mask: Tensor) -> Tensor:
+    """Advantages (or rewards) with mean 0 and variance 1 over the real tokens.
 
-    w = (v − mean) / √(var + 1e-8)   (+ mean),   population variance
+    w = (v − mean) / √(var + 1e-8),   population variance
 
-    values (N, T) -> (N, T). over: moments of all values where these are a part of them, of several processes say.
-    Raises ValueError for unequal shapes.
+    values (N, T) -> (N, T). Raises ValueError for unequal shapes.
     """
     _check("whiten", mask, values=values)
     clean = _only(values, mask)
-    over = over or moments(clean.flatten(), mask.flatten())
-    mean = over.mean.to(clean.dtype)
-    scaled = (clean - mean) * (over.var + EPS).rsqrt().to(clean.dtype)
-    return torch.where(mask, scaled if shift_mean else scaled + mean, 0)
+    over = moments(clean.flatten(), mask.flatten())
+    scaled = (clean - over.mean.to(clean.dtype)) * (over.var + EPS).rsqrt().to(clean.dtype)
+    return torch.where(mask, scaled, 0)
 
 
 # Losses

@@ -359,14 +359,13 @@ def collect(
     max_new_tokens: int,
     seed: int,
     critic: ValueModel | WithValue | None = None,
-    reread: bool = False,
 ) -> Rollouts:
     """k answers to each prompt {prompt_id, prompt}, given as token ids too, and what everybody makes of them.
 
     Rewards of preferences need asked and preferences in the prompts' rows as well. number: of the batch; an answer
-    belongs to (seed, number, prompt_id, its number). All are read in the players' precision. reread: take the policy's
-    log-probabilities from the forward it learns by, not from the draws. In bfloat16, whose rounding differs between
-    the two, this is always done.
+    belongs to (seed, number, prompt_id, its number). All are read in the players' precision. The policy's
+    log-probabilities are those of the draws; in bfloat16, whose rounding differs between drawing and learning, they are
+    read again.
     """
     drawn = players.draw(rows, ids, number, k=k, max_new_tokens=max_new_tokens, seed=seed)
     groups = drawn.groups()
@@ -375,7 +374,7 @@ def collect(
         return Rollouts(
             responses=drawn,
             logps=players.policy_logps(drawn, groups)
-            if reread or players.precision == "bfloat16"
+            if players.precision == "bfloat16"
             else Logps.from_tokens(drawn.split(drawn.logps)),
             ref=players.ref_logps(drawn, groups),
             scores=scored(rewards, drawn),

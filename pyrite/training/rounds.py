@@ -96,12 +96,8 @@ def split(
 
     Raises ValueError if one of them is empty.
     """
-    every = rows.load(path, "prompts", columns=columns, note=say)
-    if evaluation.eval_prompts:
-        test = rows.load(evaluation.eval_prompts, "prompts", columns=columns)
-        asked = rows.apart(every, test, note=say, source=path)
-    else:
-        asked, test = rows.split(every, fraction=held_out, seed=seeds.derive(seed, "held out"))
+    held, derived = evaluation.eval_prompts or held_out, seeds.derive(seed, "held out")
+    asked, test = rows.load_apart(path, "prompts", held, seed=derived, columns=columns, note=say)
     if not asked or not test:
         raise ValueError(
             f"{path}: {len(asked)} prompts to learn from and {len(test)} to measure on; give --held-out a share "
