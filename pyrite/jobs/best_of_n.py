@@ -19,8 +19,8 @@ from transformers import AutoModelForSequenceClassification
 from pyrite.core import runs, specs
 from pyrite.core.processes import progress, say
 from pyrite.core.runs import Run
-from pyrite.data import rows as data
 from pyrite.data.responses import Responses
+from pyrite.data.rows import cut_hint, load
 from pyrite.feedback import scorers
 from pyrite.math import ensembles, statistics
 from pyrite.math.ranges import Count, Some
@@ -67,7 +67,7 @@ def run(config: Config) -> Run:
     objectives = {spec: specs.part(spec, ensembles) for spec in config.objectives}
     for objective in objectives.values():
         objective(torch.zeros(2, 1))  # an option out of range is refused now
-    rows = data.load(config.candidates, "candidates")
+    rows = load(config.candidates, "candidates")
     pool, left_out = answer_grid(rows, truncated=config.truncated, n=config.n, least=config.min_answers)
     cut = sum(not row["finished"] for row in rows)
     n = _counts(config.n, pool.shape[1])
@@ -129,7 +129,7 @@ def answer_grid(
 
 def _hint(rows: list[dict[str, Any]], config: Config) -> str:
     """What to do about cut answers."""
-    hint = data.cut_hint(rows) if config.truncated == "exclude" else ""
+    hint = cut_hint(rows) if config.truncated == "exclude" else ""
     return f"{hint}, or count them too with --truncated keep" if hint else ""
 
 

@@ -23,7 +23,7 @@ import torch
 from pyrite.core import runs, specs
 from pyrite.core.processes import progress, say
 from pyrite.core.runs import Run
-from pyrite.data import rows as data
+from pyrite.data import rows
 from pyrite.data.conditioning import Dimensions, Option, files, filled
 from pyrite.data.files import Row
 from pyrite.data.responses import Responses
@@ -120,7 +120,7 @@ def run(config: Config) -> Run:
     if all(row["verdict"] is None for row in verdicts):
         run.refuse(f"duel: the judge {config.judge!r} gave no verdict on any of {len(verdicts)} questions")
     if run.writes:
-        data.write(verdicts, run.folder / "verdicts.parquet")
+        rows.write(verdicts, run.folder / "verdicts.parquet")
     scores = list(_scores(contest, scorers))
     found = _counted(verdicts, contest, config)
     for row in found["averages"]:
@@ -166,7 +166,7 @@ def _named(config: Config) -> list[tuple[str, str]]:
 
 def _add(mine: dict[Unit, Row], name: str, file: str, known: Dimensions | None) -> None:
     """The answers of a file to those of its method; candidates without preferences are neutral."""
-    for row in data.load(file, "candidates"):
+    for row in rows.load(file, "candidates"):
         row = {"asked": row["prompt"], "asked_id": row["prompt_id"], "preferences": [], **row}
         try:
             options = [option.id for option in known.chosen(row["preferences"])] if known else row["preferences"]

@@ -19,8 +19,7 @@ import torch
 from pyrite.core import runs
 from pyrite.core.processes import progress, say
 from pyrite.core.runs import Run
-from pyrite.data import rows as data
-from pyrite.data import text
+from pyrite.data import rows, text
 from pyrite.data.rows import OnLong
 from pyrite.data.text import Template
 from pyrite.math import statistics
@@ -61,7 +60,7 @@ class Config:
     """Folder or Hub name of the reference policy for the KL."""
     pairs: str | None = None
     """Preference pairs for analyses against the reference: rankings, tokens moved most, end tokens."""
-    on_contradiction: data.OnContradiction = "error"
+    on_contradiction: rows.OnContradiction = "error"
     """What to do with a pair whose strength is below 0, or probability below one half, so that its rejected answer is
     the better one: stop, exchange the answers, leave it out, or take it as it stands, as a label that was drawn."""
     alpaca_eval: str | None = None
@@ -124,7 +123,7 @@ def run(config: Config) -> Run:
         if run.writes:
             runs.write_text(run.folder / "tokens.csv", _csv(_named(table, policy.tokenizer)))
     if run.writes:
-        data.write(_rows(answers), run.folder / "answers.parquet")
+        rows.write(_rows(answers), run.folder / "answers.parquet")
         runs.write_json(run.folder / "analyses.json", found)
         if config.alpaca_eval:
             runs.write_json(run.folder / "alpaca_eval.json", _for_alpaca_eval(answers, config))
@@ -158,7 +157,7 @@ def on_pairs(
     pair, at_ref = PairLogps(*sides[0], *sides[1]), PairLogps(*sides[1])
     finished = ~(read.truncated[made.chosen] | read.truncated[made.rejected])
     ratios = statistics.log_ratios(ours, theirs)
-    prompts = torch.tensor(data.clusters(made.pairs))
+    prompts = torch.tensor(rows.clusters(made.pairs))
     table = statistics.by_token(read.ids, ratios)
     down, up = statistics.extremes(table, k=k, at_least=min_count)
     found = {
@@ -194,13 +193,13 @@ def _pairs(config: Config) -> list[dict[str, Any]]:
     if not config.pairs:
         return []
     how: dict[str, Any] = {"on_contradiction": config.on_contradiction, "on_tie": "drop", "note": say}
-    return data.load(config.pairs, "pairs", **how)
+    return rows.load(config.pairs, "pairs", **how)
 
 
 def _encoded(policy: Policy, pairs: list[dict[str, Any]], config: Config) -> Preferences | None:
     if not pairs:
         return None
-    fitted = data.fit(
+    fitted = rows.fit(
         policy.tokenizer,
         pairs,
         most=policy.context * 3 // 4,

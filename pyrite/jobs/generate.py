@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from pyrite.core import runs
 from pyrite.core.processes import Advance, progress, say
 from pyrite.core.runs import Run
-from pyrite.data import rows as data
+from pyrite.data import rows
 from pyrite.data.conditioning import Variants
 from pyrite.data.responses import Responses
 from pyrite.data.rows import OnLong
@@ -77,12 +77,12 @@ def run(config: Config) -> Run:
     run = runs.start("generate", config, inputs=inputs)
     if run.done:
         return run
-    prompts = config.variants.of(data.load(config.prompts, "prompts", columns=config.columns)[: config.limit])
+    prompts = config.variants.of(rows.load(config.prompts, "prompts", columns=config.columns)[: config.limit])
     policy = Policy.load(config.model, template=config.template)
-    fitted = data.fit(
+    fitted = rows.fit(
         policy.tokenizer,
         prompts,
-        most=data.room(policy.context, config.max_new_tokens, config.max_prompt),
+        most=rows.room(policy.context, config.max_new_tokens, config.max_prompt),
         context=policy.context,
         on_long=config.on_long,
         note=lambda words: say(f"generate: {words}"),

@@ -9,8 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from pyrite.data import rows as data
-from pyrite.data import text
+from pyrite.data import rows, text
 from pyrite.data.responses import Responses
 from pyrite.math import logps, seeds, statistics
 from pyrite.math.logps import Logps, PairLogps, Running, update_running
@@ -89,7 +88,7 @@ class Preferences:
 
 def paired_texts(pairs: Sequence[dict[str, Any]]) -> Responses:
     """Chosen and rejected of each pair {prompt, chosen, rejected}, in turn."""
-    texts = [data.answer(pair, side) for pair in pairs for side in ("chosen", "rejected")]
+    texts = [rows.answer(pair, side) for pair in pairs for side in ("chosen", "rejected")]
     return Responses.said(pairs, texts, prompt=torch.arange(len(pairs)).repeat_interleave(2))
 
 
@@ -119,7 +118,7 @@ def encode_pairs(
         paired_texts(pairs),
         max_length=max_length,
         max_prompt=max_prompt if max_prompt is not None else max_length * 3 // 4,
-        where=lambda i: data.place(pairs[i // 2], f"{source}: pair {i // 2 + 1}"),
+        where=lambda i: rows.place(pairs[i // 2], f"{source}: pair {i // 2 + 1}"),
     )
     strengths = [pair.get("strength") for pair in pairs]
     strength = None if any(value is None for value in strengths) else torch.tensor(strengths, dtype=torch.float32)
