@@ -212,7 +212,9 @@ def _check_start(players: Players, drawn: Rollouts) -> None:
             )
 
 
-def _shaped(drawn: Rollouts, state: State, named: Named, missing_eos: float | None) -> tuple[Tensor, dict[str, float]]:
+def _shaped(
+    drawn: Rollouts, state: State, named: Choices, missing_eos: float | None
+) -> tuple[Tensor, dict[str, float]]:
     """Token rewards (N, T): the score at the end, the price of KL on the way. And the share of scores that were cut."""
     scaling, scores = named.scaling, drawn.scores.total
     state.see("scores", scores)
@@ -265,7 +267,7 @@ def _summary(drawn: Rollouts, shaped: Tensor, made: Estimates, state: State) -> 
     return found
 
 
-# Named ------------------------------------------------------------------------------------------------------------
+# Choices ------------------------------------------------------------------------------------------------------------
 
 
 class Advantage(NamedTuple):
@@ -359,7 +361,7 @@ KLS = {one.__name__: one for one in (k1, k3, none)}
 SCALINGS = {one.__name__: one for one in (fixed, running)}
 
 
-class Named(NamedTuple):
+class Choices(NamedTuple):
     """What the options name; critic is None for advantages without one."""
 
     advantage: Advantage
@@ -368,12 +370,12 @@ class Named(NamedTuple):
     scaling: Scaling
 
 
-def _parts(config: Config) -> Named:
+def _parts(config: Config) -> Choices:
     """What the options name. Raises ValueError for the first that names nothing."""
     advantage = _part("advantage", config.advantage, ADVANTAGES)
     critic = _part("value", config.value, VALUES)
     kl, scaling = _part("kl", config.kl, KLS), _part("reward-scaling", config.reward_scaling, SCALINGS)
-    return Named(advantage, critic if advantage.method == "gae" else None, kl, scaling)
+    return Choices(advantage, critic if advantage.method == "gae" else None, kl, scaling)
 
 
 def _part(name: str, spec: str, known: Mapping[str, Callable[..., Any]]) -> Any:
@@ -389,7 +391,7 @@ def _part(name: str, spec: str, known: Mapping[str, Callable[..., Any]]) -> Any:
 # Options ----------------------------------------------------------------------------------------------------------
 
 
-def _check(config: Config, named: Named) -> None:
+def _check(config: Config, named: Choices) -> None:
     """Raises ValueError for whatever the options alone show to be impossible."""
     rounds.check_stopping(config.early_stopping_patience, config.evaluation)
     specs.part(config.ensemble, ensembles)  # also where no reward has members
