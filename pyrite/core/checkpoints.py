@@ -29,9 +29,9 @@ WHOLE, BLOCK = 4 << 20, 1 << 16  # bytes: a larger tensor is hashed by 64 blocks
 
 
 def place(path: str | Path, *, revision: str | None = None) -> Path:
-    """The folder of a model: the one named, or the Hub's copy of a name on this machine.
+    """The folder of a model: the one named, or this machine's copy of a Hub model.
 
-    Raises ValueError at once if there is neither, with the nearest name on disk.
+    Raises ValueError with the nearest name on disk if there is neither.
     """
     folder = Path(path).expanduser()
     if folder.is_dir():
@@ -44,7 +44,7 @@ def place(path: str | Path, *, revision: str | None = None) -> Path:
 
 
 def adapter_settings(folder: Path) -> dict[str, Any] | None:
-    """What a folder's adapters say of themselves; None of a whole model. Raises ValueError if they name no base."""
+    """The settings of a folder's adapters, None for a whole model. Raises ValueError if they name no base."""
     if not (folder / ABOUT).exists():
         return None
     about = read_json(folder / ABOUT)
@@ -54,9 +54,9 @@ def adapter_settings(folder: Path) -> dict[str, Any] | None:
 
 
 def base_name(folder: Path) -> str | None:
-    """The model below a folder's adapters, a folder as an absolute path; None of a whole model.
+    """The model below a folder's adapters, a folder as an absolute path. None for a whole model.
 
-    A relative path is read from the current folder, then from that of the adapters. Raises ValueError if it is gone.
+    A relative path is looked up from the current folder, then from the adapters'. Raises ValueError if it is gone.
     """
     about = adapter_settings(folder)
     if about is None:
@@ -74,7 +74,7 @@ def base_name(folder: Path) -> str | None:
 
 
 def name_of(path: str | Path) -> str:
-    """A folder as an absolute path, which opens from everywhere; a Hub name as it is."""
+    """A folder as an absolute path, so that it opens from everywhere; a Hub name as it is."""
     folder = Path(path).expanduser()
     return str(folder.resolve()) if folder.is_dir() else str(path)
 
@@ -92,9 +92,9 @@ def _is_hub_name(name: str) -> bool:
 
 @cache
 def _from_hub(name: str, revision: str | None) -> Path:
-    """The local copy of a Hub model, its safetensors alone; without network the copy that is there already.
+    """The local copy of a Hub model, its safetensors alone. Without network, the copy that is there already.
 
-    One question without retries, so that a misspelled folder does not wait for a network that is not there.
+    Asks the Hub once, without retries, so that a misspelled folder does not wait for a missing network.
     """
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -138,9 +138,9 @@ def nearest(path: str | Path) -> str:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files of a whole model's weights, every one readable and with the tensors its index promises.
+    """The files of a whole model's weights, all readable and with every tensor that the index names.
 
-    Raises ValueError for a folder without weights, a missing or broken file, and weights that are pickled.
+    Raises ValueError for a folder without weights, a missing or broken file, and pickled weights.
     """
     config = folder / "config.json"
     if not config.exists():
@@ -260,13 +260,13 @@ def _refuse_pickles(folder: Path, wanted: str) -> None:
 
 
 def inside(folder: Path) -> str:
-    """A hint for the folder of a run in place of its model's."""
+    """A hint if the folder is that of a run, which holds a model."""
     found = next((name for name in ("model", "best", "member_0") if (folder / name).is_dir()), None)
     return f"; did you mean {str(folder / found)!r}?" if found else ""
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, in a line."""
+    """The first line of an error's message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
@@ -274,9 +274,9 @@ def first_line(error: Exception) -> str:
 
 
 def identity(folder: Path) -> str:
-    """Hash of a whole model's weights by name, type, shape and content, however many files they lie in.
+    """Hash of a whole model's weights by name, type, shape and content, whatever files they lie in.
 
-    Tensors beyond 4 MiB by 64 blocks spread over them, so that it takes moments of any model.
+    Of a tensor beyond 4 MiB 64 blocks are read, so that it takes moments for any model.
     """
     files = [(file.resolve(), file.stat()) for file in weight_files(folder)]
     return _identity(tuple((str(file), about.st_size, about.st_mtime_ns) for file, about in files))
@@ -295,7 +295,7 @@ def check_base(folder: Path, base: str) -> str:
 
 
 def write_base(folder: Path, name: str, weights: str) -> None:
-    """Note beside adapters which weights they were trained on."""
+    """Write beside adapters which weights they were trained on."""
     (folder / BASE).write_text(json.dumps({"base": name, "weights": weights}, indent=1) + "\n")
 
 

@@ -20,12 +20,12 @@ T = TypeVar("T")
 
 
 def world() -> PartialState:
-    """This process among its siblings; without an accelerator they speak by gloo."""
+    """This process among its siblings. Without an accelerator they communicate by gloo."""
     return PartialState(cpu=not torch.accelerator.is_available())
 
 
 def on_main(work: Callable[..., T]) -> Callable[..., T]:
-    """The same function, called by the main process only; all processes get its result."""
+    """The same function, called in the main process only. All processes get its result."""
     if world().num_processes == 1:
         return work
 
@@ -45,14 +45,14 @@ _SAID: set[str] = set()
 
 
 def once(message: str) -> None:
-    """`say` what this run has not said yet; nothing if it is empty."""
+    """`say` a message that this run has not said yet. An empty one is not said."""
     if message and message not in _SAID:
         _SAID.add(message)
         say(message)
 
 
 def anew() -> None:
-    """A new run begins: `once` says everything again."""
+    """Start a new run: `once` says everything again."""
     _SAID.clear()
 
 
@@ -64,7 +64,7 @@ def say(message: str) -> None:
 
 @contextmanager
 def progress(label: str, total: int, *, unit: str = "rows", done: int = 0) -> Iterator[Advance]:
-    """Yields `advance(n)`; shows rate and time left."""
+    """Show progress, rate and time left. Yields `advance(n)`."""
     console = Console(stderr=True)
     if not world().is_main_process:
         yield lambda _: None
@@ -118,7 +118,7 @@ _units: list[str] = []  # what is being done, the innermost last
 
 
 class Stopped(BaseException):
-    """A signal asked the job to stop; `said` tells how far it came."""
+    """A signal asked the job to stop. `said` tells how far it came."""
 
     def __init__(self, number: int, said: str = "") -> None:
         super().__init__(said)
@@ -127,7 +127,7 @@ class Stopped(BaseException):
 
 @contextmanager
 def listening() -> Iterator[None]:
-    """Within this block SIGTERM and SIGINT end the job in order."""
+    """SIGTERM and SIGINT end the job in order within this block."""
     if threading.current_thread() is not threading.main_thread():  # Python handles signals there only
         yield
         return
@@ -141,7 +141,7 @@ def listening() -> Iterator[None]:
 
 @contextmanager
 def after_steps(unit: str) -> Iterator[Callable[[], int]]:
-    """Within this block a signal waits for the end of the step.
+    """A signal waits for the end of the step within this block.
 
     Yields a function that returns the signal that came, or 0, the same in all processes. Call it after each step, and
     raise Stopped once the step is saved.

@@ -51,15 +51,15 @@ Inputs = Mapping[str, str | Path]
 
 
 class RunError(ValueError):
-    """A run folder cannot be used as asked; the message says why and what to do."""
+    """A run folder cannot be used as asked. The message says why and what to do."""
 
 
 class TrainingError(RuntimeError):
-    """Training cannot go on; the message names the step, the batch and the last good checkpoint."""
+    """Training cannot go on. The message names the step, the batch and the last good checkpoint."""
 
 
 class CheckedError(BaseException):
-    """A dry run has come as far as it goes; the run it is of."""
+    """A dry run has done all its checks. Holds the run."""
 
     def __init__(self, run: Run) -> None:
         super().__init__(str(run.folder))
@@ -71,7 +71,7 @@ _dry: list[bool] = []
 
 @contextmanager
 def dry() -> Iterator[None]:
-    """A job that runs in here does all its checks, and ends by CheckedError before it writes or works."""
+    """Jobs that run in this block do all their checks and raise CheckedError before they write or compute."""
     _dry.append(True)
     try:
         yield
@@ -81,7 +81,7 @@ def dry() -> Iterator[None]:
 
 @dataclass
 class Run:
-    """One folder with one config; `results` is set once the job is done."""
+    """One folder with one config. `results` is set once the job is done."""
 
     folder: Path
     config: dict[str, Any]
@@ -104,21 +104,21 @@ class Run:
         return world().is_main_process
 
     def checked(self) -> None:
-        """All that can be checked without work has been: a dry run ends here. `open` and `own` say so too."""
+        """End a dry run here: all that can be checked without work has been. `open` and `own` call it too."""
         if _dry:
             raise CheckedError(self)
 
     def own(self) -> None:
-        """Make the folder and become its one owner. `open` does it too; this is for what is written before.
+        """Make the folder and become its one owner. `open` does it too; call this to write something before.
 
-        Raises RunError if another process owns the folder, or if it has become another run's, or done, since the start.
+        Raises RunError if another process owns the folder, or if since the start it has become another run's, or done.
         """
         self.checked()
         if self.release is None:
             _on_main(self.folder, self._own)
 
     def open(self) -> None:
-        """Create the folder, once all input has been read and found good."""
+        """Create the folder. Call it once all input has been read and found good."""
         self.own()
         _on_main(self.folder, self._identify)
 
@@ -145,13 +145,13 @@ class Run:
                 file.write(json.dumps(row, default=float) + "\n")
 
     def rewind(self, step: int, *, part: str) -> None:
-        """Forget metrics of `part` after `step`: they will be logged again."""
+        """Drop the metrics of `part` after `step`; they will be logged again."""
         rows = [row for row in read_metrics(self.folder) if row.get("part") != part or row["step"] <= step]
         if self.writes:
             write_text(self.folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
     def finish(self, **results: Any) -> Run:
-        """Write done.json, the last act of a job; parts that only a resume would need are dropped."""
+        """Write done.json, the last act of a job, and delete parts that only a resume would need."""
         self.results = {**results, "seconds": round(self._seconds(), 2)}
         self.wait()  # the others may still read the parts
         if self.writes:
@@ -164,7 +164,7 @@ class Run:
         return self
 
     def refuse(self, reason: str) -> NoReturn:
-        """End a run whose input turned out to be useless after work that cost nothing: its folder is as good as new.
+        """End a run whose input turned out to be useless before anything was paid or learned, and empty its folder.
 
         Raises ValueError with the reason.
         """
@@ -179,11 +179,11 @@ class Run:
         raise ValueError(reason)
 
     def wait(self) -> None:
-        """Until every process is here, so that what one wrote the others can read."""
+        """Wait until every process is here, so that all can read what one has written."""
         world().wait_for_everyone()
 
     def pause(self) -> None:
-        """Note the time spent so far, so that a resumed run reports all of it."""
+        """Save the time spent so far, so that a resumed run reports all of it."""
         if self.writes:
             write_json(self.folder / "seconds.json", self._seconds())
             self.started = time.monotonic()
@@ -196,10 +196,10 @@ class Run:
 def start(job: str, config: Any, *, inputs: Inputs | Callable[[Any], Inputs]) -> Run:
     """The run of `config` in the folder `config.out`: new, to be resumed, or done.
 
-    inputs: name to path of what the job reads, or a function of the config that says so, asked once the options are
-    found good; their hashes belong to the run's identity.
-    Raises ValueError for an option out of its range, RunError for a folder that holds another run or anything else,
-    that another process works in, or that cannot be written.
+    inputs: name to path of what the job reads, or a function of the config that returns it and is called after the
+    options are checked. The hashes of inputs belong to the run's identity. Raises ValueError for an option out of its
+    range. Raises RunError for a folder that holds another run or other files, that another process works in, or that
+    cannot be written.
     """
     ranges.check(config)
     processes.anew()
@@ -217,7 +217,8 @@ def reads(config: Any, inputs: Mapping[str, str | Path]) -> dict[str, str | Path
 
 
 def hold(folder: Path, owner: object) -> Callable[[], object]:
-    """Own a folder that is no run's, until the returned function is called, which removes the folder if it is empty.
+    """Own a folder that is no run's until the returned function is called, which also removes the folder if it is
+    empty.
 
     Raises RunError, in all processes, if it has an owner or cannot be made.
     """
@@ -243,7 +244,7 @@ def plain_config(config: Any) -> dict[str, Any]:
 
 
 def in_parts(folder: Path, total: int, work: Callable[[int, int], dict[str, list]], *, size: int) -> pa.Table:
-    """The columns of work(begin, end) over range(total), each part stored when done and never done twice.
+    """The columns of work(begin, end) over range(total). Each part is stored when done and never computed twice.
 
     Parts are dealt out to the processes; all of them return the whole table. `folder` lies in the run's `parts`.
     """
@@ -260,7 +261,7 @@ def in_parts(folder: Path, total: int, work: Callable[[int, int], dict[str, list
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
-    """Rows of metrics.jsonl; a last line cut by a kill is dropped. Raises RunError for any other line that is none."""
+    """Rows of metrics.jsonl. A last line cut by a kill is dropped; any other broken line raises RunError."""
     path = Path(folder) / "metrics.jsonl"
     try:
         lines = path.read_text().splitlines() if path.exists() else []
@@ -278,9 +279,9 @@ def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
 
 
 def fingerprint(path: str | Path) -> str:
-    """sha256 of a file, or of the names and contents of a folder's files; a Hub name stands for itself.
+    """sha256 of a file, or of the names and contents of a folder's files. A Hub name stands for itself.
 
-    Of a run's folder, what no other job reads is left out: a report may be written, and nothing has changed.
+    Files of a run's folder that no other job reads are left out, so that writing a report changes nothing.
     """
     path = Path(path)
     if not path.exists():
@@ -325,12 +326,12 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """JSON, atomically; numbers that JSON cannot hold are refused."""
+    """JSON, whole or not at all. Raises ValueError for numbers that JSON cannot hold."""
     write_text(path, json.dumps(_plain(value), indent=1, allow_nan=False) + "\n")
 
 
 def _manifest(run: Run) -> dict[str, Any]:
-    """What a run ran on."""
+    """What a run was made with: versions, hardware, inputs."""
     here = Path(__file__).parent
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
     return {
@@ -359,7 +360,7 @@ T = TypeVar("T")
 
 
 def _on_main(folder: Path, work: Callable[[], T]) -> T:
-    """What the main process gets from some work; all processes raise RunError if it fails there."""
+    """Do some work in the main process and return its result in all of them. All raise RunError if it fails."""
 
     def attempt() -> tuple[Any, str | None]:
         try:
@@ -389,7 +390,7 @@ def _look(run: Run, inputs: Mapping[str, str | Path]) -> tuple[dict[str, str], d
 
 
 def _examine(run: Run, *, starts: bool) -> None:
-    """Raise RunError if a run cannot have its folder; read its results if it is done, which it may be at the start."""
+    """Raise RunError if a run cannot have its folder. If it is done, which only the start allows, read its results."""
     folder, done = run.folder, run.folder / "done.json"
     owner = holder(folder) if folder.is_dir() else None
     if (folder / "config.json").exists():
@@ -414,14 +415,14 @@ def _examine(run: Run, *, starts: bool) -> None:
 
 
 def _leftover(path: Path) -> bool:
-    """What may lie in the folder of a new run: what an earlier attempt wrote before there was a run."""
+    """Whether a file may lie in the folder of a new run because an earlier attempt left it."""
     if path.name == "manifest.json":
         return isinstance(read_json(path), dict) and "pyrite" in read_json(path)
     return path.name.startswith("ledger.db") or (path.is_file() and path.name[0] == ".")
 
 
 def _empty(folder: Path) -> bool:
-    """Whether nothing was learned, drawn or paid in a run's folder: only its config is there, and rows of the start."""
+    """Whether nothing was learned, drawn or paid in a run's folder: it holds the config and rows of the start only."""
     for path in folder.glob("*"):
         if path.is_dir() and any(inside.is_file() for inside in path.rglob("*")):
             return False
@@ -431,7 +432,7 @@ def _empty(folder: Path) -> bool:
 
 
 def _differences(run: Run) -> list[str]:
-    """What tells the run in the folder from the one that is asked for, option by option and input by input."""
+    """How the run in the folder differs from the one that is asked for, option by option and input by input."""
     before, made = read_json(run.folder / "config.json"), run.folder / "manifest.json"
     if not isinstance(before, dict) or "job" not in before:
         raise RunError(f"{run.folder}: holds a config.json that is no run's; choose another --out")
@@ -461,7 +462,7 @@ def _differences(run: Run) -> list[str]:
 
 
 def _identity(run: Run) -> dict[str, Any]:
-    """The options, flat, with fingerprints in place of the inputs' paths, and other paths in full."""
+    """The options, flat. Paths of inputs are replaced by fingerprints, other paths are in full."""
     known = {path: run.inputs[name] for name, path in run.paths.items() if path}
 
     def put(value: Any) -> Any:
@@ -494,15 +495,15 @@ def _flat(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _in_specs(config: dict[str, Any]) -> Iterator[tuple[str, str, int]]:
-    """(option, path, number) of all that spec strings name: files of your own as in "mine.py:score()", and whatever is
-    there of the paths in their options, as in "reward(path='runs/reward')"."""
+    """(option, path, number) of the files that spec strings name: a file of your own as in "mine.py:score()", and
+    existing paths in options as in "reward(path='runs/reward')"."""
     for key, value in _flat(config).items():
         found = [path for item in (value if isinstance(value, list) else [value]) for path in named(item)]
         yield from ((key, path, i) for i, path in enumerate(dict.fromkeys(found)))
 
 
 def named(spec: Any) -> Iterator[str]:
-    """The paths that a spec string names, those of specs in its options among them."""
+    """The paths that a spec string names, also in specs among its options."""
     match = SPEC.fullmatch(spec) if isinstance(spec, str) else None
     if match is None:
         return
@@ -520,7 +521,7 @@ def named(spec: Any) -> Iterator[str]:
 
 
 def _there(option: str, text: str) -> Iterator[str]:
-    """The value of an option of a spec, if it is a path of something that is there."""
+    """The value of an option of a spec, if it is an existing path."""
     looks = "/" in text or option in NAMES_A_PATH or bool(Path(text).suffix)
     try:
         if looks and len(text) < 1024 and text.strip() and Path(text).exists():
@@ -564,8 +565,8 @@ GONE = 300.0  # seconds without one after which an owner on another host is take
 class Lock:
     """A folder owned by this process until it is released, at the latest when the process ends.
 
-    The system drops the lock on the file if the process dies. It may not know of locks on other hosts: there the
-    heartbeat says whether an owner lives.
+    The system drops the lock on the file if the process dies. It may not know of locks on other hosts: for those the
+    heartbeat tells whether an owner is alive.
     """
 
     path: Path
@@ -576,11 +577,11 @@ class Lock:
 
     @property
     def kept(self) -> bool:
-        """Whether it is still ours; it is not if we were away so long that another host took over."""
+        """Whether it is still ours. After a long pause another host may have taken over."""
         return _read(self.path).get("token") == self.token
 
     def beat(self) -> None:
-        """Show a sign of life until the lock is released."""
+        """Touch the lock file every few seconds until it is released."""
         while not self.ended.wait(BEAT):
             with suppress(OSError):
                 if self.kept:
@@ -605,7 +606,7 @@ _held: dict[Path, Lock] = {}  # of this process
 
 
 def take(folder: Path, owner: object) -> Callable[[], object]:
-    """Own the folder, which must exist, until the function that is returned is called or `owner` is no more.
+    """Own the folder, which must exist, until the returned function is called or `owner` is deleted.
 
     Raises RunError if another process owns it, OSError if the folder cannot be written.
     """
@@ -624,14 +625,14 @@ def take(folder: Path, owner: object) -> Callable[[], object]:
 
 
 def taken_over(folder: Path) -> str | None:
-    """Who has taken over a folder that this process owned; None if nobody has, also if the lock cannot be read."""
+    """Who has taken over a folder that this process owned. None if nobody has, or if the lock cannot be read."""
     lock = _held.get(folder.resolve() / LOCK)
     found = _read(lock.path) if lock else {}
     return _told(found) if lock and found.get("token", lock.token) != lock.token else None
 
 
 def holder(folder: Path) -> str | None:
-    """Who owns the folder in another process: "process 12 on host name, since ..."; None if nobody does."""
+    """The other process that owns the folder: "process 12 on host name, since ...". None if there is none."""
     path = folder.resolve() / LOCK
     if path in _held:
         return None
@@ -659,7 +660,7 @@ def _locked(path: Path) -> int:
 
 
 def _owner(file: int, path: Path, kind: int) -> str | None:
-    """Who has the lock on this open file; None if nobody has, and now it is ours."""
+    """Who has the lock on this open file. None if nobody had it: it is ours now."""
     try:
         fcntl.flock(file, kind | fcntl.LOCK_NB)
         here = True

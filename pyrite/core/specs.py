@@ -122,7 +122,7 @@ class PartError(ValueError):
 
 @dataclass
 class Own:
-    """A part of the user's own: where it stands, as typed, and its random numbers, which are nobody else's."""
+    """A part of the user's own: its file and name as typed, and its own random numbers."""
 
     where: str
     name: str
@@ -157,7 +157,7 @@ class Own:
 
 
 class Contract(NamedTuple):
-    """One kind of part: the names of its data, what its answer must be, and how it is tried, if it is."""
+    """What a kind of part is given and must return, and on which numbers it is tried."""
 
     data: tuple[str, ...] = ()
     returns: str = ""
@@ -168,9 +168,9 @@ class Contract(NamedTuple):
 
 
 def held(own: Own, make: Callable[[], Any], registry: ModuleType | Mapping[str, Function]) -> Any:
-    """What `make` makes of the user's function and its options, held to the contract of its kind; tried if it may be.
+    """Make the user's part and hold it to the contract of its kind.
 
-    registry: the module of the kind, such as pyrite.math.losses; parts of another registry are guarded only.
+    registry: the module of the kind, such as pyrite.math.losses.A part without a contract is guarded only.
     """
     kind = getattr(registry, "__name__", "")
     contract = CONTRACTS.get(kind.rpartition(".")[2], Contract())
@@ -201,7 +201,7 @@ def held(own: Own, make: Callable[[], Any], registry: ModuleType | Mapping[str, 
 
 
 def _watched(own: Own, made: Function, contract: Contract) -> Function:
-    """The function with its data protected and its answers read."""
+    """The function, with its data protected from changes and its answers checked."""
 
     @functools.wraps(made)
     def function(*data: Any, **late: Any) -> Any:
@@ -219,7 +219,7 @@ def _watched(own: Own, made: Function, contract: Contract) -> Function:
 
 
 def _lent(value: Any) -> Any:
-    """Data as it is lent: lists, and tensors that keep no count of changes, as copies."""
+    """A copy of data whose changes could not be noticed: lists, and tensors made in inference mode."""
     if isinstance(value, list):
         return list(value)
     return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
@@ -283,7 +283,7 @@ def _score_a_row(own: Own, answer: Any, data: tuple[Any, ...]) -> Tensor:
 
 
 def _numbers(own: Own, answer: Any, n: int, returns: str) -> Tensor:
-    """N numbers, whatever holds them: a tensor, a list, an array. Nothing is lost: large whole numbers stay exact."""
+    """N numbers from a tensor, a list or an array. Whole numbers too large for float32 stay exact, as float64."""
     if not isinstance(answer, Tensor) and hasattr(answer, "__array__") and not isinstance(answer, (str, bytes)):
         answer = answer.tolist()
     if isinstance(answer, (list, tuple)):
@@ -372,7 +372,7 @@ class Discriminating:
 
 
 def _called(value: Any) -> str:
-    """How a value is called in a message."""
+    """What a message calls a value."""
     if value is None:
         return "None"
     if isinstance(value, str):
@@ -425,7 +425,7 @@ CONTRACTS = {
 
 @contextlib.contextmanager
 def undisturbed(state: dict[str, Any], name: str) -> Iterator[None]:
-    """Run code that may do anything to its surroundings, with random numbers of its own, kept in `state`."""
+    """Run code and restore its surroundings afterwards. `state` keeps the code's own random numbers."""
     dtype, device, folder = torch.get_default_dtype(), torch.get_default_device(), os.getcwd()
     inference, grad = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
     before = _random_state()
@@ -456,7 +456,7 @@ def _set_random_state(state: Mapping[str, Any]) -> None:
 
 
 def _seeded(seed: int) -> dict[str, Any]:
-    """The random numbers that a part begins with."""
+    """The random numbers that a part starts with."""
     return {
         "python": random.Random(seed).getstate(),
         "torch": torch.Generator().manual_seed(seed % 2**63).get_state(),
@@ -473,8 +473,10 @@ _EXAMPLE = 'write "name", "name(option=value)", "file.py:name(option=value)" or 
 
 
 class Member(NamedTuple):
-    """One entry of `pyrite list`: options map to their defaults, inspect.Parameter.empty where required; ranges in
-    words."""
+    """One entry of `pyrite list`.
+
+    options: their defaults, inspect.Parameter.empty if required. ranges: what they may be, in words.
+    """
 
     name: str
     options: dict[str, Any]
@@ -484,7 +486,7 @@ class Member(NamedTuple):
 
 @dataclass(frozen=True)
 class ReadyPart:
-    """A function ready for data; prints as the spec that makes it again."""
+    """A function with its options fixed, ready for data. It prints as the spec that makes it again."""
 
     name: str
     options: Mapping[str, Any]
@@ -605,7 +607,7 @@ def _source(thing: Any) -> str:
 
 
 def _given(spec: str, registry: Registry) -> ReadyPart:
-    """The part of a function that a job was given as an object; one's own is held to the contract of its kind."""
+    """The part of a function that a job was given as an object. A user's own is held to the contract of its kind."""
     if spec not in _given_functions:
         raise ValueError(f"{spec} was a function in the memory of another process: give it again")
     function = _given_functions[spec]
@@ -619,7 +621,7 @@ def _given(spec: str, registry: Registry) -> ReadyPart:
 
 
 def members(registry: Registry) -> list[Member]:
-    """What can be named: the functions of a module's `__all__`, or its own public ones; sorted by name."""
+    """The functions that can be named: those of a module's `__all__`, or its own public ones, sorted by name."""
     found = []
     for name, function in sorted(_functions(registry).items()):
         options, hints = _defaults(function), ranges.hints(function)
@@ -711,7 +713,7 @@ def _load_file(path: Path) -> ModuleType:
 
 
 def _no_function(name: str, module: ModuleType | None) -> str:
-    """What a name of one's own file stands for, if not for a function of that file."""
+    """A hint if a name of the user's file is not a function."""
     value = vars(module).get(name) if module and not name.startswith("_") else None
     if inspect.isclass(value) and value.__module__ == getattr(module, "__name__", ""):
         return f"{name} is a class; write a function that makes one: def make(*, option=1): return {name}(option)"

@@ -99,7 +99,7 @@ def fault(value: Any, hint: Any) -> str | None:
 
 
 def check(config: Any) -> None:
-    """Refuse a Config of which an option, also in a group, is not what its annotation says.
+    """Refuse a Config if an option, also one in a group, is not what its annotation says.
 
     Raises ValueError that names the option as it is typed: "--batch-size 0: give at least 1".
     """
@@ -112,7 +112,7 @@ def check(config: Any) -> None:
 
 
 def require(function: Callable[..., Any], **values: Any) -> None:
-    """Refuse values that a function's own annotations rule out, where it is called without a spec string."""
+    """Refuse values that a function's own annotations rule out. For calls without a spec string."""
     annotated = hints(function)
     for name, value in values.items():
         if wrong := fault(value, annotated.get(name, Any)):
@@ -165,7 +165,7 @@ def shown(value: Any) -> str:
 
 
 class ConfigOption(NamedTuple):
-    """One option of a Config class; of a Config or a group made ready, `default` is its value."""
+    """One option of a Config class. Read from a Config instead of its class, `default` is the value it has."""
 
     owner: type
     """The class that declares it."""
@@ -213,7 +213,7 @@ def _texts(schema: type) -> dict[str, str]:
 
 
 def declared(schema: Any, group: str = "") -> Iterator[ConfigOption]:
-    """Every option of a Config class, or of a Config, its groups opened."""
+    """Every option of a Config class, or of a Config, groups included."""
     owner = schema if isinstance(schema, type) else type(schema)
     annotated = hints(owner)
     for one in fields(schema):
@@ -225,7 +225,7 @@ def declared(schema: Any, group: str = "") -> Iterator[ConfigOption]:
 
 
 def filled(schema: Any, values: Mapping[str, Any]) -> Any:
-    """A Config with these values of its options, those of its groups in them, over its defaults."""
+    """A Config with these values over its defaults. Options of groups are given by their names alone."""
     own: dict[str, Any] = {}
     for one in fields(schema):
         default = _default_in(schema, one)
@@ -237,7 +237,7 @@ def filled(schema: Any, values: Mapping[str, Any]) -> Any:
 
 
 def _default_in(schema: Any, field: Field[Any]) -> Any:
-    """The default of a field: of a class, or as it stands in a group made ready."""
+    """The default of a field of a class, or its value in an instance."""
     if not isinstance(schema, type):
         return getattr(schema, field.name)
     if field.default is MISSING and field.default_factory is not MISSING:
@@ -274,7 +274,7 @@ def _fault(value: Any, hint: Any) -> Fault | None:
 
 
 def _of_type(value: Any, kind: type) -> Fault | None:
-    """Text and paths stand for each other; a whole number is a number, True is not."""
+    """Text and paths stand for each other. A whole number is a number, True is not."""
     if kind in (str, Path):
         right = isinstance(value, (str, Path))
     elif kind is float:
@@ -309,7 +309,7 @@ def _of_many(value: Any, kinds: tuple[Any, ...]) -> Fault | None:
 
 
 def _anything(value: Any) -> Fault | None:
-    """All that is known without an annotation: a number is finite, also deep in a list."""
+    """What is checked without an annotation: numbers are finite, also inside of lists."""
     if isinstance(value, float) and not math.isfinite(value):
         return True, "give a finite number"
     inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
@@ -317,7 +317,7 @@ def _anything(value: Any) -> Fault | None:
 
 
 def _rule(rule: Any) -> tuple[str, Callable[[Any], bool]]:
-    """A rule of annotated_types in words, and whether a value keeps it."""
+    """A rule of annotated_types in words, and a function that tests it."""
     match rule:
         case Interval(ge=low, le=high) if low is not None and high is not None:
             return f"{low} to {high}", lambda value: low <= value <= high

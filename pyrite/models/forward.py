@@ -101,8 +101,8 @@ class Packed:
 def pack(responses: Responses, groups: Groups | None = None, *, padded: bool = False) -> Packed:
     """Lay responses flat, group by group, by default those to each prompt.
 
-    padded: every path in one bucket, for models that cannot read packed rows. Raises ValueError for a group without a
-    response or a prompt without a token.
+    padded: every prompt + response in one bucket, for models that cannot read packed rows. Raises ValueError for a
+    group without a response or a prompt without a token.
     """
     groups = responses.groups() if groups is None else groups
     prompt, size, offset, start, row, ids, positions = _layout(responses, groups)
@@ -166,12 +166,12 @@ def micro_batches(sizes: Sequence[int], *, budget: int) -> Iterator[list[int]]:
 
 
 def singles(responses: Responses) -> list[list[int]]:
-    """Every response by itself, behind a prompt of its own."""
+    """Every response in a group of its own."""
     return [[i] for i in range(len(responses))]
 
 
 def by_prompt(responses: Responses, *, most: int = 64) -> list[list[int]]:
-    """Responses to the same prompt tokens together, longest first, `most` at a time."""
+    """Groups of responses to the same prompt tokens, longest first, at most `most` in each."""
     prompts = [tuple(ids) for ids in responses.prompt_ids]
     lengths = responses.lengths.tolist()
     found: dict[tuple[int, ...], list[int]] = {}
@@ -182,8 +182,8 @@ def by_prompt(responses: Responses, *, most: int = 64) -> list[list[int]]:
 
 
 def _layout(responses: Responses, groups: Groups) -> tuple[np.ndarray, ...]:
-    """Of each path: prompt length, response length, where its group and its response begin, its group. Of each token:
-    its id, its position."""
+    """Of each response: lengths of prompt and response, where its group and the response begin, its group. Of each
+    token: its id and position."""
     counts = np.array([len(group) for group in groups])
     index = np.array([i for group in groups for i in group], dtype=np.int64)
     flat, begins, lengths = responses.flat_prompts
@@ -214,7 +214,7 @@ Made = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # quer
 
 
 def _whole_paths(prompt, size, offset, start, row) -> list[Made]:
-    """One bucket of whole paths: a prompt is there before each of its responses."""
+    """One bucket of whole texts: the prompt is repeated before each of its responses."""
     lengths = prompt + size
     j = np.arange(lengths.max())[None]
     real = j < lengths[:, None]
@@ -244,7 +244,7 @@ def _bucket(prefix: np.ndarray, at: np.ndarray, length: np.ndarray, begin: np.nd
 
 
 def _similar(queries: np.ndarray, keys: np.ndarray, *, waste: float = 0.2, small: int = 1 << 15) -> list[np.ndarray]:
-    """Segments sorted by shape and cut where padding would exceed `waste`; tiny buckets are not worth a kernel call."""
+    """Segments sorted by shape and cut where padding would exceed `waste`. A tiny bucket is not worth a kernel call."""
     order = np.lexsort((-keys, -queries))
     groups, begin, real, widest = [], 0, 0, 0
     for i, index in enumerate(order):
@@ -395,7 +395,7 @@ def packed_attention(
     s_aux: Tensor | None = None,
     **_: object,  # transformers hands every attention function its own extras
 ) -> tuple[Tensor, None]:
-    """The form transformers calls: query (1, H, T, D); the batch travels as the keyword `packed`."""
+    """Attention as transformers calls it: query (1, H, T, D). The batch travels as the keyword `packed`."""
     if softcap is not None or s_aux is not None:
         raise NotImplementedError("packed attention has no soft-capping and no sinks")
     q, k, v = (part.squeeze(0).transpose(0, 1) for part in (query, key, value))
@@ -404,7 +404,7 @@ def packed_attention(
 
 @contextmanager
 def packed_forward(model: PreTrainedModel) -> Iterator[None]:
-    """Within this block the model's attention layers read packed rows."""
+    """The model's attention layers read packed rows within this block."""
     AttentionInterface.register(NAME, packed_attention)
     AttentionMaskInterface.register(NAME, _no_mask)
     with _attention(model, NAME):
@@ -462,7 +462,7 @@ class Ways:
     dynamic: bool = False
 
     def apart(self, lengths: Sequence[int]) -> list[list[int]]:
-        """Indices of texts of these lengths, in groups that may share a batch."""
+        """Indices of texts of these lengths, grouped by which may share a batch."""
         groups: dict[int, list[int]] = {}
         for index, length in enumerate(lengths):
             own = not self.padded or (self.dynamic and length > self.turn)
@@ -471,7 +471,7 @@ class Ways:
 
 
 def by_response(flat: Tensor, batch: Packed, *, tokens: bool = False) -> Logps:
-    """Log-probabilities (R,) of response tokens as those of the N responses; sums are added up in float64."""
+    """The N responses' log-probabilities from those of their tokens (R,). Sums are added up in float64."""
     if tokens:
         return Logps.from_tokens(list(flat.split(batch.lengths.tolist())))
     total = flat.new_zeros(batch.n, dtype=torch.float64).index_add(0, batch.owner, flat.double())
@@ -488,7 +488,7 @@ def trunk_states(model: PreTrainedModel, batch: Packed) -> Tensor:
 
 
 class Places(NamedTuple):
-    """Where in a batch's states (S, H) response tokens, their predictors, (R,) each, and last tokens (N,) are."""
+    """Indices into a batch's states (S, H): predictors and response tokens, (R,) each, and last tokens (N,)."""
 
     predictor: Tensor
     response: Tensor
@@ -496,7 +496,7 @@ class Places(NamedTuple):
 
 
 def places(batch: Packed) -> Places:
-    """A prompt that several padded texts begin with has states in each of them, which need not be the same."""
+    """Where each token is in the states of a batch. A padded batch holds a prompt once for each of its responses."""
     if not batch.padded:
         return Places(batch.predictor, batch.response, batch.last)
     (bucket,) = batch.buckets
@@ -509,7 +509,7 @@ def places(batch: Packed) -> Places:
 
 
 def states(model: PreTrainedModel, batch: Packed, ways: Ways, *, pad: int | None = None) -> Tensor:
-    """Hidden states (S, H) of a batch after the final norm, however it is laid out; `places` says what is where."""
+    """Hidden states (S, H) of a batch after the final norm, packed or padded; `places` tells which is which."""
     if not batch.padded:
         if ways.dynamic:
             forget(model)
@@ -524,8 +524,7 @@ Read = Callable[[Tensor, Tensor | None], Tensor]  # ids (N, L) and what of them 
 
 
 def by_group(model: PreTrainedModel, batch: Packed, ways: Ways, read: Read, *, pad: int | None = None) -> Tensor:
-    """What `read` gives of a padded batch, the texts that may not share a forward apart; nothing masked in texts of
-    equal length."""
+    """Run a padded batch through `read`: texts that may not share a forward apart, texts of equal length unmasked."""
     (bucket,) = batch.buckets
     ids, mask = as_padded(batch, pad=pad)
     lengths: list[int] = bucket.lengths.tolist()
@@ -547,7 +546,7 @@ def by_group(model: PreTrainedModel, batch: Packed, ways: Ways, read: Read, *, p
 
 
 def forget(model: nn.Module) -> None:
-    """What modules keep of earlier texts is dropped: rotary embeddings grown to the longest, recurrent states."""
+    """Drop what modules keep of earlier texts: rotary embeddings grown to the longest, recurrent states."""
     for module in model.modules():
         first = getattr(module, "original_inv_freq", None)
         if isinstance(first, Tensor) and hasattr(module, "max_seq_len_cached"):
@@ -558,7 +557,7 @@ def forget(model: nn.Module) -> None:
 
 
 def context_of(model: PreTrainedModel) -> int:
-    """Longest sequence in tokens: what the config says, less what a table keeps for pads (RoBERTa and its kin)."""
+    """Longest sequence in tokens: what the config says, less the positions that RoBERTa and its kin keep for pads."""
     most = int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30)
     tables = (m for name, m in model.named_modules() if name.endswith("position_embeddings"))
     kept = [m.padding_idx + 1 for m in tables if isinstance(m, nn.Embedding) and m.padding_idx is not None]
@@ -566,7 +565,7 @@ def context_of(model: PreTrainedModel) -> int:
 
 
 def pad_of(model: PreTrainedModel) -> int | None:
-    """The token that fills padded texts, where the model's config names one."""
+    """The token that fills padded texts, if the model's config names one."""
     text = model.config.get_text_config()
     pad = getattr(text, "pad_token_id", None)
     return pad if pad is not None and 0 <= pad < text.vocab_size else None
@@ -588,7 +587,7 @@ def run(module: Any, ids: Tensor, mask: Tensor | None = None, **more: Any) -> An
 
 
 def own_head(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
-    """The model's own code from its trunk's states (R, H) to logits (R, V), with its scales, caps and biases."""
+    """The model's own code from its trunk's states (R, H) to logits (R, V), scales, caps and biases included."""
     name = model.base_model_prefix
 
     def logits(states: Tensor) -> Tensor:
@@ -603,7 +602,7 @@ def own_head(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
 
 
 class _Said(nn.Module):
-    """In the place of a trunk: says states that are known already; all else is asked of the trunk."""
+    """Stands in for a trunk and returns states that are known already. Other attributes are the trunk's."""
 
     def __init__(self, states: Tensor, trunk: Any) -> None:
         super().__init__()
@@ -621,7 +620,7 @@ class _Said(nn.Module):
 
 
 class _States(tuple):
-    """A trunk's output with nothing but its last states."""
+    """The output of a trunk, with its last states only."""
 
     last_hidden_state: Tensor
 
@@ -740,7 +739,7 @@ class _SelectiveLogp(torch.autograd.Function):
 
 
 def _logit_blocks(logits: Tensor) -> Iterator[slice]:
-    """Rows of about 2 MB in float32: what a processor's cache holds, so that each pass after the first is cheap."""
+    """Slices of about 2 MB in float32, which stay in a processor's cache from one pass to the next."""
     size = max(1, CACHED // logits.shape[1])
     size = size if logits.device.type == "cpu" else len(logits)
     return (slice(begin, begin + size) for begin in range(0, len(logits), size))
@@ -759,7 +758,7 @@ class Model(Protocol):
 def packed_batches(
     model: Model, responses: Responses, groups: Groups, *, budget: int
 ) -> Iterator[tuple[list[int], Packed]]:
-    """Micro-batches of at most `budget` tokens, longest groups first: their indices, and as the model reads them."""
+    """Micro-batches of at most `budget` tokens, longest groups first: indices of groups, and the packed batch."""
     for batch in micro_batches(sizes(responses, groups), budget=budget):
         yield batch, model.pack(responses, [groups[i] for i in batch])
 
@@ -825,15 +824,15 @@ SIZES = (  # what else is made smaller, by its name in the config
 
 
 def ways(model: PreTrainedModel) -> Ways:
-    """The ways of a model of transformers, found once in a process for each architecture.
+    """The ways of a transformers model, found once in a process for each architecture.
 
-    Where no small model can be made, or the stock model cannot read a bare text, texts of one length share a forward.
+    If no small model can be made, or the stock model cannot read a bare text, only texts of one length share a forward.
     """
     return replace(told(model, _told) or Ways(), **_lengths(model.config))
 
 
 def told(model: PreTrainedModel, question: Callable[[PreTrainedModel], Answer]) -> Answer | None:
-    """What a small model of the same architecture answers, asked once in a process; None where none can be made."""
+    """What `question` returns for a small model of the architecture, asked once a process; None without one."""
     config = _small_config(model)
     if config is None:
         return None
@@ -852,7 +851,7 @@ _FOUND: dict[str, Any] = {}
 
 
 def _lengths(config: Any) -> dict[str, Any]:
-    """The lengths at which a model begins to read otherwise, as its config says."""
+    """The lengths at which a model begins to read differently, from its config."""
     text = config.get_text_config()
     near = [
         value
@@ -910,7 +909,7 @@ def _built(model: PreTrainedModel, config: Any) -> PreTrainedModel | None:
 
 
 def _enlarge(model: nn.Module) -> None:
-    """Weights that keep the size of what they multiply, from a stream of their own."""
+    """Draw weights large enough to keep the size of what they multiply."""
     g = torch.Generator().manual_seed(0)
     for weight in model.parameters():
         noise = torch.randn(weight.shape, generator=g)
@@ -918,7 +917,7 @@ def _enlarge(model: nn.Module) -> None:
 
 
 def _shrink(config: Any) -> None:
-    """The sizes of a text config made small, in proportion where they depend on each other."""
+    """Make the sizes of a text config small, in proportion if they depend on each other."""
     heads, width = getattr(config, "num_attention_heads", None), getattr(config, "hidden_size", None)
     if not isinstance(heads, int) or not isinstance(width, int):
         return
@@ -948,7 +947,7 @@ def _shrink(config: Any) -> None:
 
 
 def rotary(config: Any) -> list[dict[str, Any]]:
-    """A text config's settings of rotary embeddings, one a kind of layers."""
+    """The settings of rotary embeddings in a text config, one for each kind of layer."""
     rope = getattr(config, "rope_parameters", None)
     if not isinstance(rope, dict):
         return []
@@ -994,7 +993,7 @@ def _told(model: PreTrainedModel) -> Ways:
 
 
 def _works(ask: Callable[[], bool]) -> bool:
-    """The answer; no, where a foreign model raises, whatever it raises."""
+    """The answer, or False if a foreign model raises anything."""
     try:
         return ask()
     except Exception:
@@ -1002,7 +1001,7 @@ def _works(ask: Callable[[], bool]) -> bool:
 
 
 def _probe(model: PreTrainedModel) -> Responses:
-    """Two prompts with responses, of tokens that are no pads."""
+    """Two prompts with responses, without pad tokens."""
     text = model.config.get_text_config()
     free = [token for token in range(3, text.vocab_size) if token != pad_of(model)] or [0]
 
@@ -1013,7 +1012,7 @@ def _probe(model: PreTrainedModel) -> Responses:
 
 
 def _read(model: PreTrainedModel, texts: list[list[int]], mask: Tensor | None = None) -> Outputs:
-    """The stock model's own numbers of texts of equal length, or padded by whoever gives a mask."""
+    """The stock model's own numbers for texts of equal length, or padded with a mask."""
     found: Outputs = {}
 
     def keep(module: nn.Module, args: object, out: Any) -> None:
@@ -1033,9 +1032,9 @@ def _read(model: PreTrainedModel, texts: list[list[int]], mask: Tensor | None = 
 
 
 def _is_near(got: Tensor, want: Tensor, far: float) -> bool:
-    """Whether numbers differ by little of the distance to a wrong way, or by no more than rounding, and that is little.
+    """Whether two results agree: their difference is small beside that to a wrong way, or it is rounding.
 
-    In deep models with norms behind their layers another text in front moves the last states by some rounding errors.
+    In deep models with norms behind their layers, another text in front moves the last states by roundings only.
     """
     error = (got - want).abs().max().item()
     rounding = ROUNDINGS * torch.finfo(want.dtype).eps * want.abs().max().item()
@@ -1043,7 +1042,7 @@ def _is_near(got: Tensor, want: Tensor, far: float) -> bool:
 
 
 def _far(name: str, alone: Sequence[Outputs], behind: Sequence[Outputs]) -> float:
-    """How far another text in front moves the numbers, in the least moved text."""
+    """How far another text in front moves the numbers, in the text that moves least."""
     pairs = [(a[name][0], b[name][0]) for a, b in zip(alone, behind, strict=True)]
     return min((b[-len(a) :] - a).abs().max().item() for a, b in pairs)
 
@@ -1064,7 +1063,7 @@ def _is_causal(model: PreTrainedModel, text: list[int]) -> bool:
 def _seen(
     model: PreTrainedModel, states: Callable[[], Tensor], places: Sequence[int]
 ) -> Iterator[tuple[int, set[int]]]:
-    """The tokens that some tokens' states (T, H) have a gradient to."""
+    """For some tokens, the tokens that their states (T, H) have a gradient to."""
     kept: list[Tensor] = []
 
     def keep(module: nn.Module, args: object, out: Tensor) -> Tensor:
@@ -1091,7 +1090,7 @@ def _packed(model: PreTrainedModel, batch: Packed) -> list[Tensor]:
 
 
 def _is_tight(model: PreTrainedModel, paths: Packed) -> bool:
-    """Whether a packed token's state has a gradient to no token but those before it in its own text."""
+    """Whether a packed token's state has a gradient only to tokens before it in its own text."""
     batch = pack(paths.responses, paths.groups)
     (bucket,) = paths.buckets
     ends = zip(paths.query.view(-1, bucket.queries).tolist(), bucket.lengths.tolist(), strict=True)
@@ -1108,7 +1107,7 @@ def _padded(model: PreTrainedModel, batch: Packed, name: str) -> list[Tensor]:
 
 
 def _head(model: Any, states: Tensor) -> Tensor:
-    """What a head makes of the trunk's states alone: a decoder classifier's of the last, a vocabulary head's of all."""
+    """Logits from the trunk's states alone: of the last token for a classifier, of all for a vocabulary head."""
     score = getattr(model, "score", None)
     return score(states[0, -1]) if isinstance(score, nn.Module) else own_head(model)(states[0])
 
@@ -1133,7 +1132,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 class FastLinears(TorchFunctionMode):
-    """Within this context every linear layer of a stock model multiplies by `product`, gradients included."""
+    """Every linear layer of a stock model multiplies by `product` within this context, gradients included."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func is F.linear and len(args) >= 2 and not torch.is_autocast_enabled("cpu") and onednn(args[0]):

@@ -130,7 +130,7 @@ def sample_mixed(
 
 @dataclass(frozen=True)
 class Request:
-    """What `sample` was asked for, apart from the models and their mixture."""
+    """The arguments of `sample`, apart from the models and their mixture."""
 
     prompts: Sequence[Sequence[int]]
     eos: int | Sequence[int]
@@ -145,7 +145,7 @@ class Request:
 
 
 def _sample(request: Request, policy_model: Any, ref_model: Any, arms: Tensor) -> Samples:
-    """Samples of arms (P, k, 2), decoded together with those that need the same models."""
+    """Samples of arms (P, k, 2). Arms that need the same models are decoded together."""
     prompts, k, steps = request.prompts, arms.shape[1], request.max_new_tokens
     columns, exponents = max(map(len, prompts)) + steps, arms.flatten(0, 1)
     needs_ref = exponents[:, 1] != 0
@@ -189,8 +189,11 @@ def _sample(request: Request, policy_model: Any, ref_model: Any, arms: Tensor) -
 
 
 def _groups(exponents: Tensor) -> Iterator[tuple[bool, bool, bool, Tensor]]:
-    """Rows of exponents (N, 2) that need the same models: policy or not, reference or not, one model as it is or not,
-    and which rows they are (N,) bool."""
+    """Rows of exponents (N, 2) grouped by the models they need.
+
+    Yields whether the policy runs, whether the reference runs,whether one model is used unchanged, and the rows
+    (N,).
+    """
     ref = exponents[:, 1] != 0
     policy = (exponents[:, 0] != 0) | ~ref
     plain = (policy ^ ref) & (exponents.sum(-1) == 1)
@@ -200,8 +203,7 @@ def _groups(exponents: Tensor) -> Iterator[tuple[bool, bool, bool, Tensor]]:
 
 
 def _batches(prompts: Sequence[Sequence[int]], k: int, wanted: Tensor, most: int) -> Iterator[list[int]]:
-    """Numbers of wanted rows that decode together, sorted by prompt, the longest first, so that equal prompts are
-    prefilled once."""
+    """Indices of wanted rows that decode together, by prompt, the longest first: equal prompts are prefilled once."""
     order = sorted(range(len(prompts)), key=lambda index: (-len(prompts[index]), tuple(prompts[index])))
     keep = wanted.tolist()
     rows = [row for index in order for row in range(index * k, index * k + k) if keep[row]]
@@ -213,7 +215,7 @@ def _batches(prompts: Sequence[Sequence[int]], k: int, wanted: Tensor, most: int
 
 
 def _check(request: Request, k: int, *models: Any) -> None:
-    """Raises ValueError for options out of range, and prompts that one of the models cannot read."""
+    """Raises ValueError for options out of range, and for prompts that one of the models cannot read."""
     rows = 1 if request.max_rows is None else request.max_rows
     for name, value in (("k", k), ("max_new_tokens", request.max_new_tokens), ("max_rows", rows)):
         if value < 1:
@@ -286,7 +288,7 @@ def _check_reference(policy: Any, ref: Any) -> None:
 
 
 def _check_finite(whose: str, broken: Tensor, k: int) -> None:
-    """-inf may stand beside the model drawn from; NaN comes of broken weights, or of options beyond float32."""
+    """Refuse NaN: broken weights, or options beyond float32. -inf is allowed beside the model drawn from."""
     if bool(broken.any()):
         what = "its exponents, and the temperature" if whose == "arm" else "the weights"
         index = int(broken.nonzero()[0]) // k
@@ -302,7 +304,7 @@ COMPACT = 0.8  # finished rows are dropped when fewer than this share is alive
 
 @dataclass(frozen=True)
 class Drawing:
-    """What all rows that need the same models share, and where their tokens and log-probabilities are written."""
+    """What rows that need the same models share, and where their tokens and log-probabilities are written."""
 
     request: Request
     runners: Sequence[Runner]  # one model, or policy and reference

@@ -67,7 +67,7 @@ def backbone(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
 
 
 def tokenizer_of(path: str | Path, *, template_args: Sequence[str] = ()) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder or Hub name, its note told to the user."""
+    """The tokenizer of a folder or Hub name. Prints its note, if it has one."""
     tokenizer, note = load_tokenizer(path, template_args=template_args)
     if note:
         say(f"  note: {path}: {note}")
@@ -75,7 +75,7 @@ def tokenizer_of(path: str | Path, *, template_args: Sequence[str] = ()) -> PreT
 
 
 def pad_id(tokenizer: Any) -> int:
-    """An id other than the end token's: classifiers read the last token that is not a pad, which is the end token."""
+    """A pad id other than the end token's: classifiers read the last token that is no pad, the end token."""
     pad, end = tokenizer.pad_token_id, end_id(tokenizer)
     return pad if pad is not None and pad != end else int(end == 0)
 
@@ -83,7 +83,7 @@ def pad_id(tokenizer: Any) -> int:
 def opened(
     auto: Any, path: str | Path, *, dtype: Dtype, new_head: bool = False, template: Template = PLAIN
 ) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
-    """A model and its tokenizer from a folder or Hub name, as `load_model` takes them, that fit each other."""
+    """A model and its tokenizer from a folder or Hub name that fit each other, loaded as by `load_model`."""
     tokenizer = tokenizer_of(path, template_args=template.template_args)
     model = load_model(auto, path, dtype=dtype, new_head=new_head)
     check_ids(tokenizer, model, path)
@@ -91,7 +91,7 @@ def opened(
 
 
 def verify(auto: Any, path: str | Path, *, new_head: bool = False) -> None:
-    """Refuse what `opened` would refuse; weights are read one at a time, and no memory is taken for the model."""
+    """Refuse what `opened` would refuse. Reads one tensor at a time and allocates no model."""
     tokenizer, _ = load_tokenizer(path)
     check_ids(tokenizer, load_model(auto, path, dtype="float32", new_head=new_head, device="meta"), path)
 
@@ -99,10 +99,10 @@ def verify(auto: Any, path: str | Path, *, new_head: bool = False) -> None:
 def load_model(
     auto: Any, path: str | Path, *, dtype: Dtype, new_head: bool = False, device: Any = None
 ) -> PreTrainedModel | PeftModel:
-    """From a folder or Hub name, on this process's device; a folder with adapters loads its base below them.
+    """From a folder or Hub name, on this process's device. A folder with adapters loads its base below them.
 
-    auto: the Auto class. new_head: the trunk alone must be there, for a head that is drawn or not read. Raises
-    ValueError if the files are no model of this kind, whole and finite: nothing is ever drawn in place of a tensor.
+    auto: the Auto class. new_head: the head may be missing, as it will be drawn or is not read. Raises ValueError if
+    the files are not a whole and finite model of this kind: no missing tensor is ever drawn at random.
     """
     folder = checkpoints.place(path)
     about = checkpoints.adapter_settings(folder)
@@ -162,7 +162,7 @@ def _whole(
     device: Any,
     brought: Iterable[str] | None = None,
 ) -> PreTrainedModel:
-    """A model without adapters. brought: names of the tensors that the adapters above it bring along."""
+    """A model without adapters. brought: names of tensors that the adapters on it bring along."""
     files = checkpoints.weight_files(folder)
     if wrong := fault(dtype, Dtype):
         raise ValueError(f"dtype {dtype!r}: {wrong}")
@@ -196,7 +196,7 @@ def _whole(
 
 
 def _weights(names: Iterable[str], files: Iterable[Path]) -> list[str]:
-    """Those of some tensors of a model's files that are weights, not buffers that old transformers saved."""
+    """The weights among some tensors, without the buffers that old versions of transformers saved."""
     left = [name for name in names if not BUFFER.search(name)]
     if not any(MASK.search(name) for name in left):
         return left
@@ -207,7 +207,7 @@ def _weights(names: Iterable[str], files: Iterable[Path]) -> list[str]:
 def _check_report(
     model: Any, report: dict[str, Any], name: str, *, classifier: bool, new_head: bool, brought: set[str]
 ) -> None:
-    """Refuse every tensor that transformers found missing, left over or of another shape, beyond a head that may be."""
+    """Refuse tensors that are missing, left over or of another shape, except those of a head that may be new."""
     missing, unexpected = set(report["missing_keys"]), set(report["unexpected_keys"])
     other = {
         key: f"{key}: {list(there)} in the file, {list(here)} here" for key, there, here in report["mismatched_keys"]
@@ -238,7 +238,7 @@ def _refuse(
 
 
 def _is_head(model: Any, key: str) -> bool:
-    """Whether a tensor lies behind the trunk, an encoder's pooler included, which is trained as a part of the head."""
+    """Whether a tensor belongs to the head, with which an encoder's pooler is trained."""
     first, _, rest = key.partition(".")
     if first == model.base_model_prefix and model.base_model is not model:
         return rest.startswith("pooler.")
@@ -246,7 +246,7 @@ def _is_head(model: Any, key: str) -> bool:
 
 
 def _module(model: Any, key: str) -> str:
-    """The part of a head that a tensor belongs to, by the name that adapters save it under."""
+    """The part of a head that a tensor belongs to, by the name under which adapters save it."""
     parts = key.split(".")
     return parts[1] if parts[0] == model.base_model_prefix and len(parts) > 2 else parts[0]
 
@@ -272,7 +272,7 @@ def _check_finite(tensors: Iterable[tuple[str, torch.Tensor]], path: str | Path)
 def check_ids(tokenizer: Any, model: Any, path: str | Path) -> None:
     """Raises ValueError for a tokenizer with ids that the model has no embedding for.
 
-    Special tokens that no text is ever given are let pass: those of images, which the text model of a family lacks.
+    Special tokens that never appear in text are allowed, such as those of images in the text model of a family.
     """
     table = backbone(model).get_input_embeddings()
     rows = getattr(table, "num_embeddings", None) or backbone(model).config.get_text_config().vocab_size
@@ -293,7 +293,7 @@ def check_ids(tokenizer: Any, model: Any, path: str | Path) -> None:
 
 
 def adapters_of(path: str | Path) -> dict[str, Any]:
-    """What a folder's adapters say of themselves. Raises ValueError for a model without."""
+    """The settings of a folder's adapters. Raises ValueError for a model without."""
     folder = checkpoints.place(path)
     about = checkpoints.adapter_settings(folder)
     if about is None:
@@ -303,7 +303,7 @@ def adapters_of(path: str | Path) -> dict[str, Any]:
 
 
 def is_classifier(path: str | Path) -> bool:
-    """Whether a model brings the head of a reward model along, in its files or beside its adapters."""
+    """Whether a model has the head of a reward model, in its files or beside its adapters."""
     folder = checkpoints.place(path)
     about = checkpoints.adapter_settings(folder)
     if about is not None:
@@ -313,7 +313,7 @@ def is_classifier(path: str | Path) -> bool:
 
 
 def settings(path: str | Path) -> dict[str, Any]:
-    """What a saved reward model says of itself, beside the adapters where it has any; {} of any other model."""
+    """What a saved reward model says of itself, beside its adapters if it has some. {} for any other model."""
     folder = checkpoints.place(path)
     if not (folder / "config.json").exists() and (folder / checkpoints.ABOUT).exists():
         return {}
@@ -354,13 +354,13 @@ def save(model: Any, folder: str | Path, tokenizer: Any) -> None:
 
 
 def has_bare_head(model: Any) -> bool:
-    """Whether the vocabulary head is its weight alone: a bias or an adapter, 0 at first, the probe would not see."""
+    """Whether the vocabulary head is its weight alone. The probe misses a bias or an adapter that is 0 at first."""
     head = backbone(model).get_output_embeddings()
     return type(head) is nn.Linear and head.bias is None
 
 
 def adapted(model: Any, lora: Lora | None, *, task: str) -> Any:
-    """The model with new adapters, which always start from the same draw."""
+    """The model with new adapters, which always start with the same numbers."""
     if lora is None:
         return model
     if isinstance(model, PeftModel):
@@ -398,7 +398,7 @@ def adapted(model: Any, lora: Lora | None, *, task: str) -> Any:
 
 
 def _check_targets(model: Any, targets: str) -> None:
-    """Refuse a name that no layer has: peft leaves it out without a word, if another one is found."""
+    """Refuse a name that no layer has: peft ignores it silently if another name is found."""
     layers = {name for name, module in model.named_modules() if not list(module.children())}
     for target in targets.split(",") if targets != "all-linear" else ():
         if not any(name == target or name.endswith(f".{target}") for name in layers):
@@ -410,7 +410,7 @@ def _check_targets(model: Any, targets: str) -> None:
 
 
 def _not_adaptable(model: Any) -> list[str]:
-    """Linear layers that adapters would not reach, by their full names.
+    """Full names of linear layers that adapters would not reach.
 
     A state-space mixer hands the weights of three of its layers to its kernels and never calls the layers.
     """
@@ -420,13 +420,13 @@ def _not_adaptable(model: Any) -> list[str]:
 
 
 def _below(model: Any, whole: Sequence[str]) -> list[str]:
-    """Linear layers of modules that are trained whole, by their full names."""
+    """Full names of linear layers inside modules that are trained whole."""
     inside = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     return [name for name in inside if set(name.split(".")) & set(whole)]
 
 
 def draw_head(model: Any, *, seed: int, std: float) -> None:
-    """A new head from its own stream: N(0, std), bias 0."""
+    """Draw a new head from its own stream: N(0, std), bias 0."""
     head = getattr(model, "score", None) or getattr(model, "classifier", None)
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in head.named_parameters() if head is not None else ():
@@ -456,7 +456,7 @@ def beside(model: Any, path: str | Path) -> tuple[Any, str | None] | None:
 
 
 def active_adapter(model: Any) -> str | None:
-    """The name of the adapters in use; None of a model without."""
+    """The name of the active adapters, None for a model without."""
     return str(model.active_adapter) if isinstance(model, PeftModel) else None
 
 
@@ -482,7 +482,7 @@ def _adapter_beside(model: PeftModel, path: Path) -> str | None:
 
 
 def _head_beside(model: PreTrainedModel, path: Path) -> nn.Module | None:
-    """The folder's head; None if anything else than the head differs from the model."""
+    """The folder's head. None if anything but the head differs from the model."""
     mine = getattr(model, "score", None)
     whole = (path / "config.json").exists() and not (path / checkpoints.ABOUT).exists()
     if not isinstance(mine, nn.Module) or not whole:

@@ -98,9 +98,9 @@ class Policy(nn.Module):
         dtype: Dtype = "float32",
         template: Template = PLAIN,
     ) -> Policy:
-        """From a folder or Hub name; a folder with adapters loads its base below them.
+        """From a folder or Hub name. A folder with adapters loads its base below them.
 
-        template: what its chat template is told.
+        template: arguments of its chat template.
         """
         model, tokenizer = opened(AutoModelForCausalLM, path, dtype=dtype, template=template)
         made = cls(adapted(model, lora, task="CAUSAL_LM"), tokenizer)
@@ -123,7 +123,7 @@ class Policy(nn.Module):
         return next(self.model.parameters()).device
 
     def pack(self, responses: Responses, groups: Groups | None = None) -> Packed:
-        """Groups of responses, by default those to each prompt, as this model reads them, on its device."""
+        """Pack groups of responses, by default those to each prompt, as this model reads them, on its device."""
         return pack_for(self, responses, groups)
 
     def forward(self, batch: Packed, *, details: bool = False, ref: Policy | None = None) -> Tensor:
@@ -141,7 +141,7 @@ class Policy(nn.Module):
         return hidden, self._picked(self.readable(batch), hidden)
 
     def logits(self, batch: Packed) -> Callable[[slice], Tensor]:
-        """The logits that predict some of the R response tokens.
+        """A function from rows to the logits that predict these of the R response tokens.
 
         Only those are ever computed, unless the model's head reads more than its trunk's states.
         """
@@ -160,12 +160,12 @@ class Policy(nn.Module):
         return states(model, batch, self.ways, pad=pad_of(model)).index_select(0, places(batch).predictor)
 
     def readable(self, batch: Packed) -> Packed:
-        """The batch as this model can read it, where another model laid it out."""
+        """The batch as this model can read it, if another model laid it out."""
         return batch if batch.padded or fits(self, *batch.given) else self.pack(*batch.given)
 
     @property
     def head_weight(self) -> Tensor:
-        """Of a bare vocabulary head."""
+        """The weight of a bare vocabulary head."""
         return backbone(self.model).get_output_embeddings().weight  # type: ignore[union-attr,return-value]
 
     def logps(self, batch: Packed, *, tokens: bool = False) -> Logps:
@@ -178,7 +178,7 @@ class Policy(nn.Module):
 
     @contextmanager
     def without_adapters(self) -> Iterator[Policy]:
-        """Within this block its adapters, if it has any, do nothing."""
+        """Its adapters, if it has any, are off within this block."""
         with self.model.disable_adapter() if isinstance(self.model, PeftModel) else nullcontext():
             yield self
 
@@ -276,7 +276,7 @@ class Policy(nn.Module):
         save(self.model, folder, self.tokenizer)
 
     def _picked(self, batch: Packed, hidden: Tensor | None) -> Tensor:
-        """Log-probabilities (R,) of the response tokens, from the hidden states that predict them where known."""
+        """Log-probabilities (R,) of the response tokens. hidden: the states that predict them, if known."""
         if self.bare:
             hidden = self.predicting(batch) if hidden is None else hidden
             return selective_logp(hidden, self.head_weight, batch.target)
@@ -284,7 +284,7 @@ class Policy(nn.Module):
         return picked_logp(self._head(batch, hidden), batch.target, size=size)
 
     def _head(self, batch: Packed, hidden: Tensor | None) -> Callable[[slice], Tensor]:
-        """Logits of some response tokens, from the hidden states that predict them where known."""
+        """A function from rows to logits of these response tokens. hidden: the states that predict them, if known."""
         model = backbone(self.model)
         if not (self.bare or self.ways.head):
             pad = pad_of(model)
@@ -387,7 +387,7 @@ class RewardModel(nn.Module):
         return next(self.model.parameters()).device
 
     def pack(self, responses: Responses, groups: Groups | None = None) -> Packed:
-        """Groups of responses, by default those to each prompt, as this model reads them, on its device."""
+        """Pack groups of responses, by default those to each prompt, as this model reads them, on its device."""
         return pack_for(self, responses, groups)
 
     def forward(self, batch: Packed) -> Tensor:
@@ -399,7 +399,7 @@ class RewardModel(nn.Module):
     def encode(
         self, said: Responses, *, where: Callable[[int], str] | None = None, as_drawn: bool = False
     ) -> Responses:
-        """Responses as this model reads them, in training and in scoring alike; a cut answer gets no end token."""
+        """Responses as this model reads them, in training as in scoring. A cut answer gets no end token."""
         limits = {"max_length": self.max_length, "max_prompt": self.max_prompt}
         return encode(self.tokenizer, said, where=where, as_drawn=as_drawn, **limits)
 
@@ -412,7 +412,7 @@ class RewardModel(nn.Module):
     def raw_scores(
         self, encoded: Responses, *, budget: int = 16384, progress: Callable[[int], None] | None = None
     ) -> Tensor:
-        """Raw scores (N,) of responses in this model's tokens; a score does not depend on its neighbors."""
+        """Raw scores (N,) of responses in this model's tokens. A score does not depend on the rest of the batch."""
         return score(self, encoded, each="response", budget=budget, progress=progress)
 
     def pooled(self, batch: Packed, pooling: Pooling) -> Tensor:
@@ -428,7 +428,7 @@ class RewardModel(nn.Module):
         return self._active().score(pooled).squeeze(-1).float()
 
     def save(self, folder: str | Path) -> None:
-        """Hugging Face layout; pooling and normalization travel in the model's config."""
+        """Hugging Face layout. Pooling and standardization are saved in the model's config."""
         if self.adapter and (others := len(self.model.peft_config) - 1):  # type: ignore[arg-type]
             raise ValueError(f"this reward model shares its base with {others} others; load it alone to save it")
         config = backbone(self.model).config
@@ -443,7 +443,7 @@ class RewardModel(nn.Module):
         return outputs[:, 0].float()
 
     def _active(self) -> Any:
-        """The transformers model, with this reward model's adapters where several share it."""
+        """The transformers model, with this reward model's adapters active if several share it."""
         if self.adapter and self.model.active_adapter != self.adapter:
             self.model.set_adapter(self.adapter, inference_mode=True)  # type: ignore[operator,arg-type]
         return backbone(self.model)
@@ -494,7 +494,7 @@ class WithValue(nn.Module):
 
     @property
     def model(self) -> PreTrainedModel | PeftModel:
-        """The policy's."""
+        """The policy's model."""
         return self.policy.model
 
     def pack(self, responses: Responses, groups: Groups | None = None) -> Packed:
@@ -511,7 +511,7 @@ class WithValue(nn.Module):
         return self._value(self.policy.predicting(batch))
 
     def save(self, folder: str | Path) -> None:
-        """The policy as it saves itself, and the head beside it."""
+        """Save the policy, and the head beside it."""
         self.policy.save(folder)
         save_file({name: value.contiguous() for name, value in self.head.state_dict().items()}, Path(folder) / HEAD)
 
@@ -521,12 +521,12 @@ class WithValue(nn.Module):
 
 
 def recompute(model: Policy | RewardModel) -> None:
-    """Trade time for memory from here on: layers are computed again for their gradients."""
+    """From now on, compute layers again for their gradients: less memory, more time."""
     recompute_layers(backbone(model.model))
 
 
 class RewardEnsemble:
-    """E reward models over the same texts; a trunk or base they share is held once, and a trunk runs once."""
+    """E reward models over the same texts. What they share is in memory once, and a shared trunk runs once."""
 
     def __init__(self, members: Sequence[RewardModel]) -> None:
         self.members = list(members)
@@ -537,7 +537,7 @@ class RewardEnsemble:
     ) -> RewardEnsemble:
         """All `member_*` of a reward run, or one reward model folder as an ensemble of one.
 
-        loaded: what a job has loaded so far, by folder, to be looked up and added to: a run that is both reward and
+        loaded: ensembles that a job has loaded so far, by folder, to look up and add to: a run that is both reward and
         proxy is in memory once.
         """
         if loaded is not None:
@@ -568,7 +568,7 @@ class RewardEnsemble:
         return torch.stack([(row - member.mean) / member.std for member, row in zip(self.members, raw, strict=True)])
 
     def raw(self, said: Responses) -> Tensor:
-        """Scores as they were trained (E, N): differences are log-odds, nats. Members that read alike read together."""
+        """Raw scores (E, N): differences are log-odds, nats. Members of one tokenizer and limits read together."""
         if not len(said):
             return torch.empty(len(self.members), 0)
         reads = {(id(m.tokenizer), m.pooling, m.max_length, m.max_prompt, m.packed) for m in self.members}
@@ -578,7 +578,7 @@ class RewardEnsemble:
         )
 
     def save(self, folder: str | Path) -> None:
-        """Every member in a folder of its own, as `load` reads them."""
+        """Save every member in a folder of its own, as `load` reads them."""
         for i, member in enumerate(self.members):
             member.save(Path(folder) / f"member_{i}")
         (Path(folder) / "done.json").write_text("{}\n")
@@ -601,18 +601,18 @@ class RewardEnsemble:
 
 
 def pack_for(model: Any, responses: Responses, groups: Groups | None = None) -> Packed:
-    """Packed where the model can; texts longer than a sliding window need the model's own masks."""
+    """Pack, or pad if the model cannot read packed rows: beyond a sliding window it needs its own masks."""
     groups = responses.groups() if groups is None else groups
     return pack(responses, groups, padded=not fits(model, responses, groups)).to(model.device)
 
 
 def fits(model: Any, responses: Responses, groups: Groups) -> bool:
-    """Whether a model reads these groups packed."""
+    """Whether a model can read these groups packed."""
     return model.packed and longest(responses, groups) <= model.ways.longest
 
 
 def cost(model: Any, path: str | Path) -> str:
-    """What a model pays for an architecture that reads no packed rows; empty of one that does."""
+    """What running padded costs a model that reads no packed rows. Empty for one that does."""
     if model.packed:
         return ""
     inside = backbone(model.model)
@@ -625,7 +625,7 @@ def cost(model: Any, path: str | Path) -> str:
 
 
 def _check_prompts(prompts: Any) -> None:
-    """Raises ValueError for what is no list of texts and conversations."""
+    """Raises ValueError for anything but a list of texts and conversations."""
     if isinstance(prompts, str):
         raise ValueError("prompts is one text: give a list of prompts")
     for i, prompt in enumerate(prompts):
@@ -636,7 +636,7 @@ def _check_prompts(prompts: Any) -> None:
 
 
 def _check_speaks(model: Any, found: Ways) -> None:
-    """Raises ValueError for a model whose log-probabilities of a text are not those it would be drawn with."""
+    """Raises ValueError for a model whose log-probabilities of a text are not those it would draw it with."""
     inside = backbone(model)
     kind = type(inside).__name__
     if getattr(type(inside.config), "is_encoder_decoder", False):

@@ -55,7 +55,7 @@ Conditioning = Literal["prompt", "prior"]
 
 
 class BadReference(ValueError):  # noqa: N818, there is a ReferenceError already
-    """A reference that cannot be used; the message begins with the rule, R1 to R9, that it breaks."""
+    """A reference that cannot be used. The message begins with the rule, R1 to R9, that it breaks."""
 
 
 # What `--ref` names --------------------------------------------------------------------------------------------------
@@ -63,7 +63,7 @@ class BadReference(ValueError):  # noqa: N818, there is a ReferenceError already
 
 @dataclass(frozen=True)
 class RefSource:
-    """One reference; `path` of a model, or of a finished reference for kind "table"."""
+    """One reference. path: of a model, or of a finished reference for kind "table"."""
 
     kind: Literal["self", "none", "column", "prior", "ema", "model", "table"]
     path: str | None = None
@@ -241,7 +241,7 @@ def _column(source: RefSource, said: Responses, *, tokens: bool) -> Tensor:
 
 
 def _named(source: RefSource, said: Responses, policy: Policy, *, tokens: bool, precision: Dtype) -> ReferenceTable:
-    """A finished reference the user names; one that claims to be of this very policy is computed again in part (R6)."""
+    """A finished reference that the user names. If it is of this very policy, some rows are computed again (R6)."""
     table = load(str(source.path), tokens=tokens)
     say(f"reference: reused {table.folder}, {len(table)} rows, no model needed")
     if table.recipe["weights"] == weights_hash(policy.model):
@@ -310,7 +310,7 @@ def _scored(
 
 
 def context_of_files(path: str | Path) -> int:
-    """Longest sequence of a model in tokens, from its settings alone."""
+    """Longest sequence of a model in tokens, from its config alone."""
     folder = checkpoints.place(path)
     settings = checkpoints.config(checkpoints.place(checkpoints.base_name(folder) or folder)).get_text_config()
     return int(getattr(settings, "max_position_embeddings", None) or 1 << 30)
@@ -319,7 +319,7 @@ def context_of_files(path: str | Path) -> int:
 def _in_cache(
     cache: Path, reading: Reading, wanted: Mapping[str, Any], *, tokens: bool, files: str | None = None
 ) -> Path | None:
-    """A finished reference with this recipe that has all the texts, the same for every process."""
+    """The folder of a finished reference with this recipe and all the texts, in every process; None without one."""
     found: list[Path | None] = [None]
     if world().is_main_process:
         recipe = {**reading.recipe, **wanted}
@@ -347,7 +347,7 @@ def _serves(folder: Path, reading: Reading, recipe: Mapping[str, Any], tokens: b
 
 
 def _within(wanted: Mapping[str, Any], there: Mapping[str, Any]) -> bool:
-    """Whether all that is wanted is there."""
+    """Whether every wanted value is there."""
     return all(
         _within(value, there.get(name) or {}) if isinstance(value, Mapping) else there.get(name) == value
         for name, value in wanted.items()
@@ -355,7 +355,7 @@ def _within(wanted: Mapping[str, Any], there: Mapping[str, Any]) -> bool:
 
 
 def _remarks(source: RefSource, table: ReferenceTable, tokenizer: Any) -> list[str]:
-    """What a user should know about one source."""
+    """What a user should know about a reference."""
     remarks, conditioning = [], table.recipe["conditioning"]
     if not same_tokenizer(table, tokenizer):
         remarks.append(f"{source} has another tokenizer: sums are compared, on answers that both read whole")
@@ -367,7 +367,7 @@ def _remarks(source: RefSource, table: ReferenceTable, tokenizer: Any) -> list[s
 
 
 def _margins_line(logps: Logps, dropped: Sequence[str | None]) -> str:
-    """R9: the margins of the pairs that are kept, in a line."""
+    """R9: the margins of the pairs that are kept, in one line."""
     kept = torch.tensor([reason is None for reason in dropped]).repeat_interleave(2)
     if not kept.any():
         return "reference margins: no pair is left"
@@ -445,7 +445,7 @@ def _row_of(table: ReferenceTable, one: str, name: Callable[[int], str], i: int)
 
 
 def _check_ids(table: ReferenceTable, row: int, asked: Sequence[int] | None, said: Sequence[int], name: str) -> None:
-    """R2: an answer was read as the trainer's tokens, and its prompt too, if that is given."""
+    """R2: the answer was read as the trainer's tokens, and its prompt too, if it is given."""
     other = ids_hash(said) != table.resp_ids_sha[row]
     if other or (asked is not None and ids_hash(asked) != table.prompt_ids_sha[row]):
         counts, mine = (table.n_resp_tokens, said) if other or asked is None else (table.n_prompt_tokens, asked)
@@ -500,8 +500,7 @@ def spot_check(table: ReferenceTable, policy: Policy, said: Responses, *, rows: 
 class Reading:
     """N distinct answers as a scorer reads them, and the part of the recipe that says how.
 
-    cut: whether its prompt lost its beginning; unknown: the id that stands for text the tokenizer does not know, None
-    without one.
+    cut: whether the prompt lost its beginning. unknown: the id of text that the tokenizer does not know, if it has one.
     """
 
     said: Responses
@@ -512,13 +511,13 @@ class Reading:
 
     @cached_property
     def hashes(self) -> list[tuple[str, str]]:
-        """Of the prompt and answer ids of each text."""
+        """Hashes of the prompt and answer ids of each text."""
         asked, said = self.said.asked(), self.said.tokens()
         return [(ids_hash(prompt), ids_hash(ids)) for prompt, ids in zip(asked, said, strict=True)]
 
     @cached_property
     def data(self) -> dict[str, Any]:
-        """What is scored, whatever its order: the texts, and the ids they became."""
+        """What is scored, in any order: the texts, and the ids they became."""
         rows = sorted(zip(self.ids, self.hashes, strict=True))
         return {"rows": len(rows), "sha256": digest([row for row, _ in rows]), "ids": digest(rows)}
 
@@ -540,9 +539,8 @@ def read(
 ) -> Reading:
     """Answers as ids, each distinct one once, those to one prompt side by side.
 
-    conditioning "prior" reads the answers without their prompts, after `prior_prompt`. known: `said` has the
-    tokens that this tokenizer and these limits give already. Raises ValueError naming the answer for a prompt that
-    leaves no room.
+    conditioning "prior" reads the answers without their prompts, after `prior_prompt`. known: `said` already has the
+    tokens that this tokenizer and these limits give. Raises ValueError naming the answer if its prompt leaves no room.
     """
     lengths: dict[str, Any] = {"max_length": max_length, "max_prompt": max_prompt}
     recipe = recipe_of_reading(tokenizer, conditioning=conditioning, **lengths)
@@ -566,7 +564,7 @@ def read(
 
 
 def texts(said: Responses, index: Sequence[int]) -> Responses:
-    """Some of the answers without their tokens, as they were before a tokenizer cut them."""
+    """Some of the answers without their tokens: whole again if a tokenizer cut them."""
     rows = [said.rows[p] for p in said.prompt[torch.tensor(index, dtype=torch.int64)].tolist()]
     ends = said.finished if said.truncated is None else said.finished | said.truncated
     return Responses.said(rows, [said.texts[i] for i in index], finished=ends[torch.tensor(index, dtype=torch.int64)])
@@ -579,7 +577,7 @@ def cut_prompts(tokenizer: Any, said: Responses) -> list[bool]:
 
 
 def name_of(said: Responses) -> Callable[[int], str]:
-    """What errors call an answer: how it begins, and how its prompt does, with file and line if they are known."""
+    """A function that names an answer in errors: how it and its prompt begin, with file and line if they are known."""
 
     def name(i: int) -> str:
         row, answer = said.rows[int(said.prompt[i])], said.texts[i]
@@ -591,7 +589,7 @@ def name_of(said: Responses) -> Callable[[int], str]:
 
 
 def recipe_of(policy: Policy, reading: Reading, *, precision: Dtype = "float32") -> dict[str, Any]:
-    """Everything that decides the numbers of a reference; its digest is the fingerprint, known before scoring."""
+    """Everything that decides the numbers of a reference. Its digest is the fingerprint, known before scoring."""
     scorer = recipe_of_model(policy, precision=precision)
     return {**reading.recipe, **scorer, "data": reading.data, "tokens": True}
 
@@ -606,10 +604,10 @@ def compute(
     files: str | None = None,
     budget: int = 16384,
 ) -> ReferenceTable:
-    """Score what was read by its recipe and store it; parts are dealt out to the processes.
+    """Score what was read by its recipe and store it. Parts are dealt out to the processes.
 
     An interrupted computation goes on where it stopped. scorer: the model's name, for the manifest. Raises BadReference
-    if the folder holds another reference or cannot be written (R7), or the model gives no number (R1).
+    if the folder holds another reference or cannot be written (R7), or if the model gives no number (R1).
     """
     fingerprint = digest(recipe)
     if begin(folder, fingerprint):
@@ -636,7 +634,7 @@ def compute(
 def token_values(
     policy: Policy, said: Responses, budget: int, precision: Dtype, advance: Advance | None = None
 ) -> list[np.ndarray]:
-    """log π(y_t | x, y_<t) of each text, (T,) float32, neighbors with the same prompt packed together."""
+    """log π(y_t | x, y_<t) of each text, (T,) float32. Neighbors with the same prompt are packed together."""
     training, prompts = policy.training, said.asked()
     runs = [list(run) for _, run in itertools.groupby(range(len(prompts)), key=prompts.__getitem__)]
     groups = [run[begin : begin + SIBLINGS] for run in runs for begin in range(0, len(run), SIBLINGS)]
@@ -647,7 +645,7 @@ def token_values(
 
 
 def _part(reading: Reading, rows: range, values: list[np.ndarray]) -> pa.Table:
-    """One part of the table; refuses what is not a number, so that none is ever stored."""
+    """One part of the table. Raises BadReference for a value that is not a number, so that none is stored."""
     sums = np.array([value.sum(dtype=np.float64) for value in values])
     if not np.isfinite(sums).all():
         bad = int((~np.isfinite(sums)).argmax())
@@ -696,7 +694,7 @@ _IDLE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_c
 class ReferenceTable:
     """N texts scored by one model: a list or an array (N,) for each column, log-probabilities in nats.
 
-    token_logp: float32, the rows' tokens one after the other; None if only the sums are known or were read.
+    token_logp: float32, the rows' tokens one after the other. None if only the sums are known or were read.
     """
 
     folder: Path
@@ -730,7 +728,7 @@ class ReferenceTable:
         return np.concatenate([[0], np.cumsum(self.n_resp_tokens.astype(np.int64))])
 
     def rows(self, said: Responses) -> list[int]:
-        """Where some of its texts stand."""
+        """The rows of some of its texts."""
         return [self.places[name] for name in row_ids(said)]
 
     def tokens(self, row: int) -> np.ndarray:
@@ -740,7 +738,7 @@ class ReferenceTable:
 
 
 def row_id(prompt: Prompt, answer: Answer) -> str:
-    """sha256 of the canonical JSON of the messages; a prompt given as a str is the one user message it stands for."""
+    """sha256 of the canonical JSON of the messages. A prompt given as a str is one user message."""
     turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(turn) for turn in prompt]
     return digest([*turns, {"role": "assistant", **({"content": answer} if isinstance(answer, str) else answer)}])
 
@@ -751,7 +749,7 @@ def row_ids(said: Responses) -> list[str]:
 
 
 def folder_of(path: str | Path) -> Path | None:
-    """The folder of a finished reference: itself, of a file in it, or of the run that made it; None without one."""
+    """The folder of a finished reference, given itself, a file in it, or the run that made it. None without one."""
     given = Path(path)
     for folder in (given.parent if given.is_file() else given, given / "table"):
         if (folder / MANIFEST).exists() and any(folder.glob(PARTS)):
@@ -760,7 +758,7 @@ def folder_of(path: str | Path) -> Path | None:
 
 
 def load(path: str | Path, *, tokens: bool = True) -> ReferenceTable:
-    """A finished reference from its folder, a file in it, or the run that made it; without `tokens`, only its sums.
+    """A finished reference from its folder, a file in it, or the run that made it. Without `tokens`, only its sums.
 
     Raises BadReference (R7) if it is not finished or was changed since, (R5) if numbers are below float32.
     """
@@ -816,9 +814,9 @@ def _read_part(path: Path, sha256: str, *, tokens: bool) -> pa.Table:
 
 
 def begin(folder: Path, fingerprint: str) -> bool:
-    """Make the folder; whether it holds this very reference, finished.
+    """Make the folder. Returns whether it already holds this very reference, finished.
 
-    Raises BadReference (R7) if it cannot be made or holds another reference, finished or begun.
+    Raises BadReference (R7) if it cannot be made, or holds another reference, finished or begun.
     """
     if (folder / MANIFEST).exists():
         if load(folder, tokens=False).manifest["fingerprint"] != fingerprint:
@@ -838,7 +836,7 @@ def begin(folder: Path, fingerprint: str) -> bool:
 
 
 def write_part(path: Path, part: pa.Table, fingerprint: str) -> None:
-    """One part, whole or not at all. Raises BadReference (R7) if it cannot be written."""
+    """Write one part, whole or not at all. Raises BadReference (R7) if it cannot be written."""
     sink = pa.BufferOutputStream()
     pq.write_table(part.replace_schema_metadata({"fingerprint": fingerprint}), sink, write_page_checksum=True)
     try:
@@ -848,7 +846,7 @@ def write_part(path: Path, part: pa.Table, fingerprint: str) -> None:
 
 
 def whole_part(path: Path, ids: Sequence[str]) -> bool:
-    """Whether a part left by an interrupted computation is sound and holds these rows."""
+    """Whether a part that an interrupted computation left is sound and holds these rows."""
     try:
         part = pq.read_table(path, page_checksum_verification=True)
     except (OSError, pa.ArrowException):
@@ -857,7 +855,7 @@ def whole_part(path: Path, ids: Sequence[str]) -> bool:
 
 
 def finish(folder: Path, recipe: Mapping[str, Any], **about: Any) -> None:
-    """The manifest of the parts that lie in `folder`, the last thing written; `about` changes no number."""
+    """Write the manifest of the parts in `folder`, the last file of all. `about` changes no number."""
     parts = sorted(folder.glob(PARTS))
     listed = [{"name": path.name, "rows": pq.read_metadata(path).num_rows, "sha256": file_hash(path)} for path in parts]
     created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
@@ -891,7 +889,7 @@ def arithmetic(*, dtype: str, precision: Dtype) -> dict[str, Any]:
 
 
 def recipe_of_reading(tokenizer: Any, *, conditioning: str, max_length: int, max_prompt: int) -> dict[str, Any]:
-    """How texts become ids."""
+    """How texts become ids: tokenizer, template, conditioning, truncation."""
     prior = dict(zip(("header", "ids"), prior_prompt(tokenizer), strict=True)) if conditioning == "prior" else {}
     template = {
         "sha256": template_hash(tokenizer),
