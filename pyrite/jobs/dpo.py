@@ -52,7 +52,7 @@ OUTPUTS = {
     "(part=train with --held-out 0)",
     "dropped.jsonl": "pairs that were left out, with the reason",
 }
-MEASURED = 512  # training pairs to measure on where none are held out
+MEASURED = 512  # training pairs to measure on if none are held out
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ def run(config: Config) -> Run:
 
 
 def _refuse(config: Config, wanted: frozenset[str]) -> None:
-    """Whatever the options alone show to be impossible."""
+    """Raises ValueError for options that cannot work, whatever the data."""
     if wanted & {"batch", "running"} and world().num_processes > 1:
         raise ValueError(f"--loss {config.loss} reads the whole batch at once: run it in one process")
     source = references.parse(config.ref)
@@ -314,7 +314,7 @@ class LiveReference:
 
     @classmethod
     def of(cls, policy: Policy, config: Config, wanted: frozenset[str]) -> LiveReference | None:
-        """None where log-probabilities from a file will do."""
+        """None if log-probabilities from a file are enough."""
         source = references.parse(config.ref)
         moves = source.kind == "ema" and "ref" in wanted
         if not moves and "kl" not in wanted:
@@ -336,7 +336,7 @@ class LiveReference:
 
 @dataclass
 class Watch:
-    """Measures the policy as it learns; keeps the one with the lowest held-out loss, without held-out pairs the last.
+    """Measures the policy as it learns. Keeps that of the lowest held-out loss, or the last without held-out pairs.
 
     part: what it is measured on, held_out or train.
     """

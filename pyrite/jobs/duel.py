@@ -65,7 +65,7 @@ class Config:
 
 
 class Unit(NamedTuple):
-    """What two methods are compared on."""
+    """A prompt under one combination of preferences, and one sample: here two methods are compared."""
 
     combination: tuple[str, ...]
     asked_id: str
@@ -211,7 +211,7 @@ def _judges(config: Config, known: Dimensions | None, combinations: Iterable[Seq
 
 
 def _verdicts(run: Run, contest: Contest, name: str) -> Iterator[Row]:
-    """What the judge of one criterion says of every two methods on every unit, in parts that outlast a stop."""
+    """The verdicts of one criterion's judge on every two methods and every unit, saved in parts."""
     cases = [
         (first, second, unit)
         for first, second in itertools.combinations(contest.answers, 2)
@@ -236,7 +236,7 @@ def _verdicts(run: Run, contest: Contest, name: str) -> Iterator[Row]:
 
 
 def _counted(verdicts: Sequence[Row], contest: Contest, config: Config) -> dict[str, list[Row]]:
-    """The win matrix, its averages, and what it is made of."""
+    """The win matrix, its averages, and win rates by combination and by criterion."""
     prompts = {id: i for i, id in enumerate(sorted({unit.asked_id for unit in contest.units}))}
     asked = {
         c: torch.tensor([prompts[u.asked_id] for u in contest.units if u.combination == c])
@@ -329,7 +329,7 @@ def _scores(contest: Contest, scorers: Mapping[str, Mapping[str, Score]]) -> Ite
 
 
 def _scored(contest: Contest, option: str, scorer: Score) -> Callable[[Row], float]:
-    """What an option makes of every answer under it, each text scored once."""
+    """The score of every answer under an option; each text is scored once."""
     texts: dict[tuple[Any, ...], Row] = {}
 
     def key(row: Row) -> tuple[Any, ...]:
@@ -346,7 +346,7 @@ def _scored(contest: Contest, option: str, scorer: Score) -> Callable[[Row], flo
 
 
 def _pareto(scores: Sequence[Row], contest: Contest) -> list[Row]:
-    """Each method's mean by option, over the combinations that have it, by gold where there is one; who is in front."""
+    """Each method's mean by option, by gold if the option has one, and whether the method is on the Pareto front."""
     means: dict[str, dict[str, float]] = {name: {} for name in contest.answers}
     for by in ("gold", "reward"):
         for option in dict.fromkeys(row["option"] for row in scores if row["by"] == by):

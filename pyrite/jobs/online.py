@@ -227,7 +227,7 @@ def run(config: Config) -> Run:
 
 
 class Pairs(NamedTuple):
-    """Which answers to a prompt make pairs, and what is made of a verdict; see `feedback.pairing.label`."""
+    """Which answers to a prompt make pairs, and how a verdict labels them; see `feedback.pairing.label`."""
 
     pairing: Pairing = "best_worst"
     labels: Labels = "soft"
@@ -253,7 +253,7 @@ PAIRINGS = {"all": every_two, "best_worst": best_worst, "consecutive": consecuti
 
 
 class Parts(NamedTuple):
-    """What the options name."""
+    """The parts that the options name."""
 
     sampler: Sampler
     judge: Judge
@@ -263,7 +263,7 @@ class Parts(NamedTuple):
 
 
 def _parts(config: Config, asking: GoldLimits) -> Parts:
-    """The named parts, and whatever the options alone show to be impossible."""
+    """The parts that the options name. Raises ValueError for options that cannot work, whatever the prompts."""
     if asking.ledger and Path(asking.ledger).exists():
         Ledger(asking.ledger).close()  # refuses a file that is none
     rounds.check_stopping(config.early_stopping_patience, config.evaluation)
@@ -341,7 +341,7 @@ class Labeler:
         return self.account is not None and self.account.broke(round=number)
 
     def save(self, done: int) -> None:
-        """What the next rounds need, beside the policy's checkpoint; the last two are kept."""
+        """Write what the next rounds need beside the policy's checkpoint; keeps the last two."""
         if not self.annotator or not world().is_main_process:
             return
         for member, learner in enumerate(self.annotator.learners):
@@ -435,7 +435,7 @@ class Labeler:
         margins: Tensor,
         number: int,
     ) -> dict[int, float]:
-        """The judge's verdicts on the couples that compete best, by their place; NaN where it gave none."""
+        """The judge's verdicts on the couples that the selector prefers, by their place; NaN if it gave none."""
         wanted = schedule.allotment(number, rounds=self.rounds, budget=self.budget, used=self.used, pairs=len(couples))
         generator = seeds.generator(self.seed, "select", number)
         chosen = pick(schedule.selector, margins, wanted, generator=generator) if wanted else []
@@ -485,7 +485,7 @@ def _as_rows(answers: Responses) -> list[dict[str, Any]]:
 
 
 def _from_rows(rows: Sequence[dict[str, Any]]) -> Responses:
-    """What `_as_rows` gave."""
+    """The answers that `_as_rows` wrote."""
     made = Responses.of([(row["prompt_ids"], [row["ids"]]) for row in rows])
     asked = [{"prompt_id": row["prompt_id"], "prompt": row["prompt"]} for row in rows]
     finished = torch.tensor([row["finished"] for row in rows], dtype=torch.bool)
@@ -530,7 +530,7 @@ class RoundLearner:
 
     @property
     def state(self) -> dict[str, Tensor]:
-        """What a checkpoint must hold beside weights and moments."""
+        """Tensors that a checkpoint must hold beside weights and moments."""
         return {"step": self.step} | (dict(vars(self.running)) if self.running else {})
 
     def learn(self, prefs: Preferences, number: int) -> dict[str, float]:
@@ -562,7 +562,7 @@ class RoundLearner:
 
 
 def _agreement(evaluator: Evaluator, prefs: Preferences) -> dict[str, float]:
-    """How often gold prefers the chosen answer too, ties one half; not asked where gold is asked sparingly."""
+    """How often gold prefers the chosen answer too, ties one half; empty if gold is asked sparingly."""
     if not evaluator.gold or evaluator.asking.sparing or not len(prefs):
         return {}
     asked = [plain(row["prompt"]) for row in prefs.pairs]

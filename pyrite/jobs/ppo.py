@@ -93,8 +93,8 @@ class Config:
     cliprange: Positive = 0.2
     """PPO's clip range: a token's probability ratio is clipped to 1 - cliprange and 1 + cliprange."""
     reward_scaling: str = "fixed(clip=10.0)"
-    """What is done to scores: fixed, nothing; running, divided by their running standard deviation and centered. clip:
-    the largest score of an answer, in absolute value; None for no limit."""
+    """How scores are scaled: fixed, not at all; running, centered and divided by their running standard deviation.
+    clip: the largest score of an answer, in absolute value; None for no limit."""
     missing_eos_penalty: NonNegative | None = None
     """Subtracted from the score of an answer without an end token."""
     measure_every: Count = 10
@@ -245,7 +245,7 @@ def _advantages(drawn: Rollouts, shaped: Tensor, state: State, by: Advantage) ->
 
 
 def _summary(drawn: Rollouts, shaped: Tensor, made: Estimates, state: State) -> dict[str, float]:
-    """What a batch was like: its KL by two estimators with a standard error, entropy, length, scores by member."""
+    """Metrics of a batch: its KL by two estimators with a standard error, entropy, length, scores by member."""
     k1 = statistics.kl(drawn.logps, drawn.ref, estimator="k1").double()
     k3 = statistics.kl(drawn.logps, drawn.ref, estimator="k3").double()
     assert drawn.logps.tokens is not None
@@ -339,7 +339,7 @@ def none() -> KL:
 
 
 class Scaling(NamedTuple):
-    """What is done to scores."""
+    """How scores are scaled."""
 
     running: bool
     clip: float | None
@@ -362,7 +362,7 @@ SCALINGS = {one.__name__: one for one in (fixed, running)}
 
 
 class Choices(NamedTuple):
-    """What the options name; critic is None for advantages without one."""
+    """The parts that the options name; critic is None if the advantages need none."""
 
     advantage: Advantage
     critic: Critic | None
@@ -371,7 +371,7 @@ class Choices(NamedTuple):
 
 
 def _parts(config: Config) -> Choices:
-    """What the options name. Raises ValueError for the first that names nothing."""
+    """The parts that the options name. Raises ValueError for an option that names none."""
     advantage = _part("advantage", config.advantage, ADVANTAGES)
     critic = _part("value", config.value, VALUES)
     kl, scaling = _part("kl", config.kl, KLS), _part("reward-scaling", config.reward_scaling, SCALINGS)
@@ -379,7 +379,7 @@ def _parts(config: Config) -> Choices:
 
 
 def _part(name: str, spec: str, known: Mapping[str, Callable[..., Any]]) -> Any:
-    """What an option's spec string makes."""
+    """The part that an option's spec string names."""
     if name == "value" and not re.match(rf"\s*({'|'.join(known)})\s*(\(|$)", spec):
         spec = f"model(path={spec!r})"  # a folder or Hub name
     try:
@@ -394,7 +394,7 @@ def _part(name: str, spec: str, known: Mapping[str, Callable[..., Any]]) -> Any:
 def _check(config: Config, named: Choices) -> None:
     """Raises ValueError for whatever the options alone show to be impossible."""
     rounds.check_stopping(config.early_stopping_patience, config.evaluation)
-    specs.part(config.ensemble, ensembles)  # also where no reward has members
+    specs.part(config.ensemble, ensembles)  # also if no reward has members
     names = [name for _, name in _each(config.reward)]
     if twice := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"--reward names {twice[0]} more than once; give each reward once, with its weight")

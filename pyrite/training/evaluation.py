@@ -38,7 +38,7 @@ ALWAYS = GoldLimits()
 
 @dataclass
 class Truth:
-    """Gold of one measurement after another; `account` where it is paid for."""
+    """Asks gold about one measurement after another. account: pays for the answers, if they cost anything."""
 
     scorer: Scorer
     name: str
@@ -73,14 +73,14 @@ class Truth:
         return gold
 
     def spent(self, step: int) -> dict[str, float]:
-        """Answers bought up to a step, and money where they have a price."""
+        """Answers bought up to a step, and the money spent if they have a price."""
         if self.account is None:
             return {}
         books = self.account.books(round=step)
         return {"gold_labels": books.answered} | ({"gold_money": books.money} if self.asking.cost else {})
 
     def _buy(self, prompts: list[str], responses: Sequence[Any], step: int) -> Tensor | None:
-        """Every answer's gold, or None where the budget does not cover it; NaN where gold gave none."""
+        """The gold of every answer, NaN if gold gave none; None if the budget does not cover all of them."""
         assert self.account is not None
         if self.account.wanting(prompts, responses, round=step) > self.account.left:
             self._tell(step)
@@ -161,7 +161,7 @@ def _by_position(ours: Callable[[slice], Tensor], theirs: Callable[[slice], Tens
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a policy's answers are measured by, at every measurement; nothing without prompts."""
+    """How a policy is measured: the prompts it answers, and what scores the answers."""
 
     eval_prompts: str | None = None
     """Evaluation prompts: prompt, prompt_id."""
@@ -244,10 +244,10 @@ class Evaluator:
         max_prompt: int | None = None,
         on_long: OnLong | None = None,
     ) -> Evaluator:
-        """Everything read, and whatever cannot work refused: options, scorers. Long prompts: as `pyrite.data.rows.fit`.
+        """Load everything, and refuse options and scorers that cannot work. Long prompts: as `pyrite.data.rows.fit`.
 
         ref: a path, a loaded policy, or `policy` itself, which then is its own reference without its adapters.
-        prompts: rows in place of those in `options.eval_prompts`. asking: for a gold that whoever measures asks itself.
+        prompts: rows in place of those in `options.eval_prompts`. asking: limits on gold, if the caller asks it.
         ensemble: how the proxy's members become one score. loaded: reward runs that the job has loaded already.
         """
         if asking.sparing and not options.gold:
@@ -274,7 +274,7 @@ class Evaluator:
         return made
 
     def __call__(self, policy: Policy, *, gold: bool = True, progress: Advance | None = None) -> Measurement:
-        """Sample, score by everybody, or by all but gold."""
+        """Draw answers and score them. gold: whether by gold too."""
         drawn = self._sample(policy, new=self.options.max_new_tokens, progress=progress)
         values: dict[str, Tensor] = {}
         if self.gold and gold:
@@ -301,7 +301,7 @@ class Evaluator:
         )
 
     def _kl(self, policy: Policy, ref: Policy, drawn: Responses) -> tuple[dict[str, Tensor], Divergences | None]:
-        """k1 and k3 of every answer, and the exact KL where wanted: the reference scores the very tokens sampled."""
+        """k1 and k3 of every answer, and the exact KL if wanted, of the very tokens that were drawn."""
         assert drawn.logps is not None  # it was drawn
         ours = Logps.from_tokens(drawn.split(drawn.logps))
         assert ours.tokens is not None
@@ -334,7 +334,7 @@ def _reference(policy: Policy, path: str | Policy | None) -> Policy | None:
 
 
 def _summary(means: Tensor, *, known: bool = False) -> dict[str, float]:
-    """known: over the prompts that have one, where some may not."""
+    """Mean and standard error over prompts. known: leave out prompts without a value."""
     means = means[~means.isnan()] if known else means
     error = means.std().item() / len(means) ** 0.5 if len(means) > 1 else 0.0
     return {"mean": means.mean().item(), "se": error}

@@ -75,7 +75,7 @@ STILL = 1e-3  # of their size: weights that changed less have hardly moved
 
 @dataclass(frozen=True)
 class Shift:
-    """By how much something measured has changed over a run, with its standard error; what is hardly any change."""
+    """The mean change of a measured value over a run and its standard error. least: a change below it is negligible."""
 
     name: str
     mean: float
@@ -84,7 +84,7 @@ class Shift:
 
     @property
     def seen(self) -> bool:
-        """Whether it is more than its noise, and more than hardly any."""
+        """Whether the change is larger than its noise, and not negligible."""
         return abs(self.mean) > max(2 * self.se, self.least)
 
 
@@ -97,9 +97,9 @@ def shift(name: str, before: Tensor, after: Tensor, *, least: float) -> Shift:
 
 @dataclass(frozen=True)
 class Weights:
-    """What is remembered of a model's trained weights as they were before training.
+    """A sample of a model's trained weights before training, to tell later how far they have moved.
 
-    Of each whole weight some entries, evenly spread; of adapters both factors, since their product is what changes.
+    Of each weight some entries, evenly spread; of adapters both factors, since their product is what changes.
     """
 
     entries: dict[str, Tensor]
@@ -107,7 +107,7 @@ class Weights:
 
     @classmethod
     def of(cls, model: nn.Module) -> Weights:
-        """As they are now."""
+        """The weights as they are now."""
         entries = {name: _some(parameter).clone() for name, parameter in _whole(model)}
         return cls(entries, {name: (a.clone(), b.clone()) for name, a, b, _ in _factors(model)})
 
@@ -129,7 +129,7 @@ class Weights:
 
 
 def tell(job: str, weights: float, lr: float, *seen: Shift) -> dict[str, Any]:
-    """Say so if nothing moved; the numbers, for the results of the run."""
+    """Say so if training hardly moved the model; returns the numbers for the results of the run."""
     if weights < STILL and not any(one.seen for one in seen):
         shifts = ", ".join(f"{one.name} by {one.mean:+.2g} (standard error {one.se:.1g})" for one in seen)
         more = min(1000, 10 ** math.ceil(math.log10(5 * STILL / max(weights, 1e-12))))
@@ -254,9 +254,9 @@ def fit(
     """Minimize sum(loss) / sum(weights) over batches of groups, resuming from the last checkpoint if there is one.
 
     groups: responses that are learned from together: one, a pair, all to a prompt. weights: what each group counts in
-    its batch, 1 by default (response tokens for sft). state: tensors of the
-    loss's own that belong in a checkpoint (running means, a moving reference), restored in place. watch(step) is
-    called after every step, before its checkpoint; the model is then in evaluation mode.
+    its batch, 1 by default (response tokens for sft). state: tensors of the loss that belong in a checkpoint (running
+    means, a moving reference); they are restored in place. watch(step) is called after every step, before its
+    checkpoint, with the model in evaluation mode.
     Raises TrainingError if the loss or a gradient is not finite.
     """
     learner = Learner(model, training)

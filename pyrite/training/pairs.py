@@ -1,4 +1,4 @@
-"""Preference pairs as a policy learns from them: token rows, reference log-probabilities, and the loss of a batch."""
+"""Preference pairs as tokens, with reference log-probabilities, and the loss of a batch of them."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def paired_texts(pairs: Sequence[dict[str, Any]]) -> Responses:
 
 
 def in_pairs(responses: Responses) -> list[list[int]]:
-    """Chosen and rejected of each pair, where they follow each other."""
+    """The groups of pairs whose chosen and rejected response follow each other."""
     return torch.arange(len(responses)).view(-1, 2).tolist()
 
 
@@ -243,7 +243,7 @@ def gaps(policy: Policy, prefs: Preferences, precision: Dtype) -> Tensor:
 
 
 def value_at_ref(prefs: Preferences, loss: Loss) -> float | None:
-    """Mean loss where the policy is the reference, no model run; None for a loss of whole distributions."""
+    """Mean loss if the policy were the reference, without running a model; None for a loss of whole distributions."""
     chosen, rejected = _ref_sides(prefs)
     if chosen is None or rejected is None or needs(loss) & {"kl", "collision"}:
         return None

@@ -1,4 +1,4 @@
-"""Who learns in policy optimization: the policy, its critic, and the running numbers that last from step to step."""
+"""Policy optimization: rewards of answers, rollouts, and the learners, which are the policy and its critic."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ from pyrite.training.evaluation import gold_scores
 from pyrite.training.loop import BatchLoss, Learner, Training
 from pyrite.training.rollouts import Players
 
-# Rewards of preferences: one score for every option that an answer was asked under, combined
+# Rewards --------------------------------------------------------------------------------------------------------------
 
 
 Combine = Literal["mean", "weighted", "min"]
@@ -51,7 +51,7 @@ Score = Callable[[Responses], Tensor]
 
 @dataclass(frozen=True)
 class Objectives:
-    """A scorer of answers for each of E options, how a row's scores become one, and the options' weights."""
+    """A reward of preferences: a scorer for each of E options, and how an answer's scores are combined into one."""
 
     dimensions: Dimensions
     scorers: Mapping[str, Score]
@@ -96,7 +96,7 @@ class Objectives:
                 raise ValueError(f"{where}: {', '.join(o.id for o in options)} weigh nothing; one must be positive")
 
     def score(self, answers: Responses) -> Tensor:
-        """Scores (E, N) of N answers, NaN where an answer was not asked under an option."""
+        """Scores (E, N) of N answers; NaN if the prompt of an answer does not ask for an option."""
         asked = answers.owners
         self.check(asked)
         table = torch.full((len(self.ids), len(answers)), torch.nan)
@@ -108,7 +108,7 @@ class Objectives:
         return table
 
     def combine(self, scores: Tensor) -> Tensor:
-        """What (E, N) scores with NaN gaps are together, (N,)."""
+        """One score for each answer, (N,), from scores (E, N) with NaN gaps."""
         weights = torch.tensor([self.weights.get(id, 0.0) for id in self.ids]) if self.how == "weighted" else None
         return combined(scores, how=self.how, weights=weights)
 
@@ -162,8 +162,10 @@ def model_scorers(
 
 
 def gold_scorers(dimensions: Dimensions) -> dict[str, Score]:
-    """The exact scorers of the options that have one, as they are; they read the raw prompt. Raises ValueError where
-    no option has one."""
+    """The gold scorers of the options that have one, not standardized; they read the raw prompt.
+
+    Raises ValueError if no option has one.
+    """
 
     def scorer(gold: str) -> Score:
         exact = specs.part(gold, scorers)
@@ -183,18 +185,15 @@ def _loaded(folder: str, beside: RewardEnsemble | None) -> RewardEnsemble:
     return RewardEnsemble([RewardModel.load(path, sibling=lead) for path in member_paths(folder)])
 
 
-# Rollouts: a batch of answers with all that policy optimization learns from
-
-
 AdvantageMethod = Literal["gae", "rloo", "group", "reinforce"]
 
 
 @dataclass(frozen=True)
 class Reward:
-    """One proxy: score(answers) -> (E, N) of its members, how they become one, what it weighs.
+    """One reward: score(answers) gives its members' scores (E, N), `combine` makes them one, `weight` multiplies it.
 
-    objectives: the names of members that are no ensemble, but scores of one preference each, NaN where an answer was
-    not asked under it. check(rows): raises ValueError for prompts whose answers could not be scored.
+    objectives: the names of the members if each scores one preference; NaN if an answer's prompt does not ask for it.
+    check(rows): raises ValueError for prompts whose answers cannot be scored.
     """
 
     name: str
@@ -263,9 +262,9 @@ class Reward:
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """total (N,), the rewards' weighted sum; members by reward, (E, N) each, and what each made of them, (N,).
+    """total (N,): the weighted sum of the rewards. members: by reward, (E, N). combined: by reward, (N,).
 
-    objectives: by reward, what its members are called where they are no ensemble.
+    objectives: by reward, the names of its members if each scores one preference.
     """
 
     total: Tensor
@@ -301,7 +300,7 @@ def _in_float32(score: Score) -> Score:
 
 
 def scored(rewards: Sequence[Reward], answers: Responses) -> Scores:
-    """What all rewards say of N answers.
+    """The scores of N answers by all rewards.
 
     Raises ValueError without a reward, for two of one name, or a score that is not finite.
     """
@@ -314,6 +313,9 @@ def scored(rewards: Sequence[Reward], answers: Responses) -> Scores:
     }
     total = torch.stack([reward.weight * combined[reward.name] for reward in rewards]).sum(0)
     return Scores(total, members, combined, {reward.name: reward.objectives for reward in rewards})
+
+
+# Rollouts -------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
@@ -360,7 +362,7 @@ def collect(
     seed: int,
     critic: ValueModel | WithValue | None = None,
 ) -> Rollouts:
-    """k answers to each prompt {prompt_id, prompt}, given as token ids too, and what everybody makes of them.
+    """Draw k answers to each prompt {prompt_id, prompt}, given as token ids too, and score and read them.
 
     Rewards of preferences need asked and preferences in the prompts' rows as well. number: of the batch; an answer
     belongs to (seed, number, prompt_id, its number). All are read in the players' precision. The policy's
@@ -424,7 +426,7 @@ def batch_loss(
     value_clip: float | None = 0.2,
     value_weight: float = 0.1,
 ) -> BatchLoss:
-    """What `learns` is taught by some of the rows, for `train.Learner` with `rollouts.weights`: sums over their tokens.
+    """The loss of `learns` on some of the prompts, for `loop.Learner` with `rollouts.weights`: sums over their tokens.
 
     A policy: the clipped policy loss. A value model: the clipped value loss. Both on one trunk: the first and
     value_weight times the second. Metrics: clip_fraction, step_kl (from the policy that drew, nats a token), ratio,
@@ -457,7 +459,7 @@ def batch_loss(
     return of
 
 
-# Learners: the policy, its critic, and the running numbers between steps
+# Learners -------------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -495,7 +497,7 @@ class State:
 
 @dataclass(frozen=True)
 class Critic:
-    """Who predicts values: a head on the policy's trunk (shared, detached), or a model of its own at `path`.
+    """What predicts values: a head on the policy's trunk (shared, detached), or a model of its own at `path`.
 
     lr, lora: of a model of its own. weight: of the loss of a head. clip: of predicted values.
     """
@@ -550,7 +552,7 @@ class Learners:
         return cls(Learner(policy, training), critic, learner, by, steps, clip, seed)
 
     def learn(self, drawn: Rollouts, made: Estimates, number: int) -> dict[str, float]:
-        """A few passes over a batch; means over the updates. Raises TrainingError where one is not finite."""
+        """A few passes over a batch; means over the updates. Raises TrainingError if one of them is not finite."""
         training = self.policy.training
         prompts = len(drawn.responses.rows)
         each = loop.steps(prompts, training)
@@ -583,7 +585,7 @@ class Learners:
         loop.discard_checkpoints(run)
 
     def _update(self, batch: list[int], drawn: Rollouts, made: Estimates, *, at: int, of: int) -> dict[str, Tensor]:
-        """Update `at` of so many, by everybody who learns."""
+        """Update `at` of `of`: the policy's, and that of a critic of its own."""
         found: dict[str, Tensor] = {}
         options: dict[str, Any] = {"clip": self.clip, "value_clip": self.by.clip, "value_weight": self.by.weight}
         for learner in (self.policy, self.value):

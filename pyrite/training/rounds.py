@@ -1,4 +1,4 @@
-"""What online and ppo share: prompts by turn, measurements at every few rounds, and the loop that goes on after a stop.
+"""Rounds, as online and ppo run them: prompts by turn, a measurement every few rounds, and exact resumption.
 
 A run of rounds is also watched for overoptimization: has the proxy parted from gold, and where?
 """
@@ -36,7 +36,7 @@ from pyrite.training.loop import Shift
 
 @dataclass(frozen=True)
 class Ready:
-    """The policy, a reference that is the policy at its start, the prompts to learn from, and what measures."""
+    """The policy, the policy as it was at the start, the prompts to learn from, and the evaluator."""
 
     policy: Policy
     start: Policy
@@ -152,7 +152,7 @@ def _order(n: int, size: int, seed: int, epoch: int) -> list[int]:
 
 NEEDS = ("gold", "gold_se", "proxy", "kl_k1")
 SURE = 2.0  # standard errors of the difference
-FAR = 10.0  # times the largest d measured: a peak beyond is not told
+FAR = 10.0  # times the largest d measured: a peak beyond it is not reported
 
 
 def check_stopping(patience: int | None, evaluation: Evaluation) -> None:
@@ -334,7 +334,10 @@ class Journal:
         measured: bool = True,
         over: bool = False,
     ) -> None:
-        """The row of a round that drew so many answers, after what it measures; of the last round if it is `over`."""
+        """Write the row of a round that drew so many answers, with its measurement if it is `measured`.
+
+        over: it is the last round.
+        """
         self.labels += labels
         self.answers += answers
         row = {"step": number + 1, "labels": self.labels, "answers": self.answers, **found}
@@ -395,7 +398,7 @@ def _accuracy(answers: Measurement, scores: Tensor) -> float | None:
     gold = answers.values["gold"].double()
     couples = [pair for group in answers.responses.groups() for pair in itertools.combinations(group, 2)]
     b, a = torch.tensor(couples, dtype=torch.int64).view(-1, 2).unbind(1)
-    told_apart = (gold[a] < gold[b]) | (gold[a] > gold[b])  # not where one of them is unknown
+    told_apart = (gold[a] < gold[b]) | (gold[a] > gold[b])  # False if one of them is unknown
     a, b = a[told_apart], b[told_apart]
     if not len(a):
         return None
