@@ -37,9 +37,6 @@ from pyrite.math.ranges import AnyText, Count, Half, Natural, NonNegative, Posit
 __all__ = ["bradley_terry", "human", "llm"]
 
 
-# How a judge is asked, and how its answer is read -------------------------------------------------------------------
-
-
 # What a judge wrote, and the answer it prefers: A, B, TIE, or none if it does not say ---------------------------------
 
 
@@ -301,12 +298,7 @@ WANTED = {
 }
 
 
-class Case(NamedTuple):
-    """A prompt and two answers, in the order shown."""
-
-    prompt: str
-    first: str
-    second: str
+Case = tuple[str, ...]  # a prompt and two answers, in the order shown
 
 
 class Demonstration(NamedTuple):
@@ -405,7 +397,7 @@ def _demonstration(row: dict[str, Any], place: str) -> Demonstration:
         raise DataError(f"{place}: label is {row['label']!r:.40}; it must be A, B or TIE")
     if not (isinstance(row["prompt"], str | list) and isinstance(row["a"], str) and isinstance(row["b"], str)):
         raise DataError(f"{place}: prompt, a and b of a demonstration must be texts")
-    case = Case(plain(row["prompt"]), row["a"], row["b"])
+    case = (plain(row["prompt"]), row["a"], row["b"])
     return Demonstration(case, cast(Label, label), str(row.get("reason") or ""))
 
 
@@ -424,7 +416,8 @@ def _mark(cases: Sequence[Case]) -> str:
 
 
 def _case(case: Case, mark: str) -> str:
-    return CASE.format(mark=mark, prompt=case.prompt, a=case.first, b=case.second)
+    prompt, first, second = case
+    return CASE.format(mark=mark, prompt=prompt, a=first, b=second)
 
 
 def _turn(role: str, content: str) -> ChatMessage:
@@ -494,9 +487,6 @@ def _verdicts(path: str) -> list[tuple[str, str, str, float]]:
     if not rows:
         raise DataError(f"{path}: no verdict in it")
     return rows
-
-
-# A language model at an endpoint ------------------------------------------------------------------------------------
 
 
 # The server -----------------------------------------------------------------------------------------------------------
@@ -715,17 +705,6 @@ class JudgeOptions:
     """Of the order of the answers."""
 
 
-class Estimate(NamedTuple):
-    """Questions to ask, questions answered before, requests, tokens read, tokens written at most, and the price."""
-
-    questions: int
-    answered: int
-    requests: int
-    tokens_in: int
-    tokens_out: int
-    cost: float
-
-
 class LanguageJudge:
     """A judge that is a language model. Call it to judge.
 
@@ -786,7 +765,7 @@ class LanguageJudge:
         """The questions about each of N pairs, by the order in which the answers are shown."""
         return [self._pair(*texts) for texts in zip(prompts, a, b, strict=True)]
 
-    def estimate(self, pairs: Sequence[dict[Shown, Question]]) -> Estimate:
+    def estimate(self, pairs: Sequence[dict[Shown, Question]]) -> dict[str, Any]:
         """About what the pairs will cost that the ledger cannot answer. Asks nobody.
 
         Replies are taken to be as long as they may be.
@@ -796,11 +775,12 @@ class LanguageJudge:
         if Path(self.ledger).exists():
             with Ledger(self.ledger) as ledger:
                 known = _answered(ledger, different)
-        cases = [Case(*question.texts) for key, question in different.items() if key not in known]
+        cases = [question.texts for key, question in different.items() if key not in known]
         requests = [cases[at : at + self.options.batch] for at in range(0, len(cases), self.options.batch)]
         read = sum(about(self.form.messages(some, system=self.system)) for some in requests)
         written = len(requests) * self.longest
-        return Estimate(len(cases), len(known), len(requests), read, written, self.price(read, written))
+        counts = {"questions": len(cases), "answered": len(known), "requests": len(requests)}
+        return counts | {"tokens_in": read, "tokens_out": written, "cost": self.price(read, written)}
 
     def price(self, read: int, written: int) -> float:
         """Money for so many tokens read and written."""
@@ -810,7 +790,7 @@ class LanguageJudge:
         if a == b:
             return {}
         orders = SHOWN if self.options.both_orders else (shown(prompt, a, b, seed=self.options.seed),)
-        cases = {"ab": Case(prompt, a, b), "ba": Case(prompt, b, a)}
+        cases = {"ab": (prompt, a, b), "ba": (prompt, b, a)}
         return {order: self._question(cases[order]) for order in orders}
 
     def _question(self, case: Case) -> Question:
@@ -854,13 +834,13 @@ class LanguageJudge:
 
     def _risk(self, question: Question) -> float:
         """The most that a question can cost."""
-        return self.price(most(self.form.messages([Case(*question.texts)])), self.longest)
+        return self.price(most(self.form.messages([question.texts])), self.longest)
 
     def _send(self, questions: Sequence[Question]) -> list[Outcome]:
         """One request. Once a model has refused a system turn, none is sent any more. Raises Trouble."""
         system = self.system
         try:
-            body = self._body([Case(*question.texts) for question in questions], system=system)
+            body = self._body([question.texts for question in questions], system=system)
             return self._outcomes(questions, self.endpoint.complete(body))
         except Trouble as trouble:
             if trouble.kind != "again":

@@ -62,7 +62,7 @@ class Config:
     model: str
     """Folder or Hub name of the policy to start from."""
     data: str
-    """Preference pairs: prompt, chosen, rejected."""
+    """Preference pairs: prompt, chosen, rejected. Pairs whose answers are equal are left out and counted."""
     out: Path
     """Folder of the run, new or empty."""
     columns: str | None = None

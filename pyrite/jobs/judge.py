@@ -176,9 +176,9 @@ def ask(config: Ask) -> Run:
     if config.estimate:
         judge, _, texts = _asked(config)
         found = judge.estimate(judge.questions(*texts))
-        say(f"judge: {found.questions} questions in {found.requests} requests, {found.answered} answered in the ledger")
-        say(f"  about {found.tokens_in} tokens to read, at most {found.tokens_out} to write; cost {found.cost:.6g}")
-        return Run(config.out, runs.plain_config(config), {}, found._asdict())
+        say("judge: {questions} questions in {requests} requests, {answered} answered in the ledger".format(**found))
+        say("  about {tokens_in} tokens to read, at most {tokens_out} to write; cost {cost:.6g}".format(**found))
+        return Run(config.out, runs.plain_config(config), {}, found)
     run = runs.start("judge", config, inputs=inputs)
     if run.done:
         return run

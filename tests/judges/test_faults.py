@@ -25,7 +25,7 @@ from judges.conftest import Texts, pairs, wanted
 from judges.server import FAULTS, PATIENCE, Server, started
 from pyrite.data import rows as data
 from pyrite.data.files import read
-from pyrite.feedback.judges import Case, Form, JudgeOptions, LanguageJudge
+from pyrite.feedback.judges import Form, JudgeOptions, LanguageJudge
 from pyrite.feedback.ledger import GoldStopped, Ledger
 
 PAID = {"answered", "slow", "cut", "malformed", "label", "empty"}
@@ -116,7 +116,7 @@ def _check_books(log: Path, ledger: Path, found: list[float], texts: Texts) -> d
 
 def _server_name(row: dict) -> str:
     """A question as the server's log names it."""
-    messages = Form("more words").messages([Case(row["prompt"], row["a"], row["b"])])
+    messages = Form("more words").messages([(row["prompt"], row["a"], row["b"])])
     return hashlib.sha256(json.dumps(messages).encode()).hexdigest()
 
 

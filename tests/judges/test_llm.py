@@ -84,7 +84,7 @@ def test_requests_are_as_asked(make: Make, server: Server, tmp_path: Path) -> No
     assert (body["logprobs"], body["top_logprobs"]) == (True, 20)
     assert [turn["role"] for turn in body["messages"]] == ["system", "user", "assistant", "user"]
     assert "more words" in body["messages"][0]["content"]
-    assert judge.estimate(judge.questions(*pairs(1, start=5))).tokens_out == 2 * 900
+    assert judge.estimate(judge.questions(*pairs(1, start=5)))["tokens_out"] == 2 * 900
 
 
 def test_five_in_one_request(make: Make, server: Server) -> None:
@@ -156,14 +156,14 @@ def test_tokens_and_money(make: Make, server: Server, tmp_path: Path) -> None:
     with Ledger(judge.ledger) as ledger:
         books, rows = ledger.books(), list(ledger.rows())
     assert books.tokens_in == sum(tokens(t["content"]) for b in server.bodies for t in b["messages"])
-    assert before.tokens_in == sum(judges.about(b["messages"]) for b in server.bodies)
+    assert before["tokens_in"] == sum(judges.about(b["messages"]) for b in server.bodies)
     assert books.tokens_out == 24
     assert books.cost == pytest.approx((3 * books.tokens_in + 5 * 24) / 1e6)
     assert books.at_risk == pytest.approx(0.0, abs=1e-12)
-    assert before.cost == pytest.approx((3 * before.tokens_in + 5 * 24 * 512) / 1e6)
+    assert before["cost"] == pytest.approx((3 * before["tokens_in"] + 5 * 24 * 512) / 1e6)
     assert all(row["text"] in ("A", "B", "TIE") and row["cost"] > 0 for row in rows)
     after = judge.estimate(asked)
-    assert (after.questions, after.answered, after.tokens_in, after.cost) == (0, 24, 0, 0.0)
+    assert (after["questions"], after["answered"], after["tokens_in"], after["cost"]) == (0, 24, 0, 0.0)
 
 
 def test_max_cost_is_never_exceeded_and_can_be_raised(make: Make, server: Server) -> None:
