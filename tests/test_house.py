@@ -55,7 +55,7 @@ def test_the_size_of_the_house() -> None:
     size = house.size()
     assert size["top-level entries"] <= 12
     assert size["files"] <= 100
-    assert size["longest chain"] <= 14
+    assert size["longest chain"] <= 9
     assert size["options"]["ppo"] <= 45 and size["options"]["online"] <= 40 and size["options"]["dpo"] <= 32
     assert not size["options without text"]
     assert house.repeated_types() == {}

@@ -48,7 +48,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Siz
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import partial
 from pathlib import Path
-from types import FunctionType, ModuleType
+from types import CodeType, FunctionType, ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -170,7 +170,7 @@ class Contract(NamedTuple):
 def held(own: Own, make: Callable[[], Any], registry: ModuleType | Mapping[str, Function]) -> Any:
     """Make the user's part and hold it to the contract of its kind.
 
-    registry: the module of the kind, such as pyrite.math.losses.A part without a contract is guarded only.
+    registry: the module of the kind, such as pyrite.math.losses. A part without a contract is guarded only.
     """
     kind = getattr(registry, "__name__", "")
     contract = CONTRACTS.get(kind.rpartition(".")[2], Contract())
@@ -564,22 +564,25 @@ def given(function: Function) -> str:
 
 
 class _Pickler(pickle.Pickler):
-    """Pickles by content: functions and own classes by their source, tensors by their numbers, sets in order."""
+    """Pickles by content: functions and own classes by their code, tensors by their numbers, sets in order."""
 
     def __init__(self, file: io.BytesIO) -> None:
         super().__init__(file, protocol=5)
-        self.inside: list[Function] = []
+        self.inside: list[Any] = []
 
     def persistent_id(self, thing: Any) -> Any:
         match thing:
-            case FunctionType() if thing in self.inside:
-                return "function", thing.__qualname__  # it calls itself
+            case FunctionType() | type() if thing in self.inside:
+                return "again", thing.__qualname__  # a function that calls itself, the class of a method
             case FunctionType():
                 self.inside.append(thing)
                 held = [cell.cell_contents for cell in thing.__closure__ or ()]
-                return "function", _source(inspect.unwrap(thing)), held, thing.__defaults__, thing.__kwdefaults__
+                return "function", _code(thing), held, thing.__defaults__, thing.__kwdefaults__
             case type() if thing.__module__ != "builtins":
-                return "class", thing.__module__, thing.__qualname__, _source(thing)
+                self.inside.append(thing)
+                own = not _library(Path(getattr(sys.modules.get(thing.__module__), "__file__", None) or "notebook"))
+                methods = [value for value in vars(thing).values() if own and inspect.isfunction(value)]
+                return "class", thing.__module__, thing.__qualname__, methods
             case ModuleType():
                 return "module", thing.__name__
             case Tensor():
@@ -596,14 +599,17 @@ def _pickled(thing: Any) -> bytes:
     return file.getvalue()
 
 
-def _source(thing: Any) -> str:
-    """The source of a function, or of a class that is no library's."""
+def _code(function: Any) -> Any:
+    """The source of a function; without one, of code that was typed, what Python made of it."""
     try:
-        if isinstance(thing, type) and _library(Path(inspect.getfile(thing))):
-            return ""
-        return inspect.getsource(thing)
+        return inspect.getsource(inspect.unwrap(function))
     except (OSError, TypeError):
-        return "" if isinstance(thing, type) else thing.__code__.co_code.hex()
+        return _compiled(function.__code__)
+
+
+def _compiled(code: CodeType) -> tuple[Any, ...]:
+    constants = [_compiled(one) if isinstance(one, CodeType) else one for one in code.co_consts]
+    return code.co_code, code.co_names, constants
 
 
 def _given(spec: str, registry: Registry) -> ReadyPart:

@@ -191,7 +191,7 @@ def _sample(request: Request, policy_model: Any, ref_model: Any, arms: Tensor) -
 def _groups(exponents: Tensor) -> Iterator[tuple[bool, bool, bool, Tensor]]:
     """Rows of exponents (N, 2) grouped by the models they need.
 
-    Yields whether the policy runs, whether the reference runs,whether one model is used unchanged, and the rows
+    Yields whether the policy runs, whether the reference runs, whether one model is used unchanged, and the rows
     (N,).
     """
     ref = exponents[:, 1] != 0
