@@ -783,26 +783,27 @@ def _shown(tokenizer: Any, prompts: Sequence[Prompt], where: Callable[[int], str
     keys = [repr(prompt) for prompt in prompts]
     for row, (key, prompt) in enumerate(zip(keys, prompts, strict=True)):
         if key not in texts:
-            texts[key] = _rendered(tokenizer, prompt, where, row)
+            try:
+                texts[key] = _rendered(tokenizer, prompt)
+            except Unreadable as error:
+                raise ValueError(f"{where(row)}: {error}") from error
     return [texts[key] for key in keys]
 
 
-def _rendered(tokenizer: Any, prompt: Prompt, where: Callable[[int], str], row: int) -> str:
+def _rendered(tokenizer: Any, prompt: Prompt) -> str:
+    """A prompt as the model is asked it. Raises Unreadable."""
     if not prompt:
         return ""  # the response is a text without a prompt, which no chat template shows
-    if not tokenizer.chat_template:
-        turns = [] if isinstance(prompt, str) else prompt
-        _refuse_fields(where(row), [name for turn in turns for name in SHOWN if turn.get(name)])
-        return plain(prompt)
-    try:
+    if tokenizer.chat_template:
         return rendered_prompt(tokenizer, _messages(prompt))
-    except Unreadable as error:
-        raise ValueError(f"{where(row)}: {error}") from error
+    _refuse_fields([] if isinstance(prompt, str) else prompt)
+    return plain(prompt)
 
 
-def _refuse_fields(where: str, fields: Sequence[str]) -> None:
+def _refuse_fields(turns: Sequence[ChatTurn]) -> None:
+    fields = [name for turn in turns for name in SHOWN if turn.get(name)]
     if fields:
-        raise ValueError(f"{where}: this tokenizer has no chat template, so {fields[0]} of a message cannot be shown")
+        raise Unreadable(f"this tokenizer has no chat template, so {fields[0]} of a message cannot be shown")
 
 
 def _fronts(
@@ -867,9 +868,7 @@ def _body(tokenizer: Any, prompt: Prompt, shown: str, response: Answer, *, finis
     if tokenizer.chat_template and prompt:
         return rendered_answer(tokenizer, _messages(prompt), shown, response, finished=finished, as_drawn=drawn)
     if not isinstance(response, str):
-        fields = [name for name in SHOWN if response.get(name)]
-        if fields:
-            raise Unreadable(f"this tokenizer has no chat template, so {fields[0]} cannot be shown")
+        _refuse_fields([response])
         response = str(response["content"])
     end = answers(tokenizer).end if prompt else _text_end(tokenizer)
     return Body([(response, False)], end if finished else None)
@@ -917,8 +916,8 @@ def _shortened(tokenizer: Any, prompt: Prompt, most: int) -> list[int] | None:
     def ids(at: int, kept: int) -> list[int] | None:
         first = {**turns[at], "content": turns[at]["content"][len(turns[at]["content"]) - kept :]}
         try:
-            shown = _rendered(tokenizer, [*opening, first, *turns[at + 1 :]], lambda _: "", 0)
-        except ValueError:  # the template refuses what is left
+            shown = _rendered(tokenizer, [*opening, first, *turns[at + 1 :]])
+        except Unreadable:  # the template refuses what is left
             return None
         (row,) = _with_start(tokenizer, to_ids(tokenizer, [shown]))
         return row if len(row) <= most else None
