@@ -440,7 +440,8 @@ class Labeler:
         generator = seeds.generator(self.seed, "select", number)
         chosen = pick(schedule.selector, margins, wanted, generator=generator) if wanted else []
         asked = [couples[i] for i in chosen]
-        prompts = [plain(answers.prompts[a]) for a, _ in asked]
+        every = answers.prompts
+        prompts = [plain(every[a]) for a, _ in asked]
         sides = [[answers.texts[couple[side]] for couple in asked] for side in (0, 1)]
         verdicts = judge(prompts, *sides) if asked else torch.empty(0)
         known = check_verdicts(verdicts, len(asked), name=self.name).double().tolist()

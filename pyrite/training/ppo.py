@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -338,15 +339,19 @@ class Rollouts:
         assert self.logps.mask is not None  # `collect` keeps the tokens
         return self.logps.mask
 
-    @property
+    @cached_property
+    def groups(self) -> list[list[int]]:
+        """The answers to each prompt."""
+        return self.responses.groups()
+
+    @cached_property
     def weights(self) -> list[float]:
         """Response tokens of each prompt: what it counts in its batch."""
         return self.responses.table(self.responses.lengths).sum(1).double().tolist()
 
     def flat(self, values: Tensor, prompts: Sequence[int]) -> Tensor:
         """Of values (N, T), those of the tokens of some prompts' answers, (R,), as they are packed."""
-        groups = self.responses.groups()
-        index = torch.tensor([i for p in prompts for i in groups[p]])
+        index = torch.tensor([i for p in prompts for i in self.groups[p]])
         return values[index][self.mask[index]]
 
 
@@ -593,7 +598,6 @@ class Learners:
                 continue
             loss = batch_loss(learner.model, drawn, made, **options)  # type: ignore[arg-type]
             lr = loop.learning_rate(at, of, learner.training)
-            groups = drawn.responses.groups()
-            new = learner.update(batch, drawn.responses, groups, loss, weights=drawn.weights, lr=lr)
+            new = learner.update(batch, drawn.responses, drawn.groups, loss, weights=drawn.weights, lr=lr)
             found |= new if learner is self.policy else {f"critic_{name}": value for name, value in new.items()}
         return found
