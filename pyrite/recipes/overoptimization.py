@@ -617,7 +617,7 @@ def collect(chains: list[Chain], settings: OveroptimizationSettings) -> Row:
     curves = [row for noise, some in at.items() for row in _curves(some, settings, noise)]
     rows = [row for one in chains for row in policy_rows(one, settings)]
     policies = study.over_chains(rows, (*POLICIES, "step"), POLICY, errors=2.0)
-    answers = [one.runs["pool answers"].results or {} for one in chains]
+    cut = [one.results("pool answers")["missing_eos"] for one in chains]
     return {
         "end_n": settings.n[end],
         "curves": curves,
@@ -633,7 +633,7 @@ def collect(chains: list[Chain], settings: OveroptimizationSettings) -> Row:
             "shares": [row for noise, some in at.items() for row in _shares(some, settings, noise)],
             "exclusion": _exclusion(at, settings),
             "truncated": {
-                "rate": sum(one["missing_eos"] for one in answers) / len(answers),
+                "rate": sum(cut) / len(cut),
                 "share_among_winners": 0.0,  # they are left out of the pool before anything is scored
             },
         },
@@ -641,7 +641,7 @@ def collect(chains: list[Chain], settings: OveroptimizationSettings) -> Row:
             row
             for i, one in enumerate(chains)
             for noise, told in stages.items()
-            for row in _reward_models(one.seed, noise, one.runs[f"reward models, {told}"], at[noise][i])
+            for row in _reward_models(one, noise, one.results(f"reward models, {told}"), at[noise][i])
         ],
         "samples": [row for noise, some in at.items() for row in _samples(some[0], settings, noise)],
     }
@@ -676,22 +676,21 @@ def _curves(
             rows.append(row)
     if len(pools) == 1 and members:
         for member, one in enumerate(pools[0].proxy):
-            both = (statistics.best_of_n(one, values, list(settings.n)).mean(1) for values in (pools[0].gold, one))
-            for n, values in zip(settings.n, zip(*(line.tolist() for line in both), strict=True), strict=True):
-                rows.append(_point(noise, "member", n, member) | dict(zip(("gold", "proxy"), values, strict=True)))
+            lines = (statistics.best_of_n(one, values, list(settings.n)).mean(1) for values in (pools[0].gold, one))
+            for n, true, believed in zip(settings.n, *(line.tolist() for line in lines), strict=True):
+                rows.append(_point(noise, "member", n, member) | {"gold": true, "proxy": believed})
     return rows
 
 
 def _fits(curves: Sequence[Row], end: int) -> list[Row]:
     """R(d) = d (a - b d) with d = sqrt KL, up to the end."""
     rows = []
-    for noise, name in dict.fromkeys((row["noise"], row["objective"]) for row in curves if row["member"] is None):
-        line = [r for r in curves if (r["noise"], r["objective"]) == (noise, name) and 1 < r["n"] <= end]
-        d, gold = (torch.tensor([r[key] for r in line], dtype=torch.float64) for key in ("sqrt_kl", "gold"))
+    points = [row for row in curves if row["member"] is None and 1 < row["n"] <= end]
+    for (noise, name), line in study.grouped(points, "noise", "objective").items():
+        d, gold = (torch.tensor([row[key] for row in line], dtype=torch.float64) for key in ("sqrt_kl", "gold"))
         fit = statistics.fit_best_of_n(d, gold)
-        peak = (fit.peak**2, fit.peak_gold) if fit.b > 0 else (None, None)
-        known = {"noise": noise, "objective": name, "a": fit.a, "b": fit.b}
-        rows.append(known | dict(zip(("peak_kl", "peak_gold"), peak, strict=True)))
+        peak = {"peak_kl": fit.peak**2 if fit.b > 0 else None, "peak_gold": fit.peak_gold if fit.b > 0 else None}
+        rows.append({"noise": noise, "objective": name, "a": fit.a, "b": fit.b, **peak})
     return rows
 
 
@@ -762,14 +761,14 @@ def _exclusion(at: Mapping[float, Sequence[Pool]], settings: OveroptimizationSet
     ]
 
 
-def _reward_models(seed: int, noise: float, run: Run, pool: Pool) -> list[Row]:
+def _reward_models(one: Chain, noise: float, trained: Row, pool: Pool) -> list[Row]:
     """Each member's accuracy, and its correlation with the others on the pool."""
     together = torch.corrcoef(pool.proxy.flatten(1))
     others = (together.sum(1) - 1) / (len(together) - 1)
     return [
-        {"seed": seed, "noise": noise, "member": member, "agreement": others[member].item()}
+        {"seed": one.seed, "noise": noise, "member": member, "agreement": others[member].item()}
         | {key: measured[key] for key in ("accuracy", "accuracy_lo", "accuracy_hi")}
-        for member, measured in enumerate((run.results or {})["members"])
+        for member, measured in enumerate(trained["members"])
     ]
 
 

@@ -80,7 +80,7 @@ class Chain:
 
 @dataclass(frozen=True)
 class Recipe:
-    """An experiment: settings by scale, how one chain is run, what is measured of all chains, and how it is told."""
+    """An experiment: settings by scale, how a chain is run, what is measured of all chains, and what the page says."""
 
     name: str
     scales: dict[str, Any]
@@ -231,8 +231,8 @@ class Claim:
 def claims(source: str, table: str, values: Mapping[str, Value | tuple[Value, Rule]]) -> list[Claim]:
     """Claims from a table: each line is `id | place in the source | statement`, and an indented line continues it.
 
-    A place that begins with "not in" says that the source does not claim it. values: by id, with a rule if a claim does
-    not hold simply where its value is positive.
+    A place that begins with "not in" says that the source does not claim it. values: by id; a claim holds if its value
+    is positive, unless a rule stands beside the value.
     """
     found = []
     for line in filter(None, table.replace("\n ", " ").splitlines()):

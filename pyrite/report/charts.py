@@ -54,7 +54,7 @@ def draw(
     """Lines with bands and a label at each end; `thin` lines behind, dots at `peaks`, `notes` along the top.
 
     `gap` is an area {lo, hi} to shade; `tooltip` maps fields to their titles; `domain` fixes the vertical axis. Lines
-    run from left to right, or by the field `order` where they may turn back.
+    run from left to right, or by the field `order` if they may turn back.
     """
     low, high = domain = domain or span([*points, *thin])
     ends = [line[-1] for line in split(points)]
@@ -246,7 +246,7 @@ def overoptimization(
     """Gold (solid) and proxy (dashed) against `x`, sqrt_kl (√nats) or n (log scale); a color each objective.
 
     curves: rows {noise, objective, member, n, kl, sqrt_kl, gold, gold_lo, gold_hi, proxy, ...}.
-    A band is drawn where both of its ends are known, a dot where gold peaks before the last n. `members` adds
+    A band is drawn if both of its ends are known, a dot if gold peaks before the last n. `members` adds
     each single model, thin; `domain` fixes the vertical axis (reward units), so that charts can share it.
     """
     if x not in AXES:
@@ -375,7 +375,7 @@ def lines(
 ) -> alt.LayerChart:
     """Columns `y` of any rows against column `x`; rows that lack a finite value are left out of that line.
 
-    A column's standard error, where the rows have it as NAME_se, is drawn as a band of one either way. `titles` names
+    If the rows have a column's standard error, NAME_se, a band of one error either way is drawn. `titles` names
     the horizontal and the vertical axis.
     """
     columns = [y] if isinstance(y, str) else list(y)

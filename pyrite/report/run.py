@@ -23,8 +23,8 @@ def run_page(folder: Path | str) -> str:
     """The page of a run folder: gold and proxy against the KL from the reference (of best_of_n against n too), every
     numeric metric against the step, results, configuration, versions.
 
-    Reads config.json, and manifest.json, metrics.jsonl, curves.json and done.json where they are there. Raises
-    ValueError where config.json is missing or a file does not parse.
+    Reads config.json, and manifest.json, metrics.jsonl, curves.json and done.json if they exist. Raises ValueError if
+    config.json is missing or a file does not parse.
     """
     folder = Path(folder)
     config = _read(folder / "config.json")
@@ -110,7 +110,7 @@ def _called(objective: str) -> str:
 
 
 def _way(rows: Sequence[Row]) -> list[Part]:
-    """Gold and proxy of a policy's answers against √KL from the reference, where a run has measured them."""
+    """Gold and proxy of a policy's answers against √KL from the reference, if the run has measured them."""
     points = []
     for row in rows:
         kl = row.get("kl_exact", row.get("kl_k1"))
