@@ -141,3 +141,10 @@ def test_margins_worked() -> None:
     assert seen["q50"] == pytest.approx(0.5)
     assert seen["accuracy"] == pytest.approx((2 + 0.5) / 4)
     assert margins(np.array([-1.0, -3.0]))["sd"] == 0
+
+
+def test_a_reference_that_an_earlier_version_imported_is_refused(tmp_path: Path) -> None:
+    t.write_part(tmp_path / PART, columns(), "")
+    t.finish(tmp_path, {"imported": {"file": "given.jsonl"}, **RECIPE}, scorer={"name": "theirs"})
+    with pytest.raises(BadReference, match=r"^R7: .* imported by an earlier version; .* --ref column"):
+        load(tmp_path)
