@@ -16,13 +16,13 @@ demo: install ## see a proxy being overoptimized, end to end, on the embedded to
 	$(BIN)/pyrite recipe overoptimization --scale toy --out runs/overoptimization
 
 test: install ## everything that fits in 15 minutes on 2 cores
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist worksteal
 
 check: install ## lint, types, fast tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist worksteal
 
 size: install ## measure the package: files, lines, chains, options
 	$(BIN)/python docs/house.py

@@ -61,6 +61,26 @@ def test_the_size_of_the_house() -> None:
     assert house.repeated_types() == {}
 
 
+def test_no_test_imports_what_one_file_uses() -> None:
+    """Such a module is its user's own business: test it through the user, so that it may move.
+
+    Mathematics is tested directly. Jobs, recipes and the command line are loaded by name. Sampling has one user,
+    `Policy`, and is compared token by token with the models themselves.
+    """
+    direct = ("pyrite.math.", "pyrite.jobs.", "pyrite.recipes.", "pyrite.cli", "pyrite.models.generation")
+    users = {name: [other for other, found in house.inside().items() if name in found] for name in house.inside()}
+    alone = {name for name, found in users.items() if len(found) < 2 and name.count(".") > 1}
+    alone = {name for name in alone if not name.startswith(direct)}
+    for path in sorted((ROOT / "tests").rglob("*.py")):
+        found: set[str] = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        assert not found & alone, f"{path.relative_to(ROOT)} imports {sorted(found & alone)}"
+
+
 def config_fields(path: Path) -> list[str]:
     tree = ast.parse(path.read_text())
     schemas = [n for n in tree.body if isinstance(n, ast.ClassDef) and n.name in SCHEMAS]
