@@ -19,7 +19,7 @@ from pyrite.math.ranges import ConfigOption, declared, kinds, words
 
 WIDTH = 100
 KINDS = {  # what `pyrite list KIND` lists, and the module that holds it
-    "annotators": "pyrite.training.annotators",
+    "annotators": "pyrite.training.live_rewards",
     "ensembles": "pyrite.math.ensembles",
     "golds": "pyrite.feedback.scorers",
     "jobs": "pyrite.jobs",

@@ -13,7 +13,7 @@ keyword-only parameters are the options, and values are literals, never code. Wh
     optimizers      optimizer(parameters, *, ...) -> a torch.optim.Optimizer
     samplers        sampler(*, ...) -> a pyrite.math.samplers.Sampler
     schedules       schedule(*, ...) -> a pyrite.feedback.schedules.Schedule
-    annotators      annotator(*, ...) -> a function (players, seed) -> with scores(responses), learners, and
+    live_rewards    annotator(*, ...) -> a function (players, seed) -> with scores(responses), learners, and
                     learn(pairs, seed=), of responses of which every other one is the chosen one
 
 A function of options alone makes the part: what it returns is called with the data.
@@ -330,13 +330,13 @@ def _optimizer(own: Own, answer: Any, data: tuple[Any, ...]) -> torch.optim.Opti
 def _maker(own: Own, answer: Any, data: tuple[Any, ...]) -> Any:
     missing = [name for name in ("scores", "learn", "learners") if not hasattr(answer, name)]
     if missing:
-        raise own.fault(f"makes {_called(answer)} without {' and '.join(missing)}; see pyrite.training.annotators")
+        raise own.fault(f"makes {_called(answer)} without {' and '.join(missing)}; see pyrite.training.live_rewards")
     return Discriminating(own, answer)
 
 
 @dataclass(frozen=True)
 class Discriminating:
-    """A discriminator of the user's own, its answers checked."""
+    """An annotator of the user's own, its answers checked."""
 
     own: Own
     inner: Any
@@ -416,7 +416,7 @@ CONTRACTS = {
     "judges": Contract(("prompts", "a", "b"), "P(a beats b) of each pair", _score_a_row),
     "samplers": Contract(instance="Sampler"),
     "schedules": Contract(instance="Schedule"),
-    "annotators": Contract(("players", "seed"), "a discriminator", _maker),
+    "live_rewards": Contract(("players", "seed"), "an annotator", _maker),
 }
 
 

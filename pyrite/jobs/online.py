@@ -50,8 +50,8 @@ from pyrite.math.losses.needs import needs
 from pyrite.math.ranges import Count, Fraction, Natural, NonNegative, Positive, Several
 from pyrite.math.samplers import Sampler
 from pyrite.models.policy import Lora, Policy
-from pyrite.training import annotators, loop, rounds
-from pyrite.training.annotators import Discriminator, Maker
+from pyrite.training import live_rewards, loop, rounds
+from pyrite.training.live_rewards import Annotator, Maker
 from pyrite.training.evaluation import Evaluation, Evaluator
 from pyrite.training.loop import Learner, Training
 from pyrite.training.pairs import Preferences, batch_loss, whole_batches
@@ -271,7 +271,7 @@ def _parts(config: Config, asking: GoldLimits) -> Parts:
     judge = specs.part(config.judge, judges)
     if judge.own and not asking.counted:  # one that cannot judge is refused now, unless a try has a price
         check_verdicts(judge(["Say hi."] * 2, ["hi", "hello"], ["hello", "hi"]), 2, name=config.judge)
-    annotator: Any = specs.part(config.annotator, annotators).function if config.annotator else None
+    annotator: Any = specs.part(config.annotator, live_rewards).function if config.annotator else None
     try:
         pairing: Any = specs.part(config.pairing, PAIRINGS).function
     except ValueError as error:
@@ -312,7 +312,7 @@ class Labeler:
     rounds: int = 1
     budget: int | None = None
     account: Account | None = None
-    annotator: Discriminator | None = None
+    annotator: Annotator | None = None
     used: int = 0
     told: bool = False
     learned: Responses = NOTHING  # chosen and rejected in turn, as the annotator has learned them
@@ -384,7 +384,7 @@ class Labeler:
         )
 
     def _beside(
-        self, annotator: Discriminator, judge: Judge, drawn: Responses, number: int
+        self, annotator: Annotator, judge: Judge, drawn: Responses, number: int
     ) -> tuple[Responses, Labelled, dict[str, float]]:
         """The judge labels the pairs that the schedule pays for; the annotator learns them, and labels the others."""
         schedule: Any = specs.part(annotator.schedule, schedules).function
@@ -449,7 +449,7 @@ class Labeler:
         self.fresh = Responses.joined([self.fresh, answers.alone([i for pair in better for i in pair])])
         return dict(zip(chosen, known, strict=True))
 
-    def _learn(self, annotator: Discriminator, replay: float, number: int) -> dict[str, float]:
+    def _learn(self, annotator: Annotator, replay: float, number: int) -> dict[str, float]:
         """The labels not learned yet, with earlier ones beside them."""
         new, old = len(self.fresh) // 2, len(self.learned) // 2
         if not new:

@@ -16,7 +16,7 @@ from pyrite.data import rows as data
 from pyrite.feedback import judges, schedules, scorers, selection
 from pyrite.math import ensembles, losses, reward_losses, samplers
 from pyrite.math.losses.needs import needs
-from pyrite.training import annotators
+from pyrite.training import live_rewards
 
 Command = Callable[..., tuple[int, str, str]]
 HEAD = "import torch\nimport torch.nn.functional as F\n\n\n"  # a part begins in line 5
@@ -356,7 +356,7 @@ HONEST = [
     (selection, "def f(margins, generator): return torch.rand(margins.shape[1], generator=generator)"),
     (samplers, "from pyrite.math.samplers import on_policy\n\n\ndef f(): return on_policy()"),
     (schedules, "from pyrite.feedback.schedules import even\n\n\ndef f(*, window=2): return even(window=window)"),
-    (annotators, "def f(*, scale=1.0):\n    return lambda players, seed: None"),
+    (live_rewards, "def f(*, scale=1.0):\n    return lambda players, seed: None"),
 ]
 BAD = [
     (reward_losses, "def f(chosen, rejected): return (chosen - rejected).mean()", "one number for the whole batch"),
@@ -372,8 +372,8 @@ BAD = [
     (samplers, "def f(policy, ref): return policy", "it must take options only, after a star"),
     (samplers, "def f(): return 1 / 0", "mine.py:5, f(): ZeroDivisionError"),
     (schedules, "def f(): return 3", "return a pyrite.feedback.schedules.Schedule"),
-    (annotators, "def f(): return 3", "it returns one number (3)"),
-    (annotators, "def f(): return lambda players: 3", "called with (players, seed)"),
+    (live_rewards, "def f(): return 3", "it returns one number (3)"),
+    (live_rewards, "def f(): return lambda players: 3", "called with (players, seed)"),
 ]
 
 
@@ -398,13 +398,13 @@ def test_a_discriminator_is_checked_as_it_works(mine: Callable) -> None:
         "    def learn(self, labels, *, seed): return None\n\n\n"
         "def f(): return lambda players, seed: Mine()\n\n\ndef g(): return lambda players, seed: object()\n"
     )
-    made = specs.part("mine.py:f", annotators)(None, 0)
+    made = specs.part("mine.py:f", live_rewards)(None, 0)
     with pytest.raises(ValueError, match=r"scores\(\) returns shape \(2,\); return a tensor \(E, N\), N = 2 answers"):
         made.scores(["a", "b"])
     with pytest.raises(ValueError, match=r"learn\(\) returns None"):
         made.learn([], seed=0)
     with pytest.raises(ValueError, match="without scores and learn and learners"):
-        specs.part("mine.py:g", annotators)(None, 0)
+        specs.part("mine.py:g", live_rewards)(None, 0)
 
 
 def test_a_bandit_races_an_own_loss_and_an_own_sampler(pyrite: Command, mine: Callable) -> None:

@@ -12,8 +12,8 @@ from pyrite.core import specs as parts
 from pyrite.data import text
 from pyrite.data.responses import Responses
 from pyrite.models.policy import Lora, Policy, RewardModel
-from pyrite.training import annotators
-from pyrite.training.annotators import Discriminator, Maker, Rewards
+from pyrite.training import live_rewards
+from pyrite.training.live_rewards import Annotator, Maker, Rewards
 from pyrite.training.rollouts import Players
 
 PROMPTS = ["tell me about the cat", "please tell me", "a big dog and a small bird sat"]
@@ -37,8 +37,8 @@ def players(tiny: Path) -> Players:
     return Players(policy, copy.deepcopy(policy).requires_grad_(False))
 
 
-def make(spec: str, players: Players, seed: int = 0) -> Discriminator:
-    maker: Maker = parts.part(spec, annotators).function
+def make(spec: str, players: Players, seed: int = 0) -> Annotator:
+    maker: Maker = parts.part(spec, live_rewards).function
     return maker(players, seed)
 
 
@@ -51,7 +51,7 @@ def specs(tiny: Path) -> list[str]:
     ]
 
 
-def accuracy(judge: Discriminator, pairs: Responses) -> float:
+def accuracy(judge: Annotator, pairs: Responses) -> float:
     scores = judge.scores(pairs).mean(0)
     return (scores[::2] > scores[1::2]).float().mean().item()
 

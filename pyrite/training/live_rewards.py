@@ -1,4 +1,4 @@
-"""Annotators: what labels pairs for free, and learns from the few labels that are paid for.
+"""Rewards that label pairs during training, and learn live from the few labels that are paid for: annotators.
 
 An annotator scores answers, (E, N) for E members; a difference of two scores is a log-odds in nats.
 """
@@ -30,7 +30,7 @@ from pyrite.training.rollouts import Players
 __all__ = ["implicit", "reward", "self_reward"]
 
 
-class Discriminator(Protocol):
+class Annotator(Protocol):
     """An annotator: scores answers, and learns from labeled pairs if it has learners."""
 
     @property
@@ -52,7 +52,7 @@ class Discriminator(Protocol):
         ...
 
 
-Maker = Callable[[Players, int], Discriminator]
+Maker = Callable[[Players, int], Annotator]
 
 
 def reward(
@@ -78,7 +78,7 @@ def reward(
     teach(torch.zeros(1), torch.zeros(1))  # an option out of range is refused now
     specs.part(schedule, schedules)
 
-    def make(players: Players, seed: int) -> Discriminator:
+    def make(players: Players, seed: int) -> Annotator:
         lora = Lora(r=rank) if rank else None
         paths = [path] * members if cold else member_paths(path)
         heads = [seeds.derive(seed, "head", i) if cold else None for i in range(len(paths))]
@@ -109,7 +109,7 @@ def implicit(
     training = _training(lr, epochs, batch_size, precision)
     specs.part(schedule, schedules)
 
-    def make(players: Players, seed: int) -> Discriminator:
+    def make(players: Players, seed: int) -> Annotator:
         lora = Lora(r=rank) if rank else None
         own = Policy.load(path, lora=lora) if path else copy.deepcopy(players.policy)
         loop.set_dropout(own, name=path)
