@@ -51,8 +51,8 @@ from pyrite.math.ranges import Count, Fraction, Natural, NonNegative, Positive, 
 from pyrite.math.samplers import Sampler
 from pyrite.models.policy import Lora, Policy
 from pyrite.training import live_rewards, loop, rounds
-from pyrite.training.live_rewards import Annotator, Maker
 from pyrite.training.evaluation import Evaluation, Evaluator
+from pyrite.training.live_rewards import Annotator, Maker
 from pyrite.training.loop import Learner, Training
 from pyrite.training.pairs import Preferences, batch_loss, whole_batches
 from pyrite.training.rollouts import Players
