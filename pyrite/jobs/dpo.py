@@ -73,7 +73,8 @@ class Config:
     loss: str = "dpo(beta=0.1)"
     """Direct preference loss with its options; see `pyrite list losses`."""
     ref: str = "self"
-    """Reference: self, none, prior, column, a model, a reference folder, or ema(rate=0.01)."""
+    """Reference: self, none, prior, column, a model, a reference folder, ema(rate=0.01), or a weighted sum of some:
+    "0.5*self + 0.5*PATH"."""
     max_length: Several | None = None
     """Longest prompt + response in tokens; the model's context by default."""
     max_prompt: Count | None = None
@@ -98,8 +99,7 @@ class Config:
 def inputs(config: Config) -> dict[str, str | Path]:
     """What the job reads."""
     held = {"held_out": config.held_out} if isinstance(config.held_out, str) else {}
-    ref = references.parse(config.ref)
-    refs = {"ref": ref.path} if ref.path else {}
+    refs = {f"ref {i}": source.path for i, source in enumerate(references.parse(config.ref)) if source.path}
     return {"model": config.model, "data": config.data, **held, **refs, **config.evaluation.inputs()}
 
 
@@ -175,16 +175,17 @@ def _refuse(config: Config, wanted: frozenset[str]) -> None:
     """Raises ValueError for options that cannot work, whatever the data."""
     if wanted & {"batch", "running"} and world().num_processes > 1:
         raise ValueError(f"--loss {config.loss} reads the whole batch at once: run it in one process")
-    source = references.parse(config.ref)
-    if "kl" in wanted and source.kind not in ("self", "ema"):
+    sources = references.parse(config.ref)
+    if "kl" in wanted and [(source.kind, source.weight) for source in sources] not in ([("self", 1)], [("ema", 1)]):
         raise ValueError(f"--loss {config.loss} reads the reference's whole distribution: use --ref self or ema(...)")
-    names = [source.options.get(side, side) for side in ("chosen", "rejected")] if source.kind == "column" else []
-    if config.on_contradiction == "swap" and names and not rows.twins(*names):
+    columns = [source.options for source in sources if source.kind == "column"]
+    twins = [rows.twins(names.get("chosen", "chosen"), names.get("rejected", "rejected")) for names in columns]
+    if config.on_contradiction == "swap" and not all(twins):
         raise ValueError(
             f"--on-contradiction swap exchanges the columns of --ref {config.ref} too, and knows by their names alone "
             "which belong together: let these differ in chosen and rejected only, as chosen_logp and rejected_logp do"
         )
-    if "ref_tokens" in wanted and source.kind == "column":
+    if "ref_tokens" in wanted and columns:
         raise ValueError(f"--loss {config.loss} reads the reference token by token; --ref column has sums only")
 
 
@@ -233,12 +234,12 @@ def _prepare(
     if "strength" in wanted and made.strength is None:
         raise ValueError(f"--loss {config.loss} reads how strong a preference is: give {config.data} a strength column")
     run.checked()
-    source = references.parse(config.ref)
-    if source.kind == "none" and "ref" in wanted:  # the posterior: a reference that likes all texts alike
+    sources = references.parse(config.ref)
+    if sources[0].kind == "none" and "ref" in wanted:  # the posterior: a reference that likes all texts alike
         made = replace(made, ref=made.zeros(tokens="ref_tokens" in wanted))
-    elif "ref" in wanted and source.kind not in ("none", "ema"):
+    elif "ref" in wanted and sources[0].kind not in ("none", "ema"):
         ref, reasons, notes = references.obtain(
-            source,
+            sources,
             made.responses,
             policy=policy,
             policy_path=config.model,
@@ -315,7 +316,7 @@ class LiveReference:
     @classmethod
     def of(cls, policy: Policy, config: Config, wanted: frozenset[str]) -> LiveReference | None:
         """None if log-probabilities from a file are enough."""
-        source = references.parse(config.ref)
+        source, *_ = references.parse(config.ref)
         moves = source.kind == "ema" and "ref" in wanted
         if not moves and "kl" not in wanted:
             return None

@@ -1,5 +1,8 @@
 """References: the log-probabilities that a policy is compared with, computed once, stored, verified, found again.
 
+A reference is a weighted sum of sources, most often one source with weight 1: log π_ref = Σ_k weight_k · log π_k. Each
+source has a file of its own, and the sum is made when the files are read.
+
 From top to bottom: what `--ref` names; `obtain`, which a trainer calls; the rules R1 to R9 that a stored reference
 must keep; how texts are read and scored; the file of a reference, a folder of Parquet parts and a manifest written
 last; and its recipe, everything that decides a number. A file is whole and unchanged, or it is refused.
@@ -49,7 +52,7 @@ SIBLINGS = 64  # answers that share their prompt in one packed row
 POSITIVE = 1e-3  # nats; a sum of float32 log-probabilities may round to slightly above 0
 TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2}  # nats a token between two computations of one row
 COLUMNS = (("chosen_logprob", "rejected_logprob"), ("ref_chosen_logps", "ref_rejected_logps"))  # RefDPO's, TRL's
-EXAMPLE = "write self, none, column, prior, ema(rate=0.01), or the path of a model or a finished reference"
+EXAMPLE = 'write self, none, column, prior, ema(rate=0.01), a path, or a sum such as "0.5*self + 0.5*PATH"'
 
 Conditioning = Literal["prompt", "prior"]
 
@@ -63,10 +66,11 @@ class BadReference(ValueError):  # noqa: N818, there is a ReferenceError already
 
 @dataclass(frozen=True)
 class RefSource:
-    """One reference. path: of a model, or of a finished reference for kind "table"."""
+    """One term of a reference. path: of a model, or of a finished reference for kind "table"."""
 
     kind: Literal["self", "none", "column", "prior", "ema", "model", "table"]
     path: str | None = None
+    weight: float = 1.0
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -82,8 +86,8 @@ OPTIONS: dict[str, dict[str, Any]] = {  # what each kind takes, with its range; 
 }
 
 
-def parse(spec: str) -> RefSource:
-    """The reference that a spec names.
+def parse(spec: str) -> list[RefSource]:
+    """The sources of the reference that a spec names: one, or the terms of a sum.
 
     self               the policy before training
     none               no reference
@@ -92,26 +96,32 @@ def parse(spec: str) -> RefSource:
     ema                a moving average of the policy, every so many steps; ema(rate=0.01, every=1)
     PATH               a model (folder or Hub name), or a finished reference (its folder, or a file in it)
 
-    A path takes an option too: dtype=bfloat16 loads a model so. Raises ValueError naming what is wrong.
+    A path takes an option too: dtype=bfloat16 loads a model so. All but none and ema can be terms of a sum, each with a
+    weight above 0 (by default 1): 0.5*self + 0.5*PATH. Raises ValueError naming the piece that is wrong.
 
-    >>> parse("prior").kind
-    'prior'
+    >>> [(source.kind, source.weight) for source in parse("0.25*self + 0.75*prior")]
+    [('self', 0.25), ('prior', 0.75)]
     """
+    whole = spec.strip()
+    pieces = [whole] if Path(whole).exists() else re.split(r"\s+\+\s+|\+(?=\s*[\d.]+\s*\*)", whole)
     try:
-        return _source(spec.strip())
+        sources = [_source(piece.strip()) for piece in pieces]
+        for source in sources:
+            if source.kind in ("none", "ema") and (len(sources) > 1 or source.weight != 1):
+                raise ValueError(f"{source.kind!r} cannot be part of a sum; give it alone, or leave it out")
     except ValueError as error:
         raise ValueError(f"ref {spec!r}: {error}") from None
+    return sources
 
 
-def _source(spec: str) -> RefSource:
-    name, path, options = spec, None, {}
-    if re.search(r"^[-+]?[\d.]+(e[-+]?\d+)?\s*\*|\s\+\s", spec) and not Path(spec).exists():
-        raise ValueError(
-            "sums of references are gone: score the pairs with each (`pyrite reference`), put the weighted sums into "
-            "columns of the data, and use --ref column"
-        )
-    if spec.endswith(")") and not Path(spec).exists():
-        name, _, call = spec[:-1].partition("(")
+def _source(piece: str) -> RefSource:
+    """One term of a sum."""
+    found = re.fullmatch(r"(?:([-+]?[\d.]+(?:e[-+]?\d+)?)\s*\*\s*)?(.*)", piece, re.DOTALL)
+    assert found is not None  # it matches any text
+    number, body = found.groups()
+    name, path, options = body, None, {}
+    if body.endswith(")") and not Path(body).exists():
+        name, _, call = body[:-1].partition("(")
         known = OPTIONS.get(name, {"dtype": Dtype})
         for part in filter(None, (part.strip() for part in call.split(","))):
             option, equals, value = (word.strip() for word in part.partition("="))
@@ -119,18 +129,24 @@ def _source(spec: str) -> RefSource:
                 path = part
             elif not equals or option not in known:
                 takes = ", ".join(known) or "none at all"
-                raise ValueError(f"{part!r} is no option of {spec!r}; it takes {takes}")
+                raise ValueError(f"{part!r} is no option of {piece!r}; it takes {takes}")
             else:
-                options[option] = _value(value, known[option], f"{part!r} in {spec!r}")
+                options[option] = _value(value, known[option], f"{part!r} in {piece!r}")
     if not name:
-        raise ValueError(f"it names nothing; {EXAMPLE}")
-    kind = name if name in OPTIONS else _kind_of(name, spec)
-    if path is not None and _kind_of(path, spec) == "table":
-        raise ValueError(f"{spec!r} is a finished reference and knows its conditioning; name it alone")
+        raise ValueError(f"{piece!r} names nothing; {EXAMPLE}")
+    kind = name if name in OPTIONS else _kind_of(name, piece)
+    if path is not None and _kind_of(path, piece) == "table":
+        raise ValueError(f"{piece!r} is a finished reference and knows its conditioning; name it alone")
     if kind in ("model", "table"):
         path = str(folder_of(name) or name)
+    try:
+        weight = 1.0 if number is None else float(number)
+    except ValueError:
+        weight = math.nan
+    if not 0 < weight < math.inf:
+        raise ValueError(f"the weight in {piece!r} must be a positive number")
     defaults = {"rate": 0.01, "every": 1} if kind == "ema" else {}
-    return RefSource(kind, path, defaults | options)  # type: ignore[arg-type]
+    return RefSource(kind, path, weight, defaults | options)  # type: ignore[arg-type]
 
 
 def _value(word: str, hint: Any, where: str) -> Any:
@@ -158,11 +174,11 @@ def _kind_of(name: str, piece: str) -> Literal["model", "table"]:
     raise ValueError(f"{piece!r} is neither a model nor a finished reference; {hint}")
 
 
-# What a trainer asked for, computed or found, and checked ------------------------------------------------------------
+# What a trainer asked for, computed or found, checked, and summed ----------------------------------------------------
 
 
 def obtain(
-    source: RefSource,
+    sources: Sequence[RefSource],
     said: Responses,
     *,
     policy: Policy,
@@ -178,48 +194,62 @@ def obtain(
     said: chosen and rejected answers of the pairs alternately, as the trainer reads them, by the policy's tokenizer and
     these limits. The policy must be as it was before training. A model is scored once, into
     cache/<fingerprint>, and found there by every later run with the same scorer, data and reading, whatever its loss,
-    beta and seed. tokens: token log-probabilities are needed. The result is None for "none"; it is not `aligned` if it
-    is known by sums alone, or of another tokenizer. What it returns for pairs that must be dropped means nothing.
+    beta and seed. tokens: token log-probabilities are needed. The result is None for "none"; it is not `aligned` if
+    one source is known by sums alone, or of another tokenizer. What it returns for pairs that must be dropped means
+    nothing.
 
     Raises BadReference, naming the rule, for a reference that cannot be used, also (R8) for "ema", which has none.
     """
-    if source.kind == "none":
+    kinds = {source.kind for source in sources}
+    if "none" in kinds:
         return None, [None] * (len(said) // 2), []
-    if source.kind == "ema":
+    if "ema" in kinds:
         raise BadReference("R8: a reference that moves with the policy has no stored log-probabilities; run it along")
-    if source.kind == "column":
-        logps = Logps.from_sums(_column(source, said, tokens=tokens), said.lengths, aligned=False)
-        assert said.truncated is not None  # the trainer has read them
-        reasons = ["R3: truncation cut the answer for the policy" if cut else None for cut in said.truncated.tolist()]
-        notes = []
+    total, aligned = np.zeros(len(said)), True
+    by_text = [np.zeros(length, np.float32) for length in said.lengths.tolist()]
+    reasons: list[str | None] = [None] * len(said)
+    notes: list[str] = []
+    for source in sources:
+        if source.kind == "column":
+            assert said.truncated is not None  # the trainer has read them
+            sums, aligned = _column(source, said, tokens=tokens), False
+            why = ["R3: truncation cut the answer for the policy" if cut else None for cut in said.truncated.tolist()]
+        else:
+            if source.kind == "table":
+                table, same_prompts = _named(source, said, policy, tokens=tokens, precision=precision), True
+            else:
+                table, same_prompts = _scored(
+                    source,
+                    said,
+                    policy=policy,
+                    name=source.path or policy_path,
+                    lengths=limits(policy.context, max_length, max_prompt),
+                    cache=cache,
+                    tokens=tokens,
+                    precision=precision,
+                )
+            why = verify(table, said, tokenizer=policy.tokenizer, tokens=tokens, same_prompts=same_prompts)
+            notes += _remarks(source, table, policy.tokenizer)
+            rows = table.rows(said)
+            sums, aligned = table.sum_logp[rows], aligned and same_tokenizer(table, policy.tokenizer)
+            if tokens:
+                for mine, values in zip(by_text, map(table.tokens, rows), strict=True):
+                    if len(values) == len(mine):  # unequal in dropped answers
+                        mine += np.float32(source.weight) * values
+        total += source.weight * sums
+        reasons = [before or now for before, now in zip(reasons, why, strict=True)]
+    weight = sum(source.weight for source in sources)
+    if not math.isclose(weight, 1):
+        notes.append(f"the weights of the reference add up to {weight:g}, not 1: it is no distribution")
+    if tokens:
+        logps = Logps.from_tokens([torch.from_numpy(row) for row in by_text])
     else:
-        if source.kind == "table":
-            table, same_prompts = _named(source, said, policy, tokens=tokens, precision=precision), True
-        else:
-            table, same_prompts = _scored(
-                source,
-                said,
-                policy=policy,
-                name=source.path or policy_path,
-                lengths=limits(policy.context, max_length, max_prompt),
-                cache=cache,
-                tokens=tokens,
-                precision=precision,
-            )
-        reasons = verify(table, said, tokenizer=policy.tokenizer, tokens=tokens, same_prompts=same_prompts)
-        notes = _remarks(source, table, policy.tokenizer)
-        rows, aligned = table.rows(said), same_tokenizer(table, policy.tokenizer)
-        if tokens:
-            lengths = zip(map(table.tokens, rows), said.lengths.tolist(), strict=True)  # unequal in dropped answers
-            by_text = [torch.tensor(v) if len(v) == n else torch.zeros(n) for v, n in lengths]
-            logps = Logps.from_tokens(by_text)
-        else:
-            logps = Logps.from_sums(torch.from_numpy(table.sum_logp[rows]).float(), said.lengths, aligned=aligned)
+        logps = Logps.from_sums(torch.from_numpy(total).float(), said.lengths, aligned=aligned)
     dropped = [chosen or rejected for chosen, rejected in zip(reasons[::2], reasons[1::2], strict=True)]
     return logps, dropped, [*notes, _margins_line(logps, dropped)]
 
 
-def _column(source: RefSource, said: Responses, *, tokens: bool) -> Tensor:
+def _column(source: RefSource, said: Responses, *, tokens: bool) -> np.ndarray:
     """Log-probabilities (2B,) that the rows of the pairs bring along, chosen and rejected alternately: sums alone.
 
     Raises BadReference (R1), naming the first, for a sum that is missing, not finite or positive.
@@ -229,7 +259,7 @@ def _column(source: RefSource, said: Responses, *, tokens: bool) -> Tensor:
     named = [(source.options.get("chosen", c), source.options.get("rejected", r)) for c, r in COLUMNS]
     row = said.rows[int(said.prompt[0])]
     names = next((both for both in named if all(name in row for name in both)), named[0])
-    sums, where = torch.empty(len(said)), name_of(said)
+    sums, where = np.empty(len(said)), name_of(said)
     for i, p in enumerate(said.prompt.tolist()):
         value, holds = said.rows[p].get(names[i % 2]), f"R1: column {names[i % 2]!r} of {where(i)} holds"
         if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -355,7 +385,7 @@ def _within(wanted: Mapping[str, Any], there: Mapping[str, Any]) -> bool:
 
 
 def _remarks(source: RefSource, table: ReferenceTable, tokenizer: Any) -> list[str]:
-    """What a user should know about a reference."""
+    """What a user should know about one source."""
     remarks, conditioning = [], table.recipe["conditioning"]
     if not same_tokenizer(table, tokenizer):
         remarks.append(f"{source} has another tokenizer: sums are compared, on answers that both read whole")

@@ -85,7 +85,7 @@ def test_none_and_ema(supply, forwards: Forwards) -> None:
     assert forwards.passes == 0
 
 
-def test_models_and_priors(supply, policy: Policy, stronger: Path, texts: list[Text]) -> None:
+def test_models_priors_and_their_sum(supply, policy: Policy, stronger: Path, texts: list[Text]) -> None:
     logps, *_ = supply(str(stronger))
     np.testing.assert_allclose(logps.sum, hand_sums(Policy.load(stronger), texts), atol=1e-3)
     prior, _, notes = supply("prior")
@@ -93,10 +93,18 @@ def test_models_and_priors(supply, policy: Policy, stronger: Path, texts: list[T
     want = [by_hand(policy, [start], one.response).sum().item() for one in each(encode(policy.tokenizer, texts))]
     np.testing.assert_allclose(prior.sum, want, atol=1e-3)
     assert any("scores answers without their prompts, after '<bos>'" in note for note in notes)
-    by_token, reasons, _ = supply(str(stronger), tokens=True)
+    by_token, *_ = supply(str(stronger), tokens=True)
     assert by_token.aligned
     torch.testing.assert_close(by_token.tokens.sum(1), logps.sum, atol=1e-4, rtol=0)
+    mixed, reasons, _ = supply(f"0.25*self + 0.5*{stronger} + 0.25*prior", tokens=True)
+    mine, *_ = supply("self")
+    torch.testing.assert_close(mixed.sum, 0.25 * mine.sum + 0.5 * logps.sum + 0.25 * prior.sum, atol=1e-4, rtol=0)
+    assert mixed.aligned
+    torch.testing.assert_close(mixed.tokens.sum(1), mixed.sum, atol=1e-4, rtol=0)
     assert reasons == [None] * 80
+    part, _, notes = supply("0.5*self")
+    torch.testing.assert_close(part.sum, 0.5 * mine.sum)
+    assert "the weights of the reference add up to 0.5, not 1: it is no distribution" in notes
 
 
 def test_another_tokenizer(supply, policy: Policy, foreign: Path, texts: list[Text]) -> None:
@@ -106,6 +114,8 @@ def test_another_tokenizer(supply, policy: Policy, foreign: Path, texts: list[Te
     assert reasons == [None] * 80
     assert (logps.length == torch.tensor([len(one.response) for one in each(encode(policy.tokenizer, texts))])).all()
     assert any("has another tokenizer: sums are compared" in note for note in notes)
+    mixed, *_ = supply(f"0.5*self + 0.5*{foreign}")
+    assert not mixed.aligned
     with pytest.raises(BadReference, match=r"^R3: .* another tokenizer"):
         supply(str(foreign), tokens=True)
 
@@ -121,7 +131,7 @@ def test_pairs_that_cannot_be_compared_are_dropped_with_the_reason(supply, forei
     assert reasons == ["R3: truncation cut the answer for the policy or the reference", None]
     _, reasons, _ = supply("self", asked=texts)
     assert reasons == [None, None]
-    _, reasons, notes = supply(str(foreign), asked=texts[:2])
+    _, reasons, notes = supply(f"0.5*self + 0.5*{foreign}", asked=texts[:2])
     assert reasons[0] is not None
     assert notes[-1] == "reference margins: no pair is left"
 
@@ -170,6 +180,9 @@ def test_columns(supply, rows: list[dict]) -> None:
     assert supply("column(chosen=a, rejected=b)", columns=named)[0].sum[:2].tolist() == [-5.0, -6.0]
     trl = [{**row, "ref_chosen_logps": -5.0, "ref_rejected_logps": -6.0} for row in rows]
     assert supply("column", columns=trl)[0].sum[:2].tolist() == [-5.0, -6.0]
+    mixed, *_ = supply("0.5*self + 0.5*column", columns=given)
+    torch.testing.assert_close(mixed.sum, 0.5 * supply("self")[0].sum + 0.5 * logps.sum, atol=1e-4, rtol=0)
+    assert not mixed.aligned
 
 
 @pytest.mark.parametrize("value", [None, "x", math.nan, math.inf, 1.0, True])

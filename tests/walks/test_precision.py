@@ -36,6 +36,7 @@ DPO |= {
     "ema": ("--ref", "ema(rate=0.5)"),
     "ref none": ("--ref", "none"),
     "ref model": ("--ref", "{tiny}"),
+    "sum": ("--ref", "0.5*self + 0.5*{tiny}"),
     "lora recomputed": ("--lora", "lora(r=4)", "--gradient-checkpointing"),
     "measured": (
         *("--eval-prompts", "{demos}", "--gold", "length()", "--max-new-tokens", "8"),
