@@ -191,7 +191,7 @@ OLD_NAMES: dict[str, str] = {
     "--silver": "--annotator",
     "--stop-kl": "lower --lr or --epochs, or raise --beta",
     "--stop-when-parted": "--early-stopping-patience, as in --early-stopping-patience 2",
-    "--tokenizer": "--estimate takes a token to be four characters",
+    "--tokenizer": "an estimate takes a token to be four characters",
     "--tokens": "log-probabilities of tokens are always stored",
     "--top-k": "answers to learn from are drawn from the whole distribution",
     "--top-p": "answers to learn from are drawn from the whole distribution",

@@ -95,9 +95,9 @@ def several(text: str, count: int, *, ties: bool = True) -> list[Label] | None:
     """The labels of `count` cases, one on each line. None if there are more or fewer labels: it would be a guess which
     case each belongs to.
 
-    >>> several("Output (a)\nOutput (b)\nOutput (b)", 3)
+    >>> several("Output (a)\\nOutput (b)\\nOutput (b)", 3)
     ['A', 'B', 'B']
-    >>> several("Output (a)\nOutput (b)", 3)
+    >>> several("Output (a)\\nOutput (b)", 3)
     """
     found = [label for _, line in _lines(text, 0) if (label := _label(line, 0))]
     sound = len(found) == count and (ties or all(one.label != "TIE" for one in found))
