@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 import pyrite
+from pyrite.core.specs import given
 
 NAMES = [name for name in pyrite.__all__ if name != "__version__"]
 JOBS = ("sft", "generate", "label", "reward", "dpo", "online", "ppo", "evaluate")
@@ -172,6 +174,31 @@ def test_what_a_function_holds_is_in_its_name() -> None:
     assert len(set(first)) == 4
 
 
+def test_two_lambdas_of_one_line_have_two_names() -> None:
+    both = lambda pair: -pair.chosen.sum, lambda pair: -2 * pair.chosen.sum
+    assert len({given(one) for one in both}) == 2
+
+
+@functools.cache
+def weight(text: str) -> float:
+    return 1.0 + len(text)
+
+
+def test_a_function_that_holds_a_cached_one_is_named_by_its_code() -> None:
+    def weighs(word: str, scale: float, weight: Callable[[str], float] = weight) -> Callable:
+        @functools.lru_cache(maxsize=4)
+        def points(text: str) -> float:
+            return scale * text.count(word) * weight(text)
+
+        return lambda prompts, responses: [points(response) for response in responses]
+
+    first, again, scaled = weighs("cat", 1.0), weighs("cat", 1.0), weighs("cat", 2.0)
+    other = weighs("cat", 1.0, functools.cache(lambda text: 2.0 + len(text)))
+    first([""], ["a cat"])  # what it remembers is not in its name
+    assert given(first) == given(again)
+    assert len({given(first), given(scaled), given(other)}) == 3
+
+
 def test_a_function_that_holds_what_has_no_name_is_refused(tiny: Path, pairs: Path) -> None:
     lock = threading.Lock()
 
@@ -188,7 +215,7 @@ class DataFrame:
 
 
 @pytest.mark.parametrize(
-    ("given", "words"),
+    ("thing", "words"),
     [
         (lambda: pyrite.Run(Path("runs/sft"), {}, {}), "dpo: data is a Run: give a path in its folder"),
         (lambda: pyrite.Responses.of([([1], [[2]])]), "dpo: data is a Responses: give rows, a list of dictionaries"),
@@ -199,10 +226,10 @@ class DataFrame:
     ids=["run", "responses", "frame", "numbers", "object"],
 )
 def test_an_object_that_no_job_takes_is_refused_with_what_to_give(
-    given: Callable[[], object], words: str, tiny: Path
+    thing: Callable[[], object], words: str, tiny: Path
 ) -> None:
     with pytest.raises(ValueError, match=words):
-        pyrite.dpo(str(tiny), given())
+        pyrite.dpo(str(tiny), thing())
 
 
 def test_a_file_of_no_kind_is_refused(pairs: Path) -> None:

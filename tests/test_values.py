@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from pyrite.data.responses import Responses
+from pyrite.models import forward
 from pyrite.models.forward import score
 from pyrite.models.loading import Lora
 from pyrite.models.policy import Policy, RewardModel, ValueModel, WithValue
@@ -134,8 +135,16 @@ def test_adapters_are_saved_and_trained_on(tiny: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(again(again.pack(rows)), model(model.pack(rows)))
     names = [{name for name, p in one.named_parameters() if p.requires_grad} for one in (model, again)]
     assert names[0] == names[1]
-    with pytest.raises(ValueError, match="has adapters already, and training goes on with them"):
+    with pytest.raises(ValueError, match=r"value has adapters, which are trained on: leave out lora="):
         ValueModel.load(tmp_path / "value", lora=Lora(r=2))
+
+
+def test_what_it_is_saved_with_is_how_its_reward_model_reads(tiny: Path, tmp_path: Path) -> None:
+    reward = RewardModel.load(tiny, head_seed=3, pooling="mean", max_length=40, max_prompt=25)
+    reward.save(tmp_path / "reward")
+    ValueModel.load(tmp_path / "reward").save(tmp_path / "value")
+    again = RewardModel.load(tmp_path / "value")
+    assert (again.pooling, again.max_length, again.max_prompt) == ("mean", 40, 25)
 
 
 def test_saved_and_loaded_it_is_the_same(tiny: Path, tmp_path: Path) -> None:
@@ -167,3 +176,11 @@ def test_values_of_answers_come_in_their_order(budget: int, tokenizer: PreTraine
 def test_refusals(tiny: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(ValueError, match="reads ahead"):
         ValueModel(build("bert", classifier=True), tokenizer)
+
+
+def test_a_head_that_reads_more_than_a_state_is_refused_as_such(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(forward, "ways", lambda model: forward.Ways(causal=True, head=False))
+    with pytest.raises(ValueError, match=r"^LlamaForSequenceClassification has no head that reads one token's state"):
+        ValueModel(build("llama", classifier=True), tokenizer)

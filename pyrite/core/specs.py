@@ -529,7 +529,8 @@ def part(spec: str, registry: Registry) -> ReadyPart:
     functions = _functions(module or registry)
     if name not in functions:
         place = f" in {where}" if where else ""
-        raise ValueError(f"unknown name {name!r}{place}: {_no_function(name, module) or _suggest(name, functions)}")
+        hint = _no_function(name, module) or getattr(module or registry, "GONE", {}).get(name)
+        raise ValueError(f"unknown name {name!r}{place}: {hint or _suggest(name, functions)}")
     function = functions[name]
     _check_options(function, options)
     if not where or function.__module__.partition(".")[0] == "pyrite":
@@ -564,7 +565,11 @@ def given(function: Function) -> str:
 
 
 class _Pickler(pickle.Pickler):
-    """Pickles by content: functions and own classes by their code, tensors by their numbers, sets in order."""
+    """Pickles by content: functions and own classes by their code, tensors by their numbers, sets in order.
+
+    Of a cached function, the function within counts, not what it remembers. The source alone would not tell two lambdas
+    of one line apart, so what Python made of it counts too.
+    """
 
     def __init__(self, file: io.BytesIO) -> None:
         super().__init__(file, protocol=5)
@@ -577,7 +582,10 @@ class _Pickler(pickle.Pickler):
             case FunctionType():
                 self.inside.append(thing)
                 held = [cell.cell_contents for cell in thing.__closure__ or ()]
-                return "function", _code(thing), held, thing.__defaults__, thing.__kwdefaults__
+                code = _code(thing), _compiled(thing.__code__)
+                return "function", code, held, thing.__defaults__, thing.__kwdefaults__
+            case functools._lru_cache_wrapper():
+                return "cached", thing.__wrapped__
             case type() if thing.__module__ != "builtins":
                 self.inside.append(thing)
                 own = not _library(Path(getattr(sys.modules.get(thing.__module__), "__file__", None) or "notebook"))
@@ -599,12 +607,12 @@ def _pickled(thing: Any) -> bytes:
     return file.getvalue()
 
 
-def _code(function: Any) -> Any:
-    """The source of a function; without one, of code that was typed, what Python made of it."""
+def _code(function: Any) -> str:
+    """The source of a function; empty for code that was typed."""
     try:
         return inspect.getsource(inspect.unwrap(function))
     except (OSError, TypeError):
-        return _compiled(function.__code__)
+        return ""
 
 
 def _compiled(code: CodeType) -> tuple[Any, ...]:

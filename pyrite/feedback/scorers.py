@@ -43,6 +43,10 @@ __all__ = [
     "with_prompt",
     "word_collector",
 ]
+GONE = {  # golds of earlier versions, and what to use in their place
+    "reverse_word_collector": "it is gone; weighted_sum(golds=[\"word_collector(words='common')\"], weights=[-1.0]) "
+    "ranks answers alike"
+}
 
 
 # By rule ------------------------------------------------------------------------------------------------------------
@@ -93,6 +97,7 @@ LISTS = {
         "ensure experience safe".split()
     ),
     "toy": (*VIVID_NOUNS, *VIVID_ADJECTIVES),
+    "common": tuple("the to and of in is that this with".split()),
 }
 
 
@@ -119,7 +124,8 @@ def word_collector(*, words: Sequence[str] | str = "d2po") -> Scorer:
     """Scorer: number of distinct listed words in the response, |W(y) ∩ words|; case-sensitive, repeats are free.
 
     words: a list of your own, or "d2po" (the 30 words of Singhal et al. 2024, Word Collector), or "toy" (the 30
-    vivid words of the toy world, about 1 an answer at first). Raises ValueError for another name or no words.
+    vivid words of the toy world, about 1 an answer at first), or "common" (nine of the commonest in English). Raises
+    ValueError for another name or no words.
 
     >>> word_collector(words=["amber", "velvet"])([""], ["amber amber velvety"])
     tensor([1.])

@@ -453,21 +453,28 @@ class ValueModel(RewardModel):
     """A reward model read before every response token: (score − mean) / std, what is still to come of the reward."""
 
     def __init__(
-        self, model: PreTrainedModel | PeftModel, tokenizer: Any, *, mean: float = 0.0, std: float = 1.0
+        self, model: PreTrainedModel | PeftModel, tokenizer: Any, *, mean: float = 0.0, std: float = 1.0, **reads: Any
     ) -> None:
-        super().__init__(model, tokenizer, mean=mean, std=std)
+        super().__init__(model, tokenizer, mean=mean, std=std, **reads)
+        name = type(backbone(model)).__name__
+        if not self.ways.causal:
+            raise ValueError(f"{name} reads ahead: a value model needs a decoder model")
         if not self.decodes:
-            raise ValueError(f"{type(backbone(model)).__name__} reads ahead: a value model needs a decoder model")
+            raise ValueError(f"{name} has no head that reads one token's state alone, as a value model needs")
 
     @classmethod
     def load(cls, path: str | Path, *, lora: Lora | None = None, dtype: Dtype = "float32") -> ValueModel:  # pyright: ignore[reportIncompatibleMethodOverride]
         """From a reward model, whose head and standardization it takes over; or from any other model, at 0 everywhere.
 
-        lora: new adapters, which are trained beside the head in place of the trunk.
+        lora: new adapters, which are trained beside the head in place of the trunk. Raises ValueError for a model
+        that is no decoder, and for new adapters beside old ones. How the reward model reads texts is kept, to be saved.
         """
         starts = not settings(path) and not is_classifier(path)
-        scorer = RewardModel.load(path, lora=lora, dtype=dtype, head_seed=0 if starts else None, head_std=0.0)
-        return cls(scorer.model, scorer.tokenizer, mean=scorer.mean, std=scorer.std)
+        scorer = RewardModel.load(path, dtype=dtype, head_seed=0 if starts else None, head_std=0.0)
+        if lora is not None and isinstance(scorer.model, PeftModel):
+            raise ValueError(f"{path} has adapters, which are trained on: leave out lora=, or merge them")
+        kept = {name: getattr(scorer, name) for name in ("mean", "std", "pooling", "max_length", "max_prompt")}
+        return cls(adapted(scorer.model, lora, task="SEQ_CLS"), scorer.tokenizer, **kept)
 
     def forward(self, batch: Packed) -> Tensor:
         """The value before each of the R response tokens, (R,) float32: it has not seen the token."""

@@ -38,3 +38,11 @@ def test_a_scorer_of_single_texts_refuses_unequal_lists():
 def test_an_unknown_gold_is_named(spec):
     with pytest.raises(ValueError, match=rf"unknown name '{spec[:-2]}': .*known: .*word_collector"):
         specs.part(spec, scorers)
+
+
+def test_a_gold_of_earlier_versions_names_what_ranks_alike():
+    with pytest.raises(ValueError, match=r"it is gone; weighted_sum\(") as caught:
+        specs.part("reverse_word_collector()", scorers)
+    assert "did you mean" not in str(caught.value)
+    instead = specs.part(str(caught.value).partition("; ")[2].removesuffix(" ranks answers alike"), scorers)
+    assert instead([""] * 3, ["", "the the of", "and so on"]).tolist() == [0, -2, -1]
