@@ -251,8 +251,11 @@ def test_report_of_a_sweep_is_a_page_for_each_run(pyrite: Command, tmp_path: Pat
     for name in ("beta_0.1", "beta_0.2"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text('{"job": "dpo"}')
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "llama"}')
     status, _, err = pyrite("report", tmp_path)
     assert status == 0
+    assert [path.name for path in (tmp_path / "model").iterdir()] == ["config.json"]
     for name in ("beta_0.1", "beta_0.2"):
         assert "not finished" in (tmp_path / name / "report.html").read_text()
     (tmp_path / "empty").mkdir()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyrite.feedback.judges import bradley_terry
 from pyrite.feedback.ledger import Account, GoldLimits
-from pyrite.jobs.online import Labeler, Pairs
+from pyrite.jobs.online import Labeler, Rules
 
 JUDGE = "bradley_terry(gold='length()', hard=True)"
 GOLD = bradley_terry(gold="length()", hard=True)
@@ -21,7 +21,7 @@ def labeler(folder: Path, *, budget: int | None, live: bool = False, rounds: int
     limits = GoldLimits(budget=budget, ledger=str(folder / "ledger.db"))
     account = limits.account(folder / name, JUDGE, "verdict")
     given = {"rounds": rounds, "budget": budget, "account": account, "annotator": Liar() if live else None}
-    return Labeler(GOLD, JUDGE, Pairs(), folder / name, **given)
+    return Labeler(GOLD, JUDGE, Rules(), folder / name, **given)
 
 
 def test_the_judge_alone_until_its_labels_are_spent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -42,7 +42,7 @@ def test_the_judge_alone_until_its_labels_are_spent(tmp_path: Path, capsys: pyte
 
 def test_money_runs_out_too(tmp_path: Path) -> None:
     limits = GoldLimits(max_cost=0.05, cost=0.02)
-    made = Labeler(GOLD, JUDGE, Pairs(), tmp_path, account=limits.account(tmp_path, JUDGE, "verdict"))
+    made = Labeler(GOLD, JUDGE, Rules(), tmp_path, account=limits.account(tmp_path, JUDGE, "verdict"))
     labelled = made(answers((1, 2), (5, 3), (4, 8)), 0)[1]
     assert (labelled.labels, labelled.missing) == (2, 1)
     assert made.spent(0)
@@ -120,6 +120,6 @@ def _impatient(account: Account) -> Account:
 
 
 def test_verdicts_are_checked(tmp_path: Path) -> None:
-    made = Labeler(lambda p, a, b: torch.full((len(p),), 7.0), "mine", Pairs(), tmp_path)
+    made = Labeler(lambda p, a, b: torch.full((len(p),), 7.0), "mine", Rules(), tmp_path)
     with pytest.raises(ValueError, match="mine judged pair 1 as 7"):
         made(answers((1, 2)), 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,7 +16,7 @@ from torch import Tensor
 from pyrite.data.responses import Responses
 from pyrite.feedback.judges import bradley_terry
 from pyrite.feedback.pairing import Labelled, Pair
-from pyrite.jobs.online import Labeler, Pairs
+from pyrite.jobs.online import Labeler, Rules
 from pyrite.training.loop import Learner
 
 GOLD = bradley_terry(gold="length()", hard=True)  # more words are better
@@ -50,7 +51,7 @@ def answers(*sizes: tuple[int, int], start: int = 0) -> Responses:
 def live(schedule: str, *, rounds: int = 4, budget: int | None = None, liar: Liar | None = None) -> Labeler:
     liar = liar or Liar()
     liar.schedule = schedule
-    return Labeler(GOLD, "mine", Pairs(), Path("none"), rounds=rounds, budget=budget, annotator=liar)
+    return Labeler(GOLD, "mine", Rules(), Path("none"), rounds=rounds, budget=budget, annotator=liar)
 
 
 def labeled(made: Labeler, judge: Callable, some: Responses, number: int) -> tuple[Responses, Labelled, dict]:
@@ -98,6 +99,41 @@ def test_a_budget_of_everything_is_the_judge_alone() -> None:
     pairs = live("even()", budget=None)(answers((1, 10), (3, 4), (6, 1), (5, 8)), 0)[1].pairs
     assert all(p.source == "gold" for p in pairs)
     assert [(p.chosen, p.rejected) for p in pairs] == [(1, 0), (3, 2), (4, 5), (7, 6)]
+
+
+def test_a_schedule_of_your_own_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from pyrite.feedback.schedules import even\nprint('read')\n\ndef my_even():\n    return even()\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    made = live("mine.py:my_even()", rounds=3, budget=3)
+    (tmp_path / "mine.py").unlink()
+    assert [made(answers((1, 2), (3, 4), start=2 * i), i)[1].labels for i in range(3)] == [1, 1, 1]
+
+
+def test_a_checkpoint_of_an_earlier_version_is_refused_in_one_line(tmp_path: Path) -> None:
+    made = Labeler(GOLD, "mine", Rules(), tmp_path, rounds=2, annotator=Liar())
+    made(answers((1, 2), (3, 4)), 0)
+    made.save(1)
+    shelf = tmp_path / "checkpoints" / "silver" / "shelf-1.json"
+    kept = json.loads(shelf.read_text())
+    del kept["begun"]
+    shelf.write_text(json.dumps(kept))
+    with pytest.raises(ValueError, match=r"shelf-1.json: an earlier version wrote it, .*; choose another --out"):
+        made.resume(1, 0)
+
+
+def test_preferences_that_a_prompt_was_asked_under_are_kept_for_later_rounds(tmp_path: Path) -> None:
+    some = answers((1, 2), (3, 4))
+    rows = [{**row, "asked": "Tell.", "preferences": ["P1A"]} for row in some.rows]
+    made = Labeler(GOLD, "mine", Rules(), tmp_path, rounds=2, budget=2, annotator=Liar())
+    made(replace(some, rows=rows), 0)
+    made.save(1)
+    back = Labeler(GOLD, "mine", Rules(), tmp_path, rounds=2, budget=2, annotator=Liar())
+    back.resume(1, made.used)
+    for name in ("learned", "fresh", "pool"):
+        assert getattr(back, name).owners == getattr(made, name).owners
+    assert back.learned.owners[0]["preferences"] == ["P1A"]
 
 
 def test_a_budget_of_nothing_is_the_discriminator_alone() -> None:

@@ -228,3 +228,32 @@ def test_a_run_of_an_earlier_version_is_named_as_one(config: Config) -> None:
     runs.write_json(made, manifest)
     with pytest.raises(RunError, match=r"a run of an earlier version, with other options; choose another --out"):
         start(config)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A Config whose settings have no default, as a recipe's."""
+
+    out: Path
+    data: str
+    settings: Inner
+
+
+@pytest.mark.parametrize(("schema", "within"), [(Config, "training"), (Plan, "settings")])
+def test_an_option_of_a_newer_version_takes_its_default(config: Config, schema: type, within: str) -> None:
+    """A run that was made before the option existed is the same run."""
+    given = config if schema is Config else Plan(config.out, config.data, Inner())
+    run = start(given)  # type: ignore[arg-type]
+    run.open()
+    run.finish(score=1.0)
+    for name in ("config.json", "manifest.json"):
+        kept = runs.read_json(config.out / name)
+        if name == "manifest.json":
+            del kept["identity"][f"{within}.lr"]
+        else:
+            del kept[within]["lr"]
+        runs.write_json(config.out / name, kept)
+    assert start(given).done  # type: ignore[arg-type]
+    other = replace(given, **{within: Inner(lr=0.2)})
+    with pytest.raises(RunError, match=rf"{within}.lr: 0.1 there, 0.2 now"):
+        start(other)  # type: ignore[arg-type]

@@ -268,11 +268,18 @@ def _report(arguments: list[str]) -> None:
     if len(arguments) != 1:
         raise ValueError("report: give one folder, of a run, a sweep or a recipe")
     folder = Path(arguments[0])
-    found = [folder / "config.json"] if (folder / "config.json").exists() else sorted(folder.glob("*/config.json"))
+    single = (folder / "config.json").exists()
+    found = [folder] if single else [path.parent for path in sorted(folder.glob("*/config.json")) if _is_run(path)]
     if not found:
         raise ValueError(f"{folder}: no run here (no config.json); give the --out folder of a job, a sweep or a recipe")
-    for config in found:
-        _print(f"report: {_page(config.parent)}")
+    for one in found:
+        _print(f"report: {_page(one)}")
+
+
+def _is_run(config: Path) -> bool:
+    """Whether a config.json is a run's. Models have one too."""
+    found = runs.read_json(config)
+    return isinstance(found, dict) and "job" in found
 
 
 def _page(folder: Path) -> Path:

@@ -25,7 +25,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -445,8 +445,7 @@ def _differences(run: Run) -> list[str]:
         raise RunError(f"{run.folder}: holds a run of an earlier version, with other options; choose another --out")
     if before["job"] != run.config["job"]:
         return [f"job: {before['job']!r} there, {run.config['job']!r} now"]
-    theirs, mine = about["identity"], _identity(run)
-    usual = _plain(_options(type(run.job)))
+    theirs, mine, usual = about["identity"], _identity(run), _flat(_plain(_defaults(run.job)))
     old, new = _flat(before), _flat(run.config)
     found = [
         f"{key}: {old.get(key, theirs.get(key, usual.get(key)))!r} there, {new.get(key)!r} now"
@@ -475,14 +474,27 @@ def _identity(run: Run) -> dict[str, Any]:
         return value
 
     found = {key: put(value) for key, value in _flat(run.config).items()}
-    paths = {key: value for key, value in _options(run.job).items() if isinstance(value, Path) and key in found}
+    paths = [key for key, value in _flat(_values(run.job)).items() if isinstance(value, Path) and key in found]
     return found | {key: os.path.realpath(os.path.expanduser(found[key])) for key in paths}
 
 
-def _options(schema: Any) -> dict[str, Any]:
-    """The options of a job by their names in config.json: their values in a Config, their defaults in its class."""
-    found = ranges.declared(schema) if is_dataclass(schema) else ()
-    return {one.key: one.default for one in found if not one.required}
+def _values(config: Any) -> dict[str, Any]:
+    """The options of a Config by name, groups within it as dictionaries."""
+    found = {one.name: getattr(config, one.name) for one in fields(config)} if is_dataclass(config) else {}
+    return {name: _values(value) if is_dataclass(value) else value for name, value in found.items()}
+
+
+def _defaults(config: Any) -> dict[str, Any]:
+    """The default of each option of a Config. A group without a default, such as a recipe's settings, has those of its
+    own class."""
+    found: dict[str, Any] = {}
+    for one in fields(config) if is_dataclass(config) else ():
+        default = one.default if one.default_factory is MISSING else one.default_factory()
+        if default is not MISSING:
+            found[one.name] = _values(default) if is_dataclass(default) else default
+        elif is_dataclass(given := getattr(config, one.name)):
+            found[one.name] = _defaults(given)
+    return found
 
 
 def _flat(config: dict[str, Any]) -> dict[str, Any]:

@@ -33,7 +33,9 @@ class Responses:
     lengths: Tensor  # (N,) tokens of each response
     finished: Tensor  # (N,) bool: it ends with its end token
     truncated: Tensor | None = None  # (N,) bool: it was cut to a length when it was read
-    logps: Tensor | None = None  # (R,) nats: of each token, under the policy that drew it, at temperature 1
+    # (R,) nats: of each token, under the policy that drew it, at temperature 1; NaN if the policy did not draw it, as
+    # with a sampler's reference arm. Records that are joined lose the column.
+    logps: Tensor | None = None
 
     @classmethod
     def said(

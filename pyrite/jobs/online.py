@@ -226,7 +226,7 @@ def run(config: Config) -> Run:
 # Options --------------------------------------------------------------------------------------------------------------
 
 
-class Pairs(NamedTuple):
+class Rules(NamedTuple):
     """Which answers to a prompt make pairs, and how a verdict labels them; see `feedback.pairing.label`."""
 
     pairing: Pairing = "best_worst"
@@ -234,19 +234,19 @@ class Pairs(NamedTuple):
     min_margin: float = 0.0
 
 
-def best_worst(*, labels: Labels = "soft", min_margin: NonNegative = 0.0) -> Pairs:
+def best_worst(*, labels: Labels = "soft", min_margin: NonNegative = 0.0) -> Rules:
     """The best and the worst answer to a prompt."""
-    return Pairs("best_worst", labels, min_margin)
+    return Rules("best_worst", labels, min_margin)
 
 
-def consecutive(*, labels: Labels = "soft", min_margin: NonNegative = 0.0) -> Pairs:
+def consecutive(*, labels: Labels = "soft", min_margin: NonNegative = 0.0) -> Rules:
     """Answers 0 and 1, 2 and 3, ..."""
-    return Pairs("consecutive", labels, min_margin)
+    return Rules("consecutive", labels, min_margin)
 
 
-def every_two(*, labels: Labels = "soft", min_margin: NonNegative = 0.0) -> Pairs:
+def every_two(*, labels: Labels = "soft", min_margin: NonNegative = 0.0) -> Rules:
     """Every two answers to a prompt."""
-    return Pairs("all", labels, min_margin)
+    return Rules("all", labels, min_margin)
 
 
 PAIRINGS = {"all": every_two, "best_worst": best_worst, "consecutive": consecutive}
@@ -258,7 +258,7 @@ class Parts(NamedTuple):
     sampler: Sampler
     judge: Judge
     loss: Any
-    pairing: Pairs
+    pairing: Rules
     annotator: Maker | None
 
 
@@ -294,6 +294,7 @@ def _parts(config: Config, asking: GoldLimits) -> Parts:
 
 NOTHING = Responses.of([])
 Couple = tuple[int, int]
+ASKED = ("prompt_id", "prompt", "asked", "preferences")  # of a prompt, what an annotator may read in later rounds
 
 
 @dataclass
@@ -306,7 +307,7 @@ class Labeler:
 
     judge: Judge
     name: str  # of the judge, for messages
-    pairing: Pairs
+    rules: Rules
     folder: Path
     seed: int = 0
     rounds: int = 1
@@ -319,6 +320,12 @@ class Labeler:
     fresh: Responses = NOTHING  # chosen and rejected in turn, as it has not learned them yet
     pool: Responses = NOTHING  # pairs that no label was bought for, two answers each
     begun: list[int] = field(default_factory=list)  # the round of each of these pairs
+    schedule: Schedule | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        if self.annotator:  # read once: a schedule of your own may keep a state
+            named: Any = specs.part(self.annotator.schedule, schedules).function
+            self.schedule = named
 
     def __call__(self, answers: Responses, number: int) -> tuple[Responses, Labelled, dict[str, float]]:
         """The pairs of a round as indices into answers, of earlier rounds too, and metrics."""
@@ -360,7 +367,10 @@ class Labeler:
             return
         for member, learner in enumerate(self.annotator.learners):
             loop.resume(self._silver / str(member), learner, {}, step=done)
-        kept = runs.read_json(self._silver / f"shelf-{done}.json")
+        shelf = self._silver / f"shelf-{done}.json"
+        kept = runs.read_json(shelf)
+        if "begun" not in kept:
+            raise ValueError(f"{shelf}: an earlier version wrote it, with other things; choose another --out")
         self.learned, self.fresh, self.pool = (_from_rows(kept[name]) for name in ("learned", "fresh", "pool"))
         self.begun = kept["begun"]
 
@@ -375,9 +385,9 @@ class Labeler:
             [plain(prompt) for prompt in answers.prompts],
             list(answers.texts),
             answers.groups(),
-            pairing=self.pairing.pairing,
-            labels=self.pairing.labels,
-            min_margin=self.pairing.min_margin,
+            pairing=self.rules.pairing,
+            labels=self.rules.labels,
+            min_margin=self.rules.min_margin,
             seed=seeds.derive(self.seed, "labels", number),
             name=self.name,
             names=_names(answers),
@@ -387,13 +397,14 @@ class Labeler:
         self, annotator: Annotator, judge: Judge, drawn: Responses, number: int
     ) -> tuple[Responses, Labelled, dict[str, float]]:
         """The judge labels the pairs that the schedule pays for; the annotator learns them, and labels the others."""
-        schedule: Any = specs.part(annotator.schedule, schedules).function
+        schedule = self.schedule
+        assert schedule is not None
         recent = [i for i, begun in enumerate(self.begun) if number - begun < schedule.window]
         begun = [self.begun[i] for i in recent]
         pool = self.pool.take([i for pair in recent for i in (2 * pair, 2 * pair + 1)])
         answers = Responses.joined([drawn, pool])
         scores = annotator.scores(answers)
-        ends = paired(drawn.groups(), self.pairing.pairing, scores[:, : len(drawn)].mean(0))
+        ends = paired(drawn.groups(), self.rules.pairing, scores[:, : len(drawn)].mean(0))
         own = [(a, b) for a, b in ends if answers.texts[a] != answers.texts[b]]
         couples = own + [(i, i + 1) for i in range(len(drawn), len(answers), 2)]
         gold = self._buy(schedule, judge, answers, couples, _margins(scores, couples), number)
@@ -409,8 +420,8 @@ class Labeler:
             couples,
             verdicts,
             len(answers),
-            labels=self.pairing.labels,
-            min_margin=self.pairing.min_margin,
+            labels=self.rules.labels,
+            min_margin=self.rules.min_margin,
             seed=seeds.derive(self.seed, "labels", number),
             sources=["silver" if math.isnan(gold.get(i, math.nan)) else "gold" for i in range(len(couples))],
             names=[*_names(drawn), *(f"{round} {i}" for i, round in enumerate(begun) for _ in "ab")],
@@ -456,7 +467,7 @@ class Labeler:
             return {}
         order = torch.randperm(old, generator=seeds.generator(self.seed, "replay", number)).tolist()
         again = [i for pair in order[: min(old, round(replay * new))] for i in (2 * pair, 2 * pair + 1)]
-        labels = Responses.joined([self.fresh, self.learned.take(again)])
+        labels = Responses.joined([self.fresh, self.learned.alone(again)])
         found = annotator.learn(labels, seed=seeds.derive(self.seed, "learn", number))
         self.learned, self.fresh = Responses.joined([self.learned, self.fresh]), NOTHING
         return {f"reward_{name}": value for name, value in found.items()}
@@ -478,9 +489,9 @@ def _as_rows(answers: Responses) -> list[dict[str, Any]]:
     columns = zip(
         answers.owners, answers.asked(), answers.texts, answers.tokens(), answers.finished.tolist(), strict=True
     )
-    names = ("prompt_id", "prompt")
     return [
-        {**{name: row[name] for name in names}, "prompt_ids": [*ids], "text": said, "ids": tokens, "finished": done}
+        {**{name: row[name] for name in ASKED if name in row}, "prompt_ids": [*ids], "text": said, "ids": tokens}
+        | {"finished": done}
         for row, ids, said, tokens, done in columns
     ]
 
@@ -488,7 +499,7 @@ def _as_rows(answers: Responses) -> list[dict[str, Any]]:
 def _from_rows(rows: Sequence[dict[str, Any]]) -> Responses:
     """The answers that `_as_rows` wrote."""
     made = Responses.of([(row["prompt_ids"], [row["ids"]]) for row in rows])
-    asked = [{"prompt_id": row["prompt_id"], "prompt": row["prompt"]} for row in rows]
+    asked = [{name: row[name] for name in ASKED if name in row} for row in rows]
     finished = torch.tensor([row["finished"] for row in rows], dtype=torch.bool)
     return replace(made, rows=asked, texts=[row["text"] for row in rows], finished=finished)
 

@@ -51,7 +51,8 @@ class Players:
         exponents = None
         if sampler:
             each = [arms(sampler, k, seed=seed, number=number, prompt_id=str(row["prompt_id"])) for row in rows]
-            exponents = torch.stack([samplers.exponents(some) for some in each])
+            if any(arm != Arm(policy=1.0) for some in each for arm in some):
+                exponents = torch.stack([samplers.exponents(some) for some in each])
         with self.reading():
             return self.policy.draw(
                 rows,
