@@ -113,6 +113,12 @@ def test_options_that_take_several_take_one(tiny: Path, tmp_path: Path) -> None:
     assert run.done and len(run.config["reward"]) == 1
 
 
+def test_a_prompt_may_be_a_conversation(tiny: Path, tmp_path: Path) -> None:
+    prompts = [[{"role": "user", "content": f"tell me about the {word}"}] for word in ("cat", "dog")]
+    run = pyrite.generate(str(tiny), prompts, k=1, max_new_tokens=2, out=tmp_path / "answers")
+    assert [row["prompt"] for row in pyrite.load(run.folder / "candidates.parquet", "candidates")] == prompts
+
+
 def test_a_wrong_option_is_refused_with_the_nearest(tiny: Path, pairs: Path) -> None:
     with pytest.raises(TypeError, match=r"dpo\(\) has no option 'learning_rates'"):
         pyrite.dpo(str(tiny), str(pairs), learning_rates=1e-3)
@@ -221,9 +227,10 @@ class DataFrame:
         (lambda: pyrite.Responses.of([([1], [[2]])]), "dpo: data is a Responses: give rows, a list of dictionaries"),
         (DataFrame, r"dpo: data is a DataFrame: give its rows, frame.to_dict\('records'\)"),
         (lambda: [3], "dpo: data holds 3: give prompts, or rows as dictionaries"),
+        (lambda: [[3]], r"dpo: data holds \[3\]: give prompts, or rows as dictionaries"),
         (object, "dpo: data is a object: give a model, rows, a function or a path"),
     ],
-    ids=["run", "responses", "frame", "numbers", "object"],
+    ids=["run", "responses", "frame", "numbers", "lists", "object"],
 )
 def test_an_object_that_no_job_takes_is_refused_with_what_to_give(
     thing: Callable[[], object], words: str, tiny: Path

@@ -210,10 +210,12 @@ OLD_NAMES: dict[str, str] = {
 }
 
 
+ONLY_WITH = {"--tokenizer": "estimate"}  # options of earlier versions that only jobs with this other one had
 OLD_COMMANDS = {
     "reference compute": "`pyrite reference` alone computes",
     "reference import": "put the sums into columns of the data, and use --ref column",
-    "reference verify": "`pyrite dpo --ref FOLDER` checks a reference by every rule before it learns anything",
+    "reference verify": "`pyrite dpo --ref FOLDER` checks, before it learns anything, that files are unchanged and "
+    "that every answer is there, as the policy's tokens; it computes rows again only if they are the policy's own",
 }
 
 
@@ -269,7 +271,8 @@ def help_text(schema: type, prog: str, *, everything: bool) -> str:
 def unknown(name: str, known: Iterable[str], shown: str) -> str:
     """What to say of an option that is not known: what became of it, or which one is meant."""
     names = [_dashed(one) for one in known]
-    if is_old(name):
+    beside = ONLY_WITH.get(f"--{_dashed(name)}")
+    if is_old(name) and (beside is None or beside in names):
         old = f"--{_dashed(name)}" if f"--{_dashed(name)}" in OLD_NAMES else f"--{_dashed(name.removeprefix('no_'))}"
         now = OLD_NAMES[old]
         if not now.startswith("--"):

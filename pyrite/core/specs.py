@@ -331,11 +331,11 @@ def _maker(own: Own, answer: Any, data: tuple[Any, ...]) -> Any:
     missing = [name for name in ("scores", "learn", "learners") if not hasattr(answer, name)]
     if missing:
         raise own.fault(f"makes {_called(answer)} without {' and '.join(missing)}; see pyrite.training.live_rewards")
-    return Discriminating(own, answer)
+    return CheckedAnnotator(own, answer)
 
 
 @dataclass(frozen=True)
-class Discriminating:
+class CheckedAnnotator:
     """An annotator of the user's own, its answers checked."""
 
     own: Own

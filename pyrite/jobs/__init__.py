@@ -97,9 +97,9 @@ def _spec(thing: Any, where: str) -> str:
     if kind in INSTEAD:
         raise ValueError(f"{where} is a {kind}: give {INSTEAD[kind]}")
     if isinstance(thing, list):
-        if wrong := [one for one in thing if not isinstance(one, (str, dict))]:
+        if wrong := [one for one in thing if not (isinstance(one, (str, dict)) or _conversation(one))]:
             raise ValueError(f"{where} holds {wrong[0]!r:.40}: give prompts, or rows as dictionaries")
-        rows = [{"prompt_id": str(i), "prompt": one} if isinstance(one, str) else one for i, one in enumerate(thing)]
+        rows = [one if isinstance(one, dict) else {"prompt_id": str(i), "prompt": one} for i, one in enumerate(thing)]
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         path = _folder() / f"rows-{hashlib.sha256(text.encode()).hexdigest()[:16]}.jsonl"
         runs.write_text(path, text)
@@ -113,6 +113,11 @@ def _spec(thing: Any, where: str) -> str:
     if callable(thing):
         return specs.given(thing)
     raise ValueError(f"{where} is a {kind}: give a model, rows, a function or a path")
+
+
+def _conversation(thing: Any) -> bool:
+    """Whether it is a prompt as a list of messages."""
+    return isinstance(thing, list) and bool(thing) and all(isinstance(turn, dict) for turn in thing)
 
 
 def _folder() -> Path:

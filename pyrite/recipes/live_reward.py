@@ -570,7 +570,7 @@ def _task_parts(results: Row, task: str) -> list[Part]:
         )
         for row in _of(results["ends"], task)
     ]
-    columns = ("method", "labels", "gold", "KL, nats", "tokens", "beats start", "discriminator right", "static right")
+    columns = ("method", "labels", "gold", "KL, nats", "tokens", "beats start", "annotator right", "static right")
     return [
         text(
             f"{TOLD[task]} Reward models rank held-out pairs of the start right before the rounds: {known}.",
@@ -583,7 +583,7 @@ def _task_parts(results: Row, task: str) -> list[Part]:
         ),
         figure(
             over(rows, "round", "live_accuracy"),
-            "Of every two fresh answers of a method's own policy, how often its discriminator ranks them as gold does.",
+            "Of every two fresh answers of a method's own policy, how often its annotator ranks them as gold does.",
         ),
         table(columns, cells, "After the last round, with 95 % intervals. Right: fresh pairs ranked as gold does."),
     ]

@@ -146,7 +146,8 @@ def chain(one: Chain, settings: OveroptimizationSettings) -> None:
         drawn = generate.Config(one.path("sft", "model"), str(prompts), Path(f"{name}_answers"), k=k, limit=limit)
         one.run(f"{name} answers", replace(drawn, top_p=top_p, max_new_tokens=settings.max_new_tokens), name)
     candidates = one.path("pool_answers", "candidates.parquet")
-    one.run("pool labels", label.Config(candidates, Path("pool_labels"), gold=settings.gold, pairs=False))
+    scored = label.Config(candidates, Path("pool_labels"), gold=settings.gold, pairs=False)
+    one.run("pool labels", scored, draws=False)  # a seed would refuse the run of an earlier version, which has none
     candidates, flips = one.path("pairs_answers", "candidates.parquet"), derive(one.seed, "noise")
     for noise in settings.noise:
         name = f"noise_{100 * noise:g}"

@@ -64,12 +64,14 @@ class Chain:
         """A path in the folder, as jobs are given it."""
         return str(self.folder.joinpath(*parts))
 
-    def run(self, stage: str, config: Any, *stream: str) -> None:
+    def run(self, stage: str, config: Any, *stream: str, draws: bool = True) -> None:
         """Run a stage, by the job whose config this is, unless it is done.
 
-        config.out is a path in the chain's folder. A seed is drawn for `stream`, by default the name of that path.
+        config.out is a path in the chain's folder. A seed is drawn for `stream`, by default the name of that path;
+        none for a stage that draws nothing.
         """
-        seed = {"seed": derive(self.seed, *(stream or (config.out.name,)))} if hasattr(config, "seed") else {}
+        drawn = draws and hasattr(config, "seed")
+        seed = {"seed": derive(self.seed, *(stream or (config.out.name,)))} if drawn else {}
         job = importlib.import_module(type(config).__module__)
         self.runs[stage] = job.run(replace(config, out=self.folder / config.out, **seed))
 

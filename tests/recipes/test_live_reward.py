@@ -53,7 +53,7 @@ def test_recipe_runs_once_with_equal_labels(small: LiveRewardSettings, tmp_path:
     config = study.Config(out=tmp_path / "run")
     page = recipe.RECIPE.run(config)
     found = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert "<html" in page.read_text()
+    assert "<html" in page.read_text() and "annotator right" in page.read_text()
     assert {(row["task"], row["method"]) for row in found["ends"]} == {
         (task, method) for task, options in small.tasks.items() for method in options.methods
     }

@@ -54,6 +54,8 @@ def test_recipe_runs_once_and_is_returned_when_done(small: OveroptimizationSetti
     assert page.exists() and "<html" in page.read_text()
     assert {row["noise"] for row in found["curves"]} == {0.25, 0.0}
     assert {row["objective"] for row in found["curves"]} == {"single", "mean", "wco", "uwo", "member"}
+    labels = json.loads((tmp_path / "run" / "seed_0" / "pool_labels" / "config.json").read_text())
+    assert labels["seed"] == 0  # as earlier versions have it, whose runs go on
     missing = {claim.id for claim in recipe.CLAIMS} - {row["id"] for row in found["claims"]}
     few = {"four-members-beat-three-25", "five-members-like-four-25"}  # two members were trained
     assert missing == few | {f"ppo-{name}-best-beta" for name in ("mean", "wco", "uwo")}  # and two betas tried

@@ -64,6 +64,8 @@ def test_a_stage_is_run_in_the_folder_of_its_chain_with_a_seed_of_its_own(tmp_pa
     one.run("again", replace(race, out=Path("again")), "short")
     assert one.runs["race"].folder == tmp_path / "races" / "short" and one.results("race")["seconds"] >= 0
     assert [one.runs[name].config["seed"] for name in ("race", "again")] == [derive(3, "short")] * 2
+    one.run("unseeded", replace(race, out=Path("unseeded"), seed=5), draws=False)
+    assert one.runs["unseeded"].config["seed"] == 5
 
 
 def test_claims_are_a_table() -> None:
