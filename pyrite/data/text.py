@@ -685,14 +685,13 @@ def encode_prompts(
     tokenizer: Any,
     prompts: Sequence[Prompt],
     *,
-    max_length: int | None = None,
     max_prompt: int | None = None,
     where: Callable[[int], str] | None = None,
 ) -> list[list[int]]:
     """The ids of N prompts; each distinct prompt is rendered once. Limits and errors are those of `encode`."""
     name = where or _row
     shown = _shown(tokenizer, prompts, name)
-    return _fronts(tokenizer, prompts, shown, name, max_length=max_length, max_prompt=max_prompt)
+    return _fronts(tokenizer, prompts, shown, name, max_length=None, max_prompt=max_prompt)
 
 
 def decode(tokenizer: Any, rows: Sequence[Sequence[int]]) -> list[str]:

@@ -517,7 +517,7 @@ def agreed(
     """How far two judges agree on the pairs that both have judged. Pairs are joined by their texts and criterion.
 
     agreement: share of equal verdicts among A, B and tie. kappa: (agreement − chance) / (1 − chance), chance = Σ_c
-    p₁(c) p₂(c) of their own shares (Cohen 1960); NaN if chance is 1. decided: agreement on pairs on which neither sees
+    p₁(c) p₂(c) of their own shares (Cohen 1960); None if chance is 1. decided: agreement on pairs on which neither sees
     a tie. Raises ValueError if no pair has both verdicts.
     """
     theirs = {one.pair: one for one in second}

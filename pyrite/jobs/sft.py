@@ -116,9 +116,9 @@ def run(config: Config) -> Run:
     return run.finish(held_out_nll=nll, perplexity=perplexity, **counts, **fitted.counts(), moved=found)
 
 
-def negative_log_likelihood(policy: Policy, held_out: Responses, *, budget: int = 16384) -> float:
+def negative_log_likelihood(policy: Policy, held_out: Responses) -> float:
     """Mean over response tokens, nats."""
-    return -score(policy, held_out, singles(held_out), budget=budget).double().sum().item() / len(held_out.ids)
+    return -score(policy, held_out, singles(held_out)).double().sum().item() / len(held_out.ids)
 
 
 def _token_nll(policy: Policy, held_out: Responses) -> Tensor:

@@ -90,10 +90,10 @@ def opened(
     return model, tokenizer
 
 
-def verify(auto: Any, path: str | Path, *, new_head: bool = False) -> None:
+def verify(auto: Any, path: str | Path) -> None:
     """Refuse what `opened` would refuse. Reads one tensor at a time and allocates no model."""
     tokenizer, _ = load_tokenizer(path)
-    check_ids(tokenizer, load_model(auto, path, dtype="float32", new_head=new_head, device="meta"), path)
+    check_ids(tokenizer, load_model(auto, path, dtype="float32", device="meta"), path)
 
 
 def load_model(

@@ -709,7 +709,7 @@ SCHEMA = pa.schema(
         "prompt_ids_sha": pa.string(),
         "resp_ids_sha": pa.string(),
         "n_prompt_tokens": pa.int32(),
-        "n_resp_tokens": pa.int32(),  # -1 if unknown, in an imported reference
+        "n_resp_tokens": pa.int32(),
         "n_unknown": pa.int32(),  # tokens of the answer that stand for text the tokenizer does not know
         "truncated": pa.bool_(),
         "prompt_truncated": pa.bool_(),

@@ -397,14 +397,14 @@ def _accuracies(chain: Chain) -> list[Row]:
     ]
 
 
-def _samples(chain: Chain, *, prompts: int = 3) -> list[Row]:
+def _samples(chain: Chain) -> list[Row]:
     """Answers of some methods to the first prompts under two opposite combinations."""
     rows = []
     for method, combination in itertools.product(("pp", "pmorl", "psoups"), (PAIRS[0], PAIRS[1])):
         told = "+".join(combination)
         run = chain.runs.get(f"answers: {method}") or chain.runs[f"answers: {method}, {told}"]
         given = data.load(run.folder / "candidates.parquet", "candidates")
-        mine = [row for row in given if row["preferences"] == list(combination)][:prompts]
+        mine = [row for row in given if row["preferences"] == list(combination)][:3]
         place = {"method": method, "combination": told}
         rows += [{**place, "prompt": row["asked"], "response": row["response"]} for row in mine]
     return rows
@@ -667,7 +667,7 @@ def matrix_chart(rows: Sequence[Row]) -> alt.LayerChart:
     return styled(chart, {"cells": cells}, words, height=52 * len(methods))
 
 
-def pareto_chart(rows: Sequence[Row], x: str, y: str, *, height: int = 300) -> alt.LayerChart:
+def pareto_chart(rows: Sequence[Row], x: str, y: str) -> alt.LayerChart:
     """Methods by their mean score in two objectives; filled if no method is at least as good in all objectives.
 
     rows: {method, front, and a mean for each objective}. Raises ValueError if no row has both objectives.
@@ -680,7 +680,7 @@ def pareto_chart(rows: Sequence[Row], x: str, y: str, *, height: int = 300) -> a
     points: list[Row] = []
     for row in sorted(some, key=lambda row: row[y]):  # labels of points near each other, left to right, are moved up
         near = [point["place"] for point in points if abs(point["x"] - row[x]) < 0.2 * (right - left)]
-        place = max([row[y], *(other + 12 * (high - low) / height for other in near)])
+        place = max([row[y], *(other + 12 * (high - low) / 300 for other in near)])
         front = row["front"] > 0.5  # in most chains
         color, standing = (GREEN, "on the front") if front else (FAINT, "dominated")
         point = {"method": row["method"], "x": row[x], "y": row[y], "across": number(row[x]), "up": number(row[y])}
@@ -698,7 +698,7 @@ def pareto_chart(rows: Sequence[Row], x: str, y: str, *, height: int = 300) -> a
     labels = charts.table("points", alt.MarkDef("text", align="left", dx=10, fontSize=12, fontWeight=600))
     labels = labels.encode(alt.Y("place:Q"), alt.Text("method:N"), alt.Color("color:N", scale=None))
     told = " ".join(f"{p['method']}: {x} {p['across']}, {y} {p['up']}, {p['standing']}." for p in points)
-    return styled(alt.layer(dots, labels).encode(across), {"points": points}, told, height=height)
+    return styled(alt.layer(dots, labels).encode(across), {"points": points}, told, height=300)
 
 
 RECIPE = study.Recipe("soups", SETTINGS, chain, collect, story, figures, note=NOTE)

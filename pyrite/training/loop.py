@@ -375,10 +375,10 @@ def means(updates: Sequence[Mapping[str, Tensor]], where: str, advice: str) -> d
     return found
 
 
-def discard_checkpoints(run: Run, folder: str = "checkpoints") -> None:
+def discard_checkpoints(run: Run) -> None:
     """Drop what only a resume would need, once the model is saved."""
     if run.writes:
-        shutil.rmtree(run.folder / folder, ignore_errors=True)
+        shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)
 
 
 class _Log:
