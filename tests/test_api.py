@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import math
 import subprocess
 import sys
 import threading
@@ -261,3 +262,30 @@ def test_what_is_no_prompt_is_refused(prompts: Sequence, words: str, tiny: Path)
 def test_a_precision_by_another_name_is_refused(tiny: Path) -> None:
     with pytest.raises(ValueError, match="dtype 'bf16': give 'float32' or 'bfloat16'"):
         pyrite.Policy.load(tiny, dtype="bf16")  # pyright: ignore[reportArgumentType]
+
+
+BETA = 0.1
+
+
+def scaled(prompts: list[str], responses: list[str]) -> list[float]:
+    return [BETA * len(said) for said in responses]
+
+
+def test_a_function_is_named_by_the_globals_it_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = given(scaled)
+    assert given(scaled) == first
+    monkeypatch.setitem(globals(), "BETA", 0.5)
+    assert given(scaled) != first
+
+
+def test_what_is_no_list_of_prompts_or_texts_is_refused(tiny: Path) -> None:
+    policy = pyrite.Policy.load(tiny)
+    for wrong in ({"prompt": "a"}, None, {"a", "b"}):
+        with pytest.raises(ValueError, match="give a list of texts or of conversations"):
+            policy.sample(wrong)  # type: ignore[arg-type]
+    gold = pyrite.scorer("length()")
+    for bad in ((None,), ("a", "b"), (["a"], None)):
+        with pytest.raises(ValueError, match="two lists of texts, prompts and responses"):
+            gold(*bad)
+    with pytest.raises(ValueError, match="finite"):
+        pyrite.scorer(lambda prompts, responses: [math.nan, math.nan])(["a", "b"], ["b", "c"])

@@ -550,7 +550,8 @@ _given_functions: dict[str, Function] = {}
 def given(function: Function) -> str:
     """A spec string for a function in memory: its name, and a hash of its source, its options and what it holds.
 
-    The hash is the same in every process. Raises ValueError for a function that holds what cannot be hashed so.
+    It holds its closure, its defaults, and the globals it reads that are plain values or own functions. The hash is
+    the same in every process. Raises ValueError for a function that holds what cannot be hashed so.
     """
     name = getattr(getattr(function, "func", function), "__name__", type(function).__name__)
     try:
@@ -583,7 +584,7 @@ class _Pickler(pickle.Pickler):
                 self.inside.append(thing)
                 held = [cell.cell_contents for cell in thing.__closure__ or ()]
                 code = _code(thing), _compiled(thing.__code__)
-                return "function", code, held, thing.__defaults__, thing.__kwdefaults__
+                return "function", code, held, thing.__defaults__, thing.__kwdefaults__, _globals(thing)
             case functools._lru_cache_wrapper():
                 return "cached", thing.__wrapped__
             case type() if thing.__module__ != "builtins":
@@ -613,6 +614,28 @@ def _code(function: Any) -> str:
         return inspect.getsource(inspect.unwrap(function))
     except (OSError, TypeError):
         return ""
+
+
+def _globals(function: FunctionType) -> list[tuple[str, Any]]:
+    """The globals that a function reads: numbers, texts, tuples, tensors and own functions, such as BETA = 0.1.
+
+    Lists and dictionaries are left out, since a function may fill them as it works, and so are names it assigns.
+    """
+
+    def read(code: CodeType) -> set[str]:
+        steps = [(step.opname, step.argval) for step in dis.get_instructions(code)]
+        found = {name for step, name in steps if step == "LOAD_GLOBAL"}
+        found |= {name for one in code.co_consts if isinstance(one, CodeType) for name in read(one)}
+        return found - {name for step, name in steps if step == "STORE_GLOBAL"}
+
+    known = {name: function.__globals__[name] for name in sorted(read(function.__code__) & set(function.__globals__))}
+    return [(name, value) for name, value in known.items() if _lasting(value)]
+
+
+def _lasting(value: Any) -> bool:
+    if isinstance(value, FunctionType):
+        return not _library(Path(value.__code__.co_filename))
+    return value is None or isinstance(value, (bool, int, float, str, bytes, tuple, Tensor))
 
 
 def _compiled(code: CodeType) -> tuple[Any, ...]:

@@ -688,11 +688,11 @@ class JudgeOptions:
     price_out: NonNegative = 0.0
     """Price of a million output tokens."""
     max_cost: NonNegative | None = None
-    """Most money that all answers in the ledger file may cost. The judge stops before exceeding it."""
+    """The most money that all answers in the ledger file may cost. The judge stops before exceeding it."""
     concurrency: Count = 8
     """Requests in flight at the same time."""
     per_minute: Positive | None = None
-    """Most requests per minute."""
+    """The most requests per minute."""
     timeout: Positive = 60.0
     """Seconds to wait for a reply."""
     retries: Natural = 6

@@ -463,9 +463,11 @@ def scorer(gold: str | Scorer) -> Callable[..., Tensor]:
     name = gold if isinstance(gold, str) else getattr(gold, "__name__", type(gold).__name__)
 
     def score(prompts: Responses | list[str], responses: list[str] | None = None) -> Tensor:
-        if responses is not None:
-            return torch.as_tensor(function(prompts, responses))  # type: ignore[arg-type]
-        assert isinstance(prompts, Responses)
+        if not isinstance(prompts, Responses):
+            if not isinstance(prompts, list) or not isinstance(responses, list):
+                raise ValueError("a scorer reads answers, or two lists of texts, prompts and responses")
+            check_rows(prompts, responses)
+            return check_scores(function(prompts, responses), len(responses), name=name)
         texts = [str(said) for said in prompts.texts]
         found = check_scores(function([plain(one) for one in prompts.prompts], texts), len(texts), name=name)
         return prompts.table(found)

@@ -104,7 +104,7 @@ class Config:
     policy by gold is kept in best/."""
     evaluation: Evaluation = Evaluation()
     gold_budget: Natural | None = None
-    """Most answers that gold may score in measurements. No answer is paid for twice."""
+    """The most answers that gold may score in measurements. No answer is paid for twice."""
     gold_limits: str = "limits()"
     """What asking gold costs and how often it is asked: "limits(cost=0.01, max_cost=5, ledger='gold.db', batch=8,
     every=2, prompts=64)". Paid answers are kept in the ledger, which runs may share; every and prompts are about

@@ -635,6 +635,8 @@ def _check_prompts(prompts: Any) -> None:
     """Raises ValueError for anything but a list of texts and conversations."""
     if isinstance(prompts, str):
         raise ValueError("prompts is one text: give a list of prompts")
+    if not isinstance(prompts, Sequence):
+        raise ValueError(f"prompts is a {type(prompts).__name__}: give a list of texts or of conversations")
     for i, prompt in enumerate(prompts):
         turns = prompt if isinstance(prompt, list) else ()
         if not isinstance(prompt, (str, list)) or not all(isinstance(turn, dict) for turn in turns):
